@@ -1,0 +1,45 @@
+"""TResNet for timm: importing this package makes `timm.create_model('tresnet_m')` build ours."""
+
+import importlib
+import logging
+import os
+import sys
+from typing import Any
+
+_PUBLIC = {  # name -> module; imported when first used, so that `import torch` can afford to import this package
+    "BasicBlock": "blocks",
+    "Bottleneck": "blocks",
+    "TResNet": "tresnet",
+}
+__all__ = list(_PUBLIC)
+
+_imported_by_torch = "torch" in sys.modules
+
+try:
+    from timm_tresnet import autoload
+
+    autoload.arm()
+except Exception as error:  # PyTorch imports this package by itself; a broken plugin must not break `import torch`
+    logging.getLogger(__name__).warning("timm_tresnet is broken, timm keeps its own TResNet: %r", error)
+
+
+def _autoload() -> None:
+    """Entry point in the group `torch.backends`: PyTorch imports this package, then calls this."""
+    if os.environ.get("TIMM_TRESNET_AUTOLOAD") == "0" and _imported_by_torch and "timm_tresnet.autoload" in sys.modules:
+        sys.modules["timm_tresnet.autoload"].disarm()
+        # As if never imported, so that a later `import timm_tresnet` arms the hook again.
+        del sys.modules["timm_tresnet.autoload"], sys.modules["timm_tresnet"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"timm_tresnet.{_PUBLIC[name]}"), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("timm-tresnet")
+    raise AttributeError(f"module 'timm_tresnet' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC, "__version__"])

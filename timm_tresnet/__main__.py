@@ -1,0 +1,19 @@
+"""`python -m timm_tresnet SCRIPT.py …` runs a script with the plugin loaded; anything else is the `timm-tresnet` command.
+
+With `torchrun -m timm_tresnet SCRIPT.py …` the same in several processes.
+"""
+
+import os
+import runpy
+import sys
+
+if len(sys.argv) > 1 and sys.argv[1].endswith(".py"):
+    if not os.path.isfile(sys.argv[1]):
+        sys.exit(f"python -m timm_tresnet needs a script, but there is no file {sys.argv[1]}")
+    del sys.argv[0]
+    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+else:
+    from timm_tresnet.cli import main
+
+    sys.exit(main())

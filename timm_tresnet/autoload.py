@@ -1,0 +1,86 @@
+"""How timm finds the plugin: the variants are registered as soon as `timm.models` has been imported.
+
+timm has no plugins of its own, so an import hook waits for `timm.models`, whichever copy of timm that belongs to. The
+hook is armed when `timm_tresnet` is imported, and that happens by itself: the package is an entry point in PyTorch's
+autoload group `torch.backends`, hence `import torch` imports it. Nothing here imports torch or timm.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import logging
+import sys
+import threading
+from collections.abc import Sequence
+from types import ModuleType
+
+_logger = logging.getLogger(__name__)
+_PACKAGE = __name__.partition(".")[0]
+
+
+def arm() -> None:
+    """Register the variants with timm as soon as `timm.models` is there; at once if it already is."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    if "timm.models" in sys.modules:
+        _register()
+
+
+def disarm() -> None:
+    """Stop waiting for `timm.models`; what is registered stays."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+
+
+def _register() -> None:
+    try:
+        tresnet = importlib.import_module(f"{_PACKAGE}.tresnet")
+        if getattr(sys.modules["timm.models"], "TResNet", None) is not tresnet.TResNet:
+            tresnet.register()
+    except Exception as error:  # whatever is wrong with the plugin, `import timm` has to work
+        _logger.warning("timm_tresnet could not register its models, timm keeps its own: %r", error)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds `timm.models` and this package's modules where they are, and has their loaders call back."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "timm.models" and not fullname.startswith(f"{_PACKAGE}."):
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = _Loader(spec.loader)
+                return spec
+        return None
+
+
+class _Loader(importlib.abc.Loader):
+    """Runs another loader, then registers the variants if `timm.models` is there.
+
+    Waits until no module of ours is half imported: where `import timm_tresnet.blocks` is what imports timm,
+    `timm_tresnet.tresnet` cannot be imported before that has finished.
+    """
+
+    _lock = threading.Lock()
+    _running = 0
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = module.__spec__.loader = self._loader  # leave no trace in the module
+        with _Loader._lock:
+            _Loader._running += 1
+        try:
+            self._loader.exec_module(module)
+            if _Loader._running == 1 and "timm.models" in sys.modules:
+                _register()
+        finally:
+            with _Loader._lock:
+                _Loader._running -= 1

@@ -1,0 +1,209 @@
+"""The two residual blocks of TResNet ("Block-Type Selection", arXiv:2003.13630) and their shortcut."""
+
+import torch
+from timm.layers import DropPath, LayerType, create_aa
+from torch import Tensor, nn
+
+from timm_tresnet.layers import BlurPool2d, ConvNormAct, SqueezeExcite, StrideOneAvgPool2d
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions, for the first two stages: a large receptive field where resolution is high.
+
+    Args:
+        in_channels: channels of the input.
+        planes: channels inside the block; the output has planes * expansion = planes.
+        stride: stride of the block, 1 or 2.
+        dilation: dilations before and after the point where the block downsamples. They differ where a stage is
+            dilated instead of strided; stride is then 1.
+        use_se: whether a squeeze-and-excitation follows the second convolution.
+        act_layer: activation after the first norm.
+        norm_layer: normalisation after each convolution.
+        aa_layer: anti-aliasing layer, as `make_anti_alias` takes it.
+        drop_path_rate: probability of dropping the main path of an image in training.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Shape:
+        - input: (N, in_channels, H, W)
+        - output: (N, planes * expansion, ceil(H / stride), ceil(W / stride))
+    """
+
+    expansion = 1
+
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        stride: int = 1,
+        dilation: tuple[int, int] = (1, 1),
+        use_se: bool = True,
+        act_layer: LayerType = nn.LeakyReLU,
+        norm_layer: LayerType = "batchnorm2d",
+        aa_layer: LayerType | bool | None = "blur",
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory_kwargs = {"device": device, "dtype": dtype}
+        out_channels = planes * self.expansion
+        self.downsample = make_shortcut(in_channels, out_channels, stride, dilation, norm_layer, **factory_kwargs)
+        aa = make_anti_alias(aa_layer, planes, stride, dilation, **factory_kwargs)
+        self.conv1 = ConvNormAct(
+            in_channels,
+            planes,
+            kernel_size=3,
+            stride=stride if aa is None else 1,
+            dilation=dilation[0],
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+            aa=aa,
+            **factory_kwargs,
+        )
+        self.conv2 = ConvNormAct(
+            planes, out_channels, kernel_size=3, dilation=dilation[1], norm_layer=norm_layer, **factory_kwargs
+        )
+        self.act = nn.ReLU(inplace=True)
+        reduced_channels = max(planes * self.expansion // 4, 64)
+        self.se = SqueezeExcite(out_channels, reduced_channels, **factory_kwargs) if use_se else nn.Identity()
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.downsample(x)
+        x = self.conv1(x)  # 3x3, blur-pooled where the stage halves its resolution
+        x = self.conv2(x)  # 3x3, no activation before the sum
+        x = self.se(x)
+        return self.act(self.drop_path(x) + shortcut)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions, for the deep stages: depth at a quarter of the channels.
+
+    Args:
+        in_channels: channels of the input.
+        planes: channels inside the block; the output has planes * expansion = 4 * planes.
+        stride: stride of the block, 1 or 2.
+        dilation: dilations before and after the point where the block downsamples. They differ where a stage is
+            dilated instead of strided; stride is then 1.
+        use_se: whether a squeeze-and-excitation follows the 3x3 convolution, before the channels widen.
+        act_layer: activation after the first two norms.
+        norm_layer: normalisation after each convolution.
+        aa_layer: anti-aliasing layer, as `make_anti_alias` takes it.
+        drop_path_rate: probability of dropping the main path of an image in training.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Shape:
+        - input: (N, in_channels, H, W)
+        - output: (N, planes * expansion, ceil(H / stride), ceil(W / stride))
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        stride: int = 1,
+        dilation: tuple[int, int] = (1, 1),
+        use_se: bool = True,
+        act_layer: LayerType = nn.LeakyReLU,
+        norm_layer: LayerType = "batchnorm2d",
+        aa_layer: LayerType | bool | None = "blur",
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory_kwargs = {"device": device, "dtype": dtype}
+        out_channels = planes * self.expansion
+        self.downsample = make_shortcut(in_channels, out_channels, stride, dilation, norm_layer, **factory_kwargs)
+        aa = make_anti_alias(aa_layer, planes, stride, dilation, **factory_kwargs)
+        self.conv1 = ConvNormAct(
+            in_channels, planes, kernel_size=1, act_layer=act_layer, norm_layer=norm_layer, **factory_kwargs
+        )
+        self.conv2 = ConvNormAct(
+            planes,
+            planes,
+            kernel_size=3,
+            stride=stride if aa is None else 1,
+            # As in dilated ResNets, only the downsampling block looks at the finer grid it came from.
+            dilation=dilation[0],
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+            aa=aa,
+            **factory_kwargs,
+        )
+        reduced_channels = max(planes * self.expansion // 8, 64)
+        self.se = SqueezeExcite(planes, reduced_channels, **factory_kwargs) if use_se else nn.Identity()
+        self.conv3 = ConvNormAct(planes, out_channels, kernel_size=1, norm_layer=norm_layer, **factory_kwargs)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.downsample(x)
+        x = self.conv1(x)  # 1x1, narrows
+        x = self.conv2(x)  # 3x3, blur-pooled where the stage halves its resolution
+        x = self.se(x)
+        x = self.conv3(x)  # 1x1, widens; no activation before the sum
+        return self.act(self.drop_path(x) + shortcut)
+
+
+def make_anti_alias(
+    aa_layer: LayerType | bool | None,
+    channels: int,
+    stride: int,
+    dilation: tuple[int, int],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module | None:
+    """Anti-aliasing layer of a block, None where the block does not downsample or anti-aliasing is off.
+
+    Args:
+        aa_layer: "blur" or True for BlurPool2d; False, "" or None for none; anything else as `timm.layers.create_aa`
+            takes it.
+        channels: number of channels.
+        stride: stride of the block, 1 or 2.
+        dilation: dilations before and after the point where the block downsamples.
+        device: device of the kernel.
+        dtype: dtype of the kernel.
+    """
+    if not aa_layer or (stride == 1 and dilation[0] == dilation[1]):
+        return None
+    if aa_layer is True or aa_layer == "blur":
+        return BlurPool2d(channels, stride=stride, dilation=dilation[0], device=device, dtype=dtype)
+    return create_aa(aa_layer, channels, stride=stride, enable=stride > 1, noop=None)
+
+
+def make_shortcut(
+    in_channels: int,
+    out_channels: int,
+    stride: int,
+    dilation: tuple[int, int],
+    norm_layer: LayerType,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Shortcut of a block: the input itself, or average pool, 1x1 convolution and norm where shapes change.
+
+    Args:
+        in_channels: channels of the block's input.
+        out_channels: channels of the block's output.
+        stride: stride of the block, 1 or 2.
+        dilation: dilations before and after the point where the block downsamples.
+        norm_layer: normalisation after the convolution.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+    """
+    layers: list[nn.Module] = []
+    if stride > 1:
+        layers.append(nn.AvgPool2d(kernel_size=2, stride=stride, ceil_mode=True, count_include_pad=False))
+    elif dilation[0] != dilation[1]:
+        layers.append(StrideOneAvgPool2d(dilation[0]))
+    if layers or in_channels != out_channels:
+        layers.append(
+            ConvNormAct(in_channels, out_channels, 1, norm_layer=norm_layer, device=device, dtype=dtype)
+        )
+        return nn.Sequential(*layers)
+    return nn.Identity()

@@ -1,0 +1,102 @@
+"""Anti-aliased downsampling: the blur of the main path, the average pool of the shortcut."""
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@torch.fx.wrap
+def blur_pool(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
+    """Function behind BlurPool2d; one leaf call for torch.fx, so that its check of the size does not break tracing."""
+    if not torch.jit.is_tracing():  # tracing would freeze the comparison and warn about it
+        if x.shape[2] <= dilation or x.shape[3] <= dilation:
+            raise ValueError(
+                f"BlurPool2d reflects its input at the border and needs H and W of at least {dilation + 1}, "
+                f"got {x.shape[2]}x{x.shape[3]}; give the network larger images"
+            )
+    x = F.pad(x, [dilation, dilation, dilation, dilation], mode="reflect")
+    return F.conv2d(x, kernel, stride=stride, dilation=dilation, groups=kernel.shape[0])
+
+
+class BlurPool2d(nn.Module):
+    """Blur with the 3x3 binomial kernel [1, 2, 1] x [1, 2, 1] / 16, then keep every stride-th pixel.
+
+    Follows the stride-1 convolution that stands in for a strided one ("Anti-Alias Downsampling", arXiv:2003.13630;
+    arXiv:1904.11486). Borders are reflected.
+
+    Args:
+        channels: number of input and output channels, C.
+        stride: step between output pixels; 1 keeps the resolution, for dilated stages.
+        dilation: step between the kernel's taps, in pixels.
+        device: device of the kernel.
+        dtype: dtype of the kernel; its values are exact in every floating-point dtype of PyTorch with 3 significant
+            bits or more.
+
+    Shape:
+        - input: (N, C, H, W), H and W larger than dilation
+        - output: (N, C, ceil(H / stride), ceil(W / stride))
+
+    Raises:
+        ValueError: if H or W is not larger than dilation.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        stride: int = 2,
+        dilation: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.stride = stride
+        self.dilation = dilation
+        # Not part of the state dict: it is the same for every model, and timm's checkpoints do not hold it.
+        self.register_buffer("kernel", torch.empty(channels, 1, 3, 3, device=device, dtype=dtype), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fill the kernel, as after `to_empty()` on a model made on the meta device."""
+        taps = torch.tensor([0.25, 0.5, 0.25], device=self.kernel.device, dtype=self.kernel.dtype)
+        with torch.no_grad():
+            self.kernel.copy_(taps[:, None] * taps)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill the kernel; the name under which timm looks for this."""
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return blur_pool(x, self.kernel, self.stride, self.dilation)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, stride={self.stride}, dilation={self.dilation}"
+
+
+class StrideOneAvgPool2d(nn.Module):
+    """Average pool 2x2 at stride 1, for the shortcut of a stage that is dilated instead of strided.
+
+    Where the strided network would keep a pixel, this gives what its `AvgPool2d(2, 2)` gives there, so that pretrained
+    weights keep their meaning. Taps beyond the lower and right border repeat the border, which equals leaving them out.
+
+    Args:
+        dilation: step between the two taps of an axis, in pixels.
+
+    Shape:
+        - input: (N, C, H, W)
+        - output: (N, C, H, W)
+    """
+
+    def __init__(self, dilation: int = 1) -> None:
+        super().__init__()
+        self.dilation = dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = self.dilation
+        x = F.pad(x, [0, step, 0, step], mode="replicate")
+        x = (x[:, :, :-step] + x[:, :, step:]) / 2
+        return (x[:, :, :, :-step] + x[:, :, :, step:]) / 2
+
+    def extra_repr(self) -> str:
+        return f"dilation={self.dilation}"

@@ -1,0 +1,61 @@
+"""The unit that TResNet is built from: convolution, batch norm, activation, and where it downsamples, a blur."""
+
+import torch
+from timm.layers import LayerType, get_norm_act_layer
+from torch import Tensor, nn
+
+
+class ConvNormAct(nn.Module):
+    """Convolution without bias, normalisation, activation, then an optional anti-aliasing layer.
+
+    The batch norm and its activation are one module, timm's `BatchNormAct2d` ("In-Place Activated BatchNorm",
+    arXiv:1712.02616, has them as one too), so that everything timm does to batch norms finds it.
+
+    Args:
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        kernel_size: side of the kernel, odd; padding keeps the resolution at stride 1.
+        stride: stride of the convolution.
+        dilation: step between the kernel's taps, in pixels.
+        act_layer: activation after the norm, as `timm.layers.get_norm_act_layer` takes it; None for no activation.
+        norm_layer: normalisation, as `timm.layers.get_norm_act_layer` takes it.
+        aa: anti-aliasing layer that does the downsampling, after the activation.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Shape:
+        - input: (N, in_channels, H, W)
+        - output: (N, out_channels, ceil(H / stride), ceil(W / stride)), before aa
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        dilation: int = 1,
+        act_layer: LayerType | None = None,
+        norm_layer: LayerType = "batchnorm2d",
+        aa: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory_kwargs = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=(kernel_size - 1) // 2 * dilation,
+            dilation=dilation,
+            bias=False,
+            **factory_kwargs,
+        )
+        norm_act = get_norm_act_layer(norm_layer, act_layer)
+        self.bn = norm_act(out_channels, apply_act=act_layer is not None, **factory_kwargs)
+        self.aa = nn.Identity() if aa is None else aa
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.aa(self.bn(self.conv(x)))
