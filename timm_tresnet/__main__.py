@@ -1,6 +1,6 @@
-"""`python -m timm_tresnet SCRIPT.py …` runs a script with the plugin loaded; anything else is the `timm-tresnet` command.
+"""`python -m timm_tresnet SCRIPT.py …` runs a script with the plugin; so does `torchrun -m timm_tresnet SCRIPT.py`.
 
-With `torchrun -m timm_tresnet SCRIPT.py …` the same in several processes.
+Any other arguments are those of the `timm-tresnet` command.
 """
 
 import os

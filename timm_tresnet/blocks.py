@@ -1,7 +1,7 @@
 """The two residual blocks of TResNet ("Block-Type Selection", arXiv:2003.13630) and their shortcut."""
 
 import torch
-from timm.layers import DropPath, LayerType, create_aa
+from timm.layers import DropPath, LayerType
 from torch import Tensor, nn
 
 from timm_tresnet.layers import BlurPool2d, ConvNormAct, SqueezeExcite, StrideOneAvgPool2d
@@ -19,7 +19,7 @@ class BasicBlock(nn.Module):
         use_se: whether a squeeze-and-excitation follows the second convolution.
         act_layer: activation after the first norm.
         norm_layer: normalisation after each convolution.
-        aa_layer: anti-aliasing layer, as `make_anti_alias` takes it.
+        anti_alias: whether a blur does the downsampling, instead of a strided convolution.
         drop_path_rate: probability of dropping the main path of an image in training.
         device: device of the parameters.
         dtype: dtype of the parameters.
@@ -40,7 +40,7 @@ class BasicBlock(nn.Module):
         use_se: bool = True,
         act_layer: LayerType = nn.LeakyReLU,
         norm_layer: LayerType = "batchnorm2d",
-        aa_layer: LayerType | bool | None = "blur",
+        anti_alias: bool = True,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -49,7 +49,8 @@ class BasicBlock(nn.Module):
         factory_kwargs = {"device": device, "dtype": dtype}
         out_channels = planes * self.expansion
         self.downsample = make_shortcut(in_channels, out_channels, stride, dilation, norm_layer, **factory_kwargs)
-        aa = make_anti_alias(aa_layer, planes, stride, dilation, **factory_kwargs)
+        downsamples = stride > 1 or dilation[0] != dilation[1]
+        aa = BlurPool2d(planes, stride, dilation[0], **factory_kwargs) if anti_alias and downsamples else None
         self.conv1 = ConvNormAct(
             in_channels,
             planes,
@@ -89,7 +90,7 @@ class Bottleneck(nn.Module):
         use_se: whether a squeeze-and-excitation follows the 3x3 convolution, before the channels widen.
         act_layer: activation after the first two norms.
         norm_layer: normalisation after each convolution.
-        aa_layer: anti-aliasing layer, as `make_anti_alias` takes it.
+        anti_alias: whether a blur does the downsampling, instead of a strided convolution.
         drop_path_rate: probability of dropping the main path of an image in training.
         device: device of the parameters.
         dtype: dtype of the parameters.
@@ -110,7 +111,7 @@ class Bottleneck(nn.Module):
         use_se: bool = True,
         act_layer: LayerType = nn.LeakyReLU,
         norm_layer: LayerType = "batchnorm2d",
-        aa_layer: LayerType | bool | None = "blur",
+        anti_alias: bool = True,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -119,7 +120,8 @@ class Bottleneck(nn.Module):
         factory_kwargs = {"device": device, "dtype": dtype}
         out_channels = planes * self.expansion
         self.downsample = make_shortcut(in_channels, out_channels, stride, dilation, norm_layer, **factory_kwargs)
-        aa = make_anti_alias(aa_layer, planes, stride, dilation, **factory_kwargs)
+        downsamples = stride > 1 or dilation[0] != dilation[1]
+        aa = BlurPool2d(planes, stride, dilation[0], **factory_kwargs) if anti_alias and downsamples else None
         self.conv1 = ConvNormAct(
             in_channels, planes, kernel_size=1, act_layer=act_layer, norm_layer=norm_layer, **factory_kwargs
         )
@@ -150,32 +152,6 @@ class Bottleneck(nn.Module):
         return self.act(self.drop_path(x) + shortcut)
 
 
-def make_anti_alias(
-    aa_layer: LayerType | bool | None,
-    channels: int,
-    stride: int,
-    dilation: tuple[int, int],
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> nn.Module | None:
-    """Anti-aliasing layer of a block, None where the block does not downsample or anti-aliasing is off.
-
-    Args:
-        aa_layer: "blur" or True for BlurPool2d; False, "" or None for none; anything else as `timm.layers.create_aa`
-            takes it.
-        channels: number of channels.
-        stride: stride of the block, 1 or 2.
-        dilation: dilations before and after the point where the block downsamples.
-        device: device of the kernel.
-        dtype: dtype of the kernel.
-    """
-    if not aa_layer or (stride == 1 and dilation[0] == dilation[1]):
-        return None
-    if aa_layer is True or aa_layer == "blur":
-        return BlurPool2d(channels, stride=stride, dilation=dilation[0], device=device, dtype=dtype)
-    return create_aa(aa_layer, channels, stride=stride, enable=stride > 1, noop=None)
-
-
 def make_shortcut(
     in_channels: int,
     out_channels: int,
@@ -202,8 +178,6 @@ def make_shortcut(
     elif dilation[0] != dilation[1]:
         layers.append(StrideOneAvgPool2d(dilation[0]))
     if layers or in_channels != out_channels:
-        layers.append(
-            ConvNormAct(in_channels, out_channels, 1, norm_layer=norm_layer, device=device, dtype=dtype)
-        )
+        layers.append(ConvNormAct(in_channels, out_channels, 1, norm_layer=norm_layer, device=device, dtype=dtype))
         return nn.Sequential(*layers)
     return nn.Identity()

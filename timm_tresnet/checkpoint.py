@@ -75,15 +75,17 @@ def adapt_stem(weight: Tensor, in_channels: int) -> Tensor:
         in_channels: pixels * new image channels.
 
     Returns:
-        (out_channels, in_channels, height, width), the same tensor if the number of channels is right already.
+        (out_channels, in_channels, height, width), single precision or better; the same tensor if the number of
+        channels is right already.
     """
     if weight.shape[1] == in_channels:
         return weight
     pixels = 16 if weight.shape[-1] == 3 else 1
     old, new = weight.shape[1] // pixels, in_channels // pixels
-    by_pixel = weight.unflatten(1, (pixels, old)).float()  # half-precision checkpoints are summed in single
+    dtype = torch.promote_types(weight.dtype, torch.float32)  # half-precision checkpoints are adapted in single
+    by_pixel = weight.to(dtype).unflatten(1, (pixels, old))
     if new == 1:
         adapted = by_pixel.sum(2, keepdim=True)
     else:
         adapted = by_pixel[:, :, torch.arange(new) % old] * (old / new)
-    return adapted.flatten(1, 2).to(weight.dtype)
+    return adapted.flatten(1, 2)

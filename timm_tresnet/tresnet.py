@@ -69,8 +69,8 @@ class TResNet(nn.Module):
             ("Block-Type Selection").
         stem: "space_to_depth" ("SpaceToDepth Stem"), or "conv7x7" for ResNet's 7x7 convolution and max pool.
         use_se: squeeze-and-excitation, for all stages or for each ("Optimized SE Layers").
-        aa_layer: "blur" for blur-pooled downsampling ("Anti-Alias Downsampling"), False for strided convolutions, or
-            what `timm.layers.create_aa` takes.
+        aa_layer: "blur" or True for blur-pooled downsampling ("Anti-Alias Downsampling"), False or "" for strided
+            convolutions.
         act_layer: activation after the norms, a name or class that timm knows; the sum of a block keeps its ReLU.
         negative_slope: slope of "leaky_relu" in the blocks.
         stem_negative_slope: slope of "leaky_relu" in the stem.
@@ -100,7 +100,7 @@ class TResNet(nn.Module):
         block: str | Sequence[str] | None = None,
         stem: str = "space_to_depth",
         use_se: bool | Sequence[bool] = (True, True, True, False),
-        aa_layer: LayerType | bool | None = "blur",
+        aa_layer: str | bool = "blur",
         act_layer: LayerType = "leaky_relu",
         negative_slope: float = 1e-3,
         stem_negative_slope: float = 1e-2,
@@ -120,6 +120,7 @@ class TResNet(nn.Module):
         blocks = [_choose("block", name, _BLOCKS) for name in _per_stage("block", block)]
         use_se = _per_stage("use_se", use_se)
         _choose("stem", stem, dict.fromkeys(_STEMS))
+        anti_alias = _choose("aa_layer", aa_layer, {"blur": True, True: True, False: False, "": False})
         strides, dilations = _choose("output_stride", output_stride, _STRIDES_AND_DILATIONS)
         stem_act_layer = _resolve_activation(act_layer, stem_negative_slope)
         act_layer = _resolve_activation(act_layer, negative_slope)
@@ -165,7 +166,7 @@ class TResNet(nn.Module):
                         use_se=use_se[index],
                         act_layer=act_layer,
                         norm_layer=norm_layer,
-                        aa_layer=aa_layer,
+                        anti_alias=anti_alias,
                         drop_path_rate=next(drop_path_rates),
                         **factory_kwargs,
                     )
@@ -402,19 +403,20 @@ def _checkpoint_block(block: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def _keep_running_statistics(block: nn.Module) -> Iterator[None]:
-    """Let the batch norms of a block that runs again normalise as before, without counting the batch twice."""
-    norms = [
-        module
+    """Give a block that runs again copies of its running statistics to update, so that no batch counts twice."""
+    originals = [
+        (module, name, buffer)
         for module in block.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training
+        for name, buffer in module.named_buffers(recurse=False)
     ]
-    for module in norms:
-        module.track_running_stats = False
+    for module, name, buffer in originals:
+        setattr(module, name, buffer.clone())
     try:
         yield
     finally:
-        for module in norms:
-            module.track_running_stats = True
+        for module, name, buffer in originals:
+            setattr(module, name, buffer)
 
 
 _ARCHITECTURES: dict[str, dict[str, Any]] = {  # blocks per stage and width

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 @torch.fx.wrap
 def blur_pool(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
-    """Function behind BlurPool2d; one leaf call for torch.fx, so that its check of the size does not break tracing."""
+    """Function behind BlurPool2d; a leaf for torch.fx, which cannot trace its check of the size."""
     if not torch.jit.is_tracing():  # tracing would freeze the comparison and warn about it
         if x.shape[2] <= dilation or x.shape[3] <= dilation:
             raise ValueError(

@@ -2,22 +2,23 @@
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 @torch.fx.wrap
 def space_to_depth(x: Tensor, block_size: int, min_size: int) -> Tensor:
-    """Function behind SpaceToDepth; one leaf call for torch.fx, so that its check of the size does not break tracing."""
-    channels, height, width = x.shape[1], x.shape[2], x.shape[3]
+    """Function behind SpaceToDepth; a leaf for torch.fx, which cannot trace its check of the size."""
+    batch, channels, height, width = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
     if not torch.jit.is_tracing():  # tracing would freeze the comparison and warn about it
         if height % block_size or width % block_size or height < min_size or width < min_size:
             raise ValueError(
                 f"SpaceToDepth needs H and W in multiples of {block_size}, at least {min_size}, got {height}x{width}; "
                 "resize or pad the images"
             )
-    patches = F.pixel_unshuffle(x, block_size).unflatten(1, (channels, block_size * block_size))
-    return patches.transpose(1, 2).flatten(1, 2)  # (N, row * column * C, H / block_size, W / block_size)
+    rows, columns = height // block_size, width // block_size
+    x = x.reshape(batch, channels, rows, block_size, columns, block_size)
+    x = x.permute(0, 3, 5, 1, 2, 4)  # (N, row in patch, column in patch, C, rows, columns)
+    return x.reshape(batch, block_size * block_size * channels, rows, columns)
 
 
 class SpaceToDepth(nn.Module):

@@ -1,0 +1,146 @@
+"""Slow, obvious versions of what the package does, written from the paper and from the official code's key names."""
+
+import torch
+import torch.nn.functional as F
+
+
+def space_to_depth(x, block=4):
+    """SpaceToDepth with a loop over pixels of a patch; channels run over (row, column, image channel)."""
+    pixels = [x[:, :, row::block, column::block] for row in range(block) for column in range(block)]
+    return torch.cat(pixels, dim=1)
+
+
+def blur_pool(x, stride=2, dilation=1):
+    """Weighted mean of nine shifted copies, borders reflected, then every stride-th pixel."""
+    height, width = x.shape[-2:]
+
+    def reflect(index, size):
+        index = abs(index)
+        return 2 * (size - 1) - index if index >= size else index
+
+    total = torch.zeros_like(x)
+    for row, row_weight in ((-dilation, 1), (0, 2), (dilation, 1)):
+        for column, column_weight in ((-dilation, 1), (0, 2), (dilation, 1)):
+            rows = [reflect(i + row, height) for i in range(height)]
+            columns = [reflect(j + column, width) for j in range(width)]
+            total += row_weight * column_weight * x[:, :, rows][:, :, :, columns]
+    return (total / 16)[:, :, ::stride, ::stride]
+
+
+def average_pool(x, stride, dilation=1):
+    """Mean over the taps of a 2x2 window that lie inside the image."""
+    height, width = x.shape[-2:]
+    output = x.new_zeros(*x.shape[:2], len(range(0, height, stride)), len(range(0, width, stride)))
+    for i, row in enumerate(range(0, height, stride)):
+        for j, column in enumerate(range(0, width, stride)):
+            output[:, :, i, j] = x[
+                :, :, row : row + dilation + 1 : dilation, column : column + dilation + 1 : dilation
+            ].mean((2, 3))
+    return output
+
+
+def squeeze_excite(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
+    """Gate each channel by two fully connected layers on the channel means (arXiv:1709.01507, eq. 2-4)."""
+    squeezed = x.mean((2, 3))
+    hidden = (squeezed @ fc1_weight.flatten(1).T + fc1_bias).relu()
+    gate = (hidden @ fc2_weight.flatten(1).T + fc2_bias).sigmoid()
+    return x * gate[:, :, None, None]
+
+
+def official_state_dict(layers, planes=64, bottlenecks=(False, False, True, True), num_classes=10, blur_buffers=False):
+    """Random tensors under the names and shapes of the official code, In-Place ABN included.
+
+    Weights of the In-Place ABN are negative in part and near zero in part.
+    """
+    tensors = {}
+
+    def conv_abn(name, in_channels, out_channels, kernel_size):
+        fan_in = in_channels * kernel_size**2
+        tensors[f"{name}.0.weight"] = torch.randn(out_channels, in_channels, kernel_size, kernel_size) / fan_in**0.5
+        weight = torch.randn(out_channels)
+        weight[::8] = 1e-6
+        tensors[f"{name}.1.weight"] = weight
+        tensors[f"{name}.1.bias"] = torch.randn(out_channels) / 4
+        tensors[f"{name}.1.running_mean"] = torch.randn(out_channels) / 4
+        tensors[f"{name}.1.running_var"] = torch.rand(out_channels) + 0.5
+
+    def squeeze_excite_tensors(name, channels, reduced):
+        for layer, rows, columns in (("fc1", reduced, channels), ("fc2", channels, reduced)):
+            tensors[f"{name}.{layer}.weight"] = torch.randn(rows, columns, 1, 1) / columns**0.5
+            tensors[f"{name}.{layer}.bias"] = torch.randn(rows) / 4
+
+    conv_abn("body.conv1", 48, planes, 3)
+    in_channels = planes
+    for stage in range(4):
+        width = planes * 2**stage
+        expansion = 4 if bottlenecks[stage] else 1
+        for index in range(layers[stage]):
+            block = f"body.layer{stage + 1}.{index}"
+            blurred = stage > 0 and index == 0
+            if bottlenecks[stage]:
+                conv_abn(f"{block}.conv1", in_channels, width, 1)
+                strided, strided_in = f"{block}.conv2", width
+            else:
+                strided, strided_in = f"{block}.conv1", in_channels
+            conv_abn(f"{strided}.0" if blurred else strided, strided_in, width, 3)
+            if blurred and blur_buffers:
+                tensors[f"{strided}.1.op.filt"] = torch.rand(width, 1, 3, 3)
+            if bottlenecks[stage]:
+                conv_abn(f"{block}.conv3", width, width * 4, 1)
+            else:
+                conv_abn(f"{block}.conv2", width, width, 3)
+            if stage < 3:
+                reduced = max(width * expansion // (8 if bottlenecks[stage] else 4), 64)
+                squeeze_excite_tensors(f"{block}.se", width, reduced)
+            if blurred:
+                conv_abn(f"{block}.downsample.1", in_channels, width * expansion, 1)
+            elif in_channels != width * expansion:
+                conv_abn(f"{block}.downsample.0", in_channels, width * expansion, 1)
+            in_channels = width * expansion
+    tensors["head.fc.weight"] = torch.randn(num_classes, in_channels) / in_channels**0.5
+    tensors["head.fc.bias"] = torch.randn(num_classes)
+    return tensors
+
+
+def official_forward(tensors, x, slope=1e-3, stem_slope=1e-2):
+    """Logits of the official network in eval mode, straight from its state dict."""
+
+    def conv_abn(name, x, activation_slope=None):
+        kernel = tensors[f"{name}.0.weight"]
+        x = F.conv2d(x, kernel, padding=kernel.shape[-1] // 2)
+        weight = tensors[f"{name}.1.weight"].abs() + 1e-5  # In-Place ABN
+        scale = weight / (tensors[f"{name}.1.running_var"] + 1e-5).sqrt()
+        shift = tensors[f"{name}.1.bias"] - tensors[f"{name}.1.running_mean"] * scale
+        x = x * scale[:, None, None] + shift[:, None, None]
+        return x if activation_slope is None else torch.where(x > 0, x, activation_slope * x)
+
+    def maybe_blurred(name, x):
+        if f"{name}.0.0.weight" in tensors:
+            return blur_pool(conv_abn(f"{name}.0", x, slope))
+        return conv_abn(name, x, slope)
+
+    x = conv_abn("body.conv1", space_to_depth(x), stem_slope)
+    for stage in range(1, 5):
+        index = 0
+        while (
+            f"body.layer{stage}.{index}.conv1.0.weight" in tensors
+            or f"body.layer{stage}.{index}.conv1.0.0.weight" in tensors
+        ):
+            block = f"body.layer{stage}.{index}"
+            shortcut = x
+            if f"{block}.downsample.1.0.weight" in tensors:
+                shortcut = conv_abn(f"{block}.downsample.1", average_pool(x, stride=2))
+            elif f"{block}.downsample.0.0.weight" in tensors:
+                shortcut = conv_abn(f"{block}.downsample.0", x)
+            se = [tensors.get(f"{block}.se.{name}") for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")]
+            x = maybe_blurred(f"{block}.conv1", x)
+            if f"{block}.conv3.0.weight" in tensors:
+                x = maybe_blurred(f"{block}.conv2", x)
+                x = squeeze_excite(x, *se) if se[0] is not None else x
+                x = conv_abn(f"{block}.conv3", x)
+            else:
+                x = conv_abn(f"{block}.conv2", x)
+                x = squeeze_excite(x, *se) if se[0] is not None else x
+            x = (x + shortcut).relu()
+            index += 1
+    return x.mean((2, 3)) @ tensors["head.fc.weight"].T + tensors["head.fc.bias"]

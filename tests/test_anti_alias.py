@@ -1,0 +1,59 @@
+import pytest
+import reference
+import torch
+from torch import nn
+
+from timm_tresnet.layers import BlurPool2d, StrideOneAvgPool2d
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (3, 4)], ids=["even", "odd", "small"])
+def test_blur_pool_is_the_binomial_blur_with_reflected_borders(size, stride, dilation):
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    layer = BlurPool2d(3, stride=stride, dilation=dilation, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), reference.blur_pool(x, stride, dilation))
+
+
+def test_blur_pool_gradient_is_that_of_its_output():
+    layer = BlurPool2d(2, dtype=torch.float64)
+    x = torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_blur_pool_kernel_is_exact_in_half_precision(dtype):
+    assert torch.equal(BlurPool2d(1, dtype=dtype).kernel.double(), BlurPool2d(1, dtype=torch.float64).kernel)
+
+
+def test_blur_pool_keeps_its_kernel_out_of_the_state_dict_and_refills_it_after_the_meta_device():
+    layer = BlurPool2d(4, device="meta")
+    assert not layer.state_dict()
+    layer = layer.to_empty(device="cpu")
+    layer.init_non_persistent_buffers()
+    torch.testing.assert_close(layer.kernel.sum((1, 2, 3)), torch.ones(4))
+
+
+def test_blur_pool_refuses_what_it_cannot_reflect():
+    with pytest.raises(ValueError, match="at least 2, got 1x4"):
+        BlurPool2d(3)(torch.zeros(1, 3, 1, 4))
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_stride_one_average_pool_leaves_out_taps_beyond_the_border(dilation):
+    x = torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    torch.testing.assert_close(
+        StrideOneAvgPool2d(dilation)(x)[:, :, :-dilation, :-dilation],
+        reference.average_pool(x, stride=1, dilation=dilation)[:, :, :-dilation, :-dilation],
+    )
+
+
+def test_stride_one_average_pool_agrees_with_the_strided_one_where_that_keeps_a_pixel():
+    x = torch.randn(2, 3, 7, 8)
+    strided = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
+    torch.testing.assert_close(StrideOneAvgPool2d()(x)[:, :, ::2, ::2], strided(x))
+
+
+def test_layers_show_their_settings():
+    assert repr(BlurPool2d(3)) == "BlurPool2d(3, stride=2, dilation=1)"
+    assert repr(StrideOneAvgPool2d(2)) == "StrideOneAvgPool2d(dilation=2)"
