@@ -67,17 +67,14 @@ def _fail(message: str) -> int:
 
 def _classify(arguments: argparse.Namespace) -> int:
     import timm
+    from safetensors import SafetensorError
 
     paths = list(_find_images(arguments.images or [_SAMPLES]))
     if not paths:
         return _fail(f"no images in {', '.join(map(str, arguments.images))}")
     try:
         model = timm.create_model(arguments.model, pretrained=True).eval()
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # unknown name, no weights, no network
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # unknown, unreachable or damaged
         return _fail(f"cannot load the model {arguments.model}: {error}")
 
     results = []
@@ -139,12 +136,7 @@ def classify_images(model: Any, paths: Sequence[Path], top_k: int) -> list[dict[
         try:
             with Image.open(path) as image:
                 inputs.append(transform(ImageOps.exif_transpose(image).convert("RGB")))
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            Image.DecompressionBombError,
-        ) as error:  # what Pillow's decoders raise
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's decoders
             result["error"] = str(error) or type(error).__name__
         results.append(result)
     if inputs:

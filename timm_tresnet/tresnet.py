@@ -535,7 +535,7 @@ def _explain_missing_weights(variant: str, kwargs: dict[str, Any]) -> str:
         f"{variant} needs {config.hf_hub_filename or 'model.safetensors'} from the Hugging Face Hub repository "
         f"{config.hf_hub_id}, but it is not in the cache and the Hub cannot be reached. Either connect to the network, "
         "set HF_ENDPOINT to a mirror, point HF_HOME or cache_dir at a cache that holds it, load a folder with "
-        "timm.create_model('local-dir:FOLDER'), or try the model inside the package, 'test_tresnet'"
+        "timm.create_model('local-dir:FOLDER', pretrained=True), or try the model inside the package, 'test_tresnet'"
     )
 
 

@@ -1,0 +1,99 @@
+import pytest
+import reference
+import torch
+
+from timm_tresnet import TResNet
+from timm_tresnet.checkpoint import adapt_stem, checkpoint_filter_fn, from_official
+
+LAYERS = (1, 2, 2, 1)
+NETWORKS = {
+    "m": {"network": {"layers": LAYERS}, "official": {}},
+    "l": {"network": {"layers": LAYERS, "width_factor": 1.2}, "official": {"planes": 76}},
+    "v2": {"network": {"layers": LAYERS, "v2": True}, "official": {"bottlenecks": (True,) * 4}},
+}
+each_network = pytest.mark.parametrize("names", NETWORKS.values(), ids=NETWORKS)
+
+
+def load(network, state_dict, **kwargs):
+    model = TResNet(num_classes=10, **network, **kwargs).eval()
+    model.load_state_dict(checkpoint_filter_fn(state_dict, model))
+    return model
+
+
+@each_network
+def test_official_weights_give_the_official_logits(names):
+    tensors = reference.official_state_dict(LAYERS, **names["official"])
+    x = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        actual, expected = load(names["network"], tensors)(x), reference.official_forward(tensors, x)
+    assert (actual - expected).norm() / expected.norm() <= 1e-5
+
+
+def test_stanford_cars_slope_is_a_matter_of_the_config():
+    tensors = reference.official_state_dict(LAYERS, bottlenecks=(True,) * 4)
+    slopes = {"negative_slope": 1e-6, "stem_negative_slope": 1e-6}
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        actual = load(NETWORKS["v2"]["network"], tensors, **slopes)(x)
+        expected = reference.official_forward(tensors, x, slope=1e-6, stem_slope=1e-6)
+        other = reference.official_forward(tensors, x)
+    assert (actual - expected).norm() / expected.norm() <= 1e-5
+    assert (actual - other).norm() / other.norm() > 1e-5
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tensors: {"model": tensors},
+        lambda tensors: {"state_dict": tensors, "epoch": 7},
+        lambda tensors: {f"module.{name}": tensor for name, tensor in tensors.items()},
+        lambda tensors: {"state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}},
+    ],
+    ids=["model", "state_dict", "module", "state_dict_and_module"],
+)
+def test_wrapped_checkpoints_are_unwrapped(wrap):
+    tensors = reference.official_state_dict(LAYERS)
+    expected = load(NETWORKS["m"]["network"], tensors).state_dict()
+    actual = load(NETWORKS["m"]["network"], wrap(tensors)).state_dict()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_constant_blur_kernels_are_left_out():
+    plain = reference.official_state_dict(LAYERS)
+    with_kernels = {**reference.official_state_dict(LAYERS, blur_buffers=True), **plain}
+    assert len(with_kernels) == len(plain) + 3
+    assert from_official(with_kernels).keys() == from_official(plain).keys()
+
+
+def test_weights_under_our_names_are_not_touched():
+    model = TResNet(layers=LAYERS, num_classes=10)
+    torch.nn.init.normal_(model.body.layer1[0].conv1.bn.weight)  # negative ones stay negative
+    filtered = checkpoint_filter_fn(model.state_dict(), model)
+    torch.testing.assert_close(filtered, dict(model.state_dict()), rtol=0, atol=0)
+
+
+def test_what_does_not_fit_is_named_by_its_keys():
+    tensors = reference.official_state_dict(LAYERS)
+    tensors["body.layer9.weight"] = tensors.pop("body.layer4.0.conv3.0.weight")
+    with pytest.raises(
+        RuntimeError, match=r"(?s)Missing.*body.layer4.0.conv3.conv.weight.*Unexpected.*body.layer9.weight"
+    ):
+        load(NETWORKS["m"]["network"], tensors)
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("kernel_size", [3, 7], ids=["space_to_depth", "conv7x7"])
+def test_adapted_stem_answers_to_equal_channels_as_before(kernel_size, in_chans):
+    pixels = 16 if kernel_size == 3 else 1
+    weight = torch.randn(4, pixels * 3, kernel_size, kernel_size)
+    adapted = adapt_stem(weight, pixels * in_chans)
+    assert adapted.shape == (4, pixels * in_chans, kernel_size, kernel_size)
+    if in_chans in (1, 3, 6):  # with these, each old channel counts equally often
+        torch.testing.assert_close(
+            adapted.unflatten(1, (pixels, in_chans)).sum(2), weight.unflatten(1, (pixels, 3)).sum(2)
+        )
+
+
+def test_half_precision_stem_is_adapted_in_single_precision():
+    weight = torch.randn(4, 48, 3, 3).half()
+    torch.testing.assert_close(adapt_stem(weight, 16), adapt_stem(weight.float(), 16), rtol=0, atol=0)

@@ -1,0 +1,188 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from timm_tresnet import cli
+
+SAMPLES = Path(cli.__file__).parent / "samples"
+CIFAR10 = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos" / "naïve folder"
+    folder.mkdir(parents=True)
+    shutil.copy(SAMPLES / "cat.jpg", folder / "ä cat.jpg")
+    Image.open(SAMPLES / "rocket.jpg").convert("L").save(folder / "grey.png")
+    Image.new("RGBA", (20, 30), (250, 0, 0, 99)).save(folder / "transparent.png")
+    (folder / "notes.txt").write_text("not an image")
+    return tmp_path / "photos"
+
+
+def test_classify_without_arguments_shows_the_samples_and_how_to_go_on(capsys):
+    assert cli.main(["classify"]) == 0
+    output = capsys.readouterr().out
+    assert output.count(".jpg") == len(list(SAMPLES.glob("*.jpg"))) >= 3
+    assert "--model tresnet_m.miil_in21k_ft_in1k" in output
+
+
+def test_classify_reads_files_and_folders_in_any_mode(photos, capsys):
+    assert cli.main(["classify", "--json", "--top-k", "4", str(photos), str(SAMPLES / "coffee.jpg")]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [Path(result["image"]).name for result in results] == [
+        "grey.png",
+        "transparent.png",
+        "ä cat.jpg",
+        "coffee.jpg",
+    ]
+    for result in results:
+        probabilities = [entry["probability"] for entry in result["predictions"]]
+        assert len(probabilities) == 4
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert {entry["label"] for entry in result["predictions"]} <= CIFAR10
+
+
+def test_classify_uses_the_preprocessing_of_the_weights(capsys):
+    cli.main(["classify", "--json", str(SAMPLES / "cat.jpg")])
+    (result,) = json.loads(capsys.readouterr().out)
+    model = timm.create_model("test_tresnet", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    with torch.no_grad():
+        probabilities = model(transform(Image.open(SAMPLES / "cat.jpg"))[None]).softmax(-1)[0]
+    for entry in result["predictions"]:
+        assert entry["probability"] == pytest.approx(probabilities[entry["index"]].item(), abs=1e-6)
+
+
+def test_classify_turns_images_as_their_camera_was_held(tmp_path, capsys):
+    image = Image.open(SAMPLES / "cat.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation: turn clockwise to view
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    image.save(tmp_path / "upright.png")
+    cli.main(["classify", "--json", str(tmp_path)])
+    turned, upright = json.loads(capsys.readouterr().out)
+    assert turned["predictions"] == upright["predictions"]
+
+
+def test_unreadable_images_are_reported_and_skipped(photos, capsys):
+    broken = photos / "broken.jpg"
+    broken.write_bytes((SAMPLES / "cat.jpg").read_bytes()[:2000])
+    (photos / "empty.png").touch()
+    assert cli.main(["classify", str(photos), str(photos / "missing.jpg")]) == 1
+    captured = capsys.readouterr()
+    for name in ("broken.jpg", "empty.png", "missing.jpg"):
+        assert f"{name}:" in captured.err
+        assert name not in captured.out
+    assert captured.out.count("%") == 9  # three images, three classes each
+
+
+def test_nothing_to_classify_is_a_mistake_that_is_named(tmp_path, capsys):
+    assert cli.main(["classify", str(tmp_path)]) == 2
+    assert f"no images in {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("tresnet_q", "Unknown model"),
+        ("tresnet_s", "No pretrained weights exist"),
+        ("local-dir:nowhere", "nowhere"),
+        ("test_tresnet.nonsense", "Invalid pretrained tag"),
+    ],
+)
+def test_models_that_cannot_be_loaded_are_named(model, message, capsys):
+    assert cli.main(["classify", "--model", model]) == 2
+    error = capsys.readouterr().err
+    assert f"cannot load the model {model}" in error
+    assert message in error
+
+
+def test_corrupted_weights_are_an_error_without_a_traceback(tmp_path, capsys):
+    timm.models.save_for_hf(timm.create_model("test_tresnet"), tmp_path, safe_serialization=True)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
+    assert cli.main(["classify", "--model", f"local-dir:{tmp_path}"]) == 2
+    assert "cannot load the model" in capsys.readouterr().err
+
+
+def test_classes_are_named_by_config_then_imagenet_then_number(tmp_path):
+    named = timm.create_model("test_tresnet", pretrained_cfg_overlay={"label_names": ["a", "b"]}, num_classes=2)
+    assert cli._label_lookup(named)(1) == "b"
+    described = timm.create_model(
+        "test_tresnet",
+        pretrained_cfg_overlay={"label_names": ["a", "b"], "label_descriptions": {"b": "the letter b"}},
+        num_classes=2,
+    )
+    assert [cli._label_lookup(described)(index) for index in range(2)] == ["a", "the letter b"]
+    assert cli._label_lookup(timm.create_model("tresnet_m", device="meta"))(281) == "tabby, tabby cat"
+    assert cli._label_lookup(timm.create_model("tresnet_m", num_classes=17, device="meta"))(4) == "class 4"
+
+
+def test_many_images_show_progress_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert cli.main(["classify", *[str(SAMPLES / "cat.jpg")] * 40]) == 0
+    assert "32/40 images" in capsys.readouterr().err
+    assert cli.main(["classify", str(SAMPLES / "cat.jpg")]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("top_k", ["0", "many"])
+def test_top_k_must_be_a_positive_number(top_k, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["classify", "--top-k", top_k])
+    assert "--top-k" in capsys.readouterr().err
+
+
+def test_list_names_every_weight_with_its_size(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert cli.main(["list", "--json"]) == 0
+    rows = {row["model"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(rows) == set(timm.list_models(module="tresnet", include_tags=True))
+    row = rows["tresnet_m.miil_in1k_448"]
+    assert row["params_m"] == pytest.approx(31.4, abs=0.05)
+    assert row["gmacs"] == pytest.approx(4 * rows["tresnet_m.miil_in1k"]["gmacs"], rel=0.01)
+    assert row["input_size"] == [3, 448, 448]
+    assert row["imagenet_top1"] == 81.71
+    assert row["weights"] == "on the Hub: timm/tresnet_m.miil_in1k_448"
+    assert rows["test_tresnet.r64_cifar10"]["weights"] == "in the package"
+    assert rows["tresnet_s.untrained"]["weights"] == "none"
+
+
+def test_list_says_which_weights_are_cached(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--timm--tresnet_m.miil_in1k" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    save_file({"a": torch.zeros(1)}, snapshot / "model.safetensors")
+    refs = tmp_path / "models--timm--tresnet_m.miil_in1k" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    weights = {row["model"]: row["weights"] for row in cli.describe_weights()}
+    assert weights["tresnet_m.miil_in1k"] == "cached"
+    assert weights["tresnet_l.miil_in1k"] == "on the Hub: timm/tresnet_l.miil_in1k"
+
+
+def test_list_prints_a_table(capsys):
+    assert cli.main(["list"]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["model", "params", "(M)"]
+    assert len(lines) == len(timm.list_models(module="tresnet", include_tags=True))
+
+
+def test_installed_command_works_offline():
+    command = Path(sys.executable).parent / "timm-tresnet"
+    process = subprocess.run(
+        [command, "classify", SAMPLES / "cat.jpg"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "cat.jpg" in process.stdout
