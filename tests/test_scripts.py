@@ -133,8 +133,8 @@ def test_onnx_export_script_exports_the_network(run_python, tmp_path):
     import timm
 
     output = tmp_path / "test_tresnet.onnx"
-    printed = run_script(run_python, "onnx_export.py", output, "--model", "test_tresnet", "--batch-size", "2")
-    assert PLUGIN_LINE in printed
+    # This script sets up no logging, but only the plugin has a test_tresnet.
+    run_script(run_python, "onnx_export.py", output, "--model", "test_tresnet", "--batch-size", "2")
     session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
     x = torch.rand(2, 3, 64, 64)
     (actual,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})

@@ -54,7 +54,8 @@ class ConvNormAct(nn.Module):
             **factory_kwargs,
         )
         norm_act = get_norm_act_layer(norm_layer, act_layer)
-        self.bn = norm_act(out_channels, apply_act=act_layer is not None, **factory_kwargs)
+        given = {name: value for name, value in factory_kwargs.items() if value is not None}
+        self.bn = norm_act(out_channels, apply_act=act_layer is not None, **given)  # unknown to some norms of old timm
         self.aa = nn.Identity() if aa is None else aa
 
     def forward(self, x: Tensor) -> Tensor:
