@@ -4,7 +4,8 @@ import torch
 from timm.layers import DropPath, LayerType
 from torch import Tensor, nn
 
-from timm_tresnet.layers import BlurPool2d, ConvNormAct, SqueezeExcite, StrideOneAvgPool2d
+from timm_tresnet import rebuild
+from timm_tresnet.layers import BlurPool2d, ConvNormAct, ShortcutPool2d, SqueezeExcite, StrideOneAvgPool2d
 
 
 class BasicBlock(nn.Module):
@@ -69,13 +70,18 @@ class BasicBlock(nn.Module):
         reduced_channels = max(planes * self.expansion // 4, 64)
         self.se = SqueezeExcite(out_channels, reduced_channels, **factory_kwargs) if use_se else nn.Identity()
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+        self.keep_output = False  # see timm_tresnet.rebuild
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.downsample(x)
         x = self.conv1(x)  # 3x3, blur-pooled where the stage halves its resolution
         x = self.conv2(x)  # 3x3, no activation before the sum
         x = self.se(x)
-        return self.act(self.drop_path(x) + shortcut)
+        x = self.drop_path(x)
+        y = x + shortcut
+        if not torch.jit.is_scripting() and not self.keep_output:
+            rebuild.record(y, _rectified_sum, x, shortcut, edits=1)  # the ReLU works in place
+        return self.act(y)
 
 
 class Bottleneck(nn.Module):
@@ -139,9 +145,12 @@ class Bottleneck(nn.Module):
         )
         reduced_channels = max(planes * self.expansion // 8, 64)
         self.se = SqueezeExcite(planes, reduced_channels, **factory_kwargs) if use_se else nn.Identity()
-        self.conv3 = ConvNormAct(planes, out_channels, kernel_size=1, norm_layer=norm_layer, **factory_kwargs)
+        self.conv3 = ConvNormAct(
+            planes, out_channels, kernel_size=1, norm_layer=norm_layer, expands=True, **factory_kwargs
+        )
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
         self.act = nn.ReLU(inplace=True)
+        self.keep_output = False  # see timm_tresnet.rebuild
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.downsample(x)
@@ -149,7 +158,15 @@ class Bottleneck(nn.Module):
         x = self.conv2(x)  # 3x3, blur-pooled where the stage halves its resolution
         x = self.se(x)
         x = self.conv3(x)  # 1x1, widens; no activation before the sum
-        return self.act(self.drop_path(x) + shortcut)
+        x = self.drop_path(x)
+        y = x + shortcut
+        if not torch.jit.is_scripting() and not self.keep_output:
+            rebuild.record(y, _rectified_sum, x, shortcut, edits=1)  # the ReLU works in place
+        return self.act(y)
+
+
+def _rectified_sum(x: Tensor, shortcut: Tensor) -> Tensor:
+    return (x + shortcut).relu_()
 
 
 def make_shortcut(
@@ -174,7 +191,7 @@ def make_shortcut(
     """
     layers: list[nn.Module] = []
     if stride > 1:
-        layers.append(nn.AvgPool2d(kernel_size=2, stride=stride, ceil_mode=True, count_include_pad=False))
+        layers.append(ShortcutPool2d())
     elif dilation[0] != dilation[1]:
         layers.append(StrideOneAvgPool2d(dilation[0]))
     if layers or in_channels != out_channels:

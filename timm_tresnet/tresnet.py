@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from timm_tresnet.blocks import BasicBlock, Bottleneck
 from timm_tresnet.checkpoint import checkpoint_filter_fn
 from timm_tresnet.layers import BlurPool2d, ConvNormAct, SpaceToDepth
+from timm_tresnet.rebuild import SETTINGS, pausing, recording
 
 __all__ = ["TResNet"]  # timm adds each entrypoint
 
@@ -36,20 +37,41 @@ _BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottl
 _STEMS = ("space_to_depth", "conv7x7")
 
 
-class Stage(nn.Sequential):
+class Recorded(nn.Sequential):
+    """Modules in order; `timm_tresnet.rebuild` decides what they keep for backward in training."""
+
+    def __init__(self, *modules: Any) -> None:
+        super().__init__(*modules)
+        self.rebuild = "activations"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            for module in self:
+                x = module(x)
+            return x
+        return self._forward_eager(x)
+
+    @torch.jit.unused
+    def _forward_eager(self, x: Tensor) -> Tensor:
+        traced = torch.compiler.is_compiling() or not isinstance(x, Tensor)
+        with nullcontext() if traced or not self.training else recording(self.rebuild):
+            for module in self:
+                x = self._run(module, x)
+        return x
+
+    def _run(self, module: nn.Module, x: Tensor) -> Tensor:
+        return module(x)
+
+
+class Stage(Recorded):
     """Residual blocks in order; with grad_checkpointing on, each keeps its input only and runs again in backward."""
 
-    def __init__(self, *blocks: nn.Module) -> None:
+    def __init__(self, *blocks: Any) -> None:
         super().__init__(*blocks)
         self.grad_checkpointing = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = _checkpoint_block(block, x)
-            else:
-                x = block(x)
-        return x
+    def _run(self, module: nn.Module, x: Tensor) -> Tensor:
+        return _checkpoint_block(module, x) if self.grad_checkpointing else module(x)
 
 
 class TResNet(nn.Module):
@@ -79,6 +101,7 @@ class TResNet(nn.Module):
         global_pool: pooling before the classifier, as `timm.layers.SelectAdaptivePool2d` takes it; "" for none.
         drop_rate: dropout before the classifier.
         drop_path_rate: probability of dropping a block, rising linearly from 0 to this over the blocks.
+        rebuild: what backward rebuilds instead of keeping it in training, see `set_rebuild`.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
@@ -109,6 +132,7 @@ class TResNet(nn.Module):
         global_pool: str = "fast",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        rebuild: str = "activations",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -172,11 +196,14 @@ class TResNet(nn.Module):
                     )
                 )
                 in_channels = planes * 2**index * blocks[index].expansion
+            for position in _kept_outputs(layers[index]):
+                stage[position].keep_output = True
             reduction *= strides[index]
             name = f"layer{index + 1}"
             body[name] = stage
             self.feature_info.append({"num_chs": in_channels, "reduction": reduction, "module": f"body.{name}"})
-        self.body = nn.Sequential(body)
+        self.body = Recorded(body)
+        self.set_rebuild(rebuild)
         if stem == "space_to_depth":
             body["s2d"].min_size = _smallest_side(self.body)
 
@@ -226,6 +253,24 @@ class TResNet(nn.Module):
         for module in self.body.modules():
             if isinstance(module, Stage):
                 module.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def set_rebuild(self, setting: str) -> None:
+        """Choose what backward rebuilds in training; loss and running statistics are the same with every setting.
+
+        Args:
+            setting: "none" keeps what autograd keeps; "activations" (the default) keeps the convolutions' outputs and
+                rebuilds what is pointwise or pooling work from them; "expansions" also repeats the last 1x1 convolution
+                of each bottleneck. See `timm_tresnet.rebuild`.
+
+        Raises:
+            ValueError: if setting is none of these.
+        """
+        _choose("rebuild", setting, dict.fromkeys(SETTINGS))
+        self.rebuild = setting
+        for module in self.modules():
+            if isinstance(module, Recorded):
+                module.rebuild = setting
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -310,6 +355,7 @@ class TResNet(nn.Module):
         end = self._feature_positions[max(taken)] + 1
         pruned = end < len(self.body)
         self.body = self.body[:end]
+        self.set_rebuild(self.rebuild)
         if pruned:
             self.num_features = self.feature_info[max(taken)]["num_chs"]
         if prune_head or pruned:
@@ -362,6 +408,22 @@ def _resolve_activation(act_layer: LayerType, negative_slope: float) -> LayerTyp
     return resolved
 
 
+def _kept_outputs(blocks: int) -> list[int]:
+    """Positions of the blocks in a stage whose output is kept for backward.
+
+    Rebuilding an output needs the one before it, so between two kept ones a chain of tensors is alive for a moment. It
+    is short at the end of the stage, where backward begins with everything else still in memory, and grows towards the
+    front: 2, 3, 4, ... A stage of up to 4 blocks is one chain.
+    """
+    kept = []
+    position, chain = blocks - 3, 3
+    while blocks > 4 and position > 0:
+        kept.append(position)
+        position -= chain + 1
+        chain += 1
+    return kept
+
+
 def _smallest_side(body: nn.Module) -> int:
     """Smallest H and W, in pixels, whose feature maps every blur of a space-to-depth network can reflect."""
     blurs = [module for module in body.modules() if isinstance(module, BlurPool2d)]
@@ -398,6 +460,8 @@ def _checkpoint_block(block: nn.Module, x: Tensor) -> Tensor:
     kwargs: dict[str, Any] = {"use_reentrant": False}
     if not torch.compiler.is_compiling():  # the compiler updates running statistics once by itself
         kwargs["context_fn"] = lambda: (nullcontext(), _keep_running_statistics(block))
+        with pausing():
+            return torch.utils.checkpoint.checkpoint(block, x, **kwargs)
     return torch.utils.checkpoint.checkpoint(block, x, **kwargs)
 
 

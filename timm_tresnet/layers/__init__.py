@@ -1,8 +1,17 @@
 """The layers of TResNet, usable on their own."""
 
-from timm_tresnet.layers.anti_alias import BlurPool2d, StrideOneAvgPool2d
+from timm_tresnet.layers.activated_batch_norm import ActivatedBatchNorm2d
+from timm_tresnet.layers.anti_alias import BlurPool2d, ShortcutPool2d, StrideOneAvgPool2d
 from timm_tresnet.layers.conv_norm_act import ConvNormAct
 from timm_tresnet.layers.space_to_depth import SpaceToDepth
 from timm_tresnet.layers.squeeze_excite import SqueezeExcite
 
-__all__ = ["BlurPool2d", "ConvNormAct", "SpaceToDepth", "SqueezeExcite", "StrideOneAvgPool2d"]
+__all__ = [
+    "ActivatedBatchNorm2d",
+    "BlurPool2d",
+    "ConvNormAct",
+    "ShortcutPool2d",
+    "SpaceToDepth",
+    "SqueezeExcite",
+    "StrideOneAvgPool2d",
+]

@@ -4,6 +4,9 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from timm_tresnet import rebuild
 
 
 @torch.fx.wrap
@@ -15,8 +18,43 @@ def blur_pool(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
                 f"BlurPool2d reflects its input at the border and needs H and W of at least {dilation + 1}, "
                 f"got {x.shape[2]}x{x.shape[3]}; give the network larger images"
             )
+    if not torch.jit.is_scripting() and rebuild.current() is not None:
+        return _BlurPool.apply(x, kernel, stride, dilation)
     x = F.pad(x, [dilation, dilation, dilation, dilation], mode="reflect")
     return F.conv2d(x, kernel, stride=stride, dilation=dilation, groups=kernel.shape[0])
+
+
+class _BlurPool(torch.autograd.Function):
+    """blur_pool, which is linear in x: backward needs x's shape only, where autograd would keep the padded x."""
+
+    @staticmethod
+    def forward(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
+        x = F.pad(x, [dilation, dilation, dilation, dilation], mode="reflect")
+        return F.conv2d(x, kernel, stride=stride, dilation=dilation, groups=kernel.shape[0])
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, int, int], output: Tensor) -> None:
+        x, kernel, ctx.stride, ctx.dilation = inputs
+        ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
+        ctx.save_for_backward(kernel)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
+        (kernel,) = ctx.saved_tensors
+        batch, channels, height, width = ctx.input_shape
+        padding = [ctx.dilation] * 4
+        grad_padded = torch.nn.grad.conv2d_input(
+            (batch, channels, height + 2 * ctx.dilation, width + 2 * ctx.dilation),
+            kernel.to(grad_y.dtype),
+            grad_y,
+            stride=ctx.stride,
+            dilation=ctx.dilation,
+            groups=channels,
+        )
+        shape_only = grad_y.new_empty(()).expand(ctx.input_shape)
+        grad_x = torch.ops.aten.reflection_pad2d_backward(grad_padded, shape_only, padding)
+        return grad_x.to(ctx.input_dtype), None, None, None
 
 
 class BlurPool2d(nn.Module):
@@ -72,6 +110,28 @@ class BlurPool2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, stride={self.stride}, dilation={self.dilation}"
+
+
+class ShortcutPool2d(nn.AvgPool2d):
+    """Average pool 2x2 at stride 2 that counts only pixels inside the image, for the shortcut of a strided stage.
+
+    Shape:
+        - input: (N, C, H, W)
+        - output: (N, C, ceil(H / 2), ceil(W / 2))
+    """
+
+    def __init__(self) -> None:
+        super().__init__(kernel_size=2, stride=2, ceil_mode=True, count_include_pad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _shortcut_pool(x)
+        if not torch.jit.is_scripting():
+            rebuild.record(y, _shortcut_pool, x)
+        return y
+
+
+def _shortcut_pool(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
 
 
 class StrideOneAvgPool2d(nn.Module):

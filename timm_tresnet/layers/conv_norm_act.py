@@ -1,15 +1,20 @@
 """The unit that TResNet is built from: convolution, batch norm, activation, and where it downsamples, a blur."""
 
+import functools
+
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerType, get_norm_act_layer
 from torch import Tensor, nn
+
+from timm_tresnet import rebuild
+from timm_tresnet.layers.activated_batch_norm import ActivatedBatchNorm2d
 
 
 class ConvNormAct(nn.Module):
     """Convolution without bias, normalisation, activation, then an optional anti-aliasing layer.
 
-    The batch norm and its activation are one module, timm's `BatchNormAct2d` ("In-Place Activated BatchNorm",
-    arXiv:1712.02616, has them as one too), so that everything timm does to batch norms finds it.
+    The norm and its activation are one module, as in "In-Place Activated BatchNorm" (arXiv:1712.02616).
 
     Args:
         in_channels: number of input channels.
@@ -18,8 +23,10 @@ class ConvNormAct(nn.Module):
         stride: stride of the convolution.
         dilation: step between the kernel's taps, in pixels.
         act_layer: activation after the norm, as `timm.layers.get_norm_act_layer` takes it; None for no activation.
-        norm_layer: normalisation, as `timm.layers.get_norm_act_layer` takes it.
+        norm_layer: normalisation; ActivatedBatchNorm2d for "batchnorm2d", anything else as
+            `timm.layers.get_norm_act_layer` takes it.
         aa: anti-aliasing layer that does the downsampling, after the activation.
+        expands: whether the setting "expansions" of `timm_tresnet.rebuild` is about this convolution.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
@@ -38,6 +45,7 @@ class ConvNormAct(nn.Module):
         act_layer: LayerType | None = None,
         norm_layer: LayerType = "batchnorm2d",
         aa: nn.Module | None = None,
+        expands: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -53,10 +61,27 @@ class ConvNormAct(nn.Module):
             bias=False,
             **factory_kwargs,
         )
-        norm_act = get_norm_act_layer(norm_layer, act_layer)
+        if norm_layer == "batchnorm2d":
+            norm_act = functools.partial(ActivatedBatchNorm2d, act_layer=act_layer)
+        else:
+            norm_act = get_norm_act_layer(norm_layer, act_layer)
         given = {name: value for name, value in factory_kwargs.items() if value is not None}
         self.bn = norm_act(out_channels, apply_act=act_layer is not None, **given)  # unknown to some norms of old timm
         self.aa = nn.Identity() if aa is None else aa
+        self.expands = expands
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.aa(self.bn(self.conv(x)))
+        y = self.conv(x)
+        if self.expands and not torch.jit.is_scripting():
+            self._record_expansion(x, y)
+        return self.aa(self.bn(y))
+
+    @torch.jit.unused
+    def _record_expansion(self, x: Tensor, y: Tensor) -> None:
+        tape = rebuild.current()
+        if tape is not None and tape.setting == "expansions":
+            rebuild.record(y, _pointwise_convolution, x, self.conv.weight)
+
+
+def _pointwise_convolution(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(x, weight.to(x.dtype))  # autocast converted the weight too
