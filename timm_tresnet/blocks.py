@@ -79,8 +79,9 @@ class BasicBlock(nn.Module):
         x = self.se(x)
         x = self.drop_path(x)
         y = x + shortcut
-        if not torch.jit.is_scripting() and not self.keep_output:
-            rebuild.record(y, _rectified_sum, x, shortcut, edits=1)  # the ReLU works in place
+        if not torch.jit.is_scripting():
+            if not self.keep_output:
+                rebuild.record(y, _rectified_sum, x, shortcut, edits=1)  # the ReLU works in place
         return self.act(y)
 
 
@@ -160,8 +161,9 @@ class Bottleneck(nn.Module):
         x = self.conv3(x)  # 1x1, widens; no activation before the sum
         x = self.drop_path(x)
         y = x + shortcut
-        if not torch.jit.is_scripting() and not self.keep_output:
-            rebuild.record(y, _rectified_sum, x, shortcut, edits=1)  # the ReLU works in place
+        if not torch.jit.is_scripting():
+            if not self.keep_output:
+                rebuild.record(y, _rectified_sum, x, shortcut, edits=1)  # the ReLU works in place
         return self.act(y)
 
 

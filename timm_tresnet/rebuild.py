@@ -3,8 +3,8 @@
 Autograd keeps every tensor that a backward formula needs. In a block of TResNet most of them are cheap to compute from
 a convolution's output: batch norm is an affine map once its statistics are known; the activation, the product with the
 squeeze-and-excitation gate and the sum with the shortcut are pointwise. So the convolutions' outputs stay and backward
-rebuilds the rest. In-Place ABN, which the paper uses (arXiv:1712.02616), keeps as many tensors, but keeps activations and
-inverts them: weights must be positive, activations invertible, and digits are lost. Here the arithmetic is the forward's.
+rebuilds the rest. In-Place ABN, which the paper uses (arXiv:1712.02616), keeps as many tensors, but activations, and
+inverts them: weights must be positive, activations invertible, digits are lost. Here the arithmetic is the forward's.
 
 A bottleneck, from top to bottom, with what is kept in [ ] and what is rebuilt in ( )::
 
@@ -48,7 +48,7 @@ class _Kept:
     __slots__ = ("tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.tensor = tensor.detach()  # with its graph it could be part of a cycle through autograd, never to be freed
         self.version = tensor._version
 
     def take(self) -> Tensor:
@@ -91,8 +91,8 @@ class _Tape:
         self.recipes: dict[StorageWeakRef, tuple[tuple[Any, ...], _Recipe]] = {}
 
     def add(self, tensor: Tensor, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], edits: int) -> None:
-        recipe = _Recipe(function, [self.pack(source.detach()) for source in inputs])
-        # A weak reference keeps the address of a freed storage from being reused, so no later tensor is mistaken for it.
+        recipe = _Recipe(function, [self.pack(source) for source in inputs])
+        # A weak reference keeps a freed storage's address from being reused: no later tensor is mistaken for it.
         self.recipes[StorageWeakRef(tensor.untyped_storage())] = _fingerprint(tensor, edits), recipe
 
     def pack(self, tensor: Tensor) -> _Kept | _Recipe:

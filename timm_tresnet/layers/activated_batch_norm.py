@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from timm.models import register_notrace_module
 from torch import Tensor, nn
@@ -32,26 +33,29 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
         if hasattr(self.act, "inplace") and not isinstance(self.act, nn.LeakyReLU | nn.ReLU):
             self.act.inplace = False  # the others copy their input for backward if they overwrite it
 
-    _forward_plain = BatchNormAct2d.forward
-
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and rebuild.current() is not None:
-            return self._forward_recorded(x)
-        return self._forward_plain(x)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats:
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+                if self.momentum is None:  # cumulative average
+                    momentum = 1.0 / float(self.num_batches_tracked)
+        use_batch = self.training or (self.running_mean is None and self.running_var is None)
+        known = not self.training or self.track_running_stats
+        running_mean = self.running_mean if known else None
+        running_var = self.running_var if known else None
+        if not torch.jit.is_scripting():
+            if rebuild.current() is not None:
+                return self._forward_recorded(x, running_mean, running_var, use_batch, momentum)
+        x = F.batch_norm(x, running_mean, running_var, self.weight, self.bias, use_batch, momentum, self.eps)
+        return self.act(self.drop(x))
 
     @torch.jit.unused
-    def _forward_recorded(self, x: Tensor) -> Tensor:
-        """Does what `timm.layers.BatchNormAct2d` does, and records how."""
-        use_batch = self.training or self.running_mean is None
+    def _forward_recorded(
+        self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, use_batch: bool, momentum: float
+    ) -> Tensor:
         if use_batch and x.numel() == x.shape[1]:
             raise ValueError(f"Batch norm needs more than one value per channel when training, got {tuple(x.shape)}")
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
-        update = not self.training or self.track_running_stats
-        running_mean, running_var = (self.running_mean, self.running_var) if update else (None, None)
         # What torch.batch_norm calls, for the statistics that torch.batch_norm does not return.
         y, mean, rstd, *_ = torch._batch_norm_impl_index(
             x,
@@ -67,9 +71,13 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
         with torch.no_grad():
             if not use_batch:
                 mean, rstd = running_mean, 1 / (running_var + self.eps).sqrt()
-            scale = rstd if self.weight is None else rstd * self.weight
-            shift = torch.zeros_like(mean) if self.bias is None else self.bias
-            shift = torch.addcmul(shift, mean, scale, value=-1)  # one rounding, as in the kernel on the CPU
+            # Single precision or better, and one rounding in the product-sum, as in batch norm's kernel on the CPU.
+            mean, rstd, weight, bias = (
+                None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+                for tensor in (mean, rstd, self.weight, self.bias)
+            )
+            scale = rstd.clone() if weight is None else rstd * weight
+            shift = torch.addcmul(torch.zeros_like(mean) if bias is None else bias, mean, scale, value=-1)
         if isinstance(self.act, nn.LeakyReLU | nn.ReLU) and self.act.inplace and isinstance(self.drop, nn.Identity):
             # These keep their output for backward, so its recipe has to be there before they run.
             rebuild.record(y, self._rebuild_activated, x, scale, shift, edits=1)

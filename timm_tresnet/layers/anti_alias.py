@@ -18,8 +18,9 @@ def blur_pool(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
                 f"BlurPool2d reflects its input at the border and needs H and W of at least {dilation + 1}, "
                 f"got {x.shape[2]}x{x.shape[3]}; give the network larger images"
             )
-    if not torch.jit.is_scripting() and rebuild.current() is not None:
-        return _BlurPool.apply(x, kernel, stride, dilation)
+    if not torch.jit.is_scripting():
+        if rebuild.current() is not None:
+            return _BlurPool.apply(x, kernel, stride, dilation)
     x = F.pad(x, [dilation, dilation, dilation, dilation], mode="reflect")
     return F.conv2d(x, kernel, stride=stride, dilation=dilation, groups=kernel.shape[0])
 
@@ -28,15 +29,12 @@ class _BlurPool(torch.autograd.Function):
     """blur_pool, which is linear in x: backward needs x's shape only, where autograd would keep the padded x."""
 
     @staticmethod
-    def forward(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
-        x = F.pad(x, [dilation, dilation, dilation, dilation], mode="reflect")
-        return F.conv2d(x, kernel, stride=stride, dilation=dilation, groups=kernel.shape[0])
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, int, int], output: Tensor) -> None:
-        x, kernel, ctx.stride, ctx.dilation = inputs
-        ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
+    def forward(ctx: FunctionCtx, x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
+        padded = F.pad(x, [dilation, dilation, dilation, dilation], mode="reflect")
+        ctx.stride, ctx.dilation = stride, dilation
+        ctx.input_shape, ctx.input_dtype, ctx.padded_dtype = x.shape, x.dtype, padded.dtype  # autocast pads in single
         ctx.save_for_backward(kernel)
+        return F.conv2d(padded, kernel, stride=stride, dilation=dilation, groups=kernel.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -44,15 +42,26 @@ class _BlurPool(torch.autograd.Function):
         (kernel,) = ctx.saved_tensors
         batch, channels, height, width = ctx.input_shape
         padding = [ctx.dilation] * 4
-        grad_padded = torch.nn.grad.conv2d_input(
-            (batch, channels, height + 2 * ctx.dilation, width + 2 * ctx.dilation),
-            kernel.to(grad_y.dtype),
+        # What autograd calls, with an input that has the right shape and layout but no values: those do not matter, but
+        # torch.nn.grad.conv2d_input's expanded one gets a slower kernel, which sums in half precision where grad_y is.
+        padded = grad_y.new_empty((batch, channels, height + 2 * ctx.dilation, width + 2 * ctx.dilation))
+        if grad_y.is_contiguous(memory_format=torch.channels_last):
+            padded = padded.contiguous(memory_format=torch.channels_last)
+        grad_padded, _, _ = torch.ops.aten.convolution_backward(
             grad_y,
-            stride=ctx.stride,
-            dilation=ctx.dilation,
-            groups=channels,
+            padded,
+            kernel.to(grad_y.dtype),
+            None,
+            [ctx.stride] * 2,
+            [0, 0],
+            [ctx.dilation] * 2,
+            False,
+            [0, 0],
+            channels,
+            [True, False, False],
         )
-        shape_only = grad_y.new_empty(()).expand(ctx.input_shape)
+        grad_padded = grad_padded.to(ctx.padded_dtype)
+        shape_only = grad_padded.new_empty(()).expand(ctx.input_shape)
         grad_x = torch.ops.aten.reflection_pad2d_backward(grad_padded, shape_only, padding)
         return grad_x.to(ctx.input_dtype), None, None, None
 

@@ -72,14 +72,14 @@ class ConvNormAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
-        if self.expands and not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():
             self._record_expansion(x, y)
         return self.aa(self.bn(y))
 
     @torch.jit.unused
     def _record_expansion(self, x: Tensor, y: Tensor) -> None:
         tape = rebuild.current()
-        if tape is not None and tape.setting == "expansions":
+        if self.expands and tape is not None and tape.setting == "expansions":
             rebuild.record(y, _pointwise_convolution, x, self.conv.weight)
 
 

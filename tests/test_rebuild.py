@@ -1,0 +1,565 @@
+import contextlib
+import copy
+import gc
+import pickle
+import threading
+import warnings
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from timm_tresnet import TResNet, rebuild
+from timm_tresnet.layers import ActivatedBatchNorm2d, BlurPool2d
+from timm_tresnet.layers.anti_alias import _BlurPool
+
+SMALL = {"layers": (2, 2, 6, 1), "num_classes": 10, "width_factor": 0.25}
+REBUILDING = ["activations", "expansions"]
+each_setting = pytest.mark.parametrize("setting", REBUILDING)
+
+
+def make_model(setting="none", seed=0, **kwargs):
+    """Small network whose batch norm weights are positive, negative and zero."""
+    torch.manual_seed(seed)
+    model = TResNet(**{**SMALL, **kwargs}, rebuild=setting)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            nn.init.normal_(module.weight, std=0.5)
+            module.weight.data[::8] = 0
+            nn.init.normal_(module.bias, std=0.2)
+    return model
+
+
+def images(batch=2, size=64, **kwargs):
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1), **kwargs)
+
+
+def collect(model, loss):
+    """Loss, gradients and running statistics, by name, after backward."""
+    result = {"loss": loss.detach().clone()}
+    for name, parameter in model.named_parameters():
+        result[f"grad of {name}"] = None if parameter.grad is None else parameter.grad.clone()
+    return {**result, **{name: buffer.clone() for name, buffer in model.named_buffers()}}
+
+
+def train_step(model, x):
+    loss = model(x).square().mean()
+    loss.backward()
+    return collect(model, loss)
+
+
+def assert_same(actual, expected):
+    """Equal loss and statistics; gradients as close as rounding in their own precision."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        if value is None:
+            assert actual[name] is None, name
+        elif name.startswith("grad"):
+            tolerance = {torch.float64: 1e-10, torch.float32: 1e-5}.get(value.dtype, 1e-2)
+            assert (actual[name] - value).norm() <= tolerance * value.norm() + 1e-30, name
+        else:
+            assert torch.equal(actual[name], value), name
+
+
+def compare(run, setting, **kwargs):
+    """Assert that run, from a model to what `collect` returns, gives the same with and without rebuilding."""
+    results = []
+    for each in (setting, "none"):
+        torch.manual_seed(2)
+        results.append(run(make_model(each, **kwargs)))
+    assert_same(*results)
+
+
+def saved_bytes(model, x):
+    """Bytes kept for backward: unique storages reachable from the graph, without the model's own."""
+    nodes, seen, storages = [model(x).sum().grad_fn], set(), {}
+
+    def visit(saved):
+        for source in getattr(saved, "inputs", ()):
+            visit(source)
+        tensor = getattr(saved, "tensor", saved)
+        if isinstance(tensor, torch.Tensor):
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        for name in dir(node):
+            if name.startswith("_saved_") or name == "saved_tensors":
+                raw = getattr(node, "_raw" + name, None)
+                if raw is None:
+                    continue
+                for each in raw if isinstance(raw, tuple | list) else [raw]:
+                    if not hasattr(each, "register_hooks"):
+                        continue
+                    try:
+                        visit(each.data)
+                    except RuntimeError:  # saved outside of a tape
+                        visit(getattr(node, name))
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    return sum(size for storage, size in storages.items() if storage not in own)
+
+
+# ---- how much is kept
+
+
+@pytest.mark.parametrize(
+    ("variant", "bounds"),
+    [
+        ("tresnet_m", {"activations": 0.49, "expansions": 0.34}),
+        ("tresnet_l", {"activations": 0.49, "expansions": 0.34}),
+        ("tresnet_xl", {"activations": 0.50, "expansions": 0.34}),
+        ("tresnet_v2_l", {"activations": 0.52, "expansions": 0.34}),
+    ],
+)
+def test_variant_keeps_a_fraction_of_what_the_builtin_network_keeps(variant, bounds):
+    import timm.models.tresnet
+
+    x = torch.empty(1, 3, 224, 224, device="meta")
+    with torch.device("meta"):
+        model = timm.create_model(variant)
+        builtin = getattr(timm.models.tresnet, variant)()
+    whole = saved_bytes(builtin, x)
+    for setting, bound in bounds.items():
+        model.set_rebuild(setting)
+        assert saved_bytes(model, x) <= bound * whole
+    model.set_rebuild("none")
+    assert saved_bytes(model, x) == whole
+
+
+def test_paper_network_keeps_less_than_half_in_megabytes():
+    with torch.device("meta"):
+        model = timm.create_model("tresnet_m")
+    x = torch.empty(2, 3, 224, 224, device="meta")
+    assert saved_bytes(model, x) / 2e6 <= 34.5
+    model.set_rebuild("expansions")
+    assert saved_bytes(model, x) / 2e6 <= 26
+
+
+def test_layer_keeps_its_input_and_two_numbers_a_channel():
+    layer = ActivatedBatchNorm2d(4, act_layer=nn.LeakyReLU)
+    x = torch.randn(2, 4, 8, 8, requires_grad=True)
+    kept = []
+    with rebuild.recording("activations"):
+        y = layer(x)
+        tape = rebuild.current()
+        recipe = tape.pack(y)
+    for source in recipe.inputs:
+        kept.append(tuple(source.tensor.shape))
+    assert kept == [(2, 4, 8, 8), (4,), (4,)]
+    assert recipe.inputs[0].tensor.data_ptr() == x.data_ptr()
+    torch.testing.assert_close(recipe.take(), y.detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 4, 5, 11, 18, 24])
+def test_chains_between_kept_outputs_grow_away_from_the_end(blocks):
+    from timm_tresnet.tresnet import _kept_outputs
+
+    kept = _kept_outputs(blocks)
+    ends = [blocks, *kept]
+    chains = [later - earlier - 1 for later, earlier in zip(ends, kept, strict=False)]
+    assert chains == list(range(2, 2 + len(kept)))
+
+
+# ---- the same numbers
+
+
+@each_setting
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"v2": True},
+        {"stem": "conv7x7"},
+        {"aa_layer": False, "use_se": True},
+        {"output_stride": 8},
+        {"drop_path_rate": 0.3},
+        {"norm_layer": "groupnorm1"},
+    ],
+    ids=["m", "v2", "conv7x7", "strided", "dilated", "drop_path", "other_norm"],
+)
+def test_rebuilding_changes_no_number(setting, dtype, kwargs):
+    compare(lambda model: train_step(model, images(dtype=dtype)), setting, dtype=dtype, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "act_layer",
+    [
+        "leaky_relu",
+        "relu",
+        "silu",
+        "gelu",
+        "mish",
+        "elu",
+        "hard_swish",
+        "hard_sigmoid",
+        "prelu",
+        "relu6",
+        "tanh",
+        "selu",
+    ],
+)
+def test_any_activation_can_be_rebuilt(act_layer):
+    compare(lambda model: train_step(model, images()), "activations", act_layer=act_layer)
+
+
+@each_setting
+def test_grad_checkpointing_composes_with_rebuilding(setting):
+    def run(model):
+        if model.rebuild == setting:
+            model.set_grad_checkpointing()
+        return train_step(model, images())
+
+    compare(run, setting)
+
+
+def test_channels_last_and_half_precision_change_no_loss():
+    for make in (
+        lambda model: model.to(memory_format=torch.channels_last),
+        lambda model: model.bfloat16(),
+    ):
+        compare(
+            lambda model, make=make: train_step(make(model), images().to(next(model.parameters()).dtype)), "activations"
+        )
+
+
+@each_setting
+def test_autocast_changes_no_loss(setting):
+    def run(model):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(images()).float().square().mean()
+        loss.backward()
+        return collect(model, loss)
+
+    results = [run(make_model(each)) for each in (setting, "none")]
+    assert_same(*results)
+
+
+def test_gradients_of_the_blur_are_those_of_its_output():
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64, requires_grad=True)
+    for stride, dilation in ((2, 1), (1, 1), (1, 2)):
+        kernel = BlurPool2d(3, dtype=torch.float64).kernel
+        assert torch.autograd.gradcheck(lambda x, k=kernel, s=stride, d=dilation: _BlurPool.apply(x, k, s, d), x)
+
+
+# ---- cases that are easily forgotten
+
+
+@each_setting
+def test_hooks_that_replace_or_edit_outputs_are_respected(setting):
+    def run(model):
+        model.body.layer1[0].conv1.bn.register_forward_hook(lambda module, inputs, output: output * 1.5)
+        model.body.layer2[0].register_forward_hook(lambda module, inputs, output: output + 0.1)
+        model.body.layer3[1].conv1.register_forward_hook(lambda module, inputs, output: output.clone().mul_(0.5))
+        model.body.layer3[2].conv2.conv.register_forward_hook(lambda module, inputs, output: output.add_(0.2))
+        model.body.layer3[3].se.register_forward_hook(lambda module, inputs, output: output.flip(1))
+        return train_step(model, images())
+
+    compare(run, setting)
+
+
+@each_setting
+def test_modules_of_users_between_ours_are_respected(setting):
+    def run(model):
+        layer = model.body.layer3[1]
+        layer.conv1 = nn.Sequential(layer.conv1, nn.Softplus(), nn.Dropout(0.2))
+        model.body.layer2.append(nn.Conv2d(32, 32, 3, padding=1, device="cpu"))
+        nn.init.ones_(model.body.layer2[-1].weight)
+        nn.init.zeros_(model.body.layer2[-1].bias)
+        return train_step(model, images())
+
+    compare(run, setting)
+
+
+@each_setting
+def test_edit_of_a_needed_activation_is_an_error(setting):
+    model = make_model(setting)
+    kept = []
+    model.body.layer3[1].conv1.conv.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    loss = model(images()).sum()
+    kept[0].data.add_(0)  # unseen by autograd
+    with torch.no_grad():
+        kept[0].add_(1)
+    with pytest.raises(RuntimeError, match="modified in.?place"):
+        loss.backward()
+
+
+@each_setting
+def test_two_forwards_before_one_backward(setting):
+    def run(model):
+        loss = model(images()).square().mean() + model(images().flip(0, 3)).square().mean()
+        loss.backward()
+        return collect(model, loss)
+
+    compare(run, setting)
+
+
+@each_setting
+def test_two_networks_trained_in_turns(setting):
+    def run(model):
+        other = make_model(setting, seed=9)
+        x = images()
+        first, second = model(x), other(x)
+        loss = (first * second.detach()).mean() + (
+            model(second.detach()[:, :3, None, None].expand(-1, -1, 32, 32))
+        ).mean()
+        second.sum().backward()
+        loss.backward()
+        return collect(model, loss)
+
+    compare(run, setting)
+
+
+@each_setting
+def test_backward_twice_through_a_retained_graph(setting):
+    def run(model):
+        loss = model(images()).square().mean()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        return collect(model, loss)
+
+    compare(run, setting)
+
+
+@each_setting
+def test_loss_on_intermediate_features(setting):
+    def run(model):
+        final, features = model.forward_intermediates(images())
+        loss = sum(feature.square().mean() for feature in features) + final.mean()
+        loss.backward()
+        return collect(model, loss)
+
+    compare(run, setting)
+
+
+@each_setting
+def test_gradients_of_some_parameters_only(setting):
+    def run(model):
+        output = model(images())
+        wanted = [model.body.layer2[0].conv1.bn.weight, model.body.conv1.conv.weight]
+        grads = torch.autograd.grad(output.sum(), wanted)
+        return {"loss": output.detach(), "grad of some": torch.cat([grad.flatten() for grad in grads])}
+
+    compare(run, setting)
+
+
+@each_setting
+def test_accumulated_gradients(setting):
+    def run(model):
+        train_step(model, images())
+        return train_step(model, images().flip(2))
+
+    compare(run, setting)
+
+
+@each_setting
+@pytest.mark.parametrize("freeze", ["eval", "weights", "timm", "stem"])
+def test_frozen_parts(setting, freeze):
+    from timm.layers import freeze_batch_norm_2d
+
+    def run(model):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and freeze == "eval":
+                module.eval()
+            if isinstance(module, nn.BatchNorm2d) and freeze == "weights":
+                module.requires_grad_(False)
+        if freeze == "timm":
+            model.body.layer1 = freeze_batch_norm_2d(model.body.layer1)
+        if freeze == "stem":
+            model.body[:3].requires_grad_(False)
+        return train_step(model, images())
+
+    compare(run, setting)
+
+
+@each_setting
+@pytest.mark.parametrize("settings", [{"momentum": None}, {"track_running_stats": False}, {"affine": False}], ids=str)
+def test_other_settings_of_batch_norm(setting, settings):
+    def run(model):
+        block = model.body.layer3[1]
+        old = block.conv1.bn
+        block.conv1.bn = ActivatedBatchNorm2d(old.num_features, act_layer=nn.LeakyReLU, **settings)
+        return train_step(model, images())
+
+    compare(run, setting)
+
+
+@each_setting
+def test_functional_call_and_copies_in_the_middle_of_training(setting):
+    def run(model):
+        output = model(images())
+        twin, thawed = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        output.sum().backward()
+        parameters = {name: parameter.detach().clone().requires_grad_() for name, parameter in twin.named_parameters()}
+        loss = torch.func.functional_call(twin, parameters, images()).square().mean()
+        loss.backward()
+        grads = {f"grad of {name} by call": parameter.grad for name, parameter in parameters.items()}
+        return {**train_step(thawed, images()), **grads}
+
+    compare(run, setting)
+
+
+@each_setting
+def test_no_grad_and_inference_mode_record_nothing(setting):
+    model, plain = make_model(setting), make_model("none")
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            torch.testing.assert_close(model(images()), plain(images()), rtol=0, atol=0)
+    assert rebuild.current() is None
+
+
+@each_setting
+def test_threads_do_not_share_tapes(setting):
+    models = [make_model(setting, seed=seed) for seed in range(4)]
+    expected = [train_step(copy.deepcopy(model), images()) for model in models]
+    actual = [None] * 4
+
+    def work(index):
+        actual[index] = train_step(models[index], images())
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, want in zip(actual, expected, strict=True):
+        assert_same(got, want)
+
+
+def test_empty_batch_and_single_value_fail_or_pass_as_without_rebuilding():
+    for x in (images(0), images(1, 32)):
+        outcomes = []
+        for setting in ("activations", "none"):
+            try:
+                outcomes.append(make_model(setting)(x).shape)
+            except (ValueError, RuntimeError) as error:
+                outcomes.append(type(error))
+        assert outcomes[0] == outcomes[1]
+
+
+def test_recycled_memory_is_never_mistaken_for_a_recorded_tensor():
+    tape_hits = []
+    with rebuild.recording("activations"):
+        tape = rebuild.current()
+        for _ in range(50):
+            recorded = torch.randn(1000)
+            pointer = recorded.data_ptr()
+            rebuild.record(recorded, torch.neg, torch.zeros(1000))
+            del recorded
+            recycled = torch.zeros(1000)  # allocators hand out the freed block again
+            tape_hits.append(recycled.data_ptr() == pointer)
+            assert not hasattr(tape.pack(recycled), "function")
+    assert any(tape_hits)
+
+
+def test_edited_view_or_retyped_tensor_is_kept_as_it_is():
+    with rebuild.recording("activations"):
+        pack = rebuild.current().pack
+        tensor = torch.randn(4, 6)
+        rebuild.record(tensor, torch.neg, -tensor.clone())
+        assert hasattr(pack(tensor), "function")
+        assert hasattr(pack(tensor.detach()), "function")
+        for other in (tensor[1:], tensor.T, tensor.view(24), tensor.view(torch.int32)):
+            assert not hasattr(pack(other), "function")
+        tensor.add_(1)
+        assert not hasattr(pack(tensor), "function")
+
+
+# ---- nothing leaks
+
+
+def live_bytes():
+    gc.collect()
+    tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
+    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def count_recipes():
+    return sum(type(thing) in (rebuild._Recipe, rebuild._Tape) for thing in gc.get_objects())
+
+
+@each_setting
+def test_memory_returns_after_a_step_a_lost_forward_and_an_exception(setting):
+    model = make_model(setting)
+    x = images()
+    train_step(model, x)
+    level = live_bytes()
+    recipes = count_recipes()
+    train_step(model, x)
+    assert live_bytes() == level
+    model(x)  # no backward
+    assert live_bytes() == level
+    handle = model.body.layer3[2].register_forward_hook(lambda *_: 1 / 0)
+    with contextlib.suppress(ZeroDivisionError):  # pytest.raises would keep the frames and what is in them
+        model(x)
+        pytest.fail("the hook did not run")
+    handle.remove()
+    assert rebuild.current() is None
+    assert live_bytes() == level
+    assert count_recipes() == recipes == 0
+    assert train_step(model, x)["loss"].isfinite()
+
+
+# ---- derivatives of derivatives
+
+
+def test_double_backward_is_right_without_blur_and_a_clear_error_with_it():
+    def run(model):
+        x = images().requires_grad_()
+        (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        loss = grad.square().sum()
+        loss.backward()
+        return collect(model, loss)
+
+    compare(run, "activations", aa_layer=False)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        run(make_model("activations"))
+
+
+def test_forward_mode_is_right_without_blur_and_a_clear_error_with_it():
+    from torch.autograd import forward_ad
+
+    def run(model):
+        with forward_ad.dual_level(), warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="`torch.jit", category=FutureWarning
+            )  # PyTorch's own, in its rules
+            output = model(forward_ad.make_dual(images(), torch.ones(2, 3, 64, 64)))
+            return forward_ad.unpack_dual(output).tangent
+
+    torch.testing.assert_close(
+        run(make_model("activations", aa_layer=False)), run(make_model("none", aa_layer=False)), rtol=0, atol=0
+    )
+    with pytest.raises(RuntimeError, match="(?i)forward.mode|jvp"):
+        run(make_model("activations"))
+
+
+# ---- compilers and split batch norm
+
+
+@each_setting
+def test_compiled_training_is_one_graph_without_hooks(setting):
+    model = make_model(setting)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    result = train_step(compiled, images())
+    assert len(graphs) == 1
+    assert "hooks" not in graphs[0].code
+    assert torch.equal(result["loss"], train_step(make_model("none"), images())["loss"])
+
+
+@each_setting
+def test_split_batch_norm_gives_the_same_numbers(setting):
+    from timm.layers import convert_splitbn_model
+
+    compare(lambda model: train_step(convert_splitbn_model(model, 2), images(4)), setting)
