@@ -251,6 +251,31 @@ def test_gradients_of_the_blur_are_those_of_its_output():
 
 
 @each_setting
+def test_hooks_around_the_network_win(setting):
+    from torch.utils.checkpoint import checkpoint
+
+    model = make_model(setting)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: seen.append(tensor.shape) or tensor, lambda tensor: tensor
+    ):
+        model(images())
+    assert (2, 16, 16, 16) in seen
+
+    def run(model):
+        logits = checkpoint(
+            model.forward_head, checkpoint(model.body, images(), use_reentrant=False), use_reentrant=False
+        )
+        logits.square().mean().backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    torch.testing.assert_close(run(model), run(make_model("none")), rtol=0, atol=0)
+    whole, checkpointed = nn.Sequential(model), nn.Sequential(make_model("none"))
+    checkpointed.forward = lambda x: checkpoint(checkpointed[0], x, use_reentrant=False)
+    assert saved_bytes(checkpointed, images()) < saved_bytes(whole, images()) / 2
+
+
+@each_setting
 def test_hooks_that_replace_or_edit_outputs_are_respected(setting):
     def run(model):
         model.body.layer1[0].conv1.bn.register_forward_hook(lambda module, inputs, output: output * 1.5)

@@ -122,10 +122,12 @@ def _unpack(packed: _Kept | _Recipe) -> Tensor:
 def recording(setting: str) -> Iterator[None]:
     """Open a tape for the forward pass inside; what is open already stays as it is.
 
+    Hooks of others around it win: `torch.utils.checkpoint` and `torch.autograd.graph.save_on_cpu` work by them.
+
     Args:
         setting: one of SETTINGS; with "none", nothing is recorded.
     """
-    if current() is not None or setting == "none" or not torch.is_grad_enabled():
+    if setting == "none" or not torch.is_grad_enabled() or current() is not None or _others_hook():
         yield
         return
     tape = _state.tape = _Tape(setting)
@@ -135,6 +137,10 @@ def recording(setting: str) -> Iterator[None]:
     finally:
         _state.tape = None
         tape.recipes.clear()  # autograd holds the hooks, hence the tape, until the last tensor is released
+
+
+def _others_hook() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 @contextmanager
