@@ -60,6 +60,7 @@ def test_classify_uses_the_preprocessing_of_the_weights(capsys):
         probabilities = model(transform(Image.open(SAMPLES / "cat.jpg"))[None]).softmax(-1)[0]
     for entry in result["predictions"]:
         assert entry["probability"] == pytest.approx(probabilities[entry["index"]].item(), abs=1e-6)
+    assert result["predictions"][0]["label"] == "cat"
 
 
 def test_classify_turns_images_as_their_camera_was_held(tmp_path, capsys):
