@@ -104,7 +104,7 @@ def measure_kept(network: nn.Module, batch: tuple[Tensor, Tensor], amp: bool = F
         amp: whether to run under bfloat16 autocast.
     """
     network.train()
-    with LiveBytes(ignored=[*network.parameters(), *network.buffers()]) as live:
+    with LiveBytes(ignored=[*network.parameters(), *network.buffers(), *batch]) as live:
         loss = compute_loss(network, batch, amp)
         kept = live.total
     del loss

@@ -140,6 +140,7 @@ def recording(setting: str) -> Iterator[None]:
 
 
 def _others_hook() -> bool:
+    # PyTorch has no public way to ask; torch.compile asks like this.
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
