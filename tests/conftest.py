@@ -13,7 +13,7 @@ def _seed():
 
 @pytest.fixture
 def run_python(tmp_path):
-    """Run code in a fresh interpreter and return what it printed; variables set to None are removed."""
+    """Run a fresh interpreter and return the finished process; a failing one fails the test unless check is False."""
 
     def run(*arguments, check=True, **environment):
         env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}

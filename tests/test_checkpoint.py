@@ -1,5 +1,6 @@
 import pytest
 import reference
+import timm
 import torch
 
 from timm_tresnet import TResNet
@@ -97,3 +98,16 @@ def test_adapted_stem_answers_to_equal_channels_as_before(kernel_size, in_chans)
 def test_half_precision_stem_is_adapted_in_single_precision():
     weight = torch.randn(4, 48, 3, 3).half()
     torch.testing.assert_close(adapt_stem(weight, 16), adapt_stem(weight.float(), 16), rtol=0, atol=0)
+
+
+def test_official_file_loads_through_timm(tmp_path):
+    tensors = reference.official_state_dict(LAYERS)
+    torch.save(
+        {"state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}}, tmp_path / "tresnet_m.pth"
+    )
+    overlay = {"file": str(tmp_path / "tresnet_m.pth"), "hf_hub_id": None, "num_classes": 10}
+    model = timm.create_model("tresnet_m", pretrained=True, pretrained_cfg_overlay=overlay, layers=LAYERS).eval()
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        actual, expected = model(x), reference.official_forward(tensors, x)
+    assert (actual - expected).norm() / expected.norm() <= 1e-5

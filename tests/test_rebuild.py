@@ -89,17 +89,13 @@ def saved_bytes(model, x):
         seen.add(node)
         nodes += [following for following, _ in node.next_functions]
         for name in dir(node):
-            if name.startswith("_saved_") or name == "saved_tensors":
-                raw = getattr(node, "_raw" + name, None)
-                if raw is None:
-                    continue
+            if name.startswith("_raw_saved_"):
+                raw = getattr(node, name)
                 for each in raw if isinstance(raw, tuple | list) else [raw]:
-                    if not hasattr(each, "register_hooks"):
-                        continue
                     try:
                         visit(each.data)
                     except RuntimeError:  # saved outside of a tape
-                        visit(getattr(node, name))
+                        visit(getattr(node, name.removeprefix("_raw")))
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     return sum(size for storage, size in storages.items() if storage not in own)
 

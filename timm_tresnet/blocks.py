@@ -50,8 +50,7 @@ class BasicBlock(nn.Module):
         factory_kwargs = {"device": device, "dtype": dtype}
         out_channels = planes * self.expansion
         self.downsample = make_shortcut(in_channels, out_channels, stride, dilation, norm_layer, **factory_kwargs)
-        downsamples = stride > 1 or dilation[0] != dilation[1]
-        aa = BlurPool2d(planes, stride, dilation[0], **factory_kwargs) if anti_alias and downsamples else None
+        aa = make_blur(planes, stride, dilation, **factory_kwargs) if anti_alias else None
         self.conv1 = ConvNormAct(
             in_channels,
             planes,
@@ -77,12 +76,7 @@ class BasicBlock(nn.Module):
         x = self.conv1(x)  # 3x3, blur-pooled where the stage halves its resolution
         x = self.conv2(x)  # 3x3, no activation before the sum
         x = self.se(x)
-        x = self.drop_path(x)
-        y = x + shortcut
-        if not torch.jit.is_scripting():
-            if not self.keep_output:
-                rebuild.record(y, _rectified_sum, x, shortcut, edits=1)  # the ReLU works in place
-        return self.act(y)
+        return self.act(add_shortcut(self.drop_path(x), shortcut, self.keep_output))
 
 
 class Bottleneck(nn.Module):
@@ -127,8 +121,7 @@ class Bottleneck(nn.Module):
         factory_kwargs = {"device": device, "dtype": dtype}
         out_channels = planes * self.expansion
         self.downsample = make_shortcut(in_channels, out_channels, stride, dilation, norm_layer, **factory_kwargs)
-        downsamples = stride > 1 or dilation[0] != dilation[1]
-        aa = BlurPool2d(planes, stride, dilation[0], **factory_kwargs) if anti_alias and downsamples else None
+        aa = make_blur(planes, stride, dilation, **factory_kwargs) if anti_alias else None
         self.conv1 = ConvNormAct(
             in_channels, planes, kernel_size=1, act_layer=act_layer, norm_layer=norm_layer, **factory_kwargs
         )
@@ -159,16 +152,41 @@ class Bottleneck(nn.Module):
         x = self.conv2(x)  # 3x3, blur-pooled where the stage halves its resolution
         x = self.se(x)
         x = self.conv3(x)  # 1x1, widens; no activation before the sum
-        x = self.drop_path(x)
-        y = x + shortcut
-        if not torch.jit.is_scripting():
-            if not self.keep_output:
-                rebuild.record(y, _rectified_sum, x, shortcut, edits=1)  # the ReLU works in place
-        return self.act(y)
+        return self.act(add_shortcut(self.drop_path(x), shortcut, self.keep_output))
+
+
+def add_shortcut(x: Tensor, shortcut: Tensor, keep_output: bool) -> Tensor:
+    """Sum that the block's in-place ReLU turns into its output; unless keep_output, backward rebuilds that output."""
+    y = x + shortcut
+    if not torch.jit.is_scripting():
+        if not keep_output:
+            rebuild.record(y, _rectified_sum, x, shortcut, edits=1)  # the ReLU is the edit
+    return y
 
 
 def _rectified_sum(x: Tensor, shortcut: Tensor) -> Tensor:
     return (x + shortcut).relu_()
+
+
+def make_blur(
+    channels: int,
+    stride: int,
+    dilation: tuple[int, int],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> BlurPool2d | None:
+    """Blur of a block, None where the block does not downsample.
+
+    Args:
+        channels: number of channels.
+        stride: stride of the block, 1 or 2.
+        dilation: dilations before and after the point where the block downsamples.
+        device: device of the kernel.
+        dtype: dtype of the kernel.
+    """
+    if stride == 1 and dilation[0] == dilation[1]:
+        return None
+    return BlurPool2d(channels, stride, dilation[0], device=device, dtype=dtype)
 
 
 def make_shortcut(

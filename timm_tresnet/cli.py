@@ -77,12 +77,8 @@ def _classify(arguments: argparse.Namespace) -> int:
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # unknown, unreachable or damaged
         return _fail(f"cannot load the model {arguments.model}: {error}")
 
-    results = []
     with _progress(len(paths)) as advance:
-        for start in range(0, len(paths), _BATCH_SIZE):
-            batch = paths[start : start + _BATCH_SIZE]
-            results += classify_images(model, batch, arguments.top_k)
-            advance(len(batch))
+        results = classify_images(model, paths, arguments.top_k, advance)
     if arguments.json:
         print(json.dumps(results, indent=2))
     else:
@@ -111,24 +107,39 @@ def _find_images(paths: Sequence[Path]) -> Iterator[Path]:
             yield path
 
 
-def classify_images(model: Any, paths: Sequence[Path], top_k: int) -> list[dict[str, Any]]:
+def classify_images(
+    model: Any, paths: Sequence[Path], top_k: int, advance: Callable[[int], None] = lambda count: None
+) -> list[dict[str, Any]]:
     """Classify image files with the preprocessing that the model's weights were made for.
 
     Args:
         model: a model from `timm.create_model`, in eval mode.
         paths: image files.
         top_k: how many classes to report for each.
+        advance: is told after each batch how many images that were.
 
     Returns:
         For each path, in order, a dict with "image" and either "predictions", a list of dicts with "label", "index" and
         "probability", most probable first, or, where the file cannot be read, "error".
     """
     import timm.data
-    import torch
-    from PIL import Image, ImageOps
 
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
     describe = _label_lookup(model)
+    results = []
+    for start in range(0, len(paths), _BATCH_SIZE):
+        batch = paths[start : start + _BATCH_SIZE]
+        results += _classify_batch(model, batch, top_k, transform, describe)
+        advance(len(batch))
+    return results
+
+
+def _classify_batch(
+    model: Any, paths: Sequence[Path], top_k: int, transform: Callable[..., Any], describe: Callable[[int], str]
+) -> list[dict[str, Any]]:
+    import torch
+    from PIL import Image, ImageOps
+
     results: list[dict[str, Any]] = []
     inputs = []
     for path in paths:

@@ -44,9 +44,13 @@ class _BlurPool(torch.autograd.Function):
         padding = [ctx.dilation] * 4
         # What autograd calls, with an input that has the right shape and layout but no values: those do not matter, but
         # torch.nn.grad.conv2d_input's expanded one gets a slower kernel, which sums in half precision where grad_y is.
-        padded = grad_y.new_empty((batch, channels, height + 2 * ctx.dilation, width + 2 * ctx.dilation))
-        if grad_y.is_contiguous(memory_format=torch.channels_last):
-            padded = padded.contiguous(memory_format=torch.channels_last)
+        channels_last = grad_y.is_contiguous(memory_format=torch.channels_last)
+        padded = torch.empty(
+            (batch, channels, height + 2 * ctx.dilation, width + 2 * ctx.dilation),
+            dtype=grad_y.dtype,
+            device=grad_y.device,
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+        )
         grad_padded, _, _ = torch.ops.aten.convolution_backward(
             grad_y,
             padded,
