@@ -15,14 +15,16 @@ from timm_tresnet.layers import ActivatedBatchNorm2d, BlurPool2d
 from timm_tresnet.layers.anti_alias import _BlurPool
 
 SMALL = {"layers": (2, 2, 6, 1), "num_classes": 10, "width_factor": 0.25}
-REBUILDING = ["activations", "expansions"]
+REBUILDING = ["activations", "expansions", "checkpointing"]
 each_setting = pytest.mark.parametrize("setting", REBUILDING)
 
 
 def make_model(setting="none", seed=0, **kwargs):
     """Small network whose batch norm weights are positive, negative and zero."""
     torch.manual_seed(seed)
-    model = TResNet(**{**SMALL, **kwargs}, rebuild=setting)
+    model = TResNet(**{**SMALL, **kwargs}, rebuild="activations" if setting == "checkpointing" else setting)
+    if setting == "checkpointing":
+        model.set_grad_checkpointing()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and module.affine:
             nn.init.normal_(module.weight, std=0.5)
@@ -136,6 +138,24 @@ def test_paper_network_keeps_less_than_half_in_megabytes():
     assert saved_bytes(model, x) / 2e6 <= 26
 
 
+def test_checkpointing_keeps_the_outputs_of_blocks_and_little_else():
+    with torch.device("meta"):
+        model = timm.create_model("tresnet_m")
+    model.set_grad_checkpointing()
+    assert saved_bytes(model, torch.empty(2, 3, 224, 224, device="meta")) / 2e6 <= 16
+
+
+@each_setting
+def test_stochastic_depth_keeps_no_more(setting):
+    plain = saved_bytes(make_model(setting), images())
+    assert saved_bytes(make_model(setting, drop_path_rate=0.2), images()) <= 1.01 * plain
+
+
+def test_checkpointing_runs_blocks_with_other_norms_again():
+    model = make_model("checkpointing", norm_layer="groupnorm1")
+    assert saved_bytes(model, images()) < saved_bytes(make_model(norm_layer="groupnorm1"), images()) / 3
+
+
 def test_layer_keeps_its_input_and_two_numbers_a_channel():
     layer = ActivatedBatchNorm2d(4, act_layer=nn.LeakyReLU)
     x = torch.randn(2, 4, 8, 8, requires_grad=True)
@@ -204,7 +224,7 @@ def test_any_activation_can_be_rebuilt(act_layer):
     compare(lambda model: train_step(model, images()), "activations", act_layer=act_layer)
 
 
-@each_setting
+@pytest.mark.parametrize("setting", ["activations", "expansions"])
 def test_grad_checkpointing_composes_with_rebuilding(setting):
     def run(model):
         if model.rebuild == setting:
@@ -279,6 +299,10 @@ def test_hooks_that_replace_or_edit_outputs_are_respected(setting):
         model.body.layer3[1].conv1.register_forward_hook(lambda module, inputs, output: output.clone().mul_(0.5))
         model.body.layer3[2].conv2.conv.register_forward_hook(lambda module, inputs, output: output.add_(0.2))
         model.body.layer3[3].se.register_forward_hook(lambda module, inputs, output: output.flip(1))
+        model.body.layer3[4].conv3.conv.register_forward_hook(lambda module, inputs, output: output * 1.1)
+        model.body.layer3[4].conv2.conv.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 0.9,))
+        model.body.layer3[5].conv1.bn.act.register_forward_hook(lambda module, inputs, output: output - 0.1)
+        model.body.layer3[5].act.register_forward_hook(lambda module, inputs, output: output * 1.2)
         return train_step(model, images())
 
     compare(run, setting)
@@ -289,6 +313,8 @@ def test_modules_of_users_between_ours_are_respected(setting):
     def run(model):
         layer = model.body.layer3[1]
         layer.conv1 = nn.Sequential(layer.conv1, nn.Softplus(), nn.Dropout(0.2))
+        model.body.layer3[2].act = nn.LeakyReLU(0.1, inplace=True)
+        model.body.layer3[4].conv3.conv = nn.utils.parametrizations.weight_norm(model.body.layer3[4].conv3.conv)
         model.body.layer2.append(nn.Conv2d(32, 32, 3, padding=1, device="cpu"))
         nn.init.ones_(model.body.layer2[-1].weight)
         nn.init.zeros_(model.body.layer2[-1].bias)
@@ -563,7 +589,7 @@ def test_forward_mode_is_right_without_blur_and_a_clear_error_with_it():
 # ---- compilers and split batch norm
 
 
-@each_setting
+@pytest.mark.parametrize("setting", ["activations", "expansions"])
 def test_compiled_training_is_one_graph_without_hooks(setting):
     model = make_model(setting)
     graphs = []
@@ -577,6 +603,15 @@ def test_compiled_training_is_one_graph_without_hooks(setting):
     assert len(graphs) == 1
     assert "hooks" not in graphs[0].code
     assert torch.equal(result["loss"], train_step(make_model("none"), images())["loss"])
+
+
+def test_compiled_checkpointing_gives_the_same_numbers():
+    def run(model):
+        if model.rebuild != "none":
+            model.compile(backend="aot_eager", fullgraph=True)
+        return train_step(model, images())
+
+    compare(run, "checkpointing", layers=(1, 1, 2, 1))
 
 
 @each_setting

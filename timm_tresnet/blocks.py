@@ -1,14 +1,43 @@
 """The two residual blocks of TResNet ("Block-Type Selection", arXiv:2003.13630) and their shortcut."""
 
 import torch
-from timm.layers import DropPath, LayerType
+from timm.layers import LayerType
 from torch import Tensor, nn
 
 from timm_tresnet import rebuild
-from timm_tresnet.layers import BlurPool2d, ConvNormAct, ShortcutPool2d, SqueezeExcite, StrideOneAvgPool2d
+from timm_tresnet.layers import BlurPool2d, ConvNormAct, DropPath, ShortcutPool2d, SqueezeExcite, StrideOneAvgPool2d
 
 
-class BasicBlock(nn.Module):
+class _ResidualBlock(nn.Module):
+    """What both blocks end with."""
+
+    def __init__(self, drop_path_rate: float) -> None:
+        super().__init__()
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+        self.act = nn.ReLU(inplace=True)
+        self.keep_output = False  # see timm_tresnet.rebuild
+
+    def add_shortcut(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        x = self.drop_path(x)
+        y = x + shortcut
+        if not torch.jit.is_scripting():
+            self._record_sum(y, x, shortcut)
+        return self.act(y)
+
+    @torch.jit.unused
+    def _record_sum(self, y: Tensor, x: Tensor, shortcut: Tensor) -> None:
+        tape = rebuild.current()
+        if tape is None or self.keep_output or tape.repeats_convolutions:
+            return
+        if type(self.act) is nn.ReLU and self.act.inplace and rebuild.is_plain(self.act):
+            rebuild.record(y, _rectified_sum, x, shortcut, edits=1)  # the ReLU is the edit
+
+
+def _rectified_sum(x: Tensor, shortcut: Tensor) -> Tensor:
+    return (x + shortcut).relu_()
+
+
+class BasicBlock(_ResidualBlock):
     """Two 3x3 convolutions, for the first two stages: a large receptive field where resolution is high.
 
     Args:
@@ -46,7 +75,7 @@ class BasicBlock(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(drop_path_rate)
         factory_kwargs = {"device": device, "dtype": dtype}
         out_channels = planes * self.expansion
         self.downsample = make_shortcut(in_channels, out_channels, stride, dilation, norm_layer, **factory_kwargs)
@@ -65,21 +94,18 @@ class BasicBlock(nn.Module):
         self.conv2 = ConvNormAct(
             planes, out_channels, kernel_size=3, dilation=dilation[1], norm_layer=norm_layer, **factory_kwargs
         )
-        self.act = nn.ReLU(inplace=True)
         reduced_channels = max(planes * self.expansion // 4, 64)
         self.se = SqueezeExcite(out_channels, reduced_channels, **factory_kwargs) if use_se else nn.Identity()
-        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
-        self.keep_output = False  # see timm_tresnet.rebuild
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.downsample(x)
         x = self.conv1(x)  # 3x3, blur-pooled where the stage halves its resolution
         x = self.conv2(x)  # 3x3, no activation before the sum
         x = self.se(x)
-        return self.act(add_shortcut(self.drop_path(x), shortcut, self.keep_output))
+        return self.add_shortcut(x, shortcut)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(_ResidualBlock):
     """1x1, 3x3 and 1x1 convolutions, for the deep stages: depth at a quarter of the channels.
 
     Args:
@@ -117,7 +143,7 @@ class Bottleneck(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(drop_path_rate)
         factory_kwargs = {"device": device, "dtype": dtype}
         out_channels = planes * self.expansion
         self.downsample = make_shortcut(in_channels, out_channels, stride, dilation, norm_layer, **factory_kwargs)
@@ -142,9 +168,6 @@ class Bottleneck(nn.Module):
         self.conv3 = ConvNormAct(
             planes, out_channels, kernel_size=1, norm_layer=norm_layer, expands=True, **factory_kwargs
         )
-        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
-        self.act = nn.ReLU(inplace=True)
-        self.keep_output = False  # see timm_tresnet.rebuild
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.downsample(x)
@@ -152,20 +175,7 @@ class Bottleneck(nn.Module):
         x = self.conv2(x)  # 3x3, blur-pooled where the stage halves its resolution
         x = self.se(x)
         x = self.conv3(x)  # 1x1, widens; no activation before the sum
-        return self.act(add_shortcut(self.drop_path(x), shortcut, self.keep_output))
-
-
-def add_shortcut(x: Tensor, shortcut: Tensor, keep_output: bool) -> Tensor:
-    """Sum that the block's in-place ReLU turns into its output; unless keep_output, backward rebuilds that output."""
-    y = x + shortcut
-    if not torch.jit.is_scripting():
-        if not keep_output:
-            rebuild.record(y, _rectified_sum, x, shortcut, edits=1)  # the ReLU is the edit
-    return y
-
-
-def _rectified_sum(x: Tensor, shortcut: Tensor) -> Tensor:
-    return (x + shortcut).relu_()
+        return self.add_shortcut(x, shortcut)
 
 
 def make_blur(

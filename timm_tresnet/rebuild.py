@@ -26,6 +26,10 @@ autograd then wants to keep that tensor, a hook (`torch.autograd.graph.saved_ten
 Backward asks the recipe, which computes the tensor once, shares it among all who ask and drops it after the last one.
 A recipe stands for a tensor only if storage, shape, strides and version counter are those of the moment it was made, so
 whatever users splice in, replace or edit in place is kept as usual: it costs memory, not correctness.
+
+Grad checkpointing is the same with more recipes (`repeating_convolutions`): the block's output is kept, and each of its
+convolutions runs again. Unlike `torch.utils.checkpoint` it need not repeat what was small enough to keep: statistics,
+gates, random masks.
 """
 
 import threading
@@ -34,7 +38,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 SETTINGS = ("none", "activations", "expansions")
@@ -88,6 +92,7 @@ class _Tape:
 
     def __init__(self, setting: str) -> None:
         self.setting = setting
+        self.repeats_convolutions = False
         self.recipes: dict[StorageWeakRef, tuple[tuple[Any, ...], _Recipe]] = {}
 
     def add(self, tensor: Tensor, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], edits: int) -> None:
@@ -154,6 +159,17 @@ def pausing() -> Iterator[None]:
         _state.tape = tape
 
 
+@contextmanager
+def repeating_convolutions() -> Iterator[None]:
+    """Have the open tape record the convolutions too, and keep the sums of the blocks inside."""
+    tape = current()
+    tape.repeats_convolutions = True
+    try:
+        yield
+    finally:
+        tape.repeats_convolutions = False
+
+
 def current() -> _Tape | None:
     """The tape that is open in this thread; none while compiling, where the compiler decides what is kept."""
     if torch.compiler.is_compiling():
@@ -173,3 +189,14 @@ def record(tensor: Tensor, function: Callable[..., Tensor], *inputs: Tensor, edi
     tape = current()
     if tape is not None:
         tape.add(tensor, function, inputs, edits)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling module does what its forward does, with no hook that may return something else."""
+    hooks = nn.modules.module  # PyTorch has no public way to ask
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+    )

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from timm_tresnet.blocks import BasicBlock, Bottleneck
 from timm_tresnet.checkpoint import checkpoint_filter_fn
-from timm_tresnet.layers import BlurPool2d, ConvNormAct, SpaceToDepth
-from timm_tresnet.rebuild import SETTINGS, pausing, recording
+from timm_tresnet.layers import ActivatedBatchNorm2d, BlurPool2d, ConvNormAct, SpaceToDepth
+from timm_tresnet.rebuild import SETTINGS, current, pausing, recording, repeating_convolutions
 
 __all__ = ["TResNet"]  # timm adds each entrypoint
 
@@ -64,14 +64,19 @@ class Recorded(nn.Sequential):
 
 
 class Stage(Recorded):
-    """Residual blocks in order; with grad_checkpointing on, each keeps its input only and runs again in backward."""
+    """Residual blocks in order; with grad_checkpointing on, each keeps its output only and runs again in backward."""
 
     def __init__(self, *blocks: Any) -> None:
         super().__init__(*blocks)
         self.grad_checkpointing = False
 
     def _run(self, module: nn.Module, x: Tensor) -> Tensor:
-        return _checkpoint_block(module, x) if self.grad_checkpointing else module(x)
+        if not self.grad_checkpointing:
+            return module(x)
+        if current() is None or not _is_recorded(module):
+            return _checkpoint_block(module, x)
+        with repeating_convolutions():
+            return module(x)
 
 
 class TResNet(nn.Module):
@@ -454,6 +459,12 @@ def _take_indices(indices: int | list[int] | None, num_features: int) -> list[in
                 raise ValueError(f"TResNet has {num_features} features, cannot take index {index}")
             taken.append(index + num_features if index < 0 else index)
     return taken
+
+
+def _is_recorded(block: nn.Module) -> bool:
+    """Whether `timm_tresnet.rebuild` can make all that a block keeps from the block's input."""
+    units = [module for module in block.modules() if isinstance(module, ConvNormAct)]
+    return isinstance(block, BasicBlock | Bottleneck) and all(isinstance(u.bn, ActivatedBatchNorm2d) for u in units)
 
 
 def _checkpoint_block(block: nn.Module, x: Tensor) -> Tensor:

@@ -20,9 +20,22 @@ def blur_pool(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
             )
     if not torch.jit.is_scripting():
         if rebuild.current() is not None:
-            return _BlurPool.apply(x, kernel, stride, dilation)
+            return _blur_recorded(x, kernel, stride, dilation)
     x = F.pad(x, [dilation, dilation, dilation, dilation], mode="reflect")
     return F.conv2d(x, kernel, stride=stride, dilation=dilation, groups=kernel.shape[0])
+
+
+@torch.jit.unused
+def _blur_recorded(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
+    y = _BlurPool.apply(x, kernel, stride, dilation)
+    if rebuild.current().repeats_convolutions:
+
+        def blur(x: Tensor, kernel: Tensor) -> Tensor:  # as under autocast, which converts both
+            return _BlurPool.apply(x.to(y_dtype), kernel.to(y_dtype), stride, dilation)
+
+        y_dtype = y.dtype
+        rebuild.record(y, blur, x, kernel)
+    return y
 
 
 class _BlurPool(torch.autograd.Function):

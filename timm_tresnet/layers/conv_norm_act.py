@@ -73,15 +73,20 @@ class ConvNormAct(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
         if not torch.jit.is_scripting():
-            self._record_expansion(x, y)
+            self._record_convolution(x, y)
         return self.aa(self.bn(y))
 
     @torch.jit.unused
-    def _record_expansion(self, x: Tensor, y: Tensor) -> None:
-        tape = rebuild.current()
-        if self.expands and tape is not None and tape.setting == "expansions":
-            rebuild.record(y, _pointwise_convolution, x, self.conv.weight)
+    def _record_convolution(self, x: Tensor, y: Tensor) -> None:
+        tape, conv = rebuild.current(), self.conv
+        if tape is None or not (tape.repeats_convolutions or (self.expands and tape.setting == "expansions")):
+            return
+        weight = conv._parameters.get("weight")  # not there if something computes it
+        if type(conv) is nn.Conv2d and rebuild.is_plain(conv) and weight is not None and conv.bias is None:
 
+            def convolve(x: Tensor, weight: Tensor) -> Tensor:  # as under autocast, which converts both
+                x, weight = x.to(y_dtype), weight.to(y_dtype)
+                return F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
 
-def _pointwise_convolution(x: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(x, weight.to(x.dtype))  # autocast converted the weight too
+            y_dtype = y.dtype
+            rebuild.record(y, convolve, x, weight)
