@@ -43,7 +43,22 @@ def test_conv_norm_act_keeps_the_resolution_at_stride_1(kernel_size, dilation):
 def test_conv_norm_act_is_found_by_what_timm_does_to_batch_norms():
     layer = ConvNormAct(3, 4, 1, act_layer=nn.ReLU)
     assert isinstance(layer.bn, timm.layers.BatchNormAct2d)
-    assert isinstance(timm.layers.convert_sync_batchnorm(layer).bn, timm.layers.SyncBatchNormAct)
+    assert isinstance(timm.layers.convert_splitbn_model(layer, 2).bn, timm.layers.SplitBatchNorm2d)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [timm.layers.convert_sync_batchnorm, nn.SyncBatchNorm.convert_sync_batchnorm],
+    ids=["timm", "torch"],
+)
+def test_conversion_to_synchronized_batch_norm_keeps_the_activation_and_the_parameters(convert):
+    layer = ConvNormAct(3, 4, 1, act_layer=nn.ReLU)
+    norm = layer.bn
+    assert convert(layer, "a group").bn is norm
+    assert norm.synchronized
+    assert norm.process_group == "a group"
+    assert "synchronized" in repr(norm)
+    assert layer(torch.randn(2, 3, 2, 2)).min() >= 0  # one process: as before
 
 
 def test_conv_norm_act_takes_another_norm():

@@ -3,12 +3,14 @@
 from typing import Any
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from timm_tresnet import rebuild
+from timm_tresnet.layers.synchronized_norm import SynchronizedNorm, make_affine, reduce_statistics, scale_and_shift
 
 
 @register_notrace_module
@@ -30,8 +32,22 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
 
     def __init__(self, num_features: int, **kwargs: Any) -> None:
         super().__init__(num_features, **kwargs)
+        self.synchronized = False
+        self.process_group: Any = None
         if hasattr(self.act, "inplace") and not isinstance(self.act, nn.LeakyReLU | nn.ReLU):
             self.act.inplace = False  # the others copy their input for backward if they overwrite it
+
+    @torch.jit.ignore
+    def synchronize(self, process_group: Any = None) -> None:
+        """Compute batch statistics over all processes from now on, as `torch.nn.SyncBatchNorm` does.
+
+        Unlike that, this works on every device, and its output is rebuilt in backward too.
+
+        Args:
+            process_group: the processes; None for all.
+        """
+        self.synchronized = True
+        self.process_group = process_group
 
     def forward(self, x: Tensor) -> Tensor:
         momentum = 0.0 if self.momentum is None else self.momentum
@@ -45,15 +61,25 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
         running_mean = self.running_mean if known else None
         running_var = self.running_var if known else None
         if not torch.jit.is_scripting():
-            if rebuild.current() is not None:
-                return self._forward_recorded(x, running_mean, running_var, use_batch, momentum)
+            synchronized = self.training and self._is_distributed()
+            if synchronized or rebuild.current() is not None:
+                normalize = self._normalize_synchronized if synchronized else self._normalize
+                return self._activate_recorded(x, *normalize(x, running_mean, running_var, use_batch, momentum))
         x = F.batch_norm(x, running_mean, running_var, self.weight, self.bias, use_batch, momentum, self.eps)
         return self.act(self.drop(x))
 
     @torch.jit.unused
-    def _forward_recorded(
+    def _is_distributed(self) -> bool:
+        distributed = torch.distributed
+        if not self.synchronized or not distributed.is_available() or not distributed.is_initialized():
+            return False
+        return distributed.get_world_size(self.process_group) > 1
+
+    @torch.jit.unused
+    def _normalize(
         self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, use_batch: bool, momentum: float
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output of batch norm, and the scale and shift that make it from x."""
         if use_batch and x.numel() == x.shape[1]:
             raise ValueError(f"Batch norm needs more than one value per channel when training, got {tuple(x.shape)}")
         # What torch.batch_norm calls, for the statistics that torch.batch_norm does not return.
@@ -71,28 +97,35 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
         with torch.no_grad():
             if not use_batch:
                 mean, rstd = running_mean, 1 / (running_var + self.eps).sqrt()
-            # Single precision or better, and one rounding in the product-sum, as in batch norm's kernel on the CPU.
-            mean, rstd, weight, bias = (
-                None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-                for tensor in (mean, rstd, self.weight, self.bias)
-            )
-            scale = rstd.clone() if weight is None else rstd * weight
-            shift = torch.addcmul(torch.zeros_like(mean) if bias is None else bias, mean, scale, value=-1)
-        if isinstance(self.act, nn.LeakyReLU | nn.ReLU) and self.act.inplace and isinstance(self.drop, nn.Identity):
+            return y, *make_affine(mean, rstd, self.weight, self.bias)
+
+    @torch.jit.unused
+    def _normalize_synchronized(
+        self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, use_batch: bool, momentum: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, var, count = reduce_statistics(x, self.process_group)
+        if running_mean is not None and running_var is not None:
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * count / (count - 1).clamp(min=1)).to(running_var.dtype), momentum)
+        y = SynchronizedNorm.apply(x, self.weight, self.bias, mean, var, count, self.eps, self.process_group)
+        with torch.no_grad():
+            return y, *make_affine(mean, (var + self.eps).rsqrt(), self.weight, self.bias)
+
+    @torch.jit.unused
+    def _activate_recorded(self, x: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        rebuildable = isinstance(self.drop, nn.Identity) and rebuild.is_plain(self.drop) and rebuild.is_plain(self.act)
+        if rebuildable and isinstance(self.act, nn.LeakyReLU | nn.ReLU) and self.act.inplace:
             # These keep their output for backward, so its recipe has to be there before they run.
             rebuild.record(y, self._rebuild_activated, x, scale, shift, edits=1)
             return self.act(y)
         rebuild.record(y, scale_and_shift, x, scale, shift)
         activated = self.act(self.drop(y))
-        if isinstance(self.drop, nn.Identity) and not isinstance(self.act, nn.RReLU | nn.PReLU):
+        if rebuildable and not isinstance(self.act, nn.RReLU | nn.PReLU):
             rebuild.record(activated, self.act, y)  # not if random or trained
         return activated
 
     def _rebuild_activated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         return self.act(scale_and_shift(x, scale, shift))
 
-
-def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Affine map of each channel, x * scale + shift, by batch norm's own kernel and so in its arithmetic."""
-    mean, var = torch.zeros_like(scale), torch.ones_like(scale)
-    return torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, 0.0)[0]
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", synchronized" if self.synchronized else "")

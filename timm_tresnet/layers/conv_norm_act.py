@@ -70,6 +70,15 @@ class ConvNormAct(nn.Module):
         self.aa = nn.Identity() if aa is None else aa
         self.expands = expands
 
+    @torch.jit.ignore
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Put in a child, as PyTorch's and timm's `convert_sync_batchnorm` do; ours then synchronises by itself."""
+        norm = self._modules.get(name)
+        if isinstance(norm, ActivatedBatchNorm2d) and isinstance(module, nn.SyncBatchNorm):
+            norm.synchronize(module.process_group)
+        else:
+            super().add_module(name, module)
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
         if not torch.jit.is_scripting():

@@ -1,0 +1,98 @@
+"""Batch norm over the batches of several processes, from which only the input need be kept for backward."""
+
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+
+@torch.no_grad()
+def reduce_statistics(x: Tensor, process_group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance of each channel over the batches of all processes, which may differ in size.
+
+    Args:
+        x: this process's batch, (N, C, H, W); N may be 0.
+        process_group: the processes; None for all.
+
+    Returns:
+        Mean (C,) and variance (C,), in single precision or better, and the number of values a channel, (1,).
+    """
+    channels, count = x.shape[1], x.numel() // x.shape[1]
+    var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), dim=(0, 2, 3), correction=0)
+    own = torch.cat([mean, var, mean.new_tensor([count])]).nan_to_num_()  # an empty batch has none
+    gathered = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(process_group))]
+    torch.distributed.all_gather(gathered, own, process_group)
+    means, variances, counts = torch.stack(gathered).split([channels, channels, 1], dim=1)
+    total = counts.sum(0)
+    mean = (counts * means).sum(0) / total
+    var = (counts * (variances + (means - mean).square())).sum(0) / total
+    return mean, var, total
+
+
+class SynchronizedNorm(torch.autograd.Function):
+    """gamma * x_hat + beta with x_hat = (x - mean) / sqrt(var + eps), mean and var over all processes.
+
+    Backward (arXiv:1502.03167, section 3) with sums over all processes, M values a channel:
+    grad_x = gamma * rstd * (grad_y - sum(grad_y) / M - x_hat * sum(grad_y * x_hat) / M). gamma is weight, beta bias.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        count: Tensor,
+        eps: float,
+        process_group: Any,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, var, count)
+        ctx.eps, ctx.process_group = eps, process_group
+        return scale_and_shift(x, *make_affine(mean, (var + eps).rsqrt(), weight, bias))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, var, count = ctx.saved_tensors
+        rstd = (var + ctx.eps).rsqrt()
+        gamma = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
+        # With statistics taken as constants, batch norm's own kernel gives this process's sums and the first term.
+        if x.numel():
+            grad_x, sum_grad_x_hat, sum_grad = torch.ops.aten.native_batch_norm_backward(
+                grad_y, x, gamma, mean, var, None, None, False, ctx.eps, [True, True, True]
+            )
+        else:  # which the kernel cannot take
+            grad_x, sum_grad_x_hat, sum_grad = grad_y, torch.zeros_like(mean), torch.zeros_like(mean)
+        sums = torch.stack([sum_grad_x_hat, sum_grad])
+        torch.distributed.all_reduce(sums, group=ctx.process_group)
+        slope, offset = -gamma * rstd / count * sums
+        slope = slope * rstd
+        grad_x = grad_x + scale_and_shift(x, slope, offset - slope * mean)
+        if weight is None:
+            return grad_x, None, None, None, None, None, None, None
+        grad_weight, grad_bias = sum_grad_x_hat.to(weight.dtype), sum_grad.to(weight.dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+
+
+def make_affine(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,) of each channel that do what batch norm does."""
+    # Single precision or better, and one rounding in the product-sum, as in batch norm's kernel on the CPU.
+    mean, rstd, weight, bias = (
+        None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        for tensor in (mean, rstd, weight, bias)
+    )
+    scale = rstd.clone() if weight is None else rstd * weight
+    shift = torch.addcmul(torch.zeros_like(mean) if bias is None else bias, mean, scale, value=-1)
+    return scale, shift
+
+
+def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Affine map of each channel, x * scale + shift, by batch norm's own kernel and so in its arithmetic."""
+    if not x.numel():  # which the kernel cannot take
+        return x.clone()
+    mean, var = torch.zeros_like(scale), torch.ones_like(scale)
+    return torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, 0.0)[0]
