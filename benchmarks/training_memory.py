@@ -1,19 +1,25 @@
 """What training keeps for backward, what a step peaks at and what it costs, against timm's built-in and ResNet-50.
 
-    python benchmarks/training_memory.py --json benchmarks/results/training_memory.json
+    python benchmarks/training_memory.py --json benchmarks/results/NAME.json
 
-- kept: bytes of the storages that a training forward allocates and that are alive while only the loss is held, and the
-  image itself; parameters and buffers are not counted.
-- peak: resident memory over one step above that before it (`VmHWM` and `VmRSS` of Linux), a process for each row.
-- time: a whole step, in rounds over all rows, each as a ratio to the built-in in the same round; median (min-max).
+- kept: bytes that a training forward has allocated and not freed again while only its loss is held. The allocator is
+  asked (PyTorch's memory profiler), so it does not matter who keeps them: autograd, a hook, checkpointing's closures or
+  compiled code. The forward gets its own copies of images and labels, which count if they are kept. Parameters and
+  buffers were there before; copies of them, as autocast and the compiler make, are kept and count.
+- peak: resident memory over one step above that before it (`VmHWM` and `VmRSS` of Linux), after a step for warming up.
+- time: a step, in rounds over all rows, as a ratio to the built-in in the same round: median (min-max).
 
-On CUDA (`--device cuda`), peak is `torch.cuda.max_memory_allocated`; that path has not been run on a GPU yet.
+Kept and peak are taken in a process for each row, at `--batch-size`; times in one process, at `--time-batch-size`.
+
+On CUDA (`--device cuda`), kept and peak are what `torch.cuda` has allocated, and the largest batch that fits is looked
+for. That path has not been run on a GPU yet. float16 runs without loss scaling, on which memory does not depend.
 """
 
 import argparse
 import datetime
 import functools
 import gc
+import importlib.metadata
 import json
 import os
 import platform
@@ -22,145 +28,198 @@ import statistics
 import subprocess
 import sys
 import time
-import weakref
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import timm
 import timm.models.tresnet
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-BUILTIN = "timm's built-in"
-MODELS = ("tresnet_m", "tresnet_l", "tresnet_xl", "tresnet_v2_l")
+from timm_tresnet.tresnet import _ARCHITECTURES  # the built-in takes the same layers, width_factor and v2
+
+MODELS = ("tresnet_m", "tresnet_l", "tresnet_xl", "tresnet_v2_l", "test_tresnet")
+BUILTIN = "built-in"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def make_builtin(model: str) -> nn.Module:
+    """The built-in TResNet with the layers and widths of ours."""
+    return timm.models.tresnet.TResNet(num_classes=1000, **_ARCHITECTURES[model])
+
+
+def make_ours(rebuild: str, model: str) -> nn.Module:
+    """This package's TResNet with a setting of `rebuild`."""
+    return timm.create_model(model, num_classes=1000, rebuild=rebuild)
 
 
 def make_checkpointed(model: str) -> nn.Module:
-    """Ours, with every block recomputed in backward."""
-    network = timm.create_model(model)
+    """This package's TResNet with every block recomputed in backward."""
+    network = make_ours("activations", model)
     network.set_grad_checkpointing()
     return network
 
 
-ROWS: dict[str, Callable[[str], nn.Module]] = {  # row -> function that makes the network, from the model's name
+def make_compiled(budget: float, model: str) -> nn.Module:
+    """The built-in TResNet, compiled with an activation memory budget; 1.0 is PyTorch's default."""
+
+    # A backend for each network, because networks of one class share what is compiled, whatever the budget is by then.
+    def backend(graph: Any, inputs: Any) -> Any:
+        from torch._inductor.compile_fx import compile_fx
+
+        with torch._functorch.config.patch(activation_memory_budget=budget):
+            return compile_fx(graph, inputs)
+
+    return torch.compile(make_builtin(model), backend=backend, dynamic=False)
+
+
+ROWS: dict[str, Callable[[str], nn.Module]] = {  # row -> what makes the network, from the model's name
     "resnet50": lambda model: timm.create_model("resnet50"),
-    BUILTIN: lambda model: getattr(timm.models.tresnet, model)(),
-    "none": functools.partial(timm.create_model, rebuild="none"),
-    "activations": functools.partial(timm.create_model, rebuild="activations"),
-    "expansions": functools.partial(timm.create_model, rebuild="expansions"),
+    BUILTIN: make_builtin,
+    "none": functools.partial(make_ours, "none"),
+    "activations": functools.partial(make_ours, "activations"),
+    "expansions": functools.partial(make_ours, "expansions"),
     "checkpointing": make_checkpointed,
+}
+COMPILED_ROWS: dict[str, Callable[[str], nn.Module]] = {
+    "compiled": functools.partial(make_compiled, 1.0),
+    "compiled-0.8": functools.partial(make_compiled, 0.8),
+    "compiled-0.5": functools.partial(make_compiled, 0.5),
+    "compiled-0.3": functools.partial(make_compiled, 0.3),
 }
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operations inside have allocated and that are still alive."""
-
-    def __init__(self, ignored: Sequence[Tensor] = ()) -> None:
-        super().__init__()
-        self._sizes: dict[int, int] = {}
-        self._ignored = {tensor.untyped_storage()._cdata for tensor in ignored}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._sizes and storage._cdata not in self._ignored:
-                    self._sizes[storage._cdata] = storage.nbytes()
-                    weakref.finalize(storage, self._sizes.pop, storage._cdata, None)
-        return result
-
-    @property
-    def total(self) -> int:
-        """Bytes alive now."""
-        gc.collect()
-        return sum(self._sizes.values())
+def make_network(row: str, settings: argparse.Namespace) -> nn.Module:
+    """The network of a row, in training mode, on the device and in the memory format of the settings."""
+    memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
+    network = {**ROWS, **COMPILED_ROWS}[row](settings.model)
+    return network.to(settings.device, memory_format=memory_format).train()
 
 
-def make_batch(batch_size: int, image_size: int, device: str) -> tuple[Tensor, Tensor]:
+def make_batch(size: int, settings: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """Seeded images (N, 3, H, W) and labels (N,)."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch_size, 3, image_size, image_size, generator=generator)
-    return images.to(device), torch.randint(0, 1000, (batch_size,), generator=generator).to(device)
+    images = torch.randn(size, 3, settings.image_size, settings.image_size, generator=generator)
+    labels = torch.randint(0, 1000, (size,), generator=generator)
+    memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
+    return images.to(settings.device, memory_format=memory_format), labels.to(settings.device)
 
 
-def compute_loss(network: nn.Module, batch: tuple[Tensor, Tensor], amp: bool) -> Tensor:
-    """Loss of a training forward, with bfloat16 autocast if asked for."""
-    with torch.autocast(batch[0].device.type, dtype=torch.bfloat16, enabled=amp):
-        return F.cross_entropy(network(batch[0]).float(), batch[1])
+def compute_loss(network: nn.Module, images: Tensor, labels: Tensor, amp: str | None = None) -> Tensor:
+    """Loss of a forward, under autocast to the dtype `amp` names, if any."""
+    with torch.autocast(images.device.type, dtype=DTYPES.get(amp, torch.bfloat16), enabled=amp is not None):
+        return F.cross_entropy(network(images).float(), labels)
 
 
-def measure_kept(network: nn.Module, batch: tuple[Tensor, Tensor], amp: bool = False) -> int:
-    """Bytes that a training forward keeps for backward, the images among them.
+def measure_kept(network: nn.Module, images: Tensor, labels: Tensor, amp: str | None = None) -> int:
+    """Bytes that a training forward keeps while its loss is held, the loss itself among them.
 
     Args:
-        network: takes images (N, 3, H, W); is put into training mode.
-        batch: images and labels.
-        amp: whether to run under bfloat16 autocast.
+        network: takes images, returns logits (N, classes); in training mode, and warmed up if it is compiled.
+        images: (N, 3, H, W); the forward gets a copy.
+        labels: (N,); the forward gets a copy.
+        amp: dtype of autocast, a key of DTYPES; None for no autocast.
     """
-    network.train()
-    with LiveBytes(ignored=[*network.parameters(), *network.buffers(), *batch]) as live:
-        loss = compute_loss(network, batch, amp)
-        kept = live.total
-    del loss
-    return kept + batch[0].untyped_storage().nbytes()
-
-
-def measure_peak(network: nn.Module, batch: tuple[Tensor, Tensor], amp: bool) -> int | None:
-    """Bytes that one training step needs on top of what the process has; None where they cannot be read."""
-    network.train()
-    compute_loss(network, tuple(part[:2] for part in batch), amp).backward()  # gradients and kernels are there after it
     gc.collect()
-    if batch[0].is_cuda:
+    if images.is_cuda:
+        before = torch.cuda.memory_allocated()
+        loss = compute_loss(network, images.clone(), labels.clone(), amp)
+        gc.collect()
+        kept = torch.cuda.memory_allocated() - before
+        del loss
+        return kept
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss = compute_loss(network, images.clone(), labels.clone(), amp)
+        gc.collect()
+    del loss  # not before the profile ends: what backward needs must not be freed in it
+    return sum(event.self_cpu_memory_usage for event in profile.events())
+
+
+def measure_peak(network: nn.Module, images: Tensor, labels: Tensor, amp: str | None = None) -> int | None:
+    """Bytes that a training step takes at most on top of what the process has; None where they cannot be read."""
+    gc.collect()
+    if images.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        compute_loss(network, batch, amp).backward()
+        compute_loss(network, images, labels, amp).backward()
         return torch.cuda.max_memory_allocated() - before
-    if not Path("/proc/self/clear_refs").exists():
+    if not _CLEAR_REFS.exists():
         return None
     before = _read_status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    compute_loss(network, batch, amp).backward()
+    _CLEAR_REFS.write_text("5")  # sets VmHWM to VmRSS
+    compute_loss(network, images, labels, amp).backward()
     return _read_status("VmHWM") - before
 
 
 def _read_status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[field].split()[0]) * 1024  # in kB
 
 
-def measure_times(networks: dict[str, nn.Module], batch: tuple[Tensor, Tensor], rounds: int, amp: bool) -> Any:
-    """Seconds of a step, for each network and round; the networks take turns."""
-    seconds: dict[str, list[float]] = {row: [] for row in networks}
-    for turn in range(rounds + 1):
+def find_largest_batch(network: nn.Module, settings: argparse.Namespace) -> int:
+    """The largest batch, up to settings.max_batch, whose training step fits on the GPU; by bisection."""
+    fits, fails = 0, settings.max_batch + 1
+    while fails - fits > 1:
+        size = (fits + fails) // 2
+        network.zero_grad()
+        gc.collect()
+        torch.cuda.empty_cache()
+        try:
+            compute_loss(network, *make_batch(size, settings), settings.amp).backward()
+            fits = size
+        except torch.cuda.OutOfMemoryError:
+            fails = size
+    return fits
+
+
+def measure_memory(row: str, settings: argparse.Namespace) -> dict[str, int | None]:
+    """Bytes kept and peak of a row, on CUDA its largest batch too; for a process of its own."""
+    network = make_network(row, settings)
+    images, labels = make_batch(settings.batch_size, settings)
+    # For gradients, kernels and compiled code to be there; of the same size, which compiled code is made for.
+    compute_loss(network, images, labels, settings.amp).backward()
+    memory = {"peak": measure_peak(network, images, labels, settings.amp)}
+    memory["kept"] = measure_kept(network, images, labels, settings.amp)
+    if settings.max_batch and row not in COMPILED_ROWS:  # these would be compiled for every size tried
+        del images, labels
+        memory["largest_batch"] = find_largest_batch(network, settings)
+    return memory
+
+
+def measure_times(rows: Sequence[str], settings: argparse.Namespace) -> dict[str, list[float]]:
+    """Milliseconds of a training step, for each row and round; the rows take turns."""
+    images, labels = make_batch(settings.time_batch_size, settings)
+    networks = {row: make_network(row, settings) for row in rows}
+    step_ms: dict[str, list[float]] = {row: [] for row in rows}
+    for turn in range(settings.rounds + 1):
         for row, network in networks.items():
+            print(f"times: round {turn} of {settings.rounds}, {row}", file=sys.stderr)
             network.zero_grad()
+            _synchronize(settings.device)
             start = time.perf_counter()
-            compute_loss(network.train(), batch, amp).backward()
-            if batch[0].is_cuda:
-                torch.cuda.synchronize()
-            if turn:  # the first is for warming up
-                seconds[row].append(time.perf_counter() - start)
-        print(f"\rtimes: round {turn} of {rounds}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return seconds
+            compute_loss(network, images, labels, settings.amp).backward()
+            _synchronize(settings.device)
+            if turn:  # round 0 is for warming up
+                step_ms[row].append(1e3 * (time.perf_counter() - start))
+    return step_ms
 
 
-def describe_machine(device: str) -> dict[str, Any]:
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def describe_machine(device: str) -> dict[str, dict[str, Any]]:
     """Hardware and versions, as they stand in the results."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [
-            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
+        lines = cpuinfo.read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         cpu = names[0] if names else cpu
     return {
         "hardware": {
@@ -171,101 +230,160 @@ def describe_machine(device: str) -> dict[str, Any]:
         },
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            "torch": torch.__version__,  # with the build, which the package's metadata leave out
             "timm": timm.__version__,
-            "timm_tresnet": version("timm-tresnet"),
+            "timm-tresnet": importlib.metadata.version("timm-tresnet"),
         },
     }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a table and write the results."""
-    parser = argparse.ArgumentParser(description="What training keeps, peaks at and costs.")
-    parser.add_argument("--model", choices=MODELS, default="tresnet_m")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--image-size", type=int, default=224, help="side of the images, in pixels")
-    parser.add_argument("--batch-size", type=int, default=32, help="for the peak")
-    parser.add_argument("--time-batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7, help="for the times; 0 to leave them out")
-    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--json", type=Path, help="file for the results, must not exist yet")
-    parser.add_argument("--peak-of", choices=list(ROWS), help=argparse.SUPPRESS)  # the process of one row
-    arguments = parser.parse_args(argv)
-    if arguments.json and arguments.json.exists():
-        parser.error(f"{arguments.json} exists already; results are never overwritten, name a new file")
+    words = list(sys.argv[1:] if argv is None else argv)
+    settings = _parse(words)
     torch.manual_seed(0)
-    if arguments.peak_of:
-        network = ROWS[arguments.peak_of](arguments.model).to(arguments.device)
-        batch = make_batch(arguments.batch_size, arguments.image_size, arguments.device)
-        print(json.dumps(measure_peak(network, batch, arguments.amp)))
+    if settings.memory_of:
+        print(json.dumps(measure_memory(settings.memory_of, settings)))
         return
 
-    networks = {row: ROWS[row](arguments.model).to(arguments.device) for row in arguments.rows}
-    small = make_batch(2, arguments.image_size, arguments.device)
-    rows = []
-    for row, network in networks.items():
-        print(f"memory: {row}", file=sys.stderr)
-        peak = _peak_in_process(row, arguments)
-        kept = measure_kept(network, small, arguments.amp) / 2
-        rows.append({"row": row, "kept_mb": kept / 1e6, "peak_mb": peak and peak / arguments.batch_size / 1e6})
-    if arguments.rounds:
-        batch = make_batch(arguments.time_batch_size, arguments.image_size, arguments.device)
-        seconds = measure_times(networks, batch, arguments.rounds, arguments.amp)
-        for row in rows:
-            row["step_ms"] = 1e3 * statistics.median(seconds[row["row"]])
-            if BUILTIN in seconds:
-                pairs = zip(seconds[row["row"]], seconds[BUILTIN], strict=True)
-                row["step_ratios"] = [own / builtin for own, builtin in pairs]
-    words = ["python", "benchmarks/training_memory.py", *(sys.argv[1:] if argv is None else argv)]
+    unrecorded = ("json", "memory_of", "rows")
     results = {
-        "command": shlex.join(words),
+        "command": shlex.join(["python", "benchmarks/training_memory.py", *words]),
         "date": datetime.date.today().isoformat(),
-        **describe_machine(arguments.device),
-        "settings": {name: value for name, value in vars(arguments).items() if name not in ("json", "peak_of", "rows")},
-        "rows": rows,
+        **describe_machine(settings.device),
+        "settings": {name: value for name, value in vars(settings).items() if name not in unrecorded},
     }
-    print(format_table(results))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = arguments.json.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(results, indent=2) + "\n")
-        os.replace(unfinished, arguments.json)
+    print(format_machine(results), flush=True)
+    if settings.device == "cpu" and not _CLEAR_REFS.exists():
+        print(f"the peak needs {_CLEAR_REFS} of Linux, which is not here: its column stays empty", file=sys.stderr)
+    memory = {row: _measure_memory_in_process(row, words) for row in settings.rows}
+    step_ms = measure_times(settings.rows, settings) if settings.rounds else {}
+    results["rows"] = summarize(memory, step_ms, settings.batch_size)
+    print(format_table(results["rows"]))
+    if settings.json:
+        write_new(settings.json, json.dumps(results, indent=2) + "\n")
 
 
-def _peak_in_process(row: str, arguments: argparse.Namespace) -> int | None:
-    command = [sys.executable, __file__, "--peak-of", row, "--model", arguments.model, "--device", arguments.device]
-    command += ["--image-size", str(arguments.image_size), "--batch-size", str(arguments.batch_size)]
-    command += ["--amp"] if arguments.amp else []
-    # Without the threshold, glibc keeps freed blocks, and resident memory says little about what is in use.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
-    process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(process.stdout)
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    every_row = [*ROWS, *COMPILED_ROWS]
+    parser = argparse.ArgumentParser(
+        description="What training keeps for backward, what a step peaks at and what it costs."
+    )
+    parser.add_argument("--model", choices=MODELS, default="tresnet_m")
+    parser.add_argument("--rows", nargs="+", choices=every_row, default=list(ROWS), help="default: the uncompiled ones")
+    parser.add_argument("--compile", action="store_true", help="add the compiled rows, which take minutes each")
+    parser.add_argument("--image-size", type=int, default=224, help="side of the images, in pixels")
+    parser.add_argument("--batch-size", type=int, default=32, help="for kept and peak")
+    parser.add_argument("--time-batch-size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7, help="for the times; 0 to leave them out")
+    parser.add_argument("--amp", choices=list(DTYPES), help="autocast to this dtype; float16 on CUDA only")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--max-batch", type=int, help="CUDA: where to end the search for the largest batch; 0: none")
+    parser.add_argument("--json", type=Path, help="file for the results, must not exist yet")
+    parser.add_argument("--memory-of", choices=every_row, help=argparse.SUPPRESS)  # what the process of a row is told
+    settings = parser.parse_args(words)
+
+    if settings.json and settings.json.exists():
+        parser.error(f"{settings.json} exists already; results are never overwritten, name a new file")
+    if settings.image_size < 64 or settings.image_size % 4:
+        parser.error(f"--image-size needs a multiple of 4 from 64 on, got {settings.image_size}")
+    for name, least in {"batch_size": 1, "time_batch_size": 1, "rounds": 0, "max_batch": 0}.items():
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} needs a number from {least} on, got {value}")
+    if settings.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("--device cuda needs a GPU, and PyTorch finds none; leave it out to measure on the CPU")
+        settings.max_batch = 2048 if settings.max_batch is None else settings.max_batch
+    elif settings.amp == "float16" or settings.max_batch is not None:
+        parser.error("--amp float16 and --max-batch need --device cuda")
+    settings.rows = list(dict.fromkeys([*settings.rows, *(COMPILED_ROWS if settings.compile else ())]))
+    return settings
 
 
-def format_table(results: dict[str, Any]) -> str:
-    """Results as a Markdown table, with the machine above it."""
-    builtin = next((row for row in results["rows"] if row["row"] == BUILTIN), {})
+def _measure_memory_in_process(row: str, words: Sequence[str]) -> dict[str, int | None]:
+    print(f"memory: {row}", file=sys.stderr)
+    command = [sys.executable, __file__, "--memory-of", row, *words]
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "262144",  # glibc keeps smaller blocks when they are freed, and VmRSS with them
+        "KINETO_LOG_LEVEL": "6",  # silences the profiler
+    }
+    process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if process.returncode:
+        sys.exit(f"The process that measures {row} ended with status {process.returncode}; its message is above")
+    return json.loads(process.stdout.splitlines()[-1])
 
-    def against_builtin(row: dict[str, Any], field: str) -> str:
-        if row[field] is None:
-            return ""
-        ratio = f" ({row[field] / builtin[field]:.2f}x)" if builtin.get(field) else ""
-        return f"{row[field]:.1f}{ratio}"
 
-    lines = [
-        f"{results['settings']['model']}, {results['date']}: {results['command']}",
-        ", ".join(f"{name} {value}" for name, value in {**results["hardware"], **results["versions"]}.items()),
-        "",
-        "| | kept for backward, MB an image | peak of a step, MB an image | step time |",
-        "|---|---|---|---|",
-    ]
-    for row in results["rows"]:
+def summarize(
+    memory: dict[str, dict[str, int | None]], step_ms: dict[str, list[float]], batch_size: int
+) -> list[dict[str, Any]]:
+    """Rows of the results: megabytes (1e6 bytes) an image, milliseconds, and ratios to the built-in where it is a row.
+
+    Args:
+        memory: what `measure_memory` returns, by row.
+        step_ms: what `measure_times` returns; empty if times are left out.
+        batch_size: images in a batch of `memory`.
+    """
+    builtin = memory.get(BUILTIN, {})
+    rows = []
+    for name, measured in memory.items():
+        row: dict[str, Any] = {"row": name}
+        for quantity in ("kept", "peak"):
+            own, reference = measured[quantity], builtin.get(quantity)
+            row[f"{quantity}_mb"] = None if own is None else own / batch_size / 1e6
+            row[f"{quantity}_ratio"] = None if own is None or not reference else own / reference
+        if step_ms:
+            row["step_ms"] = step_ms[name]
+        if BUILTIN in step_ms:
+            row["step_ratios"] = [own / other for own, other in zip(step_ms[name], step_ms[BUILTIN], strict=True)]
+        if "largest_batch" in measured:
+            row["largest_batch"] = measured["largest_batch"]
+        rows.append(row)
+    return rows
+
+
+def format_machine(results: dict[str, Any]) -> str:
+    """The command, and where it ran."""
+    machine = ", ".join(f"{name} {value}" for name, value in {**results["hardware"], **results["versions"]}.items())
+    return f"{results['date']}: {results['command']}\n{machine}\n"
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of the results as a Markdown table."""
+    columns = ["", "kept for backward, MB an image", "peak of a step, MB an image", "time of a step", "largest batch"]
+    table = [columns]
+    for row in rows:
+        cells = [row["row"]]
+        for quantity in ("kept", "peak"):
+            value, ratio = row[f"{quantity}_mb"], row[f"{quantity}_ratio"]
+            cells.append("" if value is None else f"{value:.1f}" + ("" if ratio is None else f" ({ratio:.2f}x)"))
         ratios = row.get("step_ratios")
-        spread = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else ""
-        kept, peak = against_builtin(row, "kept_mb"), against_builtin(row, "peak_mb")
-        lines.append(f"| {row['row']} | {kept} | {peak} | {spread} |")
-    return "\n".join(lines)
+        if ratios:
+            cells.append(f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})")
+        else:
+            cells.append(f"{statistics.median(row['step_ms']):.0f} ms" if "step_ms" in row else "")
+        cells.append(str(row.get("largest_batch", "")))
+        table.append(cells)
+    if not any("largest_batch" in row for row in rows):
+        table = [cells[:-1] for cells in table]
+    table.insert(1, ["---"] * len(table[0]))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all.
+
+    Raises:
+        FileExistsError: if there is one of that name; the text is then beside it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    unfinished.write_text(text)
+    if path.exists():
+        raise FileExistsError(f"{path} came to exist meanwhile and is left as it is; the results are in {unfinished}")
+    unfinished.rename(path)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "training_memory.py"
+OURS = ["none", "activations", "expansions", "checkpointing"]
+
+IMAGES = 4 * 3 * 100 * 4  # bytes of (4, 3, 10, 10) in float32
+HIDDEN = 4 * 8 * 100 * 4  # of (4, 8, 10, 10)
+LOSS = 4 * 8 * 4 + 4 * 8 + 4 + 4  # of cross entropy: log-probabilities, labels, their total weight, the loss itself
 
 
 @pytest.fixture(scope="module")
@@ -17,46 +23,166 @@ def training_memory():
     return module
 
 
-def test_kept_bytes_of_a_network_counted_by_hand(training_memory):
-    class Toy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 8, 1)
+class Toy(nn.Module):
+    """Images of 3 channels to 8 classes; `keep` chooses what backward finds there."""
 
-        def forward(self, x):
-            return self.conv(x.view(x.shape)).sigmoid().mean((2, 3))  # a view must not count the images twice
+    def __init__(self, keep):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+        self.keep = keep
 
+    def forward(self, x):
+        if self.keep == "views":
+            x = x.view(x.shape).transpose(2, 3)
+        if self.keep == "closure":
+            x = checkpoint(self.widen, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = self.widen(x)
+        return x.mean((2, 3))
+
+    def widen(self, x):
+        return self.conv(x).sigmoid()
+
+
+def measure_toy(training_memory, keep):
+    return training_memory.measure_kept(Toy(keep), torch.randn(4, 3, 10, 10), torch.zeros(4, dtype=torch.long))
+
+
+def test_kept_bytes_are_those_counted_by_hand(training_memory):
+    assert measure_toy(training_memory, "all") == IMAGES + HIDDEN + LOSS
+
+
+def test_images_count_once_when_a_view_of_them_is_kept(training_memory):
+    assert measure_toy(training_memory, "views") == IMAGES + HIDDEN + LOSS
+
+
+def test_what_a_checkpoint_keeps_in_a_closure_counts(training_memory):
+    assert measure_toy(training_memory, "closure") == IMAGES + LOSS
+
+
+def test_images_do_not_count_when_backward_does_not_need_them(training_memory):
+    toy = Toy("all")
+    toy.conv.requires_grad_(False)
+    head = nn.Linear(8, 8)
+    pooled = 4 * 8 * 4
     batch = (torch.randn(4, 3, 10, 10), torch.zeros(4, dtype=torch.long))
-    image, sigmoid = 4 * 3 * 100 * 4, 4 * 8 * 100 * 4
-    log_probabilities, scalars = 4 * 8 * 4, 100  # of the loss; total weight and the loss itself
-    kept = training_memory.measure_kept(Toy(), batch)
-    assert image + sigmoid + log_probabilities <= kept <= image + sigmoid + log_probabilities + scalars
+    assert training_memory.measure_kept(nn.Sequential(toy, head), *batch) == pooled + LOSS
+
+
+def test_gradients_and_earlier_graphs_do_not_count(training_memory):
+    toy = Toy("all")
+    batch = (torch.randn(4, 3, 10, 10), torch.zeros(4, dtype=torch.long))
+    earlier = training_memory.compute_loss(toy, *batch)
+    training_memory.compute_loss(toy, *batch).backward()
+    assert training_memory.measure_kept(toy, *batch) == IMAGES + HIDDEN + LOSS
+    earlier.backward()
 
 
 def test_results_compare_every_setting_with_the_builtin_network(training_memory, tmp_path, capsys):
     results = tmp_path / "new" / "results.json"
-    rows = [training_memory.BUILTIN, "none", "activations", "expansions", "checkpointing"]
-    arguments = ["--image-size", "64", "--batch-size", "2", "--time-batch-size", "2", "--rounds", "1"]
-    training_memory.main([*arguments, "--rows", *rows, "--json", str(results)])
+    arguments = ["--model", "test_tresnet", "--image-size", "64", "--batch-size", "2", "--time-batch-size", "2"]
+    arguments += ["--rounds", "2", "--rows", "resnet50", training_memory.BUILTIN, *OURS]
+    training_memory.main([*arguments, "--json", str(results)])
+
     written = json.loads(results.read_text())
-    assert set(written) == {"command", "date", "hardware", "versions", "settings", "rows"}
+    assert list(written) == ["command", "date", "hardware", "versions", "settings", "rows"]
+    assert written["command"].startswith("python benchmarks/training_memory.py --model test_tresnet")
+    assert set(written["hardware"]) == {"cpu", "cores", "threads", "gpu"}
+    assert set(written["versions"]) == {"python", "torch", "timm", "timm-tresnet"}
     assert written["settings"]["image_size"] == 64
-    kept = {row["row"]: row["kept_mb"] for row in written["rows"]}
-    assert list(kept) == rows
-    assert kept["none"] == pytest.approx(kept[training_memory.BUILTIN], rel=1e-3)
-    assert kept["none"] > kept["activations"] > kept["expansions"] > kept["checkpointing"]
-    for row in written["rows"]:
-        assert row["peak_mb"] is None or row["peak_mb"] > 0
-        assert len(row["step_ratios"]) == 1
+    rows = {row["row"]: row for row in written["rows"]}
+    assert list(rows) == ["resnet50", training_memory.BUILTIN, *OURS]
+    kept = {name: row["kept_mb"] for name, row in rows.items()}
+    assert kept["none"] == kept[training_memory.BUILTIN]
+    assert kept["none"] > kept["activations"] > kept["expansions"]
+    assert kept["none"] > kept["checkpointing"]
+    for name, row in rows.items():
+        assert row["kept_ratio"] == pytest.approx(kept[name] / kept[training_memory.BUILTIN])
+        assert row["peak_mb"] is None or row["peak_mb"] >= 0
+        assert len(row["step_ms"]) == len(row["step_ratios"]) == 2
+
     table = capsys.readouterr().out
-    assert all(f"| {row} |" in table for row in rows)
+    assert all(f"\n| {name} |" in table for name in rows)
     assert [path.name for path in results.parent.iterdir()] == ["results.json"]
 
 
-def test_results_are_never_overwritten(training_memory, tmp_path, capsys):
+def test_rows_without_the_builtin_network_have_no_ratios(training_memory):
+    memory = {"none": {"kept": 4_000_000, "peak": None}}
+    (row,) = training_memory.summarize(memory, {"none": [3.0, 1.0, 2.0]}, batch_size=2)
+    assert row == {
+        "row": "none",
+        "kept_mb": 2.0,
+        "kept_ratio": None,
+        "peak_mb": None,
+        "peak_ratio": None,
+        "step_ms": [3.0, 1.0, 2.0],
+    }
+    assert training_memory.format_table([row]).splitlines()[-1] == "| none | 2.0 |  | 2 ms |"
+
+
+def test_ratios_of_times_are_taken_in_each_round(training_memory):
+    memory = dict.fromkeys((training_memory.BUILTIN, "none"), {"kept": 1, "peak": 1, "largest_batch": 7})
+    step_ms = {training_memory.BUILTIN: [10.0, 20.0, 40.0], "none": [10.0, 30.0, 80.0]}
+    row = training_memory.summarize(memory, step_ms, batch_size=1)[1]
+    assert row["step_ratios"] == [1.0, 1.5, 2.0]
+    assert "| 1.50x (1.00-2.00) | 7 |" in training_memory.format_table([row])
+
+
+@pytest.mark.parametrize(("fitting", "cap", "largest"), [(5, 20, 5), (20, 8, 8), (0, 4, 0)], ids=str)
+def test_largest_batch_is_found_by_bisection(training_memory, fitting, cap, largest):
+    class Small(Toy):
+        def forward(self, x):
+            if len(x) > fitting:
+                raise torch.cuda.OutOfMemoryError("this batch does not fit")
+            return super().forward(x).repeat(1, 125)  # the labels are those of 1000 classes
+
+    settings = training_memory._parse(["--image-size", "64"])
+    settings.max_batch = cap
+    assert training_memory.find_largest_batch(Small("all"), settings) == largest
+
+
+def test_compiled_rows_are_added_on_request(training_memory):
+    assert training_memory._parse([]).rows == list(training_memory.ROWS)
+    assert training_memory._parse(["--compile"]).rows == [*training_memory.ROWS, *training_memory.COMPILED_ROWS]
+    assert training_memory._parse(["--rows", "none", "compiled", "none"]).rows == ["none", "compiled"]
+
+
+def test_an_existing_file_is_not_overwritten(training_memory, tmp_path, capsys):
     results = tmp_path / "results.json"
     results.write_text("precious")
     with pytest.raises(SystemExit, match="2"):
         training_memory.main(["--json", str(results)])
     assert "never overwritten" in capsys.readouterr().err
+    with pytest.raises(FileExistsError, match="the results are in"):  # it came while measuring
+        training_memory.write_new(results, "new")
     assert results.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size needs a number from 1 on, got 0"),
+        (["--image-size", "70"], "--image-size needs a multiple of 4 from 64 on, got 70"),
+        (["--rows", "all"], "invalid choice: 'all'"),
+        (["--amp", "float16"], "need --device cuda"),
+        (["--max-batch", "8"], "need --device cuda"),
+    ],
+    ids=["no_images", "odd_size", "unknown_row", "float16_on_the_cpu", "largest_batch_on_the_cpu"],
+)
+def test_bad_arguments_are_explained(training_memory, capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        training_memory.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_a_missing_gpu_is_explained(training_memory, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        training_memory.main(["--device", "cuda"])
+    assert "PyTorch finds none" in capsys.readouterr().err
+
+
+def test_a_row_that_cannot_be_measured_is_named(training_memory, monkeypatch):
+    monkeypatch.setattr(training_memory.sys, "executable", "false")
+    with pytest.raises(SystemExit, match="measures none ended with status 1"):
+        training_memory._measure_memory_in_process("none", [])
