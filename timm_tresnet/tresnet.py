@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from timm_tresnet.blocks import BasicBlock, Bottleneck
 from timm_tresnet.checkpoint import checkpoint_filter_fn
-from timm_tresnet.layers import ActivatedBatchNorm2d, BlurPool2d, ConvNormAct, SpaceToDepth
+from timm_tresnet.layers import ActivatedBatchNorm2d, BlurPool2d, BottleneckHead, ConvNormAct, SpaceToDepth
 from timm_tresnet.rebuild import SETTINGS, current, pausing, recording, repeating_convolutions
 
 __all__ = ["TResNet"]  # timm adds each entrypoint
@@ -104,6 +104,8 @@ class TResNet(nn.Module):
         norm_layer: normalisation, a name or class that timm knows.
         output_stride: 32, or 16 or 8 to dilate the last one or two stages instead of striding.
         global_pool: pooling before the classifier, as `timm.layers.SelectAdaptivePool2d` takes it; "" for none.
+        head_features: width of an embedding between the pooling and the classifier, see
+            `timm_tresnet.layers.BottleneckHead`; None for a single linear layer.
         drop_rate: dropout before the classifier.
         drop_path_rate: probability of dropping a block, rising linearly from 0 to this over the blocks.
         rebuild: what backward rebuilds instead of keeping it in training, see `set_rebuild`.
@@ -135,6 +137,7 @@ class TResNet(nn.Module):
         norm_layer: LayerType = "batchnorm2d",
         output_stride: int = 32,
         global_pool: str = "fast",
+        head_features: int | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         rebuild: str = "activations",
@@ -213,12 +216,22 @@ class TResNet(nn.Module):
             body["s2d"].min_size = _smallest_side(self.body)
 
         self.num_features = in_channels
+        if head_features is not None and head_features < 1:
+            raise ValueError(f"TResNet needs head_features to be at least 1 or None, got {head_features}")
         # timm before 1.0.21 has no device and dtype here
         with nullcontext() if device is None else torch.device(device):
-            self.head = ClassifierHead(in_channels, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+            if head_features is None:
+                self.head = ClassifierHead(in_channels, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+            else:
+                self.head = BottleneckHead(in_channels, head_features, num_classes, global_pool, drop_rate)
         self.head.to(dtype=dtype)
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+        self.head_hidden_size = self._head_hidden_size()
         self._draw_weights()
+
+    def _head_hidden_size(self) -> int:
+        if isinstance(self.head, BottleneckHead):
+            return self.head.num_features
+        return self.num_features * self.head.global_pool.feat_mult()
 
     def _draw_weights(self) -> None:
         for module in self.modules():
@@ -286,6 +299,8 @@ class TResNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put in a new classifier, drawn from N(0, 0.01), on the device and in the dtype of the network.
 
+        The embedding of a bottleneck head stays while the pooling does.
+
         Args:
             num_classes: number of classes; 0 for no classifier.
             global_pool: pooling before the classifier; None to leave it as it is, "" for none.
@@ -293,12 +308,14 @@ class TResNet(nn.Module):
         weight = self.body.conv1.conv.weight
         self.num_classes = num_classes
         self.head.in_features = self.num_features  # pruning changes it
+        kept = set(self.head.modules())
         self.head.reset(num_classes, global_pool)
         self.head.to(device=weight.device, dtype=weight.dtype)
         self.head.train(self.training)
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
-        if num_classes > 0:
-            nn.init.normal_(self.head.fc.weight, std=0.01)
+        self.head_hidden_size = self._head_hidden_size()
+        for module in self.head.modules():
+            if isinstance(module, nn.Linear) and module not in kept:
+                nn.init.normal_(module.weight, std=0.01)
 
     def forward_intermediates(
         self,

@@ -2,6 +2,7 @@
 
 from timm_tresnet.layers.activated_batch_norm import ActivatedBatchNorm2d
 from timm_tresnet.layers.anti_alias import BlurPool2d, ShortcutPool2d, StrideOneAvgPool2d
+from timm_tresnet.layers.bottleneck_head import BottleneckHead
 from timm_tresnet.layers.conv_norm_act import ConvNormAct
 from timm_tresnet.layers.drop_path import DropPath
 from timm_tresnet.layers.space_to_depth import SpaceToDepth
@@ -10,6 +11,7 @@ from timm_tresnet.layers.squeeze_excite import SqueezeExcite
 __all__ = [
     "ActivatedBatchNorm2d",
     "BlurPool2d",
+    "BottleneckHead",
     "ConvNormAct",
     "DropPath",
     "ShortcutPool2d",
