@@ -9,7 +9,10 @@ from typing import Any
 _PUBLIC = {  # name -> module; imported when first used, so that `import torch` can afford to import this package
     "BasicBlock": "blocks",
     "Bottleneck": "blocks",
+    "Conversion": "convert",
     "TResNet": "tresnet",
+    "convert_checkpoint": "convert",
+    "write_folder": "convert",
 }
 __all__ = list(_PUBLIC)
 

@@ -8,12 +8,19 @@ import torch
 from torch import Tensor, nn
 
 _STEM = "body.conv1.conv.weight"
+OFFICIAL_STEM = "body.conv1.0.weight"
+
+# Where training code puts weights, best first: of two, the moving average is the one that was evaluated.
+_WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")
+_MAX_WRAPPERS = 4  # a pickle can hold a dict that contains itself
+_PREFIX = re.compile(r"(?P<prefix>(?:.*\.)?)body\.conv1\.(?:0|conv)\.weight$")
 
 # `conv1.0.weight`: convolution, `conv1.1.weight`: In-Place ABN; with a blur behind them `conv1.0.0.weight`,
 # `conv1.0.1.weight`; in a shortcut `downsample.0.0.weight` or, behind an average pool, `downsample.1.0.weight`.
 _OFFICIAL_CONV = re.compile(r"(?P<layer>\bconv\d)(?:\.0)?\.(?P<part>[01])\.(?P<tensor>\w+)$")
 _OFFICIAL_SHORTCUT = re.compile(r"(?P<layer>\bdownsample\.[01])\.(?P<part>[01])\.(?P<tensor>\w+)$")
 _PARTS = {"0": "conv", "1": "bn"}
+_OFFICIAL_HEAD = {"head.fc.embedding_generator.0.": "head.embedding.", "head.fc.FC.": "head.fc."}
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -30,37 +37,80 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     Returns:
         Tensors under the names of model.
     """
-    for wrapper in ("model", "state_dict"):
-        state_dict = state_dict.get(wrapper, state_dict)
-    state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
-    if "body.conv1.0.weight" in state_dict:
+    state_dict = unwrap(state_dict)
+    if OFFICIAL_STEM in state_dict:
         state_dict = from_official(state_dict)
     if _STEM in state_dict:
         state_dict[_STEM] = adapt_stem(state_dict[_STEM], model.get_parameter(_STEM).shape[1])
     return state_dict
 
 
-def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the weights of a TResNet out of what training code wraps around them.
+
+    Args:
+        checkpoint: what the file holds: the weights themselves, or a dict that has them under `model`, `state_dict` or
+            the like, a moving average before the weights it averages.
+
+    Returns:
+        The weights, without the prefix that the stem has, such as `module.`; names without that prefix stay.
+
+    Raises:
+        ValueError: if two names are the same without their prefix.
+    """
+    for _ in range(_MAX_WRAPPERS):
+        inner = [checkpoint[name] for name in _WRAPPERS if isinstance(checkpoint.get(name), Mapping)]
+        if not inner:
+            break
+        checkpoint = inner[0]
+    stems = (_PREFIX.match(name) for name in checkpoint if isinstance(name, str))
+    prefix = next((match["prefix"] for match in stems if match), "")
+    weights = {
+        name.removeprefix(prefix) if isinstance(name, str) else name: value for name, value in checkpoint.items()
+    }
+    if len(weights) < len(checkpoint):
+        twice = sorted(name for name in checkpoint if f"{prefix}{name}" in checkpoint)
+        raise ValueError(f"the checkpoint holds two tensors for {', '.join(twice)}: with and without {prefix!r}")
+    return weights
+
+
+def from_official(state_dict: Mapping[str, Tensor], inplace_abn: bool = True) -> dict[str, Tensor]:
     """Translate names and In-Place-ABN weights of the official code into those of a TResNet with batch norm.
 
     Args:
         state_dict: tensors under the official names, without wrapper and prefix.
+        inplace_abn: norms are In-Place ABN; False if they were replaced by plain ones, which have the same names.
 
     Returns:
-        The same tensors under our names; batch norm weights are |w| + 1e-5, constant blur kernels are left out.
+        The same tensors under our names; In-Place-ABN weights are |w| + 1e-5 in single precision or better, constant
+        blur kernels are left out.
+
+    Raises:
+        ValueError: if two tensors would get the same name.
     """
     converted = {}
     for name, tensor in state_dict.items():
         if name.endswith(".op.filt"):
             continue
+        for official, ours in _OFFICIAL_HEAD.items():
+            if name.startswith(official):
+                name = ours + name.removeprefix(official)
+                break
         match = _OFFICIAL_CONV.search(name) or _OFFICIAL_SHORTCUT.search(name)
         if match:
             part = _PARTS[match["part"]]
             name = f"{name[: match.start()]}{match['layer']}.{part}.{match['tensor']}"
-            if part == "bn" and match["tensor"] == "weight":
-                tensor = tensor.abs() + 1e-5
+            if inplace_abn and name.endswith(".bn.weight"):
+                tensor = batch_norm_weight(tensor)
+        if name in converted:
+            raise ValueError(f"the checkpoint holds two tensors for {name}")
         converted[name] = tensor
     return converted
+
+
+def batch_norm_weight(weight: Tensor) -> Tensor:
+    """Effective weight of In-Place ABN, |w| + 1e-5, in single precision or better: half loses the 1e-5."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)).abs() + 1e-5
 
 
 def adapt_stem(weight: Tensor, in_channels: int) -> Tensor:

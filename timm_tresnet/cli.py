@@ -1,7 +1,8 @@
-"""The `timm-tresnet` command: classify images, list the variants and their weights."""
+"""The `timm-tresnet` command: classify images, list the variants and their weights, convert checkpoints."""
 
 import argparse
 import contextlib
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None for those of the process.
 
     Returns:
-        Exit status: 0 if all went well, 1 if an image could not be read, 2 for a mistake in the arguments.
+        Exit status: 0 if all went well, 1 if an image or a checkpoint could not be used, 2 for a mistake in the
+        arguments.
     """
     parser = argparse.ArgumentParser(prog="timm-tresnet", description="TResNet models for timm.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -39,12 +41,58 @@ def main(argv: Sequence[str] | None = None) -> int:
         "(default: %(default)s, ten CIFAR-10 classes, works offline)",
     )
     classify.add_argument("--top-k", default=3, type=_positive, metavar="K", help="how many classes (default: 3)")
+    classify.add_argument(
+        "--threshold",
+        default=0.5,
+        type=_probability,
+        metavar="P",
+        help="for models with any number of labels an image: print every label at least this probable, instead of the "
+        "top K (default: %(default)s)",
+    )
     classify.add_argument("--json", action="store_true", help="print JSON")
     classify.set_defaults(run=_classify)
 
     listing = commands.add_parser("list", help="list the variants and their weights")
     listing.add_argument("--json", action="store_true", help="print JSON")
     listing.set_defaults(run=_list)
+
+    convert = commands.add_parser(
+        "convert",
+        help="make old checkpoints loadable",
+        description="Convert checkpoints of the official TResNet code and its descendants, or of timm, into folders "
+        "that timm.create_model('local-dir:FOLDER', pretrained=True) loads. What a checkpoint is comes from its "
+        "tensors, what they cannot tell from its recipe or these options. Nothing in a checkpoint is executed.",
+    )
+    convert.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="checkpoints: .pth, .pt, .safetensors, ..."
+    )
+    convert.add_argument(
+        "--output", required=True, type=Path, metavar="FOLDER", help="where to; of several files, each gets a subfolder"
+    )
+    convert.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
+    convert.add_argument(
+        "--recipe", metavar="NAME", help="a public weight, see `timm-tresnet list`; default: by the file's name"
+    )
+    convert.add_argument(
+        "--norm-weights",
+        choices=("abn", "bn"),
+        help="whether norm weights are In-Place ABN's, to become |w| + 1e-5, or batch norm's; default: by the names",
+    )
+    convert.add_argument("--custom", action="store_true", help="take a network that is none of the variants too")
+    convert.add_argument("--input-size", type=int, metavar="PIXELS", help="side of the images")
+    convert.add_argument("--crop-pct", type=float, metavar="FRACTION", help="side of the crop over the resized image's")
+    convert.add_argument("--crop-mode", choices=("center", "squash"), help="crop the centre, or resize to a square")
+    convert.add_argument("--interpolation", choices=("nearest", "bilinear", "bicubic", "lanczos"))
+    convert.add_argument("--mean", nargs="+", type=float, metavar="M", help="of each channel")
+    convert.add_argument("--std", nargs="+", type=float, metavar="S", help="of each channel")
+    convert.add_argument("--negative-slope", type=float, metavar="SLOPE", help="of the activations in the blocks")
+    convert.add_argument("--stem-negative-slope", type=float, metavar="SLOPE", help="of the activation in the stem")
+    convert.add_argument("--license", metavar="NAME", help="as the Hub names it, such as apache-2.0")
+    convert.add_argument("--dataset", metavar="NAME", help="what the weights were trained on")
+    convert.add_argument(
+        "--multi-label", action=argparse.BooleanOptionalAction, help="an image has any number of the classes"
+    )
+    convert.set_defaults(run=_convert)
 
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
@@ -54,6 +102,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"needs at least 1, got {value}")
+    return value
+
+
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"needs a number from 0 to 1, got {value}")
     return value
 
 
@@ -76,9 +131,11 @@ def _classify(arguments: argparse.Namespace) -> int:
         model = timm.create_model(arguments.model, pretrained=True).eval()
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # unknown, unreachable or damaged
         return _fail(f"cannot load the model {arguments.model}: {error}")
+    if model.num_classes == 0:
+        return _fail(f"{arguments.model} is a backbone without classes")
 
     with _progress(len(paths)) as advance:
-        results = classify_images(model, paths, arguments.top_k, advance)
+        results = classify_images(model, paths, arguments.top_k, advance, arguments.threshold)
     if arguments.json:
         print(json.dumps(results, indent=2))
     else:
@@ -108,7 +165,11 @@ def _find_images(paths: Sequence[Path]) -> Iterator[Path]:
 
 
 def classify_images(
-    model: Any, paths: Sequence[Path], top_k: int, advance: Callable[[int], None] = lambda count: None
+    model: Any,
+    paths: Sequence[Path],
+    top_k: int,
+    advance: Callable[[int], None] = lambda count: None,
+    threshold: float = 0.5,
 ) -> list[dict[str, Any]]:
     """Classify image files with the preprocessing that the model's weights were made for.
 
@@ -117,6 +178,7 @@ def classify_images(
         paths: image files.
         top_k: how many classes to report for each.
         advance: is told after each batch how many images that were.
+        threshold: of a model whose images have any number of labels, every label at least this probable is reported.
 
     Returns:
         For each path, in order, a dict with "image" and either "predictions", a list of dicts with "label", "index" and
@@ -124,18 +186,41 @@ def classify_images(
     """
     import timm.data
 
+    from timm_tresnet.tresnet import MULTI_LABEL
+
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
     describe = _label_lookup(model)
+    if MULTI_LABEL in (model.pretrained_cfg.get("notes") or ()):
+        choose = functools.partial(_choose_probable, threshold=threshold)
+    else:
+        choose = functools.partial(_choose_top, count=top_k)
     results = []
     for start in range(0, len(paths), _BATCH_SIZE):
         batch = paths[start : start + _BATCH_SIZE]
-        results += _classify_batch(model, batch, top_k, transform, describe)
+        results += _classify_batch(model, batch, choose, transform, describe)
         advance(len(batch))
     return results
 
 
+def _choose_top(logits: Any, count: int) -> list[tuple[int, float]]:
+    """Index and probability of the most probable classes of one image, of which one is right."""
+    top = logits.softmax(-1).topk(min(count, len(logits)))
+    return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+
+
+def _choose_probable(logits: Any, threshold: float) -> list[tuple[int, float]]:
+    """Index and probability of every label of one image that is probable enough."""
+    probabilities, indices = logits.sigmoid().sort(descending=True)
+    count = int((probabilities >= threshold).sum())
+    return list(zip(indices[:count].tolist(), probabilities[:count].tolist(), strict=True))
+
+
 def _classify_batch(
-    model: Any, paths: Sequence[Path], top_k: int, transform: Callable[..., Any], describe: Callable[[int], str]
+    model: Any,
+    paths: Sequence[Path],
+    choose: Callable[[Any], list[tuple[int, float]]],
+    transform: Callable[..., Any],
+    describe: Callable[[int], str],
 ) -> list[dict[str, Any]]:
     import torch
     from PIL import Image, ImageOps
@@ -152,15 +237,12 @@ def _classify_batch(
         results.append(result)
     if inputs:
         with torch.inference_mode():
-            probabilities = model(torch.stack(inputs)).softmax(-1)
-        top = probabilities.topk(min(top_k, probabilities.shape[-1]))
-        rows = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            rows = iter(model(torch.stack(inputs)))
         for result in results:
             if "error" not in result:
-                values, indices = next(rows)
                 result["predictions"] = [
                     {"label": describe(index), "index": index, "probability": probability}
-                    for probability, index in zip(values, indices, strict=True)
+                    for index, probability in choose(next(rows))
                 ]
     return results
 
@@ -237,17 +319,23 @@ def describe_weights() -> list[dict[str, Any]]:
     Returns:
         For each a dict with "model" (variant.tag), "params_m" (millions), "gmacs" (billions of multiply-adds for one
         image of "input_size", (C, H, W)), "num_classes", "imagenet_top1" (percent; None where unknown) and "weights":
-        "in the package", "cached", "on the Hub: ORG/NAME" or "none".
+        "in the package", "cached", "on the Hub: ORG/NAME", "to convert from FILE" or "none".
     """
     import timm
     from timm.models import get_pretrained_cfg
 
-    from timm_tresnet.tresnet import IMAGENET_TOP1
+    from timm_tresnet.recipes import load_recipes
+    from timm_tresnet.tresnet import IMAGENET_TOP1, recipe_arguments
 
+    recipes = load_recipes()
     rows = []
     for name in timm.list_models(module="tresnet", include_tags=True):
         config = get_pretrained_cfg(name)
-        params, macs = _measure_size(name.partition(".")[0], config.num_classes, tuple(config.input_size))
+        recipe = recipes.get(name)
+        head_features = recipe_arguments(recipe).get("head_features") if recipe else None
+        params, macs = _measure_size(
+            name.partition(".")[0], tuple(config.input_size), config.num_classes, head_features
+        )
         rows.append(
             {
                 "model": name,
@@ -256,32 +344,86 @@ def describe_weights() -> list[dict[str, Any]]:
                 "input_size": config.input_size,
                 "num_classes": config.num_classes,
                 "imagenet_top1": IMAGENET_TOP1.get(name),
-                "weights": _locate_weights(config),
+                "weights": _locate_weights(config, recipe),
             }
         )
     return rows
 
 
-def _measure_size(variant: str, num_classes: int, input_size: tuple[int, ...]) -> tuple[int, int]:
+def _measure_size(
+    variant: str, input_size: tuple[int, ...], num_classes: int, head_features: int | None
+) -> tuple[int, int]:
+    params, macs, width = _measure_backbone(variant, input_size)
+    for features in (head_features, num_classes):
+        if features:
+            params, macs, width = params + width * features + features, macs + width * features, features
+    return params, macs
+
+
+@functools.cache  # most weights share theirs with another one, and each takes half a second
+def _measure_backbone(variant: str, input_size: tuple[int, ...]) -> tuple[int, int, int]:
     import timm
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = timm.create_model(variant, num_classes=num_classes, device="meta").eval()
+    model = timm.create_model(variant, num_classes=0, device="meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, *input_size, device="meta"))
-    return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return params, counter.get_total_flops() // 2, model.num_features
 
 
-def _locate_weights(config: Any) -> str:
+def _locate_weights(config: Any, recipe: Any) -> str:
     from huggingface_hub import try_to_load_from_cache
 
     if config.file:
         return "in the package"
     if not config.hf_hub_id:
-        return "none"
+        return f"to convert from {recipe.files[0]}" if recipe else "none"
     cached = try_to_load_from_cache(config.hf_hub_id, config.hf_hub_filename)
     return "cached" if isinstance(cached, str) else f"on the Hub: {config.hf_hub_id}"
+
+
+# ---- convert
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from timm_tresnet.convert import convert_checkpoint, write_folder
+
+    folders = {
+        file: arguments.output / file.stem if len(arguments.files) > 1 else arguments.output for file in arguments.files
+    }
+    if len(set(folders.values())) < len(arguments.files):
+        return _fail("two of the files have the same name, and each would be written to a subfolder of that name")
+    options = (
+        "recipe",
+        "norm_weights",
+        "custom",
+        "input_size",
+        "crop_pct",
+        "crop_mode",
+        "interpolation",
+        "mean",
+        "std",
+    )
+    options += ("negative_slope", "stem_negative_slope", "license", "dataset", "multi_label")
+    failed = 0
+    for file, folder in folders.items():
+        try:
+            conversion = convert_checkpoint(file, **{option: getattr(arguments, option) for option in options})
+            write_folder(conversion, folder, overwrite=arguments.overwrite)
+        except (OSError, ValueError) as error:
+            print(f"timm-tresnet: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        classes = f"{conversion.num_classes} classes" if conversion.num_classes else "no classes"
+        recipe = f"recipe {conversion.recipe.name}" if conversion.recipe else "no recipe"
+        print(f"{folder}: {conversion.architecture}, {classes}, {conversion.layout} names, {recipe}")
+        for note in conversion.notes:
+            print(f"  {note}")
+        for warning in conversion.warnings:
+            print(f"timm-tresnet: warning: {file}: {warning}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _print_table(rows: list[list[str]]) -> None:

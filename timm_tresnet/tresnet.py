@@ -28,6 +28,7 @@ from timm_tresnet.blocks import BasicBlock, Bottleneck
 from timm_tresnet.checkpoint import checkpoint_filter_fn
 from timm_tresnet.layers import ActivatedBatchNorm2d, BlurPool2d, BottleneckHead, ConvNormAct, SpaceToDepth
 from timm_tresnet.rebuild import SETTINGS, current, pausing, recording, repeating_convolutions
+from timm_tresnet.recipes import Recipe, load_recipes
 
 __all__ = ["TResNet"]  # timm adds each entrypoint
 
@@ -511,7 +512,7 @@ def _keep_running_statistics(block: nn.Module) -> Iterator[None]:
             setattr(module, name, buffer)
 
 
-_ARCHITECTURES: dict[str, dict[str, Any]] = {  # blocks per stage and width
+ARCHITECTURES: dict[str, dict[str, Any]] = {  # blocks per stage and width
     "tresnet_s": {"layers": (3, 4, 7, 3)},  # asked for in Alibaba-MIIL/TResNet#40
     "tresnet_m": {"layers": (3, 4, 11, 3)},  # M, L, XL: Table "TResNet variants", arXiv:2003.13630
     "tresnet_l": {"layers": (4, 5, 18, 3), "width_factor": 1.2},
@@ -541,6 +542,34 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 # "timm/" is completed by timm to the repository timm/<architecture>.<tag>. Naming the file keeps pickles out.
 _timm_hub = functools.partial(_cfg, hf_hub_id="timm/", hf_hub_filename="model.safetensors")
 _timm_hub_448 = functools.partial(_timm_hub, input_size=(3, 448, 448), pool_size=(14, 14))
+
+# Of timm's pretrained config, whose fields are fixed, only the notes can say it and reach `model.pretrained_cfg` from
+# the registry, the Hub and a folder alike.
+MULTI_LABEL = "multi-label"
+
+HEAD_FEATURES = 512  # of the official bottleneck heads (Alibaba-MIIL/ASL, `TResNet`)
+
+
+def _recipe_cfg(recipe: Recipe) -> dict[str, Any]:
+    """Config of a public weight that is on no Hub repository yet; of one with an ML-Decoder head, the backbone's."""
+    size = recipe.input_size or 224
+    backbone = recipe.head == "ml_decoder"
+    return _cfg(
+        num_classes=0 if backbone else recipe.num_classes,
+        input_size=(3, size, size),
+        pool_size=(math.ceil(size / 32),) * 2,
+        crop_pct=recipe.crop_pct,
+        crop_mode=recipe.crop_mode,
+        interpolation=recipe.interpolation,
+        mean=recipe.mean,
+        std=recipe.std,
+        license=recipe.license,
+        description=f"Trained on {recipe.dataset}",
+        origin_url=recipe.code,
+        paper_ids=recipe.paper,
+        notes=(MULTI_LABEL,) if recipe.multi_label and not backbone else None,
+    )
+
 
 default_cfgs = generate_default_cfgs(
     {
@@ -575,6 +604,8 @@ default_cfgs = generate_default_cfgs(
                 "truck",
             ),
         ),
+        # Behind the others, so that no default changes.
+        **{name: _recipe_cfg(recipe) for name, recipe in load_recipes().items() if not recipe.hf_hub_id},
     }
 )
 
@@ -603,6 +634,9 @@ def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None,
     # it is told is the checkpoint's own number of channels. Newer timm takes that from the pretrained config.
     if not hasattr(sys.modules["timm.models"], "get_model_traits"):
         kwargs["in_chans"] = 3
+    recipe = _find_recipe(variant, kwargs.get("pretrained_cfg"))
+    if recipe and pretrained:
+        _check_source(recipe, kwargs.get("pretrained_cfg_overlay"))
     try:
         return build_model_with_cfg(
             build,
@@ -610,7 +644,7 @@ def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg={"out_indices": (1, 2, 3, 4), "flatten_sequential": True},
-            **{**_ARCHITECTURES[variant], **kwargs},
+            **{**ARCHITECTURES[variant], **(recipe_arguments(recipe) if recipe else {}), **kwargs},
         )
     except LocalEntryNotFoundError as error:
         raise LocalEntryNotFoundError(_explain_missing_weights(variant, kwargs)) from error
@@ -619,6 +653,27 @@ def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None,
 @functools.cache  # once a process
 def _log_takeover() -> None:
     _logger.info("TResNet comes from the timm_tresnet plugin, not from timm; TIMM_TRESNET_AUTOLOAD=0 turns that off")
+
+
+def _find_recipe(variant: str, tag: Any) -> Recipe | None:
+    """Recipe of a registered tag; a config from elsewhere brings its arguments along."""
+    return load_recipes().get(f"{variant}.{tag}") if isinstance(tag, str) else None
+
+
+def recipe_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Arguments of the network that hold a public weight, beyond those of its variant."""
+    head = {"head_features": HEAD_FEATURES} if recipe.head == "bottleneck" else {}
+    return {**recipe.slopes, **head}
+
+
+def _check_source(recipe: Recipe, overlay: dict[str, Any] | None) -> None:
+    if recipe.hf_hub_id or any((overlay or {}).get(name) for name in ("url", "file", "state_dict", "hf_hub_id")):
+        return
+    raise RuntimeError(
+        f"{recipe.name} is on no Hub repository yet. If you have the original file, {recipe.files[0]}, convert it with "
+        f"`timm-tresnet convert {recipe.files[0]} --recipe {recipe.name} --output FOLDER` and load it with "
+        "timm.create_model('local-dir:FOLDER', pretrained=True)"
+    )
 
 
 def _explain_missing_weights(variant: str, kwargs: dict[str, Any]) -> str:

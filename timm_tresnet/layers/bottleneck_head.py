@@ -1,6 +1,5 @@
 """Classifier head of two linear layers."""
 
-import torch
 from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
