@@ -47,10 +47,21 @@ def squeeze_excite(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
     return x * gate[:, :, None, None]
 
 
-def official_state_dict(layers, planes=64, bottlenecks=(False, False, True, True), num_classes=10, blur_buffers=False):
+def official_state_dict(
+    layers,
+    planes=64,
+    bottlenecks=(False, False, True, True),
+    num_classes=10,
+    blur_buffers=False,
+    blurred=True,
+    counters=False,
+    head="linear",
+    head_features=512,
+):
     """Random tensors under the names and shapes of the official code, In-Place ABN included.
 
-    Weights of the In-Place ABN are negative in part and near zero in part.
+    Weights of the In-Place ABN are negative in part and near zero in part. The head is "linear", "bottleneck" (ASL),
+    "ml_decoder", with some of that head's tensors, or "none".
     """
     tensors = {}
 
@@ -63,6 +74,12 @@ def official_state_dict(layers, planes=64, bottlenecks=(False, False, True, True
         tensors[f"{name}.1.bias"] = torch.randn(out_channels) / 4
         tensors[f"{name}.1.running_mean"] = torch.randn(out_channels) / 4
         tensors[f"{name}.1.running_var"] = torch.rand(out_channels) + 0.5
+        if counters:
+            tensors[f"{name}.1.num_batches_tracked"] = torch.tensor(7)
+
+    def linear(name, in_features, out_features):
+        tensors[f"{name}.weight"] = torch.randn(out_features, in_features) / in_features**0.5
+        tensors[f"{name}.bias"] = torch.randn(out_features)
 
     def squeeze_excite_tensors(name, channels, reduced):
         for layer, rows, columns in (("fc1", reduced, channels), ("fc2", channels, reduced)):
@@ -76,14 +93,14 @@ def official_state_dict(layers, planes=64, bottlenecks=(False, False, True, True
         expansion = 4 if bottlenecks[stage] else 1
         for index in range(layers[stage]):
             block = f"body.layer{stage + 1}.{index}"
-            blurred = stage > 0 and index == 0
+            strides = stage > 0 and index == 0
             if bottlenecks[stage]:
                 conv_abn(f"{block}.conv1", in_channels, width, 1)
                 strided, strided_in = f"{block}.conv2", width
             else:
                 strided, strided_in = f"{block}.conv1", in_channels
-            conv_abn(f"{strided}.0" if blurred else strided, strided_in, width, 3)
-            if blurred and blur_buffers:
+            conv_abn(f"{strided}.0" if strides and blurred else strided, strided_in, width, 3)
+            if strides and blur_buffers:
                 tensors[f"{strided}.1.op.filt"] = torch.rand(width, 1, 3, 3)
             if bottlenecks[stage]:
                 conv_abn(f"{block}.conv3", width, width * 4, 1)
@@ -92,32 +109,43 @@ def official_state_dict(layers, planes=64, bottlenecks=(False, False, True, True
             if stage < 3:
                 reduced = max(width * expansion // (8 if bottlenecks[stage] else 4), 64)
                 squeeze_excite_tensors(f"{block}.se", width, reduced)
-            if blurred:
+            if strides:
                 conv_abn(f"{block}.downsample.1", in_channels, width * expansion, 1)
             elif in_channels != width * expansion:
                 conv_abn(f"{block}.downsample.0", in_channels, width * expansion, 1)
             in_channels = width * expansion
-    tensors["head.fc.weight"] = torch.randn(num_classes, in_channels) / in_channels**0.5
-    tensors["head.fc.bias"] = torch.randn(num_classes)
+    if head == "linear":
+        linear("head.fc", in_channels, num_classes)
+    elif head == "bottleneck":
+        linear("head.fc.embedding_generator.0", in_channels, head_features)
+        linear("head.fc.FC", head_features, num_classes)
+    elif head == "ml_decoder":
+        linear("head.decoder.embed_standart", in_channels, 768)
+        tensors["head.decoder.query_embed.weight"] = torch.randn(min(num_classes, 100), 768)
+        tensors["head.decoder.duplicate_pooling"] = torch.randn(min(num_classes, 100), 768, -(-num_classes // 100))
+        tensors["head.decoder.duplicate_pooling_bias"] = torch.randn(num_classes)
     return tensors
 
 
 def official_forward(tensors, x, slope=1e-3, stem_slope=1e-2):
-    """Logits of the official network in eval mode, straight from its state dict."""
+    """Logits of the official network in eval mode, straight from its state dict.
 
-    def conv_abn(name, x, activation_slope=None):
+    Without a head, or with ML-Decoder's, the means of the feature map.
+    """
+
+    def conv_abn(name, x, activation_slope=None, stride=1):
         kernel = tensors[f"{name}.0.weight"]
-        x = F.conv2d(x, kernel, padding=kernel.shape[-1] // 2)
+        x = F.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2)
         weight = tensors[f"{name}.1.weight"].abs() + 1e-5  # In-Place ABN
         scale = weight / (tensors[f"{name}.1.running_var"] + 1e-5).sqrt()
         shift = tensors[f"{name}.1.bias"] - tensors[f"{name}.1.running_mean"] * scale
         x = x * scale[:, None, None] + shift[:, None, None]
         return x if activation_slope is None else torch.where(x > 0, x, activation_slope * x)
 
-    def maybe_blurred(name, x):
+    def maybe_blurred(name, x, stride):
         if f"{name}.0.0.weight" in tensors:
             return blur_pool(conv_abn(f"{name}.0", x, slope))
-        return conv_abn(name, x, slope)
+        return conv_abn(name, x, slope, stride)
 
     x = conv_abn("body.conv1", space_to_depth(x), stem_slope)
     for stage in range(1, 5):
@@ -128,19 +156,25 @@ def official_forward(tensors, x, slope=1e-3, stem_slope=1e-2):
         ):
             block = f"body.layer{stage}.{index}"
             shortcut = x
+            stride = 2 if stage > 1 and index == 0 else 1
             if f"{block}.downsample.1.0.weight" in tensors:
                 shortcut = conv_abn(f"{block}.downsample.1", average_pool(x, stride=2))
             elif f"{block}.downsample.0.0.weight" in tensors:
                 shortcut = conv_abn(f"{block}.downsample.0", x)
             se = [tensors.get(f"{block}.se.{name}") for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")]
-            x = maybe_blurred(f"{block}.conv1", x)
             if f"{block}.conv3.0.weight" in tensors:
-                x = maybe_blurred(f"{block}.conv2", x)
+                x = conv_abn(f"{block}.conv1", x, slope)
+                x = maybe_blurred(f"{block}.conv2", x, stride)
                 x = squeeze_excite(x, *se) if se[0] is not None else x
                 x = conv_abn(f"{block}.conv3", x)
             else:
+                x = maybe_blurred(f"{block}.conv1", x, stride)
                 x = conv_abn(f"{block}.conv2", x)
                 x = squeeze_excite(x, *se) if se[0] is not None else x
             x = (x + shortcut).relu()
             index += 1
-    return x.mean((2, 3)) @ tensors["head.fc.weight"].T + tensors["head.fc.bias"]
+    x = x.mean((2, 3))
+    for name in ("head.fc.embedding_generator.0", "head.fc.FC", "head.fc"):
+        if f"{name}.weight" in tensors:
+            x = x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
+    return x

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import pickle
@@ -9,6 +10,7 @@ import re
 import secrets
 import shutil
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from timm_tresnet.card import make_card
 from timm_tresnet.checkpoint import OFFICIAL_STEM, batch_norm_weight, from_official, unwrap
+from timm_tresnet.labels import LABEL_SETS, label_config
 from timm_tresnet.recipes import Recipe, load_recipes
 from timm_tresnet.tresnet import ARCHITECTURES, MULTI_LABEL, TResNet
 
@@ -62,7 +65,7 @@ class Conversion:
         layout: names in the file, "official" or "timm".
         pretrained_cfg: timm's pretrained config, as far as it is known.
         recipe: what is known about the weights, if they are public ones.
-        label_names: names of the classes, if the file holds them.
+        labels: names of the classes as timm's config.json has them; empty if they are not known.
         notes: what was done that may matter.
         warnings: what may be wrong with the weights.
     """
@@ -75,7 +78,7 @@ class Conversion:
     layout: str
     pretrained_cfg: dict[str, Any]
     recipe: Recipe | None = None
-    label_names: tuple[str, ...] | None = None
+    labels: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -161,7 +164,7 @@ def convert_checkpoint(
         architecture, model_args = _detect(weights, blurred, custom)
         if head == "bottleneck":
             model_args["head_features"] = weights["head.embedding.weight"].shape[0]
-        state_dict = _fit(weights, architecture, model_args, num_classes)
+        state_dict = _copy(weights, _check_fit(weights, architecture, model_args, num_classes))
         known = _choose_recipe(path.name, recipe, architecture, model_args, head, head_classes, notes)
     except ValueError as error:
         raise ValueError(f"cannot convert {path}: {error}") from error
@@ -204,7 +207,7 @@ def convert_checkpoint(
         "official" if official else "timm",
         _pretrained_cfg(facts, known, num_classes, in_chans),
         known,
-        _label_names(checkpoint, num_classes),
+        _labels(checkpoint, known, num_classes),
         tuple(notes),
         tuple(_find_bad_values(state_dict)),
     )
@@ -278,10 +281,7 @@ def _config(conversion: Conversion) -> dict[str, Any]:
     config: dict[str, Any] = {"architecture": conversion.architecture, "num_classes": conversion.num_classes}
     if conversion.model_args:
         config["model_args"] = conversion.model_args
-    config["pretrained_cfg"] = conversion.pretrained_cfg
-    if conversion.label_names:
-        config["label_names"] = conversion.label_names
-    return config
+    return config | {"pretrained_cfg": conversion.pretrained_cfg} | conversion.labels
 
 
 def _pretrained_cfg(facts: dict[str, Any], recipe: Recipe | None, num_classes: int, in_chans: int) -> dict[str, Any]:
@@ -360,7 +360,9 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
 
 def _load_pickle(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's train.py stores its arguments
+        # timm's train.py stores its arguments. Torch warns of formats that are refused or taken below in any case.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -389,13 +391,16 @@ def _take_tensors(weights: Mapping[Any, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _label_names(checkpoint: Mapping[str, Any], num_classes: int) -> tuple[str, ...] | None:
-    """Names of the classes as ASL's and ML-Decoder's files have them, in the order in which their code reads them."""
-    labels = checkpoint.get("idx_to_class")
-    if not isinstance(labels, Mapping) or len(labels) != num_classes:
-        return None
-    names = tuple(labels.values())
-    return names if names and all(isinstance(name, str) for name in names) else None
+def _labels(checkpoint: Mapping[str, Any], recipe: Recipe | None, num_classes: int) -> dict[str, Any]:
+    """Names of the classes: those in the file, as ASL and ML-Decoder have them, else the recipe's list."""
+    in_file = checkpoint.get("idx_to_class")
+    if isinstance(in_file, Mapping) and len(in_file) == num_classes > 0:
+        names = list(in_file.values())  # in order, as the official code reads them
+        if all(isinstance(name, str) for name in names):
+            return {"label_names": names}
+    if recipe and recipe.labels in LABEL_SETS and num_classes:
+        return label_config(recipe.labels)
+    return {}
 
 
 # ---- what the tensors are
@@ -407,9 +412,10 @@ def _find_blurs(weights: Mapping[str, Tensor]) -> bool:
     if not nested:
         return False
     expected = set()
-    for stage in (2, 3, 4):
-        bottleneck = any(name.startswith(f"body.layer{stage}.0.conv3.") for name in weights)
-        expected.add(f"body.layer{stage}.0.conv{2 if bottleneck else 1}")
+    for block in ("body.layer2.0", "body.layer3.0", "body.layer4.0"):
+        if any(name.startswith(f"{block}.") for name in weights):
+            bottleneck = any(name.startswith(f"{block}.conv3.") for name in weights)
+            expected.add(f"{block}.conv{2 if bottleneck else 1}")
     if nested != expected:
         raise ValueError(
             f"needs a blur behind {_some(expected)} or behind none, got one behind {_some(nested)}: missing "
@@ -487,31 +493,41 @@ def _outline(architecture: str) -> dict[str, Any]:
     return {"layers": arguments["layers"], "planes": planes // 8 * 8 if v2 else planes, "block": block}
 
 
-def _fit(
+def _check_fit(
     weights: Mapping[str, Tensor], architecture: str, model_args: dict[str, Any], num_classes: int
-) -> dict[str, Tensor]:
-    """Weights in the order of the network, in single precision, each with its own memory."""
-    arguments = {**ARCHITECTURES[architecture], **model_args}
-    with torch.random.fork_rng(devices=[]):  # drawing initial weights on the meta device moves the generator on
-        expected = TResNet(**arguments, num_classes=num_classes, device="meta").state_dict()
+) -> dict[str, torch.Size]:
+    """Names and shapes of the network, in its order, once the weights are found to have them."""
+    expected = _shapes(json.dumps({**ARCHITECTURES[architecture], **model_args, "num_classes": num_classes}))
     missing = [name for name in expected if name not in weights and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in weights if name not in expected]
     shapes = [
-        f"{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in weights and weights[name].shape != tensor.shape
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in weights and weights[name].shape != shape
     ]
     if missing or unexpected or shapes:
         raise ValueError(
             f"does not fit {architecture} {model_args or ''} with {num_classes} classes: missing {_some(missing)}; "
             f"unexpected {_some(unexpected)}; wrong shape {_some(shapes)}"
         )
+    return expected
+
+
+@functools.lru_cache(maxsize=8)  # checkpoints often come in several of a kind
+def _shapes(arguments: str) -> dict[str, torch.Size]:
+    with torch.random.fork_rng(devices=[]):  # a network on the meta device draws its weights, too
+        network = TResNet(**json.loads(arguments), device="meta")
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}
+
+
+def _copy(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """The weights in single precision, each with its own memory; counters that In-Place ABN lacks are zero."""
     state_dict = {}
-    for name, tensor in expected.items():
-        counter = name.endswith("num_batches_tracked")  # which In-Place ABN may lack
-        dtype = torch.int64 if counter else torch.float32
-        source = weights.get(name, torch.zeros((), dtype=dtype)) if counter else weights[name]
-        state_dict[name] = torch.empty(tensor.shape, dtype=dtype).copy_(source)
+    for name, shape in shapes.items():
+        dtype = torch.int64 if name.endswith("num_batches_tracked") else torch.float32
+        state_dict[name] = torch.zeros(shape, dtype=dtype)
+        if name in weights:
+            state_dict[name].copy_(weights[name])
     return state_dict
 
 

@@ -1,0 +1,145 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import reference
+import timm
+import torch
+from timm.models import get_pretrained_cfg, list_models
+
+from timm_tresnet import recipes
+from timm_tresnet.checkpoint import from_official
+from timm_tresnet.convert import _check_fit, _choose_recipe, _detect, _find_blurs, _take_head
+from timm_tresnet.recipes import load_recipes
+from timm_tresnet.tresnet import MULTI_LABEL, recipe_arguments
+
+RECIPES = load_recipes()
+each_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+OFFICIAL = {  # how the official code makes each architecture
+    "tresnet_m": {"layers": (3, 4, 11, 3)},
+    "tresnet_l": {"layers": (4, 5, 18, 3), "planes": 76},
+    "tresnet_xl": {"layers": (4, 5, 24, 3), "planes": 83},
+    "tresnet_v2_l": {"layers": (3, 4, 23, 3), "bottlenecks": (True,) * 4},
+    "tresnet_v2_xl": {"layers": (3, 8, 34, 5), "bottlenecks": (True,) * 4},
+}
+# Where the official code and timm's config prepare images differently, the recipe has the former, the tag the latter.
+OTHER_CROP_IN_TIMM = {name for name in RECIPES if name.endswith(("_448", "miil_in21k"))}
+
+VALID = """["tresnet_m.tag"]
+architecture = "tresnet_m"
+tag = "tag"
+files = ["a.pth"]
+dataset = "D"
+num_classes = 2
+interpolation = "bilinear"
+crop_pct = 1.0
+crop_mode = "squash"
+mean = [0.0]
+std = [1.0]
+metric = { name = "mAP", value = 1.0, published = "P" }
+paper = "arXiv:1"
+code = "https://example.org"
+"""
+
+
+@each_recipe
+def test_official_names_and_shapes_are_found_to_be_the_recipes(recipe):
+    with torch.device("meta"):
+        tensors = reference.official_state_dict(
+            **OFFICIAL[recipe.architecture], num_classes=recipe.num_classes, head=recipe.head, counters=True
+        )
+    blurred = _find_blurs(tensors)
+    head, classes, weights = _take_head(from_official(tensors))
+    architecture, model_args = _detect(weights, blurred, custom=False)
+    if head == "bottleneck":
+        model_args["head_features"] = weights["head.embedding.weight"].shape[0]
+    _check_fit(weights, architecture, model_args, 0 if head == "ml_decoder" else classes)
+    for file in recipe.files:
+        notes = []
+        assert _choose_recipe(file, None, architecture, model_args, head, classes, notes) == recipe
+        assert not notes
+
+
+@each_recipe
+def test_registered_config_says_what_the_recipe_says(recipe):
+    config = get_pretrained_cfg(recipe.name)
+    assert config.hf_hub_id == recipe.hf_hub_id
+    assert config.num_classes == (0 if recipe.head == "ml_decoder" else recipe.num_classes)
+    assert config.input_size == (3, recipe.input_size or 224, recipe.input_size or 224)
+    assert (config.mean, config.std, config.interpolation) == (recipe.mean, recipe.std, recipe.interpolation)
+    crop = (config.crop_pct, config.crop_mode)
+    if recipe.hf_hub_id and recipe.name in OTHER_CROP_IN_TIMM:
+        assert crop == (0.875, "center") != (recipe.crop_pct, recipe.crop_mode)
+    else:
+        assert crop == (recipe.crop_pct, recipe.crop_mode)
+    if not recipe.hf_hub_id:
+        assert config.license == recipe.license
+        assert (config.notes == (MULTI_LABEL,)) == (recipe.multi_label and recipe.head != "ml_decoder")
+
+
+@each_recipe
+def test_registered_tag_builds_the_network_of_the_recipe(recipe):
+    model = timm.create_model(recipe.name, device="meta")
+    assert model.num_classes == (0 if recipe.head == "ml_decoder" else recipe.num_classes)
+    assert model.head_hidden_size == (512 if recipe.head == "bottleneck" else model.num_features)
+    slopes = {type(m): m.negative_slope for m in model.body.layer1.modules() if isinstance(m, torch.nn.LeakyReLU)}
+    assert slopes[torch.nn.LeakyReLU] == recipe_arguments(recipe).get("negative_slope", 1e-3)
+    assert model.body.conv1.bn.act.negative_slope == recipe_arguments(recipe).get("stem_negative_slope", 1e-2)
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES.values() if not r.hf_hub_id], ids=lambda r: r.name)
+def test_weights_that_are_nowhere_yet_say_how_to_make_them(recipe):
+    assert recipe.name not in list_models(pretrained=True)
+    with pytest.raises(RuntimeError) as caught:
+        timm.create_model(recipe.name, pretrained=True)
+    for part in (recipe.name, recipe.files[0], "timm-tresnet convert", "'local-dir:FOLDER', pretrained=True"):
+        assert part in str(caught.value)
+
+
+def test_arguments_go_before_those_of_the_recipe():
+    model = timm.create_model("tresnet_v2_l.miil_stanford_cars_368", device="meta", negative_slope=0.5)
+    assert model.body.layer1[0].conv1.bn.act.negative_slope == 0.5
+    assert model.body.conv1.bn.act.negative_slope == 1e-6
+
+
+def test_file_names_tell_recipes_apart():
+    files = [file for recipe in RECIPES.values() for file in recipe.files]
+    assert len(files) == len(set(files))
+
+
+def test_maintainers_find_the_recipes_in_hub():
+    link = Path(__file__).parents[1] / "hub" / "recipes.toml"
+    assert link.samefile(recipes._FILE)
+
+
+def test_recipes_cannot_be_changed():
+    recipe = RECIPES["tresnet_m.miil_in1k"]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.tag = "other"
+    with pytest.raises(TypeError):
+        RECIPES["other"] = recipe
+
+
+def test_a_file_of_ones_own_is_read(tmp_path):
+    file = tmp_path / "recipes.toml"
+    file.write_text(VALID)
+    (recipe,) = load_recipes(file).values()
+    assert (recipe.name, recipe.input_size, recipe.license, recipe.multi_label) == ("tresnet_m.tag", None, None, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("dataset =", "datasets ="), r"recipe tresnet_m.tag: missing fields \['dataset'\], unknown .* \['datasets'\]"),
+        (("value = 1.0", "worth = 1.0"), r"metric of recipe tresnet_m.tag: missing fields \['value'\], .* \['worth'\]"),
+        (('"squash"', '"stretch"'), "crop_mode to be one of center, squash, got 'stretch'"),
+        (('tag = "tag"', 'tag = "other"'), "recipe tresnet_m.tag says that it is tresnet_m.other"),
+        (("num_classes = 2", "num_classes = "), "Invalid value"),
+    ],
+    ids=["field", "metric", "choice", "key", "toml"],
+)
+def test_mistakes_in_recipes_are_named(change, message, tmp_path):
+    file = tmp_path / "recipes.toml"
+    file.write_text(VALID.replace(*change))
+    with pytest.raises(ValueError, match=message):
+        load_recipes(file)

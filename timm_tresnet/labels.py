@@ -1,0 +1,54 @@
+"""Names of the classes of public weights, in the order of their outputs."""
+
+from typing import Any
+
+# MS-COCO's 80 "thing" categories by ascending category id, which is how ASL and ML-Decoder number them
+# (`CocoDetection.cat2cat` in their helper_functions.py); names from COCO's instances_val2014.json.
+_COCO = """
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
+parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag,
+tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard,
+tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot,
+hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard,
+cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier,
+toothbrush
+"""
+
+# PASCAL VOC's 20 classes in the order of its development kit (VOCinit.m), which is alphabetical. ASL published no code
+# for VOC: where a checkpoint has its own `idx_to_class`, that goes first.
+_VOC = """
+aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, motorbike, person,
+pottedplant, sheep, sofa, train, tvmonitor
+"""
+
+_LISTS = {"coco": _COCO, "voc": _VOC}
+_IMAGENET_SUBSETS = {"imagenet-1k": "imagenet-1k", "imagenet-21k-p": "imagenet-21k-miil"}  # ours: timm's
+LABEL_SETS = (*_IMAGENET_SUBSETS, *_LISTS)
+
+
+def label_config(labels: str) -> dict[str, Any]:
+    """Name the classes of a label set as timm's config.json does.
+
+    ImageNet's classes are WordNet synsets, which timm lists (`timm.data.ImageNetInfo`).
+
+    Args:
+        labels: one of `LABEL_SETS`.
+
+    Returns:
+        "label_names", a list with one name for each output of the network, and, where names are identifiers,
+        "label_descriptions", a dict from name to words.
+
+    Raises:
+        ValueError: if labels is not one of `LABEL_SETS`.
+    """
+    if labels in _IMAGENET_SUBSETS:
+        from timm.data import ImageNetInfo
+
+        info = ImageNetInfo(_IMAGENET_SUBSETS[labels])
+        return {
+            "label_names": list(info.label_names()),
+            "label_descriptions": info.label_descriptions(as_dict=True),
+        }
+    if labels in _LISTS:
+        return {"label_names": [name.strip() for name in _LISTS[labels].split(",")]}
+    raise ValueError(f"label_config needs one of {', '.join(LABEL_SETS)}, got {labels!r}")
