@@ -1,0 +1,93 @@
+"""Convert an original file by its recipe, prove the result equal, write the folder.
+
+python hub/convert.py MS_COCO_TRresNet_L_448_86.6.pth --recipe tresnet_l.asl_coco_448 --output FOLDER [--repo ORG/NAME]
+
+The folder is reloaded by timm, and its output compared with that of the file, computed from its own names by the plain
+implementation in tests/reference.py. If they differ, nothing is written.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+
+import timm_tresnet  # noqa: F401  registers the variants
+from timm_tresnet.checkpoint import OFFICIAL_STEM, unwrap
+from timm_tresnet.convert import Conversion, convert_checkpoint, read_checkpoint, write_folder
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import reference
+
+TOLERANCE = 1e-5  # relative, L2, in float32
+_SIZES = ((64, 64), (96, 160))  # pixels; weights know no size, and the plain implementation is slow
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments without the program's name; None for those of the process.
+
+    Returns:
+        Exit status: 0, or 1 if nothing was written.
+    """
+    parser = argparse.ArgumentParser(description="Convert an original file by its recipe and prove the result equal.")
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("--recipe", required=True, metavar="NAME", help="a name in hub/recipes.toml")
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
+    parser.add_argument("--repo", metavar="ORG/NAME", help="Hub repository that the model card is to name")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
+    arguments = parser.parse_args(argv)
+    try:
+        conversion = convert_checkpoint(arguments.file, recipe=arguments.recipe)
+        source = unwrap(read_checkpoint(arguments.file))
+        write_folder(
+            conversion,
+            arguments.output,
+            overwrite=arguments.overwrite,
+            repo_id=arguments.repo,
+            check=lambda folder: compare(source, conversion, folder),
+        )
+    except (OSError, ValueError) as error:
+        print(f"hub/convert.py: nothing written: {error}", file=sys.stderr)
+        return 1
+    for message in (*conversion.notes, *conversion.warnings):
+        print(message)
+    print(f"{arguments.output}: equal to {arguments.file}")
+    return 0
+
+
+@torch.no_grad()
+def compare(source: dict[str, torch.Tensor], conversion: Conversion, folder: Path) -> None:
+    """Compare a converted folder with the file it was made from.
+
+    Args:
+        source: tensors of the file under their own, official names.
+        conversion: what was made of it.
+        folder: holds the result.
+
+    Raises:
+        ValueError: if the file has other names, holds NaN or infinite values, or gives another output.
+    """
+    if OFFICIAL_STEM not in source:
+        raise ValueError(f"needs a file of the official code to compare with, got {conversion.layout} names")
+    if conversion.warnings:
+        raise ValueError(f"cannot be compared: {'; '.join(conversion.warnings)}")
+    source = {name: tensor.float() for name, tensor in source.items()}
+    arguments = {"negative_slope": "slope", "stem_negative_slope": "stem_slope"}
+    slopes = {arguments[name]: slope for name, slope in conversion.recipe.slopes.items()}
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    generator = torch.Generator().manual_seed(0)
+    for size in _SIZES:
+        x = torch.rand(2, 3, *size, generator=generator)
+        actual, expected = model(x), reference.official_forward(source, x, **slopes)
+        error = ((actual - expected).norm() / expected.norm()).item()
+        if not error <= TOLERANCE:
+            raise ValueError(f"the output at {size} differs by {error:.1e}, more than {TOLERANCE:.0e}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
