@@ -1,0 +1,60 @@
+import pytest
+import timm
+
+from timm_tresnet.labels import LABEL_SETS, label_config
+
+COUNTS = {"imagenet-1k": 1000, "imagenet-21k-p": 11221, "coco": 80, "voc": 20}
+
+
+def test_every_label_set_has_a_count():
+    assert set(COUNTS) == set(LABEL_SETS)
+
+
+@pytest.mark.parametrize(("labels", "count"), COUNTS.items(), ids=COUNTS)
+def test_every_class_has_one_name_of_its_own(labels, count):
+    config = label_config(labels)
+    names = config["label_names"]
+    assert len(names) == len(set(names)) == count
+    assert all(name and name == name.strip() for name in names)
+    if "label_descriptions" in config:
+        assert list(config["label_descriptions"]) == names
+        assert all(config["label_descriptions"].values())
+
+
+@pytest.mark.parametrize(("labels", "name"), [("imagenet-1k", "m.miil_in1k"), ("imagenet-21k-p", "m.miil_in21k")])
+def test_imagenet_labels_count_the_classes_of_the_registered_weights(labels, name):
+    assert timm.get_pretrained_cfg(f"tresnet_{name}").num_classes == COUNTS[labels]
+
+
+def test_imagenet_classes_are_in_the_order_of_the_synset_identifiers():
+    # Class folders sort so, and the official code reads ImageNet with torchvision's ImageFolder.
+    for labels in ("imagenet-1k", "imagenet-21k-p"):
+        names = label_config(labels)["label_names"]
+        assert names == sorted(names)
+
+
+def test_imagenet_names_are_described_in_words():
+    config = label_config("imagenet-1k")
+    assert config["label_names"][281] == "n02123045"
+    assert config["label_descriptions"]["n02123045"] == "tabby, tabby cat"
+
+
+@pytest.mark.parametrize(
+    ("labels", "module", "weights"),
+    [
+        ("coco", "torchvision.models.detection", "FasterRCNN_ResNet50_FPN_Weights"),
+        ("voc", "torchvision.models.segmentation", "FCN_ResNet50_Weights"),
+    ],
+    ids=["coco", "voc"],
+)
+def test_names_and_order_are_those_that_torchvision_has(labels, module, weights):
+    models = pytest.importorskip(module, reason="needs torchvision, whose own lists these are compared with")
+    categories = getattr(models, weights).DEFAULT.meta["categories"]
+    if labels == "coco":  # torchvision keeps the ids that COCO left empty
+        categories = [name for name in categories if name != "N/A"]
+    assert label_config(labels)["label_names"] == categories[1:]  # the first is the background
+
+
+def test_unknown_label_set_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match=r"imagenet-1k, imagenet-21k-p, coco, voc, got 'openimages'"):
+        label_config("openimages")
