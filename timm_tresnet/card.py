@@ -82,7 +82,7 @@ transform = timm.data.create_transform(**timm.data.resolve_data_config(model=emb
 image = transform(Image.open("photo.jpg").convert("RGB")).unsqueeze(0)
 
 with torch.inference_mode():
-    embedding = embedder(image)  # (1, embedder.num_features)
+    embedding = embedder(image)  # a row for each image
 ```"""
 _FINE_TUNE = """\
 ```python
