@@ -1,9 +1,12 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from hub_server import HubServer
 
 
 @pytest.fixture(autouse=True)
@@ -26,5 +29,49 @@ def run_python(tmp_path):
         if check and process.returncode:
             pytest.fail(f"exit status {process.returncode}\n{process.stdout}\n{process.stderr}")
         return process
+
+    return run
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def run_child(hub: HubServer, tmp_path: Path) -> Callable[..., str]:
+    """Runs code or a script in a new process, since the client of the Hub reads its environment when it is imported.
+
+    The arguments are in its sys.argv[1:], the keyword arguments in its environment. It must not fail, warn or log a
+    warning. Returns what it prints.
+    """
+    foreign = ("HF_", "HUGGING", "TRANSFORMERS_", "TIMM_", "TORCH_")
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(foreign) and not name.lower().endswith("_proxy")
+    }
+    environment |= {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf_home"),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def run(code: str | Path, *arguments: object, **variables: str) -> str:
+        source = [code] if isinstance(code, Path) else ["-c", code]
+        child = subprocess.run(
+            [sys.executable, "-W", "error", *map(str, [*source, *arguments])],
+            cwd=tmp_path,
+            env=environment | variables,
+            capture_output=True,
+            text=True,
+        )
+        assert child.returncode == 0, child.stderr
+        assert child.stderr == ""
+        return child.stdout
 
     return run

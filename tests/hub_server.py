@@ -1,22 +1,50 @@
-"""A read-only stand-in for the Hugging Face Hub on loopback, for the real huggingface_hub client.
+"""A stand-in for the Hugging Face Hub on loopback, for the real huggingface_hub client.
 
-It answers what the client of huggingface_hub 2.4 asks when it loads a model: files and the description of a repository.
+It answers what the client of huggingface_hub 2.4 asks when it loads a model, and, with HF_HUB_DISABLE_XET=1, when it
+creates a repository, uploads to it and tags a revision. Faults can be ordered for the requests to come.
 """
 
+import base64
 import hashlib
 import json
 import re
+import shutil
+import tempfile
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
+
+import yaml
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the next requests.
+
+    Attributes:
+        request: regular expression for all of "METHOD /path".
+        status: answered instead of what was asked for; None for a connection that breaks off.
+        code: X-Error-Code of that answer.
+        break_off_at: number of bytes of the body, sent or received, after which the connection breaks off.
+        times: how many requests; -1 for all to come.
+    """
+
+    request: str
+    status: int | None = None
+    code: str = ""
+    break_off_at: int = 0
+    times: int = 1
 
 
 @dataclass
 class Repository:
     revisions: dict[str, Path] = field(default_factory=dict)  # commit hash -> folder; the last one is main
+    tags: dict[str, str] = field(default_factory=dict)  # name -> commit hash
     gated: bool = False
 
 
@@ -25,15 +53,19 @@ class HubServer:
 
     Attributes:
         url: what HF_ENDPOINT has to be.
-        requests: (method, path, status) of every request, in order.
+        requests: (method, path, status) of every request, in order; a broken-off upload has no status and no entry.
         repositories: by "owner/name".
-        break_off_at: number of bytes after which the next download of a file breaks off; None for never.
+        faults: of several for one request, the first counts; spent ones are dropped.
+        objects: content of LFS files by SHA-256.
     """
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, str, int]] = []
         self.repositories: dict[str, Repository] = {}
-        self.break_off_at: int | None = None
+        self.faults: list[Fault] = []
+        self.objects: dict[str, bytes] = {}
+        self.lock = threading.Lock()
+        self._uploads = tempfile.TemporaryDirectory()  # folders of the uploaded revisions
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -45,6 +77,28 @@ class HubServer:
         repository.revisions[commit] = folder
         return commit
 
+    def commit(self, repo_id: str, files: dict[str, bytes]) -> str:
+        """Commit files on top of the newest revision, and return the commit's hash."""
+        repository = self.repositories.setdefault(repo_id, Repository())
+        folder = Path(self._uploads.name) / repo_id / str(len(repository.revisions))
+        if repository.revisions:
+            shutil.copytree(list(repository.revisions.values())[-1], folder)
+        for path, content in files.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
+        return self.add(repo_id, folder)
+
+    def take_fault(self, request: str) -> Fault | None:
+        """First fault for a request, "METHOD /path"; counts it as having happened."""
+        with self.lock:
+            for fault in self.faults:
+                if re.fullmatch(fault.request, request):
+                    fault.times -= 1
+                    if fault.times == 0:
+                        self.faults.remove(fault)
+                    return fault
+        return None
+
     def __enter__(self) -> "HubServer":
         self._thread.start()
         return self
@@ -53,15 +107,16 @@ class HubServer:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+        self._uploads.cleanup()
 
 
 class _HubError(Exception):
     """An answer from whose X-Error-Code the client chooses its exception."""
 
-    def __init__(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
+    def __init__(self, status: int, code: str = "", headers: dict[str, str] | None = None) -> None:
         super().__init__(code)
         self.status = status
-        self.headers = {"X-Error-Code": code, **(headers or {})}
+        self.headers = {"X-Error-Code": code, **(headers or {})} if code else {}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -73,16 +128,41 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(self.path.partition("?")[0])
-        for pattern, answer in self._ROUTES:
-            if match := pattern.fullmatch(path):
-                try:
-                    answer(self, **match.groupdict())
-                except _HubError as error:
-                    self._send(error.status, str(error).encode(), error.headers)
+        self.fault = self.hub.take_fault(f"{self.command} {path}")
+        try:
+            body = self._receive()
+            if self.close_connection:
                 return
-        self.send_error(404)
+            if self.fault and self.fault.status:
+                raise _HubError(self.fault.status, self.fault.code)
+            for method, pattern, answer in self._ROUTES:
+                if self.command in method and (match := pattern.fullmatch(path)):
+                    arguments = match.groupdict()
+                    if self.command in ("POST", "PUT"):
+                        arguments["body"] = body
+                    answer(self, **arguments)
+                    return
+            raise _HubError(404)
+        except _HubError as error:
+            self._send(error.status, json.dumps({"error": str(error)}).encode(), error.headers)
 
-    do_HEAD = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def _receive(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            chunks = []
+            while size := int(self.rfile.readline(), 16):
+                chunks.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(chunks)
+        size = int(self.headers.get("Content-Length", 0))
+        if size and self.fault and self.fault.status is None:
+            self.close_connection = True
+            size = min(size, self.fault.break_off_at)
+        return self.rfile.read(size)
+
+    # ---- download
 
     def _send_file(self, repo_id: str, revision: str, path: str) -> None:
         repository = self._find_repository(repo_id)
@@ -94,11 +174,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise _HubError(404, "EntryNotFound", headers)
         body = (repository.revisions[commit] / path).read_bytes()
         headers |= {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "Accept-Ranges": "bytes"}
-        rest = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))  # the client resumes, it wants no middle
-        if rest:
-            start, size = int(rest[1]), len(body)
-            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
-            self._send(206, body[start:], headers)
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if part:
+            start, end = int(part[1]), min(int(part[2] or len(body)) + 1, len(body))
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(body)}"
+            self._send(206, body[start:end], headers)
         else:
             self._send(200, body, headers)
 
@@ -106,13 +186,118 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._find_repository(repo_id)
         commit = self._find_commit(repository, revision or "main")
         siblings = [{"rfilename": path} for path in _list_files(repository.revisions[commit])]
-        body = json.dumps({"id": repo_id, "sha": commit, "siblings": siblings})
-        self._send(200, body.encode(), {"Content-Type": "application/json"})
+        self._send_json({"id": repo_id, "sha": commit, "siblings": siblings, "gated": repository.gated})
 
+    def _send_tree(self, repo_id: str, revision: str) -> None:
+        repository = self._find_repository(repo_id)
+        folder = repository.revisions[self._find_commit(repository, revision)]
+        self._send_json([_describe_file(path, (folder / path).read_bytes()) for path in _list_files(folder)])
+
+    def _send_refs(self, repo_id: str) -> None:
+        repository = self._find_repository(repo_id)
+        branches = [{"name": "main", "ref": "refs/heads/main", "targetCommit": self._find_commit(repository, "main")}]
+        tags = [
+            {"name": name, "ref": f"refs/tags/{name}", "targetCommit": commit}
+            for name, commit in repository.tags.items()
+        ]
+        self._send_json({"branches": branches, "converts": [], "tags": tags})
+
+    # ---- upload
+
+    def _create_repository(self, body: bytes) -> None:
+        self._need_token()
+        request = json.loads(body)
+        repo_id = f"{request['organization']}/{request['name']}"
+        if repo_id in self.hub.repositories:
+            raise _HubError(409)
+        self.hub.commit(repo_id, {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
+        self._send_json({"url": f"{self.hub.url}/{repo_id}"})
+
+    def _validate_card(self, body: bytes) -> None:
+        card = json.loads(body)["content"]
+        try:
+            yaml.safe_load(card.split("---\n")[1])
+        except (IndexError, yaml.YAMLError) as error:
+            self._send_json({"errors": [{"message": str(error)}], "warnings": []}, 400)
+        else:
+            self._send_json({"errors": [], "warnings": []})
+
+    def _choose_upload_modes(self, repo_id: str, revision: str, body: bytes) -> None:
+        self._need_token()
+        repository = self._find_repository(repo_id)
+        folder = repository.revisions[self._find_commit(repository, revision)]
+        held = {path: _describe_file(path, (folder / path).read_bytes()) for path in _list_files(folder)}
+        files = [
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if _is_lfs(file["path"]) else "regular",
+                "shouldIgnore": False,
+                "oid": _get_oid(held[file["path"]]) if file["path"] in held else None,
+            }
+            for file in json.loads(body)["files"]
+        ]
+        self._send_json({"files": files})
+
+    def _offer_uploads(self, repo_id: str, body: bytes) -> None:
+        self._need_token()
+        self._find_repository(repo_id)
+        objects = json.loads(body)["objects"]
+        for entry in objects:
+            if entry["oid"] not in self.hub.objects:
+                entry["actions"] = {"upload": {"href": f"{self.hub.url}/lfs-objects/{entry['oid']}"}}
+        self._send_json({"objects": objects, "transfer": "basic"})
+
+    def _store_object(self, oid: str, body: bytes) -> None:
+        if hashlib.sha256(body).hexdigest() != oid:
+            raise _HubError(400)
+        self.hub.objects[oid] = body
+        self._send(200, b"", {})
+
+    def _commit(self, repo_id: str, revision: str, body: bytes) -> None:
+        self._need_token()
+        repository = self._find_repository(repo_id)
+        files = {}
+        for line in body.splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "header" and value.get("parentCommit") not in (None, list(repository.revisions)[-1]):
+                raise _HubError(412)
+            if entry["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            if entry["key"] == "lfsFile":
+                if value["oid"] not in self.hub.objects:
+                    raise _HubError(400)
+                files[value["path"]] = self.hub.objects[value["oid"]]
+        commit = self.hub.commit(repo_id, files)
+        self._send_json({"commitOid": commit, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{commit}"})
+
+    def _tag(self, repo_id: str, revision: str, body: bytes) -> None:
+        self._need_token()
+        repository = self._find_repository(repo_id)
+        name = json.loads(body)["tag"]
+        if name in repository.tags:
+            raise _HubError(409)
+        repository.tags[name] = self._find_commit(repository, revision)
+        self._send_json({})
+
+    _REPO_ID, _REVISION = r"(?P<repo_id>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
     _ROUTES = (
-        (re.compile(r"/(?P<repo_id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)"), _send_file),
-        (re.compile(r"/api/models/(?P<repo_id>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?"), _send_info),
+        (("GET", "HEAD"), re.compile(rf"/{_REPO_ID}/resolve/{_REVISION}/(?P<path>.+)"), _send_file),
+        (("GET", "HEAD"), re.compile(rf"/api/models/{_REPO_ID}(?:/revision/{_REVISION})?"), _send_info),
+        (("GET",), re.compile(rf"/api/models/{_REPO_ID}/tree/{_REVISION}"), _send_tree),
+        (("GET",), re.compile(rf"/api/models/{_REPO_ID}/refs"), _send_refs),
+        (("POST",), re.compile(r"/api/repos/create"), _create_repository),
+        (("POST",), re.compile(r"/api/validate-yaml"), _validate_card),
+        (("POST",), re.compile(rf"/api/models/{_REPO_ID}/preupload/{_REVISION}"), _choose_upload_modes),
+        (("POST",), re.compile(rf"/{_REPO_ID}\.git/info/lfs/objects/batch"), _offer_uploads),
+        (("PUT",), re.compile(r"/lfs-objects/(?P<oid>[0-9a-f]{64})"), _store_object),
+        (("POST",), re.compile(rf"/api/models/{_REPO_ID}/commit/{_REVISION}"), _commit),
+        (("POST",), re.compile(rf"/api/models/{_REPO_ID}/tag/{_REVISION}"), _tag),
     )
+
+    def _need_token(self) -> None:
+        if not self.headers.get("Authorization"):
+            raise _HubError(401)
 
     def _find_repository(self, repo_id: str) -> Repository:
         if repo_id not in self.hub.repositories:
@@ -120,10 +305,13 @@ class _Handler(BaseHTTPRequestHandler):
         return self.hub.repositories[repo_id]
 
     def _find_commit(self, repository: Repository, revision: str) -> str:
-        commit = list(repository.revisions)[-1] if revision == "main" else revision
+        commit = list(repository.revisions)[-1] if revision == "main" else repository.tags.get(revision, revision)
         if commit not in repository.revisions:
             raise _HubError(404, "RevisionNotFound")
         return commit
+
+    def _send_json(self, answer: Any, status: int = 200) -> None:
+        self._send(status, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -132,8 +320,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if self.hub.break_off_at is not None:
-            body, self.hub.break_off_at = body[: self.hub.break_off_at], None
+        if self.fault and self.fault.status is None:
+            body = body[: self.fault.break_off_at]
             self.close_connection = True
         self.wfile.write(body)
 
@@ -144,5 +332,21 @@ class _Handler(BaseHTTPRequestHandler):
         """Write nothing to stderr; `requests` has the status."""
 
 
-def _list_files(folder: Path) -> list[str]:
+def _list_files(folder: Path) -> Iterable[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _is_lfs(path: str) -> bool:
+    return path.endswith((".safetensors", ".bin"))
+
+
+def _describe_file(path: str, content: bytes) -> dict[str, Any]:
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    description: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": blob}
+    if _is_lfs(path):
+        description["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+    return description
+
+
+def _get_oid(description: dict[str, Any]) -> str:
+    return description.get("lfs", description)["oid"]

@@ -1,16 +1,14 @@
 """Loading weights with the real huggingface_hub client, through timm, from a stand-in for the Hub on loopback."""
 
-import os
 import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from hub_server import HubServer
+from hub_server import Fault
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
@@ -28,6 +26,12 @@ def assert_holds(model, folder):
     torch.testing.assert_close(dict(model.state_dict()), weights, rtol=0, atol=0, check_dtype=False)
 """
 
+NO_WAITING = """
+import time
+
+time.sleep = lambda seconds: None  # no variable shortens the 23 s that the client waits between its tries
+"""
+
 ASSERT_EXPLAINED = f"""
 {TIMM}
 import pytest
@@ -41,48 +45,6 @@ for part in (
 ):
     assert part in str(caught.value), part
 """
-
-
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture
-def run_child(hub: HubServer, tmp_path: Path) -> Callable[..., None]:
-    """Runs code in a new process, since the client reads its environment when it is imported.
-
-    The arguments are in its sys.argv[1:], the keyword arguments in its environment. It must not fail, warn or log a
-    warning.
-    """
-    foreign = ("HF_", "HUGGING", "TRANSFORMERS_", "TIMM_", "TORCH_")
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(foreign) and not name.lower().endswith("_proxy")
-    }
-    environment |= {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "hf_home"),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-
-    def run(code: str, *arguments: object, **variables: str) -> None:
-        child = subprocess.run(
-            [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
-            cwd=tmp_path,
-            env=environment | variables,
-            capture_output=True,
-            text=True,
-        )
-        assert child.returncode == 0, child.stderr
-        assert child.stderr == ""
-
-    return run
 
 
 def draw_weights(model: nn.Module, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -130,7 +92,7 @@ def test_registry_name_downloads_the_safetensors_file_and_gives_exactly_its_weig
 
 def test_download_that_breaks_off_is_resumed(hub, run_child, tresnet_m):
     hub.add("timm/tresnet_m.miil_in1k", tresnet_m)
-    hub.break_off_at = 32 * 2**20
+    hub.faults.append(Fault(r"GET .*/model\.safetensors", break_off_at=32 * 2**20))
     run_child(
         """
 import filecmp
@@ -145,6 +107,77 @@ assert filecmp.cmp(downloaded, f"{sys.argv[1]}/model.safetensors", shallow=False
     )
     path = "/timm/tresnet_m.miil_in1k/resolve/main/model.safetensors"
     assert hub.requests == [("HEAD", path, 200), ("GET", path, 200), ("GET", path, 206)]
+
+
+def test_download_that_always_breaks_off_says_so_and_leaves_a_cache_that_works(hub, run_child, save_model, tmp_path):
+    folder = save_model("insects", seed=1)
+    hub.add("owner/insects", folder)
+    hub.faults.append(Fault(r"GET .*/model\.safetensors", break_off_at=100_000, times=6))  # the client tries as often
+    run_child(
+        f"""
+{TIMM}{NO_WAITING}
+from pathlib import Path
+import pytest
+
+with pytest.raises(ConnectionError) as caught:
+    timm.create_model("hf-hub:owner/insects", pretrained=True)
+for part in ("test_tresnet needs", "repository owner/insects", "the download broke off", "HF_ENDPOINT"):
+    assert part in str(caught.value), part
+(cached,) = Path(sys.argv[2]).glob("hub/models--owner--insects/snapshots/*")
+assert [path.name for path in cached.iterdir()] == ["config.json"]
+assert not list(Path(sys.argv[2]).rglob("*.incomplete"))
+assert_holds(timm.create_model("hf-hub:owner/insects", pretrained=True), sys.argv[1])
+""",
+        folder,
+        tmp_path / "hf_home",
+        HF_HUB_VERBOSITY="error",  # the client warns of each try
+    )
+
+
+def test_hub_that_fails_for_a_while_gives_the_weights_afterwards(hub, run_child, save_model):
+    folder = save_model("insects", seed=1)
+    hub.add("owner/insects", folder)
+    hub.faults += [
+        Fault(r"HEAD .*/config\.json", status=503, times=2),  # the client asks again by itself
+        Fault(r"GET .*/model\.safetensors", status=500),
+    ]
+    run_child(
+        f"""
+{TIMM}{NO_WAITING}
+import pytest
+from huggingface_hub.errors import HfHubHTTPError
+
+with pytest.raises(HfHubHTTPError, match="500.*/owner/insects/resolve/main/model.safetensors"):
+    timm.create_model("hf-hub:owner/insects", pretrained=True)
+assert_holds(timm.create_model("hf-hub:owner/insects", pretrained=True), sys.argv[1])
+""",
+        folder,
+        HF_HUB_VERBOSITY="error",  # the client warns of each try
+    )
+
+
+def test_two_processes_that_load_at_once_download_once(hub, run_child, save_model, tmp_path):
+    folder = save_model("insects", seed=1)
+    hub.add("owner/insects", folder)
+    code = f"""
+{TIMM}
+import time
+from pathlib import Path
+
+ready = Path(sys.argv[2])
+(ready / sys.argv[3]).touch()
+while len(list(ready.iterdir())) < 2:
+    time.sleep(0.01)
+assert_holds(timm.create_model("hf-hub:owner/insects", pretrained=True), sys.argv[1])
+"""
+    (tmp_path / "ready").mkdir()
+    with ThreadPoolExecutor(2) as pool:
+        children = [pool.submit(run_child, code, folder, tmp_path / "ready", name) for name in "ab"]
+    for child in children:
+        child.result()
+    path = "/owner/insects/resolve/main/model.safetensors"
+    assert hub.requests.count(("GET", path, 200)) == 1
+    assert hub.requests.count(("HEAD", path, 200)) == 2
 
 
 def test_downloaded_weights_fit_other_channels_and_classes_without_a_warning(hub, run_child, tresnet_m):
@@ -246,15 +279,10 @@ def test_offline_mode_with_an_empty_cache_says_what_is_missing_and_what_to_do(ru
 
 
 def test_hub_that_cannot_be_reached_says_what_is_missing_and_what_to_do(run_child):
-    no_waiting = """
-import time
-
-time.sleep = lambda seconds: None  # no variable shortens the 23 s that the client waits between its tries
-"""
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))  # bound, so that nobody else listens there either
         run_child(
-            no_waiting + ASSERT_EXPLAINED,
+            NO_WAITING + ASSERT_EXPLAINED,
             HF_ENDPOINT=f"http://127.0.0.1:{deaf.getsockname()[1]}",
             HF_HUB_VERBOSITY="error",  # the client warns of each try
         )

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HTTPError as ClientError  # base of what its transport raises, whichever that is
 from timm.layers import ClassifierHead, LayerType, get_act_layer
 from timm.models import (
     build_model_with_cfg,
@@ -647,7 +648,13 @@ def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None,
             **{**ARCHITECTURES[variant], **(recipe_arguments(recipe) if recipe else {}), **kwargs},
         )
     except LocalEntryNotFoundError as error:
-        raise LocalEntryNotFoundError(_explain_missing_weights(variant, kwargs)) from error
+        reason = "it is not in the cache and the Hub cannot be reached"
+        raise LocalEntryNotFoundError(_explain_missing_weights(variant, kwargs, reason)) from error
+    except HfHubHTTPError:
+        raise  # names the address and the status
+    except ClientError as error:
+        reason = f"the download broke off: {error}"
+        raise ConnectionError(_explain_missing_weights(variant, kwargs, reason)) from error
 
 
 @functools.cache  # once a process
@@ -676,11 +683,11 @@ def _check_source(recipe: Recipe, overlay: dict[str, Any] | None) -> None:
     )
 
 
-def _explain_missing_weights(variant: str, kwargs: dict[str, Any]) -> str:
+def _explain_missing_weights(variant: str, kwargs: dict[str, Any], reason: str) -> str:
     config = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     return (
         f"{variant} needs {config.hf_hub_filename or 'model.safetensors'} from the Hugging Face Hub repository "
-        f"{config.hf_hub_id}, but it is not in the cache and the Hub cannot be reached. Either connect to the network, "
+        f"{config.hf_hub_id}, but {reason}. Either connect to the network, "
         "set HF_ENDPOINT to a mirror, point HF_HOME or cache_dir at a cache that holds it, load a folder with "
         "timm.create_model('local-dir:FOLDER', pretrained=True), or try the model inside the package, 'test_tresnet'"
     )
