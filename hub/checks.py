@@ -1,0 +1,187 @@
+"""What a repository of converted weights has to hold; publish.py and verify.py share it."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import safe_open
+
+import timm_tresnet  # noqa: F401  registers the variants
+from timm_tresnet.card import PLACEHOLDER
+from timm_tresnet.recipes import Recipe, load_recipes
+from timm_tresnet.tresnet import MULTI_LABEL
+
+WEIGHTS, CONFIG, CARD = REQUIRED = ("model.safetensors", "config.json", "README.md")
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar")
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def read_shapes(path: Path) -> Shapes:
+    """Read names and shapes from the header of a safetensors file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Shape of each tensor by its name.
+
+    Raises:
+        SafetensorError: if the file is damaged or something else.
+    """
+    with safe_open(path, "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+
+
+def find_problems(folder: Path, shapes: Shapes, repo_id: str) -> list[str]:
+    """Check config.json and README.md of a repository, and that its weights fit what the config builds.
+
+    Args:
+        folder: holds config.json and README.md.
+        shapes: shape of each tensor in model.safetensors by its name.
+        repo_id: the repository.
+
+    Returns:
+        What is wrong, one sentence each.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        return [f"{CONFIG} is not JSON: {error}", *_check_card(folder / CARD, None, repo_id)]
+    if not isinstance(config, dict) or not isinstance(config.get("pretrained_cfg"), dict):
+        return [
+            f"{CONFIG} needs architecture and pretrained_cfg, as timm writes them",
+            *_check_card(folder / CARD, None, repo_id),
+        ]
+    recipe = load_recipes().get(f"{config.get('architecture')}.{config['pretrained_cfg'].get('tag')}")
+    problems = _check_weights(folder, shapes)
+    names = config.get("label_names")
+    if names and len(names) != config.get("num_classes"):
+        problems.append(f"{CONFIG} names {len(names)} classes but has num_classes {config.get('num_classes')}")
+    if recipe:
+        problems += _compare_with_recipe(config, recipe)
+    return problems + _check_card(folder / CARD, recipe, repo_id)
+
+
+def _check_weights(folder: Path, shapes: Shapes) -> list[str]:
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=False)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:  # whatever a wrong architecture or argument raises
+        return [f"timm cannot build a model from {CONFIG}: {type(error).__name__}: {error}"]
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = [name for name in expected if name not in shapes and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in shapes if name not in expected]
+    wrong = [
+        f"{name} {shapes[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if shapes.get(name, shape) != shape
+    ]
+    return [
+        f"{WEIGHTS} has {kind} tensors for the model of {CONFIG}: {_shorten(names)}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", wrong))
+        if names
+    ]
+
+
+def _compare_with_recipe(config: dict[str, Any], recipe: Recipe) -> list[str]:
+    pretrained_cfg = config["pretrained_cfg"]
+    expected = {
+        "input_size": recipe.input_size and [3, recipe.input_size, recipe.input_size],
+        "interpolation": recipe.interpolation,
+        "crop_pct": recipe.crop_pct,
+        "crop_mode": recipe.crop_mode,
+        "mean": list(recipe.mean),
+        "std": list(recipe.std),
+        "license": recipe.license,
+    }
+    pairs = [(name, pretrained_cfg.get(name), value) for name, value in expected.items() if value is not None]
+    num_classes = (
+        0 if recipe.head == "ml_decoder" else recipe.num_classes
+    )  # of ML-Decoder, only the backbone is converted
+    pairs.append(("num_classes", config.get("num_classes"), num_classes))
+    multi_label = recipe.multi_label and recipe.head != "ml_decoder"
+    pairs.append(("multi_label", MULTI_LABEL in (pretrained_cfg.get("notes") or ()), multi_label))
+    arguments = config.get("model_args", {})
+    pairs += [(name, arguments.get(name), value) for name, value in recipe.slopes.items()]
+    return [
+        f"{CONFIG} has {name} {actual!r}, recipe {recipe.name} has {value!r}"
+        for name, actual, value in pairs
+        if actual != value
+    ]
+
+
+def _check_card(path: Path, recipe: Recipe | None, repo_id: str) -> list[str]:
+    content = path.read_text(encoding="utf-8")
+    if not content.startswith("---\n"):
+        return [f"{CARD} has no metadata"]
+    try:
+        data = ModelCard(content).data
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        return [f"{CARD} has metadata that the Hub cannot read: {error}"]
+    expected = {"library_name": "timm"}
+    if recipe and recipe.license:
+        expected["license"] = recipe.license
+    problems = [
+        f"{CARD} has {name} {data.get(name)!r} instead of {value!r}"
+        for name, value in expected.items()
+        if data.get(name) != value
+    ]
+    if recipe and data.eval_results:
+        values = {result.metric_value for result in data.eval_results}
+        if values != {recipe.metric.value}:
+            problems.append(f"{CARD} has results {sorted(values)}, recipe {recipe.name} has {recipe.metric.value}")
+    named = set(re.findall(rf"{PLACEHOLDER}|hf-hub:[\w./-]+", content)) - {f"hf-hub:{repo_id}"}
+    return problems + [f"{CARD} tells its readers to load {name}" for name in sorted(named)]
+
+
+def explain(error: Exception, repo_id: str) -> str:
+    """Say what a failure of the Hub or of its client means, and what to do.
+
+    Args:
+        error: what the client raised.
+        repo_id: repository that was asked for.
+
+    Returns:
+        One sentence, and the client's own first line behind it.
+    """
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, GatedRepoError):
+        meaning = f"{repo_id} is gated: accept its conditions on its page, then {login}"
+    elif isinstance(error, RepositoryNotFoundError):
+        meaning = f"{repo_id} does not exist, or is private: check its name, or {login}"
+    elif isinstance(error, LocalEntryNotFoundError):
+        meaning = "the Hub cannot be reached: check the network and HF_ENDPOINT, then run this again"
+    elif isinstance(error, RevisionNotFoundError | EntryNotFoundError):
+        meaning = f"{repo_id} does not have the file or revision that was asked for"
+    elif status == 401:
+        meaning = f"the Hub does not accept your login: {login}"
+    elif status == 403:
+        meaning = f"your token may not write to {repo_id}: take one with write access"
+    elif status == 412:
+        meaning = f"{repo_id} was changed by someone else meanwhile: run this again and look at the new plan"
+    elif status >= 500:
+        meaning = "the Hub failed: run this again later, what is uploaded is not sent again"
+    else:
+        meaning = f"asking the Hub about {repo_id} failed"
+    lines = str(error).strip().splitlines()
+    return f"{meaning} ({type(error).__name__}: {lines[0] if lines else 'no message'})"
+
+
+def _shorten(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

@@ -1,0 +1,288 @@
+"""Publish a folder of converted weights as a Hub repository.
+
+python hub/publish.py FOLDER --repo ORG/NAME                             # says what would change, changes nothing
+python hub/publish.py FOLDER --repo ORG/NAME --push --revision-tag v1    # does it
+
+The login is that of the huggingface_hub client (`hf auth login` or HF_TOKEN). After an interruption, run it again: what
+has arrived is not sent again.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from checks import CARD, CONFIG, PICKLES, REQUIRED, WEIGHTS, explain, find_problems, read_shapes
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import HTTPError as ClientError  # base of what its transport raises, whichever that is
+from huggingface_hub.hf_api import RepoFile
+from safetensors import SafetensorError
+
+from timm_tresnet.card import PLACEHOLDER
+
+_SHOWN_LINES = 60  # of a difference; label lists are long
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalFile:
+    """A file to publish.
+
+    Args:
+        content: its bytes where they differ from those on the disk, else its path.
+        size: in bytes.
+        sha256: by which the Hub knows LFS files.
+        git_blob: SHA-1 by which git knows other files.
+    """
+
+    content: bytes | Path
+    size: int
+    sha256: str
+    git_blob: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What publishing would change.
+
+    Args:
+        repo_id: the repository.
+        files: to publish, by path in the repository.
+        commit: newest one of the repository; None if there is no repository yet.
+        states: "new", "changed" or "same", by path.
+        others: paths that only the repository has; they stay.
+        differences: of config.json and README.md, as unified diffs.
+        tags: commit of each tag of the repository.
+    """
+
+    repo_id: str
+    files: dict[str, LocalFile]
+    commit: str | None
+    states: dict[str, str]
+    others: list[str]
+    differences: list[str]
+    tags: dict[str, str]
+
+    @property
+    def to_send(self) -> list[str]:
+        """Paths of new and changed files."""
+        return [path for path, state in self.states.items() if state != "same"]
+
+
+def read_folder(folder: Path, repo_id: str) -> dict[str, LocalFile]:
+    """Read and check the files of a folder.
+
+    Args:
+        folder: what `timm-tresnet convert` or hub/convert.py wrote.
+        repo_id: repository that the card is to name in its examples.
+
+    Returns:
+        Files by path in the repository; hidden ones are left out.
+
+    Raises:
+        ValueError: if the folder is not fit to be published; the message lists everything that is wrong.
+    """
+    paths = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    }
+    problems = [f"{name} is missing" for name in REQUIRED if name not in paths]
+    problems += [f"{name} is a pickle, which is not published" for name in paths if name.endswith(PICKLES)]
+    if problems:
+        raise ValueError("\n".join(problems))
+    card = (folder / CARD).read_text(encoding="utf-8").replace(PLACEHOLDER, f"hf-hub:{repo_id}").encode()
+    with tempfile.TemporaryDirectory() as checked:
+        (Path(checked) / CONFIG).write_bytes((folder / CONFIG).read_bytes())
+        (Path(checked) / CARD).write_bytes(card)
+        try:
+            problems = find_problems(Path(checked), read_shapes(folder / WEIGHTS), repo_id)
+        except SafetensorError as error:
+            problems = [f"{WEIGHTS} has no readable header: {error}"]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return {name: _hash(card if name == CARD else path) for name, path in paths.items()}
+
+
+def make_plan(api: HfApi, files: dict[str, LocalFile], repo_id: str) -> Plan:
+    """Compare files with those of a repository.
+
+    Args:
+        api: client of the Hub.
+        files: from `read_folder`.
+        repo_id: the repository, which need not exist.
+
+    Returns:
+        What publishing would change.
+    """
+    try:
+        commit = api.model_info(repo_id).sha
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        return Plan(repo_id, files, None, dict.fromkeys(files, "new"), [], [], {})
+    held = {
+        file.path: file
+        for file in api.list_repo_tree(repo_id, revision=commit, recursive=True)
+        if isinstance(file, RepoFile)
+    }
+    states = {
+        path: "new" if path not in held else "same" if _is_same(file, held[path]) else "changed"
+        for path, file in files.items()
+    }
+    differences = [
+        _show_difference(api, repo_id, commit, path, files[path])
+        for path in (CONFIG, CARD)
+        if states[path] == "changed"
+    ]
+    tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
+    others = sorted(path for path in held if path not in files and not path.startswith("."))
+    return Plan(repo_id, files, commit, states, others, differences, tags)
+
+
+def describe(plan: Plan) -> str:
+    """Write a plan for people.
+
+    Args:
+        plan: from `make_plan`.
+
+    Returns:
+        Several lines.
+    """
+    if plan.commit:
+        lines = [f"{plan.repo_id} is at {plan.commit}"]
+    else:
+        lines = [f"{plan.repo_id} will be created (or is private and this login may not see it)"]
+    lines += [f"  {state:8} {path} ({plan.files[path].size} bytes)" for path, state in plan.states.items()]
+    lines += [f"  {'stays':8} {path} (only in the repository)" for path in plan.others]
+    return "\n".join([*lines, *plan.differences])
+
+
+def push(api: HfApi, plan: Plan, tag: str | None = None) -> str:
+    """Carry out a plan, then download everything into an empty cache and compare hashes.
+
+    Args:
+        api: client of the Hub.
+        plan: from `make_plan`.
+        tag: name for the published revision.
+
+    Returns:
+        The published commit.
+
+    Raises:
+        ValueError: if the tag is another revision's already, before anything is sent.
+        RuntimeError: if what comes back is not what was sent; the revision is then not tagged.
+    """
+    if tag in plan.tags and (plan.to_send or plan.tags[tag] != plan.commit):
+        raise ValueError(f"tag {tag} of {plan.repo_id} is commit {plan.tags[tag]} already; choose another name")
+    if plan.commit is None:
+        api.create_repo(plan.repo_id, exist_ok=True)
+    commit = plan.commit
+    if plan.to_send:
+        operations = [
+            CommitOperationAdd(path_in_repo=path, path_or_fileobj=plan.files[path].content) for path in plan.to_send
+        ]
+        message = f"Publish {', '.join(plan.to_send)}"
+        commit = api.create_commit(
+            plan.repo_id,
+            operations,
+            commit_message=message,
+            parent_commit=plan.commit,  # one commit, or nothing
+        ).oid
+    _verify_upload(api, plan, commit)
+    if tag and tag not in plan.tags:
+        api.create_tag(plan.repo_id, tag=tag, revision=commit)
+    return commit
+
+
+def _verify_upload(api: HfApi, plan: Plan, commit: str) -> None:
+    with tempfile.TemporaryDirectory() as empty_cache:
+        downloaded = api.snapshot_download(
+            plan.repo_id, revision=commit, cache_dir=empty_cache, allow_patterns=list(plan.files)
+        )
+        different = [
+            path
+            for path, file in plan.files.items()
+            if not (Path(downloaded) / path).exists() or _hash(Path(downloaded) / path).sha256 != file.sha256
+        ]
+    if different:
+        raise RuntimeError(
+            f"{plan.repo_id}@{commit} gives back other bytes than were sent for {', '.join(different)}; run this again"
+        )
+
+
+def _hash(content: bytes | Path) -> LocalFile:
+    size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    sha256, git_blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    if isinstance(content, bytes):
+        sha256.update(content)
+        git_blob.update(content)
+    else:
+        with content.open("rb") as file:
+            while chunk := file.read(2**20):
+                sha256.update(chunk)
+                git_blob.update(chunk)
+    return LocalFile(content, size, sha256.hexdigest(), git_blob.hexdigest())
+
+
+def _is_same(file: LocalFile, held: RepoFile) -> bool:
+    return file.sha256 == held.lfs.sha256 if held.lfs else file.git_blob == held.blob_id
+
+
+def _show_difference(api: HfApi, repo_id: str, commit: str, path: str, file: LocalFile) -> str:
+    with tempfile.TemporaryDirectory() as cache:
+        downloaded = Path(api.hf_hub_download(repo_id, path, revision=commit, cache_dir=cache))
+        old = downloaded.read_text(encoding="utf-8", errors="replace")
+    new = file.content.decode() if isinstance(file.content, bytes) else file.content.read_text(encoding="utf-8")
+    names = f"{repo_id}/{path}", f"new {path}"
+    lines = list(difflib.unified_diff(old.splitlines(), new.splitlines(), *names, lineterm="", n=1))
+    if len(lines) > _SHOWN_LINES:
+        lines = [*lines[:_SHOWN_LINES], f"... {len(lines) - _SHOWN_LINES} more lines"]
+    return "\n".join(lines)
+
+
+def _repo_id(text: str) -> str:
+    if text.count("/") != 1 or not all(text.split("/")):
+        raise argparse.ArgumentTypeError(f"needs ORG/NAME, got {text!r}")
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script.
+
+    Args:
+        argv: arguments without the script's name; None for those of the process.
+
+    Returns:
+        Exit status: 0 if all went well, else 1.
+    """
+    parser = argparse.ArgumentParser(description="Publish a folder of converted weights as a Hub repository.")
+    parser.add_argument("folder", type=Path, help="holds model.safetensors, config.json and README.md")
+    parser.add_argument("--repo", type=_repo_id, required=True, metavar="ORG/NAME", help="repository on the Hub")
+    parser.add_argument("--push", action="store_true", help="do it; without this, only say what would change")
+    parser.add_argument("--revision-tag", metavar="TAG", help="tag for the published revision")
+    arguments = parser.parse_args(argv)
+    api = HfApi()
+    try:
+        plan = make_plan(api, read_folder(arguments.folder, arguments.repo), arguments.repo)
+        print(describe(plan))
+        if not arguments.push:
+            print("nothing was changed; --push does it")
+            return 0
+        commit = push(api, plan, arguments.revision_tag)
+    except (ValueError, RuntimeError, OSError, ClientError) as error:
+        if isinstance(error, RuntimeError) and error.__cause__:  # the client wraps what stops an upload
+            error = error.__cause__
+        failure = explain(error, arguments.repo) if isinstance(error, OSError | ClientError) else error
+        print(f"publish: {failure}", file=sys.stderr)
+        return 1
+    print(f"{arguments.repo} holds these files at {commit}, downloaded and compared")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

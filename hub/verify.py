@@ -1,0 +1,99 @@
+"""Audit Hub repositories of converted weights: files, hashes, config, safetensors header, card.
+
+python hub/verify.py ORG/NAME ORG/NAME@REVISION
+python hub/verify.py --weights ORG/NAME    # also downloads and hashes model.safetensors, else only its header is read
+
+Prints what is wrong; the exit status is then 1.
+"""
+
+import argparse
+import hashlib
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from checks import CARD, CONFIG, PICKLES, REQUIRED, WEIGHTS, explain, find_problems
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError as ClientError  # base of what its transport raises, whichever that is
+from huggingface_hub.errors import SafetensorsParsingError
+from huggingface_hub.hf_api import RepoFile
+
+
+def audit(api: HfApi, repo_id: str, revision: str | None = None, download_weights: bool = False) -> list[str]:
+    """Find what is wrong with a repository.
+
+    Args:
+        api: client of the Hub.
+        repo_id: the repository.
+        revision: branch, tag or commit; None for the newest.
+        download_weights: also download model.safetensors and compare its hash; otherwise only its header is read.
+
+    Returns:
+        What is wrong, one sentence each.
+    """
+    commit = api.model_info(repo_id, revision=revision).sha
+    held = {
+        file.path: file
+        for file in api.list_repo_tree(repo_id, revision=commit, recursive=True)
+        if isinstance(file, RepoFile)
+    }
+    findings = [f"{path} is a pickle" for path in held if path.endswith(PICKLES)]
+    if missing := [path for path in REQUIRED if path not in held]:
+        return findings + [f"{path} is missing" for path in missing]
+    wanted = [*REQUIRED] if download_weights else [CONFIG, CARD]
+    with tempfile.TemporaryDirectory() as empty_cache:
+        folder = Path(api.snapshot_download(repo_id, revision=commit, cache_dir=empty_cache, allow_patterns=wanted))
+        findings += [
+            f"{path} as downloaded does not have the hash that the Hub lists"
+            for path in wanted
+            if not _has_listed_hash(folder / path, held[path])
+        ]
+        try:
+            header = api.parse_safetensors_file_metadata(repo_id, WEIGHTS, revision=commit)
+        except SafetensorsParsingError as error:
+            return [*findings, f"{WEIGHTS} has no readable header: {str(error).splitlines()[0]}"]
+        end = max((tensor.data_offsets[1] for tensor in header.tensors.values()), default=0)
+        if held[WEIGHTS].size < 8 + end:
+            findings.append(f"{WEIGHTS} has {held[WEIGHTS].size} bytes, its tensors alone need {end}")
+        shapes = {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
+        findings += find_problems(folder, shapes, repo_id)
+    return findings
+
+
+def _has_listed_hash(path: Path, held: RepoFile) -> bool:
+    with path.open("rb") as file:
+        if held.lfs:
+            return hashlib.file_digest(file, "sha256").hexdigest() == held.lfs.sha256
+        blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+        blob.update(file.read())
+        return blob.hexdigest() == held.blob_id
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script.
+
+    Args:
+        argv: arguments without the script's name; None for those of the process.
+
+    Returns:
+        Exit status: 0 if nothing is wrong, else 1.
+    """
+    parser = argparse.ArgumentParser(description="Audit Hub repositories of converted weights.")
+    parser.add_argument("repositories", nargs="+", metavar="ORG/NAME[@REVISION]")
+    parser.add_argument("--weights", action="store_true", help="also download model.safetensors and compare its hash")
+    arguments = parser.parse_args(argv)
+    api, failed = HfApi(), False
+    for name in arguments.repositories:
+        repo_id, _, revision = name.partition("@")
+        try:
+            findings = audit(api, repo_id, revision or None, arguments.weights)
+        except (OSError, ValueError, ClientError) as error:
+            findings = [explain(error, repo_id)]
+        failed = failed or bool(findings)
+        print("\n".join(f"{name}: {finding}" for finding in findings or ["nothing to report"]))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

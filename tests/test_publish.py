@@ -1,0 +1,469 @@
+"""hub/publish.py and hub/verify.py with the real huggingface_hub client, against a stand-in for the Hub on loopback."""
+
+import dataclasses
+import functools
+import importlib
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+import reference
+import timm
+import torch
+from hub_server import Fault
+from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+
+from timm_tresnet import convert
+from timm_tresnet.card import PLACEHOLDER, make_card
+from timm_tresnet.recipes import Metric, Recipe, load_recipes
+
+# huggingface_hub 2.4 uploads LFS files with an argument that its transport, httpx2, deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")
+
+HUB = Path(__file__).parents[1] / "hub"
+REPO = "owner/insects"
+RECIPE = Recipe(
+    architecture="test_tresnet",
+    tag="insects",
+    files=("insects.pth",),
+    dataset="Insects",
+    num_classes=3,
+    interpolation="bilinear",
+    crop_pct=1.0,
+    crop_mode="squash",
+    mean=(0.0, 0.0, 0.0),
+    std=(1.0, 1.0, 1.0),
+    metric=Metric("top-1 accuracy", 61.5, "owner/insects, README.md"),
+    paper="arXiv:2003.13630",
+    code="https://github.com/owner/insects",
+    input_size=64,
+    license="mit",
+)
+
+
+@pytest.fixture
+def tools(monkeypatch, hub):
+    """The two scripts as modules, their client directed to the stand-in."""
+    monkeypatch.syspath_prepend(str(HUB))
+    scripts = {name: importlib.import_module(name) for name in ("checks", "publish", "verify")}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(
+        time, "sleep", lambda seconds: None
+    )  # no variable shortens the waits between the client's tries
+    monkeypatch.setattr(scripts["checks"], "load_recipes", lambda: {RECIPE.name: RECIPE})
+    client = functools.partial(HfApi, endpoint=hub.url, token="hf_test")
+    for name in ("publish", "verify"):
+        monkeypatch.setattr(scripts[name], "HfApi", client)
+    return scripts
+
+
+@pytest.fixture
+def publish(tools, folder):
+    return lambda *options: tools["publish"].main([str(folder), "--repo", REPO, *options])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder as conversion writes them."""
+    model = timm.create_model("test_tresnet", num_classes=3)
+    model_config = {
+        "label_names": ["ant", "bee", "cicada"],
+        "pretrained_cfg": {"tag": RECIPE.tag, "crop_mode": "squash", "license": "mit"},
+    }
+    save_for_hf(model, tmp_path / "insects", model_config=model_config, safe_serialization=True)
+    card = make_card(RECIPE, "test_tresnet", 3)
+    (tmp_path / "insects" / "README.md").write_text(card, encoding="utf-8")
+    return tmp_path / "insects"
+
+
+def find_requests(hub, pattern):
+    return [path for method, path, _ in hub.requests if re.search(pattern, f"{method} {path}")]
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"].update(changes.pop("pretrained_cfg", {}))
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+# ---- publish
+
+
+def test_dry_run_says_what_would_be_sent_and_changes_nothing(hub, publish, folder, capsys):
+    assert publish() == 0
+    output = capsys.readouterr().out
+    for name in ("README.md", "config.json", "model.safetensors"):
+        assert re.search(rf"new +{name}", output)
+    assert "owner/insects will be created" in output
+    assert hub.repositories == {}
+    assert {method for method, _, _ in hub.requests} <= {"GET", "HEAD"}
+
+
+def test_official_files_of_every_kind_come_back_from_the_hub_with_the_official_logits(
+    hub, tools, run_child, tmp_path, monkeypatch
+):
+    kinds = {  # one of those that differ in no more than the size of the network and in who published it
+        (recipe.num_classes, recipe.head, recipe.multi_label, *recipe.slopes.items()): dataclasses.replace(
+            recipe, architecture="test_tresnet", tag=name.replace(".", "_")
+        )
+        for name, recipe in load_recipes().items()
+    }
+    recipes = {recipe.name: recipe for recipe in kinds.values()}
+    for module in (convert, tools["checks"]):
+        monkeypatch.setattr(module, "load_recipes", lambda: recipes)
+    x = torch.rand(1, 3, 64, 64)
+    expected = {"x": x}
+    for name, recipe in recipes.items():
+        tensors = reference.official_state_dict(
+            (2, 2, 3, 1), planes=16, num_classes=recipe.num_classes, head=recipe.head
+        )
+        torch.save({"model": tensors}, tmp_path / "official.pth")
+        convert.write_folder(convert.convert_checkpoint(tmp_path / "official.pth", recipe=name), tmp_path / name)
+        slopes = {"slope": recipe.negative_slope or 1e-3, "stem_slope": recipe.stem_negative_slope or 1e-2}
+        expected[f"owner/{name}"] = reference.official_forward(tensors, x, **slopes)
+    save_file(expected, tmp_path / "expected")
+
+    by_script, *others = recipes
+    for name in others:
+        assert tools["publish"].main([str(tmp_path / name), "--repo", f"owner/{name}", "--push"]) == 0
+    run_child(
+        """
+import runpy
+import sys
+import warnings
+
+warnings.filterwarnings("ignore", "Use 'content=<...>' to upload raw", DeprecationWarning)  # as above
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+""",
+        HUB / "publish.py",
+        tmp_path / by_script,
+        *("--repo", f"owner/{by_script}", "--push", "--revision-tag", "v1"),
+        HF_TOKEN="hf_test",
+        HF_HOME=str(tmp_path / "hf_home_of_publisher"),
+    )
+    run_child(
+        """
+import sys
+import timm
+import torch
+from safetensors.torch import load_file
+
+expected = load_file(sys.argv[1])
+x = expected.pop("x")
+expected[f"{sys.argv[2]}@v1"] = expected[sys.argv[2]]
+for name, logits in expected.items():
+    model = timm.create_model(f"hf-hub:{name}", pretrained=True).eval()
+    assert type(model).__module__ == "timm_tresnet.tresnet"
+    with torch.no_grad():
+        assert (model(x) - logits).norm() <= 1e-5 * logits.norm(), name
+""",
+        tmp_path / "expected",
+        f"owner/{by_script}",
+    )
+    assert tools["verify"].main(["--weights", *hub.repositories]) == 0
+
+
+def test_card_names_the_repository_it_is_published_in(hub, publish, folder):
+    assert PLACEHOLDER in (folder / "README.md").read_text(encoding="utf-8")
+    assert publish("--push") == 0
+    (*_, revision) = hub.repositories[REPO].revisions.values()
+    card = (revision / "README.md").read_text(encoding="utf-8")
+    assert f'timm.create_model("hf-hub:{REPO}", pretrained=True)' in card
+    assert PLACEHOLDER not in card
+
+
+def test_update_sends_what_changed_and_shows_the_difference(hub, publish, folder, capsys):
+    publish("--push")
+    hub.requests.clear()
+    edit_config(folder, label_names=["ant", "bee", "cricket"])
+    capsys.readouterr()
+    assert publish() == 0
+    output = capsys.readouterr().out
+    assert re.search(r"changed +config\.json", output)
+    assert re.search(r"same +README\.md", output)
+    assert re.search(r"same +model\.safetensors", output)
+    assert re.search(r'^-.*"cicada"', output, re.MULTILINE)
+    assert re.search(r'^\+.*"cricket"', output, re.MULTILINE)
+    assert publish("--push") == 0
+    assert find_requests(hub, "^PUT|lfs") == []
+    (*_, revision) = hub.repositories[REPO].revisions.values()
+    assert json.loads((revision / "config.json").read_text())["label_names"][2] == "cricket"
+
+
+def test_publishing_the_same_again_makes_no_commit(hub, publish):
+    publish("--push")
+    commits = list(hub.repositories[REPO].revisions)
+    assert publish("--push", "--revision-tag", "v1") == 0
+    assert list(hub.repositories[REPO].revisions) == commits
+    assert hub.repositories[REPO].tags == {"v1": commits[-1]}
+    assert publish("--push", "--revision-tag", "v1") == 0
+
+
+def test_files_that_only_the_repository_has_stay(hub, publish, capsys):
+    hub.commit(REPO, {"notes.txt": b"by hand"})
+    assert publish("--push") == 0
+    assert re.search(r"stays +notes\.txt", capsys.readouterr().out)
+    (*_, revision) = hub.repositories[REPO].revisions.values()
+    assert (revision / "notes.txt").read_bytes() == b"by hand"
+
+
+def test_interrupted_push_goes_on_where_it_was(hub, publish, folder, capsys):
+    hub.faults.append(Fault(r"POST .*/commit/main"))  # the weights have arrived, the connection goes
+    assert publish("--push") == 1
+    assert len(find_requests(hub, "^PUT")) == 1
+    assert list(hub.repositories[REPO].revisions.values())[-1].joinpath("config.json").exists() is False
+    assert publish("--push", "--revision-tag", "v1") == 0
+    assert len(find_requests(hub, "^PUT")) == 1
+    (*_, revision) = hub.repositories[REPO].revisions.values()
+    assert (revision / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_upload_that_breaks_off_is_sent_again(hub, publish, folder):
+    hub.faults.append(Fault(r"PUT .*", break_off_at=10_000))
+    assert publish("--push") == 0
+    (*_, revision) = hub.repositories[REPO].revisions.values()
+    assert (revision / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_hub_that_fails_and_recovers_gets_everything(hub, publish, capsys):
+    # The client itself repeats uploads, but not the downloads that the upload is verified with.
+    hub.faults += [Fault(r"PUT .*", status=503, times=2), Fault(r"GET .*/resolve/.*\.safetensors", status=502)]
+    assert publish("--push", "--revision-tag", "v1") == 1
+    assert "the Hub failed: run this again later" in capsys.readouterr().err
+    (*_, commit) = hub.repositories[REPO].revisions
+    assert publish("--push", "--revision-tag", "v1") == 0
+    assert hub.repositories[REPO].tags == {"v1": commit}
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (
+            Fault(r"POST /api/repos/create", status=401, times=-1),
+            "does not accept your login: log in with `hf auth login`",
+        ),
+        (Fault(r"POST /api/repos/create", status=403, times=-1), "your token may not write to owner/insects"),
+        (Fault(r"GET /api/models/.*", status=403, code="GatedRepo", times=-1), "is gated: accept its conditions"),
+        (
+            Fault(r"POST .*/commit/main", status=404, code="RevisionNotFound", times=-1),
+            "does not have the file or revision",
+        ),
+        (Fault(r"POST .*/commit/main", status=412, times=-1), "changed by someone else meanwhile"),
+        (Fault(r"POST .*/commit/main", status=500, times=-1), "the Hub failed: run this again later"),
+        (Fault(r"PUT .*", status=503, times=-1), "the Hub failed: run this again later"),
+        (Fault(r"GET /api/models/.*", times=-1), "asking the Hub about owner/insects failed"),
+    ],
+    ids=[
+        "login",
+        "no_right_to_write",
+        "gated",
+        "revision",
+        "overtaken",
+        "commit_fails",
+        "upload_fails",
+        "no_connection",
+    ],
+)
+def test_refusals_say_what_to_do(hub, publish, fault, message, capsys):
+    hub.faults.append(dataclasses.replace(fault))
+    assert publish("--push", "--revision-tag", "v1") == 1
+    assert message in capsys.readouterr().err
+    assert not any(repository.tags for repository in hub.repositories.values())
+
+
+def test_commit_of_someone_else_in_between_is_not_overwritten(tools, hub, folder):
+    api = tools["publish"].HfApi()
+    hub.commit(REPO, {"README.md": b"first"})
+    plan = tools["publish"].make_plan(api, tools["publish"].read_folder(folder, REPO), REPO)
+    hub.commit(REPO, {"README.md": b"second"})
+    with pytest.raises(OSError, match="412"):
+        tools["publish"].push(api, plan)
+    (*_, revision) = hub.repositories[REPO].revisions.values()
+    assert (revision / "README.md").read_bytes() == b"second"
+
+
+def test_what_arrives_changed_is_reported_and_not_tagged(hub, publish, monkeypatch, capsys):
+    commit = hub.commit
+    monkeypatch.setattr(hub, "commit", lambda repo_id, files: commit(repo_id, {**files, "config.json": b"{}"}))
+    assert publish("--push", "--revision-tag", "v1") == 1
+    assert "other bytes than were sent for config.json" in capsys.readouterr().err
+    assert hub.repositories[REPO].tags == {}
+
+
+def test_tag_of_another_revision_is_refused_before_anything_is_sent(hub, publish, folder, capsys):
+    publish("--push", "--revision-tag", "v1")
+    edit_config(folder, label_names=["ant", "bee", "cricket"])
+    hub.requests.clear()
+    assert publish("--push", "--revision-tag", "v1") == 1
+    assert "tag v1 of owner/insects is commit" in capsys.readouterr().err
+    assert {method for method, _, _ in hub.requests} <= {"GET", "HEAD"}
+
+
+def remove_card(folder):
+    (folder / "README.md").unlink()
+
+
+def add_pickle(folder):
+    (folder / "pytorch_model.bin").touch()
+
+
+def truncate_header(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:1000])
+
+
+def lengthen_header(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    (folder / "model.safetensors").write_bytes((10 * length).to_bytes(8, "little") + content[8:])
+
+
+def name_other_repository(folder):
+    card = make_card(RECIPE, "test_tresnet", 3, "owner/birds")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def reshape_tensor(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["head.fc.bias"] = torch.zeros(4)
+    save_file(weights, folder / "model.safetensors")
+
+
+def rename_tensor(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.bias"] = weights.pop("head.fc.bias")
+    save_file(weights, folder / "model.safetensors")
+
+
+DAMAGES = {  # what is done to a folder, and what is said about it
+    "no_card": (remove_card, ["README.md is missing"]),
+    "pickle": (add_pickle, ["pytorch_model.bin is a pickle"]),
+    "no_header": (truncate_header, ["model.safetensors has no readable header"]),
+    "header_too_long": (lengthen_header, ["model.safetensors has no readable header"]),
+    "card_is_another's": (name_other_repository, ["README.md tells its readers to load hf-hub:owner/birds"]),
+    "shape": (reshape_tensor, ["misshapen", "head.fc.bias (4,) instead of (3,)"]),
+    "name": (rename_tensor, ["missing tensors", "head.fc.bias", "unexpected tensors", "classifier.bias"]),
+    "config_is_no_json": (
+        lambda folder: (folder / "config.json").write_text("{"),
+        ["config.json is not JSON"],
+    ),
+    "config_is_not_timm's": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "resnet"}'),
+        ["config.json needs architecture and pretrained_cfg"],
+    ),
+    "architecture": (
+        lambda folder: edit_config(folder, architecture="tresnet_q"),
+        ["timm cannot build a model from config.json", "tresnet_q"],
+    ),
+    "labels": (
+        lambda folder: edit_config(folder, label_names=["ant", "bee"]),
+        ["config.json names 2 classes but has num_classes 3"],
+    ),
+    "preprocessing": (
+        lambda folder: edit_config(folder, pretrained_cfg={"crop_mode": "center"}),
+        ["config.json has crop_mode 'center', recipe test_tresnet.insects has 'squash'"],
+    ),
+    "card_has_no_metadata": (
+        lambda folder: (folder / "README.md").write_text("# insects\n"),
+        ["README.md has no metadata"],
+    ),
+    "card_has_bad_metadata": (
+        lambda folder: (folder / "README.md").write_text("---\nlicense: [mit\n---\n# insects\n"),
+        ["README.md has metadata that the Hub cannot read"],
+    ),
+    "card_has_another_licence": (
+        lambda folder: (folder / "README.md").write_text("---\nlicense: gpl\nlibrary_name: timm\n---\n# insects\n"),
+        ["README.md has license 'gpl' instead of 'mit'"],
+    ),
+    "card_has_another_result": (
+        lambda folder: (folder / "README.md").write_text(
+            (folder / "README.md").read_text(encoding="utf-8").replace("value: 61.5", "value: 99.9"), encoding="utf-8"
+        ),
+        ["README.md has results [99.9], recipe test_tresnet.insects has 61.5"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "findings"), DAMAGES.values(), ids=DAMAGES)
+def test_unfit_folder_is_refused_before_a_request(hub, publish, folder, damage, findings, capsys):
+    damage(folder)
+    assert publish("--push") == 1
+    output = capsys.readouterr().err
+    for finding in findings:
+        assert finding in output
+    assert hub.requests == []
+
+
+# ---- verify
+
+
+def copy_of_published(folder):
+    """The folder as it is after publishing, committed by hand."""
+    return {
+        path.name: path.read_bytes().replace(PLACEHOLDER.encode(), f"hf-hub:{REPO}".encode())
+        for path in folder.iterdir()
+    }
+
+
+@pytest.mark.parametrize(("damage", "findings"), DAMAGES.values(), ids=DAMAGES)
+def test_audit_finds_what_is_wrong_with_a_repository(hub, tools, folder, damage, findings, capsys):
+    damage(folder)
+    hub.commit(REPO, copy_of_published(folder))
+    assert tools["verify"].main([REPO]) == 1
+    output = capsys.readouterr().out
+    for finding in findings:
+        assert finding in output
+
+
+def test_audit_of_a_sound_repository_reads_the_header_of_its_weights_alone(hub, tools, folder, capsys):
+    hub.commit(REPO, copy_of_published(folder))
+    assert tools["verify"].main([REPO]) == 0
+    assert capsys.readouterr().out == "owner/insects: nothing to report\n"
+    weights = [(method, status) for method, path, status in hub.requests if path.endswith(".safetensors")]
+    assert weights == [("GET", 206)]
+
+
+def test_audit_notices_a_card_with_the_placeholder(hub, tools, folder, capsys):
+    hub.commit(REPO, {path.name: path.read_bytes() for path in folder.iterdir()})
+    assert tools["verify"].main([REPO]) == 1
+    assert f"README.md tells its readers to load {PLACEHOLDER}" in capsys.readouterr().out
+
+
+def test_audit_notices_weights_that_end_early(hub, tools, folder, capsys):
+    files = copy_of_published(folder)
+    files["model.safetensors"] = files["model.safetensors"][:-200_000]
+    hub.commit(REPO, files)
+    assert tools["verify"].main([REPO]) == 1
+    assert "its tensors alone need" in capsys.readouterr().out
+
+
+def test_audit_goes_on_behind_a_repository_that_it_cannot_see(hub, tools, folder, capsys):
+    hub.commit(REPO, copy_of_published(folder))
+    assert tools["verify"].main(["owner/nothing", f"{REPO}@nowhere", REPO]) == 1
+    nothing, nowhere, sound = capsys.readouterr().out.splitlines()
+    assert nothing.startswith("owner/nothing: owner/nothing does not exist, or is private")
+    assert nowhere.startswith(f"{REPO}@nowhere: {REPO} does not have the file or revision")
+    assert sound == f"{REPO}: nothing to report"
+
+
+def test_audit_notices_bytes_that_are_not_those_the_hub_lists(hub, tools, folder, monkeypatch, capsys):
+    hub.commit(REPO, copy_of_published(folder))
+    tree = HfApi.list_repo_tree
+
+    def list_others(self, *args, **kwargs):
+        for file in tree(self, *args, **kwargs):
+            if file.path == "model.safetensors":
+                file.lfs.sha256 = "0" * 64
+            yield file
+
+    monkeypatch.setattr(HfApi, "list_repo_tree", list_others)
+    assert tools["verify"].main([REPO]) == 0
+    assert tools["verify"].main(["--weights", REPO]) == 1
+    assert "model.safetensors as downloaded does not have the hash that the Hub lists" in capsys.readouterr().out
