@@ -39,7 +39,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_tresnet.tresnet import _ARCHITECTURES  # the built-in takes the same layers, width_factor and v2
+from timm_tresnet.tresnet import ARCHITECTURES  # the built-in takes the same layers, width_factor and v2
 
 MODELS = ("tresnet_m", "tresnet_l", "tresnet_xl", "tresnet_v2_l", "test_tresnet")
 BUILTIN = "built-in"
@@ -49,7 +49,7 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 def make_builtin(model: str) -> nn.Module:
     """The built-in TResNet with the layers and widths of ours."""
-    return timm.models.tresnet.TResNet(num_classes=1000, **_ARCHITECTURES[model])
+    return timm.models.tresnet.TResNet(num_classes=1000, **ARCHITECTURES[model])
 
 
 def make_ours(rebuild: str, model: str) -> nn.Module:
