@@ -37,6 +37,7 @@ import timm.models.tresnet
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
+from timm.layers import convert_splitbn_model, freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from timm_tresnet.tresnet import ARCHITECTURES  # the built-in takes the same layers, width_factor and v2
@@ -64,6 +65,11 @@ def make_checkpointed(model: str) -> nn.Module:
     return network
 
 
+def make_converted(convert: Callable[[nn.Module], nn.Module], model: str) -> nn.Module:
+    """This package's TResNet with its batch norms replaced by timm's."""
+    return convert(make_ours("activations", model))
+
+
 def make_compiled(budget: float, model: str) -> nn.Module:
     """The built-in TResNet, compiled with an activation memory budget; 1.0 is PyTorch's default."""
 
@@ -85,6 +91,10 @@ ROWS: dict[str, Callable[[str], nn.Module]] = {  # row -> what makes the network
     "expansions": functools.partial(make_ours, "expansions"),
     "checkpointing": make_checkpointed,
 }
+CONVERTED_ROWS: dict[str, Callable[[str], nn.Module]] = {
+    "split-bn": functools.partial(make_converted, functools.partial(convert_splitbn_model, num_splits=2)),
+    "frozen-bn": functools.partial(make_converted, freeze_batch_norm_2d),
+}
 COMPILED_ROWS: dict[str, Callable[[str], nn.Module]] = {
     "compiled": functools.partial(make_compiled, 1.0),
     "compiled-0.8": functools.partial(make_compiled, 0.8),
@@ -96,7 +106,7 @@ COMPILED_ROWS: dict[str, Callable[[str], nn.Module]] = {
 def make_network(row: str, settings: argparse.Namespace) -> nn.Module:
     """The network of a row, in training mode, on the device and in the memory format of the settings."""
     memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
-    network = {**ROWS, **COMPILED_ROWS}[row](settings.model)
+    network = {**ROWS, **CONVERTED_ROWS, **COMPILED_ROWS}[row](settings.model)
     return network.to(settings.device, memory_format=memory_format).train()
 
 
@@ -265,12 +275,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    every_row = [*ROWS, *COMPILED_ROWS]
+    every_row = [*ROWS, *CONVERTED_ROWS, *COMPILED_ROWS]
     parser = argparse.ArgumentParser(
         description="What training keeps for backward, what a step peaks at and what it costs."
     )
     parser.add_argument("--model", choices=MODELS, default="tresnet_m")
-    parser.add_argument("--rows", nargs="+", choices=every_row, default=list(ROWS), help="default: the uncompiled ones")
+    parser.add_argument("--rows", nargs="+", choices=every_row, default=list(ROWS), help=f"default: {', '.join(ROWS)}")
     parser.add_argument("--compile", action="store_true", help="add the compiled rows, which take minutes each")
     parser.add_argument("--image-size", type=int, default=224, help="side of the images, in pixels")
     parser.add_argument("--batch-size", type=int, default=32, help="for kept and peak")

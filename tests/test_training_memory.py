@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "training_memory.py"
-OURS = ["none", "activations", "expansions", "checkpointing"]
+OURS = ["none", "activations", "expansions", "checkpointing", "split-bn", "frozen-bn"]
 
 IMAGES = 4 * 3 * 100 * 4  # bytes of (4, 3, 10, 10) in float32
 HIDDEN = 4 * 8 * 100 * 4  # of (4, 8, 10, 10)
@@ -96,6 +96,7 @@ def test_results_compare_every_setting_with_the_builtin_network(training_memory,
     assert kept["none"] == kept[training_memory.BUILTIN]
     assert kept["none"] > kept["activations"] > kept["expansions"]
     assert kept["none"] > kept["checkpointing"]
+    assert kept["none"] > kept["split-bn"] > kept["frozen-bn"]
     for name, row in rows.items():
         assert row["kept_ratio"] == pytest.approx(kept[name] / kept[training_memory.BUILTIN])
         assert row["peak_mb"] is None or row["peak_mb"] >= 0
