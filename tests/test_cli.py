@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import reference
 import timm
 import torch
 from PIL import Image
@@ -187,3 +188,123 @@ def test_installed_command_works_offline():
         check=True,
     )
     assert "cat.jpg" in process.stdout
+
+
+# ---- any number of labels
+
+
+@pytest.fixture
+def tagger(tmp_path):
+    """A folder with a model whose images have any number of five labels; its logits do not depend on the image."""
+    model = timm.create_model("test_tresnet", num_classes=5, pretrained_cfg_overlay={"notes": ("multi-label",)})
+    torch.nn.init.zeros_(model.head.fc.weight)
+    model.head.fc.bias.data = torch.tensor([3.0, -3.0, 0.5, -0.5, 6.0])
+    labels = {"label_names": ["sky", "sea", "boat", "bird", "sand"]}
+    timm.models.save_for_hf(model, tmp_path / "tagger", safe_serialization=True, model_config=labels)
+    return f"local-dir:{tmp_path / 'tagger'}"
+
+
+@pytest.mark.parametrize(
+    ("options", "labels"),
+    [
+        ([], ["sand", "sky", "boat"]),
+        (["--threshold", "0.9"], ["sand", "sky"]),
+        (["--threshold", "0", "--top-k", "1"], ["sand", "sky", "boat", "bird", "sea"]),
+        (["--threshold", "1"], []),
+    ],
+    ids=["default", "high", "all", "none"],
+)
+def test_classify_prints_every_label_above_the_threshold(options, labels, tagger, capsys):
+    assert cli.main(["classify", "--json", "--model", tagger, *options, str(SAMPLES / "cat.jpg")]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert [entry["label"] for entry in result["predictions"]] == labels
+    for entry in result["predictions"]:
+        logit = {"sky": 3.0, "sea": -3.0, "boat": 0.5, "bird": -0.5, "sand": 6.0}[entry["label"]]
+        assert entry["probability"] == pytest.approx(torch.tensor(logit).sigmoid().item())
+    assert cli.main(["classify", "--model", tagger, *options, *[str(SAMPLES / "cat.jpg")] * 2]) == 0
+    assert capsys.readouterr().out.count("%") == 2 * len(labels)
+
+
+def test_images_with_different_numbers_of_labels_make_a_table(capsys):
+    cli._print_predictions(
+        [
+            {"image": "a.jpg", "predictions": []},
+            {"image": "b.jpg", "predictions": [{"label": "cat", "index": 1, "probability": 0.75}]},
+        ]
+    )
+    assert capsys.readouterr().out == "a.jpg\nb.jpg  cat 75.0%\n"
+
+
+@pytest.mark.parametrize("threshold", ["1.5", "-1", "half"])
+def test_threshold_must_be_a_probability(threshold, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["classify", f"--threshold={threshold}"])
+    assert "--threshold" in capsys.readouterr().err
+
+
+def test_a_backbone_classifies_nothing(tmp_path, capsys):
+    model = timm.create_model("test_tresnet", num_classes=0)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    assert cli.main(["classify", "--model", f"local-dir:{tmp_path}"]) == 2
+    assert "is a backbone without classes" in capsys.readouterr().err
+
+
+# ---- convert
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    folder = tmp_path / "old"
+    folder.mkdir()
+    for name in ("a", "b"):
+        torch.save({"model": reference.official_state_dict((2, 2, 3, 1), planes=16)}, folder / f"{name}.pth")
+    return folder
+
+
+def test_convert_writes_a_folder_that_classify_loads(checkpoints, tmp_path, capsys):
+    known = ["--input-size", "64", "--mean", "0", "0", "0", "--std", "1", "1", "1", "--crop-pct", "1"]
+    known += ["--interpolation", "bilinear", "--crop-mode", "squash", "--license", "mit", "--dataset", "Demo"]
+    output = tmp_path / "new"
+    assert cli.main(["convert", str(checkpoints / "a.pth"), "--output", str(output), "--multi-label", *known]) == 0
+    assert "test_tresnet, 10 classes, official names, no recipe\n  In-Place ABN weights" in capsys.readouterr().out
+    assert cli.main(["classify", "--json", "--threshold", "0", "--model", f"local-dir:{output}"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert {len(result["predictions"]) for result in results} == {10}
+
+
+def test_convert_writes_a_subfolder_for_each_of_several_files(checkpoints, tmp_path, capsys):
+    (checkpoints / "c.pth").write_text("<html>403 Forbidden</html>")
+    files = [str(checkpoints / f"{name}.pth") for name in ("a", "c", "b")]
+    assert cli.main(["convert", *files, "--output", str(tmp_path / "new")]) == 1
+    captured = capsys.readouterr()
+    assert f"timm-tresnet: cannot read {files[1]}" in captured.err
+    assert sorted(os.listdir(tmp_path / "new")) == ["a", "b"]
+    assert cli.main(["convert", *files[::2], "--output", str(tmp_path / "new")]) == 1
+    assert "or overwrite it" in capsys.readouterr().err
+    assert cli.main(["convert", *files[::2], "--output", str(tmp_path / "new"), "--overwrite"]) == 0
+
+
+def test_convert_refuses_files_that_would_share_a_subfolder(checkpoints, tmp_path, capsys):
+    shutil.copy(checkpoints / "a.pth", tmp_path / "a.pt")
+    assert cli.main(["convert", str(checkpoints / "a.pth"), str(tmp_path / "a.pt"), "--output", str(tmp_path)]) == 2
+    assert "two of the files have the same name" in capsys.readouterr().err
+
+
+def test_convert_warns_of_bad_numbers(checkpoints, tmp_path, capsys):
+    tensors = reference.official_state_dict((2, 2, 3, 1), planes=16)
+    tensors["head.fc.bias"][0] = float("nan")
+    torch.save(tensors, checkpoints / "nan.pth")
+    assert cli.main(["convert", str(checkpoints / "nan.pth"), "--output", str(tmp_path / "new")]) == 0
+    assert "nan.pth: NaN or infinite values in head.fc.bias" in capsys.readouterr().err
+
+
+def test_list_names_the_file_that_missing_weights_are_made_from():
+    weights = {row["model"]: row["weights"] for row in cli.describe_weights()}
+    assert weights["tresnet_l.asl_coco_448"] == "to convert from MS_COCO_TRresNet_L_448_86.6.pth"
+
+
+def test_list_counts_what_the_whole_model_has():
+    for row in cli.describe_weights():
+        if row["model"] in ("tresnet_m.csl_openimages", "tresnet_v2_l.ml_decoder_coco_448", "tresnet_m.miil_in1k"):
+            model = timm.create_model(row["model"], device="meta")
+            assert row["params_m"] * 1e6 == sum(parameter.numel() for parameter in model.parameters())

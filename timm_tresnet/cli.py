@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -427,6 +428,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _print_table(rows: list[list[str]]) -> None:
-    widths = [max(len(row[column]) if column < len(row) else 0 for row in rows) for column in range(len(rows[0]))]
+    columns = itertools.zip_longest(*rows, fillvalue="")  # rows may end early
+    widths = [max(map(len, column)) for column in columns]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip())
