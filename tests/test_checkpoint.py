@@ -4,7 +4,7 @@ import timm
 import torch
 
 from timm_tresnet import TResNet
-from timm_tresnet.checkpoint import adapt_stem, checkpoint_filter_fn, from_official
+from timm_tresnet.checkpoint import adapt_stem, checkpoint_filter_fn, from_official, unwrap
 
 LAYERS = (1, 2, 2, 1)
 NETWORKS = {
@@ -57,6 +57,33 @@ def test_wrapped_checkpoints_are_unwrapped(wrap):
     expected = load(NETWORKS["m"]["network"], tensors).state_dict()
     actual = load(NETWORKS["m"]["network"], wrap(tensors)).state_dict()
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_the_moving_average_goes_before_the_weights_it_averages():
+    tensors = reference.official_state_dict(LAYERS)
+    other = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    assert unwrap({"state_dict": other, "state_dict_ema": tensors}) == tensors
+    assert (
+        unwrap({"model": other, "ema": {f"module.{name}": t for name, t in tensors.items()}}).keys() == tensors.keys()
+    )
+
+
+def test_only_the_prefix_of_the_stem_is_taken_off():
+    weights = unwrap({"net.body.conv1.conv.weight": 1, "net.head.fc.bias": 2, "loss.weight": 3})
+    assert weights == {"body.conv1.conv.weight": 1, "head.fc.bias": 2, "loss.weight": 3}
+
+
+def test_two_tensors_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="two tensors for head.fc.bias: with and without 'net.'"):
+        unwrap({"net.body.conv1.conv.weight": 1, "net.head.fc.bias": 2, "head.fc.bias": 3})
+    with pytest.raises(ValueError, match="two tensors for body.layer2.0.conv1.conv.weight"):
+        from_official({"body.layer2.0.conv1.0.weight": 1, "body.layer2.0.conv1.0.0.weight": 2})
+
+
+def test_plain_norms_under_official_names_keep_their_weights():
+    tensors = reference.official_state_dict(LAYERS)
+    kept = from_official(tensors, inplace_abn=False)
+    torch.testing.assert_close(list(kept.values()), list(tensors.values()), rtol=0, atol=0)
 
 
 def test_constant_blur_kernels_are_left_out():

@@ -102,6 +102,26 @@ def test_arguments_go_before_those_of_the_recipe():
     assert model.body.conv1.bn.act.negative_slope == 1e-6
 
 
+def test_a_config_that_timm_resolved_before_builds_the_same_network():
+    name, config = "tresnet_l.asl_openimages_448", get_pretrained_cfg("tresnet_l.asl_openimages_448")
+    for resolved in (config, config.to_dict()):
+        model = timm.create_model(name.partition(".")[0], pretrained_cfg=resolved, device="meta")
+        assert (model.num_classes, model.head_hidden_size) == (9605, 512)
+        with pytest.raises(RuntimeError, match=f"{name} is on no Hub repository yet"):
+            timm.create_model("tresnet_l", pretrained=True, pretrained_cfg=resolved)
+
+
+def test_the_original_file_loads_into_the_registered_tag(tmp_path):
+    tensors = reference.official_state_dict((1, 1, 1, 1), planes=76, num_classes=9, head="bottleneck")
+    torch.save({"model": tensors}, tmp_path / "Open_ImagesV6_TRresNet_L_448.pth")
+    overlay = {"file": str(tmp_path / "Open_ImagesV6_TRresNet_L_448.pth"), "num_classes": 9}
+    name = "tresnet_l.asl_openimages_448"
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, layers=(1, 1, 1, 1)).eval()
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), reference.official_forward(tensors, x), rtol=1e-4, atol=1e-4)
+
+
 def test_file_names_tell_recipes_apart():
     files = [file for recipe in RECIPES.values() for file in recipe.files]
     assert len(files) == len(set(files))

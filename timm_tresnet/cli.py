@@ -396,22 +396,12 @@ def _convert(arguments: argparse.Namespace) -> int:
     }
     if len(set(folders.values())) < len(arguments.files):
         return _fail("two of the files have the same name, and each would be written to a subfolder of that name")
-    options = (
-        "recipe",
-        "norm_weights",
-        "custom",
-        "input_size",
-        "crop_pct",
-        "crop_mode",
-        "interpolation",
-        "mean",
-        "std",
-    )
-    options += ("negative_slope", "stem_negative_slope", "license", "dataset", "multi_label")
+    others = ("run", "command", "files", "output", "overwrite")
+    options = {name: value for name, value in vars(arguments).items() if name not in others}
     failed = 0
     for file, folder in folders.items():
         try:
-            conversion = convert_checkpoint(file, **{option: getattr(arguments, option) for option in options})
+            conversion = convert_checkpoint(file, **options)
             write_folder(conversion, folder, overwrite=arguments.overwrite)
         except (OSError, ValueError) as error:
             print(f"timm-tresnet: {error}", file=sys.stderr)

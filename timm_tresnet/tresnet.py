@@ -637,7 +637,7 @@ def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None,
         kwargs["in_chans"] = 3
     recipe = _find_recipe(variant, kwargs.get("pretrained_cfg"))
     if recipe and pretrained:
-        _check_source(recipe, kwargs.get("pretrained_cfg_overlay"))
+        _check_source(recipe, kwargs)
     try:
         return build_model_with_cfg(
             build,
@@ -662,9 +662,12 @@ def _log_takeover() -> None:
     _logger.info("TResNet comes from the timm_tresnet plugin, not from timm; TIMM_TRESNET_AUTOLOAD=0 turns that off")
 
 
-def _find_recipe(variant: str, tag: Any) -> Recipe | None:
-    """Recipe of a registered tag; a config from elsewhere brings its arguments along."""
-    return load_recipes().get(f"{variant}.{tag}") if isinstance(tag, str) else None
+def _find_recipe(variant: str, config: Any) -> Recipe | None:
+    """Recipe of a registered tag; a config from the Hub or a folder comes with arguments of its own."""
+    if config is not None and not isinstance(config, str):  # timm's scripts resolve the tag before
+        fields = config if isinstance(config, dict) else vars(config)
+        config = None if fields.get("source") else fields.get("tag")
+    return load_recipes().get(f"{variant}.{config}")
 
 
 def recipe_arguments(recipe: Recipe) -> dict[str, Any]:
@@ -673,8 +676,11 @@ def recipe_arguments(recipe: Recipe) -> dict[str, Any]:
     return {**recipe.slopes, **head}
 
 
-def _check_source(recipe: Recipe, overlay: dict[str, Any] | None) -> None:
-    if recipe.hf_hub_id or any((overlay or {}).get(name) for name in ("url", "file", "state_dict", "hf_hub_id")):
+def _check_source(recipe: Recipe, kwargs: dict[str, Any]) -> None:
+    config = resolve_pretrained_cfg(
+        recipe.architecture, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
+    )
+    if config.has_weights or config.state_dict:
         return
     raise RuntimeError(
         f"{recipe.name} is on no Hub repository yet. If you have the original file, {recipe.files[0]}, convert it with "
