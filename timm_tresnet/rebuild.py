@@ -94,6 +94,7 @@ class _Tape:
         self.setting = setting
         self.repeats_convolutions = False
         self.recipes: dict[StorageWeakRef, tuple[tuple[Any, ...], _Recipe]] = {}
+        self.weights: list[Tensor] = []  # of the convolutions among them
 
     def add(self, tensor: Tensor, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], edits: int) -> None:
         recipe = _Recipe(function, [self.pack(source) for source in inputs])
@@ -106,6 +107,10 @@ class _Tape:
             return _Kept(tensor)
         found[1].uses += 1
         return found[1]
+
+    def clear(self) -> None:
+        self.recipes.clear()
+        self.weights.clear()
 
 
 def _fingerprint(tensor: Tensor, edits: int = 0) -> tuple[Any, ...]:
@@ -141,7 +146,7 @@ def recording(setting: str) -> Iterator[None]:
             yield
     finally:
         _state.tape = None
-        tape.recipes.clear()  # autograd holds the hooks, hence the tape, until the last tensor is released
+        tape.clear()  # autograd holds the hooks, hence the tape, until the last tensor is released
 
 
 def _others_hook() -> bool:
@@ -189,6 +194,17 @@ def record(tensor: Tensor, function: Callable[..., Tensor], *inputs: Tensor, edi
     tape = current()
     if tape is not None:
         tape.add(tensor, function, inputs, edits)
+
+
+def forget_released() -> None:
+    """Have the open tape keep what later modules ask for, if weights that could make it again have been freed.
+
+    Sharded training (FSDP) frees a module's weights after its forward and gathers them again for its own backward, not
+    for that of the module behind it.
+    """
+    tape = current()
+    if tape is not None and any(not weight.untyped_storage().nbytes() for weight in tape.weights):
+        tape.clear()
 
 
 def is_plain(module: nn.Module) -> bool:

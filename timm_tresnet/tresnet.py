@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from timm_tresnet.blocks import BasicBlock, Bottleneck
 from timm_tresnet.checkpoint import checkpoint_filter_fn
 from timm_tresnet.layers import ActivatedBatchNorm2d, BlurPool2d, BottleneckHead, ConvNormAct, SpaceToDepth
-from timm_tresnet.rebuild import SETTINGS, current, pausing, recording, repeating_convolutions
+from timm_tresnet.rebuild import SETTINGS, current, forget_released, pausing, recording, repeating_convolutions
 from timm_tresnet.recipes import Recipe, load_recipes
 
 __all__ = ["TResNet"]  # timm adds each entrypoint
@@ -59,6 +59,7 @@ class Recorded(nn.Sequential):
         with nullcontext() if traced or not self.training else recording(self.rebuild):
             for module in self:
                 x = self._run(module, x)
+                forget_released()
         return x
 
     def _run(self, module: nn.Module, x: Tensor) -> Tensor:

@@ -99,3 +99,4 @@ class ConvNormAct(nn.Module):
 
             y_dtype = y.dtype
             rebuild.record(y, convolve, x, weight)
+            tape.weights.append(weight)

@@ -1,0 +1,192 @@
+"""Two processes on one CPU, which talk through gloo; one launch for all cases."""
+
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import timm.layers
+import torch
+from test_rebuild import REBUILDING, images, make_model, saved_bytes
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from timm_tresnet.checkpoint import checkpoint_filter_fn
+
+SETTINGS = ["none", *REBUILDING]
+OPTIONS = {  # of DistributedDataParallel
+    "plain": {},
+    "static_graph": {"static_graph": True},
+    "bucket_views": {"gradient_as_bucket_view": True, "bucket_cap_mb": 1},
+    "unused_parameters": {"find_unused_parameters": True},
+    "accumulation": {},
+}
+NORMS = ["synchronized", "frozen"]
+DDP_CASES = [("none", "plain", "synchronized")]
+DDP_CASES += [(setting, option, "synchronized") for setting in REBUILDING for option in OPTIONS]
+DDP_CASES += [(setting, "plain", "frozen") for setting in SETTINGS]
+LAYERS = (1, 2, 2, 1)
+STEPS, BATCH = 3, 4  # BATCH images a step over both processes
+BOUNDS = {"none": 1, "activations": 0.5, "expansions": 0.45, "checkpointing": 0.25}  # of what is kept without
+WRAPPED = ["network", "stages", "blocks"]  # what FSDP gathers at a time
+FSDP_CASES = [(setting, wrapped) for setting in SETTINGS for wrapped in WRAPPED]
+
+
+def make_network(setting, norms):
+    """A network whose norms make two processes with a half of the batch each compute what one with all of it does."""
+    model = make_model(setting, layers=LAYERS, dtype=torch.float64)
+    if norms == "synchronized":
+        return timm.layers.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
+def train(parallel, model, parts, option="plain"):
+    """A few steps of SGD on parts of batches; parameters and buffers after them."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    for step, part in enumerate(parts):
+        last = option != "accumulation" or step % 2 == 1 or step == len(parts) - 1
+        with nullcontext() if last or parallel is model else parallel.no_sync():
+            output = parallel(part)
+            if option == "unused_parameters":  # the second half of the classes
+                output = output[:, :5]
+            output.square().mean().backward()
+        if last:
+            optimizer.step()
+            optimizer.zero_grad()
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def batches():
+    return images(STEPS * BATCH, dtype=torch.float64).split(BATCH)
+
+
+def shard(setting, wrapped):
+    """A network whose weights are spread over the processes, and gathered for a network, a stage or a block at once."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = make_network(setting, "frozen")
+    mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    stages = [module for module in model.body if isinstance(module, nn.Sequential)]
+    inner = {"network": [], "stages": stages, "blocks": [block for stage in stages for block in stage]}[wrapped]
+    for module in [*inner, model]:
+        fully_shard(module, mesh=mesh)
+    return model
+
+
+def run_process(folder):
+    """One of two processes: what `processes` returns."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    parts = [batch.chunk(2)[rank] for batch in batches()]
+    results = {}
+    for setting, option, norms in DDP_CASES:
+        model = make_network(setting, norms)
+        parallel = DistributedDataParallel(model, **OPTIONS[option])
+        results[setting, option, norms] = train(parallel, model, parts, option)
+        if option == "plain":
+            results["kept", setting, norms] = saved_bytes(parallel, parts[0]), saved_bytes(model, parts[0])
+    if rank == 0:
+        torch.save(parallel.module.state_dict(), Path(folder) / "module.pt")
+        torch.save(parallel.state_dict(), Path(folder) / "parallel.pt")
+    for setting, wrapped in FSDP_CASES if has_fully_shard() else []:
+        model = shard(setting, wrapped)
+        state = train(model, model, parts)
+        results[setting, wrapped] = {
+            name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in state.items()
+        }
+        results["kept", setting, wrapped] = saved_bytes(model, parts[0])
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def has_fully_shard():
+    import torch.distributed.fsdp
+
+    return hasattr(torch.distributed.fsdp, "fully_shard")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where two processes left what they computed."""
+    folder = tmp_path_factory.mktemp("processes")
+    script = folder / "script.py"
+    script.write_text(f"import test_distributed\ntest_distributed.run_process({str(folder)!r})\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processes(folder):
+    """What each of two processes computed."""
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Weights after one process trained with the whole batches, by option and norms."""
+    results = {}
+
+    def compute(option, norms):
+        if (option, norms) not in results:
+            model = make_network("none", norms)
+            results[option, norms] = train(model, model, batches(), option)
+        return results[option, norms]
+
+    return compute
+
+
+def assert_equal_weights(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("case", DDP_CASES, ids="-".join)
+def test_two_processes_train_like_one_with_the_whole_batch(processes, alone, case):
+    for result in processes:
+        assert_equal_weights(result[case], alone(*case[1:]))
+
+
+@pytest.mark.parametrize("norms", NORMS)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_data_parallel_training_keeps_what_one_process_keeps(processes, setting, norms):
+    for result in processes:
+        parallel, model = result["kept", setting, norms]
+        assert parallel <= 1.01 * model
+        assert model <= BOUNDS[setting] * result["kept", "none", norms][1]
+
+
+def test_checkpoint_of_data_parallel_training_loads_plainly(folder, processes):
+    expected = processes[0][DDP_CASES[-1]]
+    for name in ("module", "parallel"):
+        model = make_model(seed=5, layers=LAYERS, dtype=torch.float64)
+        state_dict = checkpoint_filter_fn(torch.load(folder / f"{name}.pt"), model)
+        model.load_state_dict(state_dict)
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.skipif(not has_fully_shard(), reason="this PyTorch has no torch.distributed.fsdp.fully_shard")
+@pytest.mark.parametrize("case", FSDP_CASES, ids="-".join)
+def test_sharded_network_trains_like_one_process_with_the_whole_batch(processes, alone, case):
+    for result in processes:
+        assert_equal_weights(result[case], alone("plain", "frozen"))
+
+
+@pytest.mark.skipif(not has_fully_shard(), reason="this PyTorch has no torch.distributed.fsdp.fully_shard")
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_sharded_network_keeps_less_for_backward_too(processes, wrapped):
+    for result in processes:
+        kept = {setting: result["kept", setting, wrapped] for setting in SETTINGS}
+        assert kept["activations"] <= BOUNDS["activations"] * kept["none"]
+        assert kept["expansions"] < kept["activations"]
+        assert kept["checkpointing"] <= BOUNDS["checkpointing"] * kept["none"]
