@@ -49,8 +49,10 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != "timm.models" and not fullname.startswith(f"{_PACKAGE}."):
             return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
+        for finder in list(sys.meta_path):
+            if finder is self or not hasattr(finder, "find_spec"):  # Python passes over those without it, too
+                continue
+            spec = finder.find_spec(fullname, path, target)
             if spec is not None:
                 if hasattr(spec.loader, "exec_module"):
                     spec.loader = _Loader(spec.loader)
@@ -83,8 +85,9 @@ class _Loader(importlib.abc.Loader):
             _Loader._running += 1
         try:
             self._loader.exec_module(module)
-            if _Loader._running == 1 and "timm.models" in sys.modules:
-                _register()
         finally:
             with _Loader._lock:
                 _Loader._running -= 1
+                last = _Loader._running == 0  # of two threads that end together, one has to see that it is the last
+        if last and "timm.models" in sys.modules:
+            _register()
