@@ -150,8 +150,14 @@ def recording(setting: str) -> Iterator[None]:
 
 
 def _others_hook() -> bool:
-    # PyTorch has no public way to ask; torch.compile asks like this.
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    node = torch.ones((), device="cpu", requires_grad=True).exp().grad_fn
+    try:
+        node._raw_saved_result.register_hooks(
+            torch.neg, torch.neg
+        )  # PyTorch refuses if those around have been registered already
+    except RuntimeError:
+        return True
+    return False
 
 
 @contextmanager
