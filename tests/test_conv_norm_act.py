@@ -65,3 +65,83 @@ def test_conv_norm_act_takes_another_norm():
     layer = ConvNormAct(3, 32, 1, act_layer=nn.ReLU, norm_layer="groupnorm1")
     assert isinstance(layer.bn, nn.GroupNorm)
     assert layer(torch.randn(1, 3, 2, 2)).min() >= 0
+
+
+# ---- folding
+
+
+def make_trained(**kwargs):
+    """A layer whose batch norm has weights of both signs and statistics of a trained network, in eval mode."""
+    layer = ConvNormAct(3, 8, 3, act_layer=functools.partial(nn.LeakyReLU, negative_slope=0.1), **kwargs)
+    with torch.no_grad():
+        layer.bn.weight.normal_()
+        layer.bn.bias.normal_()
+        layer.bn.running_mean.normal_()
+        layer.bn.running_var.uniform_(0.5, 2)
+    return layer.eval()
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda layer: layer,
+        timm.layers.convert_sync_batchnorm,
+        timm.layers.convert_splitbn_model,
+        timm.layers.freeze_batch_norm_2d,
+    ],
+    ids=["batch_norm", "synchronised", "split", "frozen"],
+)
+def test_folded_layer_computes_the_layer_in_eval(convert):
+    layer = convert(make_trained(aa=BlurPool2d(8), stride=1, dilation=2)).eval()
+    x = torch.randn(2, 3, 9, 10)
+    state_dict = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    folded = layer.fuse()
+    assert [name for name, _ in folded.named_parameters()] == ["conv.weight", "conv.bias"]
+    torch.testing.assert_close(folded(x), layer(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.state_dict(), state_dict, rtol=0, atol=0)
+
+
+def test_folding_is_done_in_double_precision():
+    layer = make_trained().double()
+    layer.bn.running_var.fill_(1e-9)
+    layer.bn.eps = 1e-12
+    folded, in_single = layer.fuse(), layer.float().fuse()
+    torch.testing.assert_close(in_single.conv.weight, folded.conv.weight.float(), rtol=2e-7, atol=0)
+
+
+def test_batch_norm_without_weight_and_convolution_with_bias_fold():
+    layer = make_trained()
+    layer.bn.register_parameter("weight", None)
+    layer.bn.register_parameter("bias", None)
+    layer.conv.bias = nn.Parameter(torch.randn(8))
+    x = torch.randn(2, 3, 9, 10)
+    torch.testing.assert_close(layer.fuse()(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_folding_twice_changes_nothing():
+    folded = make_trained().fuse()
+    assert folded.fuse() is folded
+
+
+def test_folded_layer_refuses_to_run_in_training_mode():
+    folded = make_trained().train().fuse()
+    with pytest.raises(ValueError, match="call eval()"):
+        folded(torch.randn(2, 3, 9, 10))
+
+
+@pytest.mark.parametrize("norm_layer", ["groupnorm", "batchnorm2d_without_statistics", "subclass"])
+def test_norms_that_cannot_be_folded_are_named(norm_layer):
+    layer = ConvNormAct(3, 32, 3, norm_layer="groupnorm" if norm_layer == "groupnorm" else "batchnorm2d")
+    if norm_layer == "batchnorm2d_without_statistics":
+        layer.bn = nn.BatchNorm2d(32, track_running_stats=False)
+    elif norm_layer == "subclass":
+        layer.bn = type("OddNorm", (nn.BatchNorm2d,), {})(32)
+    with pytest.raises(ValueError, match=f"not its norm {type(layer.bn).__name__}"):
+        layer.fuse()
+
+
+def test_convolutions_that_cannot_take_a_batch_norm_are_named():
+    layer = make_trained()
+    nn.utils.parametrizations.weight_norm(layer.conv)
+    with pytest.raises(ValueError, match="ParametrizedConv2d"):
+        layer.fuse()

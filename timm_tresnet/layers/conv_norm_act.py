@@ -1,14 +1,68 @@
 """The unit that TResNet is built from: convolution, batch norm, activation, and where it downsamples, a blur."""
 
+import copy
 import functools
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerType, get_norm_act_layer
+from timm.layers import (
+    BatchNormAct2d,
+    FrozenBatchNormAct2d,
+    LayerType,
+    SplitBatchNorm2d,
+    SyncBatchNormAct,
+    get_norm_act_layer,
+)
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_weights
 
 from timm_tresnet import rebuild
 from timm_tresnet.layers.activated_batch_norm import ActivatedBatchNorm2d
+
+# Affine in eval mode, each known by name: a subclass may compute something else.
+_FOLDABLE_NORMS = (
+    ActivatedBatchNorm2d,
+    BatchNormAct2d,
+    FrozenBatchNormAct2d,
+    SplitBatchNorm2d,
+    SyncBatchNormAct,
+    nn.BatchNorm2d,
+)
+
+
+class FoldedConvNormAct(nn.Module):
+    """Convolution with bias, activation, optional anti-aliasing layer: what `ConvNormAct.fuse` returns.
+
+    Args:
+        conv: convolution with bias.
+        act: activation.
+        aa: anti-aliasing layer.
+
+    Shape:
+        - input: (N, in_channels, H, W)
+        - output: (N, out_channels, ceil(H / stride), ceil(W / stride)), before aa
+
+    Raises:
+        ValueError: in `forward`, if in training mode.
+    """
+
+    def __init__(self, conv: nn.Conv2d, act: nn.Module, aa: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+        self.act = act
+        self.aa = aa
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise ValueError(
+                "This network's batch norms are folded into its convolutions, which computes what they do in eval "
+                "mode; call eval() before running it, and train the network as it was before folding"
+            )
+        return self.aa(self.act(self.conv(x)))
+
+    def fuse(self) -> nn.Module:
+        """Return self: nothing is left to fold."""
+        return self
 
 
 class ConvNormAct(nn.Module):
@@ -84,6 +138,45 @@ class ConvNormAct(nn.Module):
         if not torch.jit.is_scripting():
             self._record_convolution(x, y)
         return self.aa(self.bn(y))
+
+    @torch.jit.ignore
+    def fuse(self) -> FoldedConvNormAct:
+        """Fold the batch norm, as it is in eval mode, into a copy of the convolution.
+
+        The name under which `timm.utils.reparameterize_model` looks for this. timm's scripts call that before they call
+        eval(), so the mode does not matter here; the result refuses to run in training mode. Computed in double
+        precision.
+
+        Returns:
+            The folded layer, in the dtype of the convolution's weight; this one stays as it is.
+
+        Raises:
+            ValueError: if the norm is not a batch norm with running statistics, or the convolution is not a plain one.
+        """
+        if type(self.conv) is not nn.Conv2d:
+            raise ValueError(f"ConvNormAct can fold into a Conv2d, not into its {type(self.conv).__name__}")
+        if type(self.bn) not in _FOLDABLE_NORMS or self.bn.running_mean is None:
+            raise ValueError(
+                "ConvNormAct can fold a batch norm with running statistics, not its norm "
+                f"{type(self.bn).__name__}; use the network unfolded"
+            )
+        mean, var, weight, bias, kernel, offset = (
+            None if tensor is None else tensor.detach().double()
+            for tensor in (
+                self.bn.running_mean,
+                self.bn.running_var,
+                self.bn.weight,
+                self.bn.bias,
+                self.conv.weight,
+                self.conv.bias,
+            )
+        )
+        kernel, offset = fuse_conv_bn_weights(kernel, offset, mean, var, self.bn.eps, weight, bias)
+        conv = copy.deepcopy(self.conv)
+        conv.weight = nn.Parameter(kernel.to(conv.weight), requires_grad=conv.weight.requires_grad)
+        conv.bias = nn.Parameter(offset.to(conv.weight), requires_grad=conv.weight.requires_grad)
+        act = copy.deepcopy(getattr(self.bn, "act", nn.Identity()))
+        return FoldedConvNormAct(conv, act, copy.deepcopy(self.aa)).train(self.training)
 
     @torch.jit.unused
     def _record_convolution(self, x: Tensor, y: Tensor) -> None:
