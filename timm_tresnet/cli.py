@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-_SAMPLES = Path(__file__).parent / "samples"
+from timm_tresnet.images import SAMPLES, find_images, label_lookup, read_image
+
 _EMBEDDED = "test_tresnet"
 _BATCH_SIZE = 32
 
@@ -125,7 +126,7 @@ def _classify(arguments: argparse.Namespace) -> int:
     import timm
     from safetensors import SafetensorError
 
-    paths = list(_find_images(arguments.images or [_SAMPLES]))
+    paths = list(find_images(arguments.images or [SAMPLES]))
     if not paths:
         return _fail(f"no images in {', '.join(map(str, arguments.images))}")
     try:
@@ -153,18 +154,6 @@ def _classify(arguments: argparse.Namespace) -> int:
     return 1 if unreadable else 0
 
 
-def _find_images(paths: Sequence[Path]) -> Iterator[Path]:
-    from timm.data import is_img_extension
-
-    for path in paths:
-        if path.is_dir():
-            yield from sorted(
-                file for file in path.rglob("*") if file.is_file() and is_img_extension(file.suffix.lower())
-            )
-        else:
-            yield path
-
-
 def classify_images(
     model: Any,
     paths: Sequence[Path],
@@ -190,7 +179,7 @@ def classify_images(
     from timm_tresnet.tresnet import MULTI_LABEL
 
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-    describe = _label_lookup(model)
+    describe = label_lookup(model)
     if MULTI_LABEL in (model.pretrained_cfg.get("notes") or ()):
         choose = functools.partial(_choose_probable, threshold=threshold)
     else:
@@ -224,17 +213,15 @@ def _classify_batch(
     describe: Callable[[int], str],
 ) -> list[dict[str, Any]]:
     import torch
-    from PIL import Image, ImageOps
 
     results: list[dict[str, Any]] = []
     inputs = []
     for path in paths:
         result: dict[str, Any] = {"image": str(path)}
         try:
-            with Image.open(path) as image:
-                inputs.append(transform(ImageOps.exif_transpose(image).convert("RGB")))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's decoders
-            result["error"] = str(error) or type(error).__name__
+            inputs.append(transform(read_image(path)))
+        except ValueError as error:
+            result["error"] = str(error)
         results.append(result)
     if inputs:
         with torch.inference_mode():
@@ -246,21 +233,6 @@ def _classify_batch(
                     for index, probability in choose(next(rows))
                 ]
     return results
-
-
-def _label_lookup(model: Any) -> Callable[[int], str]:
-    """Names of the classes: from the weights' config, else from timm's lists for ImageNet, else numbers."""
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
-    config = model.pretrained_cfg
-    names = config.get("label_names")
-    if names:
-        descriptions = config.get("label_descriptions") or {}
-        return lambda index: descriptions.get(names[index], names[index])
-    subset = infer_imagenet_subset(model)
-    if subset:
-        return ImageNetInfo(subset).index_to_description
-    return lambda index: f"class {index}"
 
 
 @contextlib.contextmanager
