@@ -10,8 +10,12 @@ _PUBLIC = {  # name -> module; imported when first used, so that `import torch` 
     "BasicBlock": "blocks",
     "Bottleneck": "blocks",
     "Conversion": "convert",
+    "ExportedModel": "export",
     "TResNet": "tresnet",
     "convert_checkpoint": "convert",
+    "export_model": "export",
+    "fold_batch_norms": "export",
+    "optimize_for_inference": "export",
     "write_folder": "convert",
 }
 __all__ = list(_PUBLIC)

@@ -1,4 +1,4 @@
-"""The `timm-tresnet` command: classify images, list the variants and their weights, convert checkpoints."""
+"""The `timm-tresnet` command: classify images, list the variants, convert checkpoints, export networks."""
 
 import argparse
 import contextlib
@@ -41,6 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME",
         help="a model with weights: a name from `timm-tresnet list`, hf-hub:ORG/NAME or local-dir:FOLDER "
         "(default: %(default)s, ten CIFAR-10 classes, works offline)",
+    )
+    classify.add_argument(
+        "--engine",
+        nargs=2,
+        metavar=("ENGINE", "ARTIFACT"),
+        help="run a file that `timm-tresnet export` wrote, in the engine torch, onnx or openvino, instead of a model",
     )
     classify.add_argument("--top-k", default=3, type=_positive, metavar="K", help="how many classes (default: 3)")
     classify.add_argument(
@@ -96,6 +102,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     convert.set_defaults(run=_convert)
 
+    export = commands.add_parser(
+        "export",
+        help="write a network for another engine",
+        description="Write a network with its weights as one artifact for another engine, checked against PyTorch, and "
+        "a JSON file beside it that says how to feed it.",
+    )
+    export.add_argument("model", metavar="NAME", help="a model with weights, as --model of `timm-tresnet classify`")
+    export.add_argument("--format", required=True, choices=["onnx", "openvino", "torch-export", "torchscript"])
+    export.add_argument("--output", required=True, type=Path, metavar="FILE", help=".onnx, .xml, .pt2 or .pt")
+    export.add_argument("--int8", action="store_true", help="quantise, for onnx and openvino; needs --calibration")
+    export.add_argument(
+        "--calibration", type=Path, metavar="FOLDER", help="images like those that the network will see, some hundreds"
+    )
+    export.add_argument(
+        "--batch", type=_batch, default="dynamic", metavar="N", help="images in a batch (default: %(default)s)"
+    )
+    export.add_argument(
+        "--size", type=_positive, nargs=2, metavar=("H", "W"), help="size of the images, in pixels (default: dynamic)"
+    )
+    export.set_defaults(run=_export)
+
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 
@@ -114,6 +141,10 @@ def _probability(text: str) -> float:
     return value
 
 
+def _batch(text: str) -> int | None:
+    return None if text == "dynamic" else _positive(text)
+
+
 def _fail(message: str) -> int:
     print(f"timm-tresnet: {message}", file=sys.stderr)
     return 2
@@ -123,16 +154,13 @@ def _fail(message: str) -> int:
 
 
 def _classify(arguments: argparse.Namespace) -> int:
-    import timm
-    from safetensors import SafetensorError
-
     paths = list(find_images(arguments.images or [SAMPLES]))
     if not paths:
         return _fail(f"no images in {', '.join(map(str, arguments.images))}")
     try:
-        model = timm.create_model(arguments.model, pretrained=True).eval()
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # unknown, unreachable or damaged
-        return _fail(f"cannot load the model {arguments.model}: {error}")
+        model = _load_artifact(*arguments.engine) if arguments.engine else _load_model(arguments.model)
+    except _CannotLoad as error:
+        return _fail(str(error))
     if model.num_classes == 0:
         return _fail(f"{arguments.model} is a backbone without classes")
 
@@ -142,7 +170,7 @@ def _classify(arguments: argparse.Namespace) -> int:
         print(json.dumps(results, indent=2))
     else:
         _print_predictions(results)
-        if not arguments.images:
+        if not arguments.images and not arguments.engine:
             print(
                 f"\nThese are the photographs in the package; {_EMBEDDED} knows the ten classes of CIFAR-10 and takes "
                 "everything for one of them.\nFor the 1000 classes of ImageNet, with weights from the Hugging Face "
@@ -152,6 +180,29 @@ def _classify(arguments: argparse.Namespace) -> int:
     for result in unreadable:
         print(f"timm-tresnet: skipped {result['image']}: {result['error']}", file=sys.stderr)
     return 1 if unreadable else 0
+
+
+class _CannotLoad(Exception):
+    pass
+
+
+def _load_model(name: str) -> Any:
+    import timm
+    from safetensors import SafetensorError
+
+    try:
+        return timm.create_model(name, pretrained=True).eval()
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # unknown, unreachable or damaged
+        raise _CannotLoad(f"cannot load the model {name}: {error}") from error
+
+
+def _load_artifact(engine: str, artifact: str) -> Any:
+    from timm_tresnet.export import ExportedModel
+
+    try:
+        return ExportedModel(engine, artifact)
+    except (OSError, RuntimeError, ValueError, KeyError, ModuleNotFoundError) as error:
+        raise _CannotLoad(f"cannot load {artifact}: {error}") from error
 
 
 def classify_images(
@@ -164,7 +215,7 @@ def classify_images(
     """Classify image files with the preprocessing that the model's weights were made for.
 
     Args:
-        model: a model from `timm.create_model`, in eval mode.
+        model: a model from `timm.create_model`, in eval mode, or a `timm_tresnet.ExportedModel`.
         paths: image files.
         top_k: how many classes to report for each.
         advance: is told after each batch how many images that were.
@@ -260,6 +311,44 @@ def _print_predictions(results: list[dict[str, Any]]) -> None:
     ]
     if rows:
         _print_table(rows)
+
+
+# ---- export
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from timm_tresnet.export import description_path, export_model
+
+    if arguments.int8 != bool(arguments.calibration):
+        return _fail("--int8 and --calibration FOLDER go together")
+    try:
+        model = _load_model(arguments.model)
+    except _CannotLoad as error:
+        return _fail(str(error))
+    try:
+        description = export_model(
+            model,
+            arguments.output,
+            arguments.format,
+            batch_size=arguments.batch,
+            image_size=arguments.size and tuple(arguments.size),
+            calibration=arguments.calibration,
+        )
+    except (OSError, RuntimeError, ValueError, ModuleNotFoundError) as error:
+        return _fail(f"cannot export {arguments.model}: {error}")
+    check = description["check"]
+    print(f"{arguments.output}: {description['model']}, {description['format']}, {description['precision']}")
+    print(f"{description_path(arguments.output)}: input, preprocessing and class names")
+    if not arguments.int8:
+        print(f"logits equal PyTorch's within {check['max_relative_error']:.0e} (relative L2)")
+        return 0
+    print(
+        f"same first class as float32 on {check['top1_agreement']:.1%} of {check['held_out_images']} images held out; "
+        f"calibrated on {check['calibration_images']}"
+    )
+    if check["skipped_images"]:
+        print(f"timm-tresnet: skipped {check['skipped_images']} images that cannot be read", file=sys.stderr)
+    return 1 if check["skipped_images"] else 0
 
 
 # ---- list
