@@ -1,0 +1,298 @@
+"""How fast trained networks run: eager, folded, compiled and exported, against timm's built-in and ResNet-50.
+
+    python benchmarks/inference.py --json benchmarks/results/inference.json
+
+- speed: images a second, in rounds over all rows, each also as a ratio to the built-in in its best eager layout,
+  channels-last, in the same round; median (min-max).
+- share: of what a lone 3x3 convolution reaches on this machine in the same precision, the best of a few shapes that
+  occur in the network, measured in the same rounds. A network that only convolved at that rate would have a share of 1.
+
+Weights are random: speed does not depend on them. Rows whose packages are not installed are left out and named. On CUDA
+(`--device cuda`), rows run in `--dtype`, and the engines outside PyTorch are left out; that path has not been run on a
+GPU yet.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from training_memory import MODELS, describe_machine, format_machine, make_builtin, write_new
+
+from timm_tresnet import ExportedModel, export_model, fold_batch_norms, optimize_for_inference
+
+BUILTIN = "built-in"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CONVOLUTIONS = ((64, 56), (128, 28), (256, 14))  # channels and side of 3x3 convolutions at 224 px, for the peak
+Run = Callable[[Tensor], Any]
+
+
+def make_network(name: str, model: str) -> nn.Module:
+    """A network with random weights, in eval mode.
+
+    Args:
+        name: "resnet50", "built-in" or anything else for ours.
+        model: variant of TResNet.
+    """
+    if name == "resnet50":
+        return timm.create_model("resnet50").eval()
+    network = make_builtin(model) if name == BUILTIN else timm.create_model(model, num_classes=1000)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.2, 0.5)  # a new network's zeros would let an engine skip work
+    return network.eval()
+
+
+def run_eager(network: nn.Module, settings: argparse.Namespace) -> Run:
+    """The network as it is, channels-last unless settings say otherwise."""
+    layout = torch.contiguous_format if settings.contiguous else torch.channels_last
+    dtype = DTYPES[settings.dtype]
+    network = network.to(device=settings.device, dtype=dtype, memory_format=layout)
+    return lambda images: network(images.to(dtype=dtype, memory_format=layout))
+
+
+def run_compiled(network: nn.Module, settings: argparse.Namespace) -> Run:
+    """The network behind `optimize_for_inference`."""
+    dtype = DTYPES[settings.dtype]
+    network = optimize_for_inference(network.to(device=settings.device, dtype=dtype))
+    return lambda images: network(images.to(dtype=dtype))
+
+
+def run_exported(network: nn.Module, settings: argparse.Namespace, format: str) -> Run:
+    """The network in ONNX Runtime or OpenVINO, exported for the size of the batch."""
+    size = (settings.image_size, settings.image_size)
+    with tempfile.TemporaryDirectory() as folder:
+        calibration = _write_noise(Path(folder) / "images", size) if settings.dtype == "int8" else None
+        path = Path(folder) / ("network.onnx" if format == "onnx" else "network.xml")
+        export_model(network, path, format, settings.batch, size, calibration)
+        if settings.dtype == "bfloat16":  # OpenVINO's choice, where the CPU has it
+            return _run_bfloat16(path)
+        return ExportedModel(format, path)
+
+
+def _write_noise(folder: Path, size: tuple[int, int]) -> Path:
+    folder.mkdir()
+    for index in range(16):
+        pixels = torch.randint(0, 256, (*size, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+    return folder
+
+
+def _run_bfloat16(path: Path) -> Run:
+    import openvino
+
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    return lambda images: compiled(images.numpy())
+
+
+# row -> network, engine, precision on the CPU, packages
+ROWS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
+    "resnet50": ("resnet50", "eager", "float32", ()),
+    "resnet50, compiled": ("resnet50", "compiled", "float32", ()),
+    BUILTIN: (BUILTIN, "eager", "float32", ()),
+    "built-in, NCHW": (BUILTIN, "contiguous", "float32", ()),
+    "eager": ("ours", "eager", "float32", ()),
+    "folded": ("ours", "folded", "float32", ()),
+    "compiled": ("ours", "compiled", "float32", ()),
+    "compiled, bfloat16": ("ours", "compiled", "bfloat16", ()),
+    "onnx": ("ours", "onnx", "float32", ("onnxscript", "onnxruntime")),
+    "onnx, int8": ("ours", "onnx", "int8", ("onnxscript", "onnxruntime")),
+    "openvino": ("ours", "openvino", "float32", ("onnxscript", "openvino")),
+    "openvino, bfloat16": ("ours", "openvino", "bfloat16", ("onnxscript", "openvino")),
+    "openvino, int8": ("ours", "openvino", "int8", ("onnxscript", "openvino", "nncf")),
+}
+_IN_PYTORCH = ("eager", "contiguous", "folded", "compiled")
+
+
+def make_row(row: str, settings: argparse.Namespace) -> Run:
+    """What a row runs: images in float32, (N, 3, H, W), to logits."""
+    name, engine, dtype, _ = ROWS[row]
+    settings = argparse.Namespace(**vars(settings), contiguous=engine == "contiguous")
+    settings.dtype = settings.dtype or dtype
+    network = make_network(name, settings.model)
+    if engine == "folded":
+        network = fold_batch_norms(network)
+    if engine == "compiled":
+        return run_compiled(network, settings)
+    return run_eager(network, settings) if engine in _IN_PYTORCH else run_exported(network, settings, engine)
+
+
+def make_peak(dtype: torch.dtype, channels: int, side: int, batch: int, device: str) -> tuple[Run, float]:
+    """A lone 3x3 convolution, and its floating-point operations."""
+    factory = {"device": device, "dtype": dtype}
+    x = torch.rand(batch, channels, side, side, **factory).contiguous(memory_format=torch.channels_last)
+    weight = torch.rand(channels, channels, 3, 3, **factory).contiguous(memory_format=torch.channels_last)
+    return lambda images: F.conv2d(x, weight, padding=1), 2.0 * x.numel() * channels * 9
+
+
+def count_flops(network: nn.Module, image_size: int) -> int:
+    """Floating-point operations for one image; a multiply-add is two."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.to("meta")(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return counter.get_total_flops()
+
+
+def measure_seconds(runs: dict[str, Run], images: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Seconds of one run, for each row and round; the rows take turns."""
+    seconds: dict[str, list[float]] = {row: [] for row in runs}
+    for turn in range(rounds + 1):
+        for row, run in runs.items():
+            start = time.perf_counter()
+            run(images)
+            if images.is_cuda:
+                torch.cuda.synchronize()
+            if turn:  # the first is for warming up and compiling
+                seconds[row].append(time.perf_counter() - start)
+        print(f"\rround {turn} of {rounds}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return seconds
+
+
+def measure(settings: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the results for one size of the batch."""
+    runs = {}
+    for row in settings.rows:
+        print(f"batch {settings.batch}: preparing {row}", file=sys.stderr)
+        runs[row] = make_row(row, settings)
+    images = torch.rand(settings.batch, 3, settings.image_size, settings.image_size, device=settings.device)
+    precisions = [settings.dtype] if settings.dtype else sorted({ROWS[row][2] for row in runs} - {"int8"})
+    peaks = {
+        (precision, shape): make_peak(DTYPES[precision], *shape, settings.batch, settings.device)
+        for precision in precisions
+        for shape in CONVOLUTIONS
+    }
+    everything = {**runs, **{f"peak {key}": run for key, (run, _) in peaks.items()}}
+    with torch.inference_mode():
+        seconds = measure_seconds(everything, images, settings.rounds)
+    peak_flops = {
+        precision: max(
+            flops / statistics.median(seconds[f"peak {key}"])
+            for key, (_, flops) in peaks.items()
+            if key[0] == precision
+        )
+        for precision in precisions
+    }
+    flops = {
+        name: count_flops(make_network(name, settings.model), settings.image_size) for name in ("resnet50", "ours")
+    }
+    rows = []
+    for row in runs:
+        network, _, precision, _ = ROWS[row]
+        precision = settings.dtype or precision
+        images_per_s = [settings.batch / value for value in seconds[row]]
+        per_image = flops["resnet50" if network == "resnet50" else "ours"]
+        entry: dict[str, Any] = {"row": row, "batch_size": settings.batch, "precision": precision}
+        entry["images_per_s"] = images_per_s
+        if BUILTIN in runs:
+            entry["ratios"] = [other / own for own, other in zip(seconds[row], seconds[BUILTIN], strict=True)]
+        if precision in peak_flops:
+            entry["peak_gflop_per_s"] = peak_flops[precision] / 1e9
+            entry["share_of_peak"] = statistics.median(images_per_s) * per_image / peak_flops[precision]
+        rows.append(entry)
+    return rows
+
+
+def find_largest_batch(settings: argparse.Namespace) -> int:
+    """Largest power of two whose images every row can take, on a GPU."""
+    batch = 1
+    while True:
+        try:
+            for row in settings.rows:
+                if ROWS[row][1] != "compiled":  # compiling for each size would take hours
+                    images = torch.rand(2 * batch, 3, settings.image_size, settings.image_size, device=settings.device)
+                    with torch.inference_mode():
+                        make_row(row, settings)(images)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return batch
+        batch *= 2
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of the results as a Markdown table."""
+    lines = ["| | batch | images/s | to the built-in | share of the convolution peak |", "|---|---|---|---|---|"]
+    for row in rows:
+        ratios = row.get("ratios")
+        spread = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else ""
+        share = ""
+        if "share_of_peak" in row:
+            share = f"{row['share_of_peak']:.0%} of {row['peak_gflop_per_s']:.0f} GFLOP/s, {row['precision']}"
+        speed = statistics.median(row["images_per_s"])
+        lines.append(f"| {row['row']} | {row['batch_size']} | {speed:.2f} | {spread} | {share} |")
+    return "\n".join(lines)
+
+
+def _batch(text: str) -> int | str:
+    return text if text == "largest" else int(text)
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="How fast networks run, eager, folded, compiled and exported.")
+    parser.add_argument("--model", choices=MODELS, default="tresnet_m")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--image-size", type=int, default=224, help="side of the images, in pixels")
+    parser.add_argument(
+        "--batch-sizes", nargs="+", type=_batch, default=[8, 1], metavar="N", help='"largest" for a GPU (default: 8 1)'
+    )
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="for CUDA (default: float16)")
+    parser.add_argument("--json", type=Path, help="file for the results, must not exist yet")
+    settings = parser.parse_args(words)
+    if settings.json and settings.json.exists():
+        parser.error(f"{settings.json} exists already; results are never overwritten, name a new file")
+    if settings.device == "cpu" and (settings.dtype or "largest" in settings.batch_sizes):
+        parser.error("--dtype and the largest batch are for --device cuda; on the CPU each row has its precision")
+    if settings.device == "cuda":
+        settings.dtype = settings.dtype or "float16"
+        settings.rows = [row for row in settings.rows if ROWS[row][1] in _IN_PYTORCH and ROWS[row][2] == "float32"]
+    return settings
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print a table and write the results."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    settings = _parse(words)
+    torch.manual_seed(0)
+    for row in list(settings.rows):
+        missing = [package for package in ROWS[row][3] if importlib.util.find_spec(package) is None]
+        if missing:
+            print(f"left out {row}: {', '.join(missing)} not installed", file=sys.stderr)
+            settings.rows.remove(row)
+    machine = describe_machine(settings.device)
+    engines = ("onnxruntime", "openvino", "nncf")
+    machine["versions"] |= {name: version(name) for name in engines if importlib.util.find_spec(name)}
+    results: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/inference.py", *words]),
+        "date": datetime.date.today().isoformat(),
+        **machine,
+        "settings": {name: value for name, value in vars(settings).items() if name not in ("json", "rows")},
+        "rows": [],
+    }
+    print(format_machine(results), flush=True)
+    for batch in settings.batch_sizes:
+        settings.batch = find_largest_batch(settings) if batch == "largest" else batch
+        results["rows"] += measure(settings)
+        torch.compiler.reset()
+    print(format_table(results["rows"]))
+    if settings.json:
+        write_new(settings.json, json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
