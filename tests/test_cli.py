@@ -118,6 +118,8 @@ def test_corrupted_weights_are_an_error_without_a_traceback(tmp_path, capsys):
 def test_classes_are_named_by_config_then_imagenet_then_number(tmp_path):
     named = timm.create_model("test_tresnet", pretrained_cfg_overlay={"label_names": ["a", "b"]}, num_classes=2)
     assert label_lookup(named)(1) == "b"
+    named.reset_classifier(3)
+    assert label_lookup(named)(1) == "class 1"
     described = timm.create_model(
         "test_tresnet",
         pretrained_cfg_overlay={"label_names": ["a", "b"], "label_descriptions": {"b": "the letter b"}},

@@ -47,7 +47,7 @@ def label_lookup(model: Any) -> Callable[[int], str]:
 
     config = model.pretrained_cfg
     names = config.get("label_names")
-    if names:
+    if names and len(names) == model.num_classes:  # else the classifier has been replaced
         descriptions = config.get("label_descriptions") or {}
         return lambda index: descriptions.get(names[index], names[index])
     subset = infer_imagenet_subset(model)
