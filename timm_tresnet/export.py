@@ -153,8 +153,8 @@ def export_model(
     output = Path(output)
     kind = _check_arguments(model, output, format, image_size, calibration)
     folded = (fold_batch_norms(model) if _has_batch_norms(model) else reparameterize_model(model)).cpu()
-    described = {"input_size": (model.in_chans, *image_size)} if image_size else {}
-    preprocessing = timm.data.resolve_data_config(described, model=model)
+    size = image_size or model.pretrained_cfg["input_size"][1:]
+    preprocessing = timm.data.resolve_data_config({"input_size": (model.in_chans, *size)}, model=model)
     description = {
         "model": ".".join(filter(None, (model.pretrained_cfg.get("architecture"), model.pretrained_cfg.get("tag")))),
         "format": format,
@@ -207,7 +207,7 @@ def _check_arguments(
         raise ValueError("export_model needs a network in float32; call float() on it")
     if any(module.training for module in model.modules()):
         raise ValueError("export_model needs a network in eval mode, got one in training mode; call eval() first")
-    multiple, smallest = _size_limits(model, format)
+    multiple, smallest = _size_limits(model)
     if image_size and any(side % multiple or side < smallest for side in image_size):
         raise ValueError(
             f"{type(model).__name__} needs image sizes in multiples of {multiple}, at least {smallest}, got "
@@ -225,13 +225,14 @@ def _require(purpose: str, extra: str, packages: Sequence[str]) -> None:
         )
 
 
-def _size_limits(model: nn.Module, format: str) -> tuple[int, int]:
-    """Multiple and minimum of the sides of images, in pixels."""
-    smallest = 36 if format == "torch-export" else 20  # its graph holds for last maps of more than one pixel
+def _size_limits(model: nn.Module, format: str | None = None) -> tuple[int, int]:
+    """Multiple and minimum of the sides of images, in pixels; with a format, of those that are not fixed in it."""
     for module in model.modules():
         if isinstance(module, SpaceToDepth):
-            return module.block_size, max(module.min_size, smallest)
-    return 32, 64  # torch.export cannot tell for which other sizes max pool, blur and average pool agree
+            # torch.export's graph holds for last maps of more than one pixel
+            return module.block_size, max(module.min_size, 36 if format == "torch-export" else 0)
+    # torch.export cannot tell for which other sizes max pool, blur and average pool agree
+    return (32, 64) if format else (1, 1)
 
 
 def _describe_input(
