@@ -1,4 +1,5 @@
 import copy
+import functools
 import importlib.util
 import io
 import json
@@ -46,6 +47,19 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def embedded():
     return timm.create_model("test_tresnet", pretrained=True).eval()
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory, embedded):
+    """A function that gives the embedded network in a format, exported once."""
+
+    @functools.cache
+    def export_once(format):
+        path = tmp_path_factory.mktemp(format) / f"network{SUFFIXES[format]}"
+        export_model(embedded, path, format)
+        return path
+
+    return export_once
 
 
 @pytest.fixture
@@ -148,7 +162,7 @@ def test_optimized_network_computes_the_same(dynamic, monkeypatch):
 
     def compile_without_code(network, fullgraph, dynamic, options):
         assert options == {"freezing": True}
-        return compiler(network, fullgraph=fullgraph, dynamic=dynamic, backend="aot_eager")
+        return compiler(network, fullgraph=fullgraph, dynamic=dynamic, backend="eager")
 
     monkeypatch.setattr(torch, "compile", compile_without_code)
     optimized = optimize_for_inference(model, dynamic=dynamic)
@@ -164,18 +178,20 @@ def test_optimized_network_computes_the_same(dynamic, monkeypatch):
 
 @each_format
 @pytest.mark.parametrize("variant", ["test_tresnet", "tresnet_m"])
-def test_artifact_computes_the_network_for_any_batch_and_size(variant, format, tmp_path, embedded):
-    model = embedded if variant == "test_tresnet" else make_small(variant)
-    path = tmp_path / f"network{SUFFIXES[format]}"
-    description = export_model(model, path, format)
-    assert description["check"]["max_relative_error"] <= 1e-4
+def test_artifact_computes_the_network_for_any_batch_and_size(variant, format, tmp_path, embedded, artifact):
+    if variant == "test_tresnet":
+        model, path = embedded, artifact(format)
+    else:
+        model, path = make_small(variant), tmp_path / f"network{SUFFIXES[format]}"
+        export_model(model, path, format)
     exported = ExportedModel(ENGINES[format], path)
+    assert exported.description["check"]["max_relative_error"] <= 1e-4
     for shape in [(1, 3, 64, 64), (3, 3, 68, 100), (2, 3, 36, 128)]:
         x = torch.rand(shape)
         with torch.no_grad():
             assert relative_error(exported(x), model(x)) <= 1e-4
     names = {path.name, f"{path.name}.json"} | ({"network.bin"} if format == "openvino" else set())
-    assert {file.name for file in tmp_path.iterdir()} == names
+    assert {file.name for file in path.parent.iterdir()} == names
 
 
 @each_format
@@ -196,9 +212,8 @@ def test_network_without_space_to_depth_exports(format, tmp_path):
     assert description["input"]["shape"] == ["batch", 1, "height", "width"]
 
 
-def test_description_says_how_to_feed_the_artifact(tmp_path, embedded):
-    export_model(embedded, tmp_path / "network.pt2", "torch-export")
-    description = json.loads((tmp_path / "network.pt2.json").read_text())
+def test_description_says_how_to_feed_the_artifact(artifact):
+    description = json.loads(artifact("torch-export").with_name("network.pt2.json").read_text())
     assert description["model"] == "test_tresnet.r64_cifar10"
     assert description["input"]["name"] == "image"
     assert (description["input"]["size_multiple"], description["input"]["size_minimum"]) == (4, 36)
@@ -216,18 +231,17 @@ def test_description_says_how_to_feed_the_artifact(tmp_path, embedded):
 
 
 @needs("onnx")
-def test_onnx_file_has_standard_operators_and_no_path_of_this_machine(tmp_path, embedded):
+def test_onnx_file_has_standard_operators_and_no_path_of_this_machine(artifact):
     import onnx
 
-    export_model(embedded, tmp_path / "network.onnx", "onnx")
-    network = onnx.load(tmp_path / "network.onnx", load_external_data=False)
+    path = artifact("onnx")
+    network = onnx.load(path, load_external_data=False)
     assert [(opset.domain, opset.version) for opset in network.opset_import] == [("", export.OPSET)]
     assert {node.op_type for node in network.graph.node} <= {
         "Add", "AveragePool", "Concat", "Conv", "Div", "Gemm", "LeakyRelu", "Mul", "Pad", "ReduceMean", "Relu",
         "Reshape", "Shape", "Sigmoid", "Squeeze", "Transpose",
     }  # fmt: skip
-    content = (tmp_path / "network.onnx").read_bytes()
-    assert str(Path(timm_tresnet.__file__).parent).encode() not in content
+    assert str(Path(timm_tresnet.__file__).parent).encode() not in path.read_bytes()
 
 
 ALONE = {
@@ -237,11 +251,10 @@ ALONE = {
 
 
 @pytest.mark.parametrize("format", [pytest.param(format, marks=needs(format)) for format in ALONE])
-def test_artifact_runs_where_neither_torch_nor_timm_is_imported(format, tmp_path, embedded, run_python):
+def test_artifact_runs_where_neither_torch_nor_timm_is_imported(format, tmp_path, embedded, artifact, run_python):
     import numpy
 
-    path = tmp_path / f"network{SUFFIXES[format]}"
-    export_model(embedded, path, format)
+    path = artifact(format)
     x = torch.rand(2, 3, 64, 64)
     numpy.save(tmp_path / "x.npy", x.numpy())
     run_python(
@@ -333,14 +346,20 @@ def test_folders_that_cannot_calibrate_are_named(tmp_path, embedded):
 # ---- the command
 
 
+def test_export_command_says_what_it_wrote(tmp_path, capsys):
+    output = tmp_path / "network.pt"
+    assert cli.main(["export", "test_tresnet", "--format", "torchscript", "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{output}: test_tresnet.r64_cifar10, torchscript, float32" in printed
+    assert "logits equal PyTorch's" in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"network.pt", "network.pt.json"}
+
+
 @each_format
-def test_classify_runs_what_export_wrote(format, tmp_path, capsys):
-    output = tmp_path / f"network{SUFFIXES[format]}"
-    assert cli.main(["export", "test_tresnet", "--format", format, "--output", str(output)]) == 0
-    assert "logits equal PyTorch's" in capsys.readouterr().out
+def test_classify_runs_artifacts(format, artifact, capsys):
     assert cli.main(["classify", "--json"]) == 0
     expected = json.loads(capsys.readouterr().out)
-    assert cli.main(["classify", "--json", "--engine", ENGINES[format], str(output)]) == 0
+    assert cli.main(["classify", "--json", "--engine", ENGINES[format], str(artifact(format))]) == 0
     for actual, wanted in zip(json.loads(capsys.readouterr().out), expected, strict=True):
         assert actual["image"] == wanted["image"]
         for entry, other in zip(actual["predictions"], wanted["predictions"], strict=True):
@@ -361,15 +380,14 @@ def test_export_command_quantises_and_counts_images_that_it_cannot_read(tmp_path
     assert "skipped 1 images" in capfd.readouterr().err
 
 
-def test_artifacts_that_cannot_be_run_are_named(tmp_path, capsys, embedded):
+def test_artifacts_that_cannot_be_run_are_named(tmp_path, artifact, capsys):
     path = tmp_path / "network.pt2"
     for engine, message in [("torch", "No such file"), ("tensorrt", "one of torch, onnx, openvino")]:
         assert cli.main(["classify", "--engine", engine, str(path)]) == 2
         assert message in capsys.readouterr().err
-    export_model(embedded, path, "torch-export")
+    shutil.copy(artifact("torch-export").with_name("network.pt2.json"), tmp_path)
     assert cli.main(["classify", "--engine", "onnx", str(path)]) == 2
     assert "is for the engine torch, not for onnx" in capsys.readouterr().err
-    shutil.move(path, tmp_path / "elsewhere.pt2")
     assert cli.main(["classify", "--engine", "torch", str(path)]) == 2
     assert "no file" in capsys.readouterr().err
 

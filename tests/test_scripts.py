@@ -114,6 +114,32 @@ def test_benchmark_script_runs_inference_and_training(run_python, tmp_path):
     assert result["train_samples_per_sec"] > 0
 
 
+def test_validate_script_folds_batch_norms_without_changing_a_prediction(run_python, image_folder, tmp_path):
+    measured = []
+    for extra in ([], ["--reparam"]):
+        results = tmp_path / f"results{len(measured)}.json"
+        run_script(
+            run_python, "validate.py", "--data-dir", image_folder, "--model", "test_tresnet", "--pretrained",
+            "--device", "cpu", "--workers", "1", "--batch-size", "4", "--results-file", results,
+            "--results-format", "json", *extra,
+        )  # fmt: skip
+        measured.append(json.loads(results.read_text()))
+    assert measured[1].pop("param_count") < measured[0].pop("param_count")
+    assert measured[1] == measured[0]
+
+
+def test_benchmark_script_folds_batch_norms(run_python, tmp_path):
+    results = tmp_path / "results.json"
+    run_script(
+        run_python, "benchmark.py", "--model", "test_tresnet", "--bench", "inference", "--device", "cpu", "--reparam",
+        "--batch-size", "2", "--num-warm-iter", "1", "--num-bench-iter", "5",
+        "--results-file", results, "--results-format", "json",
+    )  # fmt: skip
+    result = json.loads(results.read_text())
+    result = result[0] if isinstance(result, list) else result
+    assert result["infer_samples_per_sec"] > 0
+
+
 @pytest.mark.skipif(not find_spec("pandas"), reason="inference.py needs pandas, which is not installed")
 def test_inference_script_labels_images(run_python, image_folder, tmp_path):
     printed = run_script(

@@ -165,18 +165,18 @@ def export_model(
         "class_names": [label_lookup(model)(index) for index in range(model.num_classes)],
         "multi_label": bool(model.pretrained_cfg.get("multi_label", False)),
     }
+    images = _CalibrationImages(Path(calibration), preprocessing, batch_size) if calibration else None
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.stem}-") as folder:
         unfinished = Path(folder) / output.name
         _write(folded, unfinished, format, description)
-        if calibration:
-            images = _CalibrationImages(Path(calibration), preprocessing, batch_size)
+        if images:
             quantise = _quantise_onnx if format == "onnx" else _quantise_openvino
             description["kept_in_float"] = sorted(
                 {name.partition(".se.")[0] + ".se" for name in quantise(unfinished, images)}
             )
         exported = ExportedModel(kind.engine, unfinished, description)
-        if calibration:
+        if images:
             description["check"] = images.compare(folded, exported)
         else:
             description["check"] = {"max_relative_error": _compare(folded, exported, preprocessing)}
