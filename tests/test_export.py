@@ -160,8 +160,8 @@ def test_optimized_network_computes_the_same(dynamic, monkeypatch):
     model = make_small()
     compiler = torch.compile
 
-    def compile_without_code(network, fullgraph, dynamic, options):
-        assert options == {"freezing": True}
+    def compile_without_code(network, fullgraph, dynamic, mode):
+        assert mode == "default"  # on the CPU
         return compiler(network, fullgraph=fullgraph, dynamic=dynamic, backend="eager")
 
     monkeypatch.setattr(torch, "compile", compile_without_code)
@@ -171,6 +171,17 @@ def test_optimized_network_computes_the_same(dynamic, monkeypatch):
         y = optimized(x)
         assert not y.requires_grad
         assert relative_error(y, model(x).detach()) <= 1e-5
+
+
+def test_networks_without_batch_norm_are_exported_and_optimized_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda network, **kwargs: network)
+    model = timm.create_model("test_tresnet", norm_layer="groupnorm1").eval()
+    x = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(optimize_for_inference(model)(x), model(x).detach(), rtol=1e-4, atol=1e-5)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    path = tmp_path / "network.pt"
+    export_model(model, path, "torchscript")
+    torch.testing.assert_close(ExportedModel("torch", path)(x), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
 # ---- artifacts

@@ -1,6 +1,6 @@
 """From a network to the fastest thing the machine runs: folding, compiling, artifacts for other engines, int8."""
 
-import importlib
+import copy
 import importlib.util
 import json
 import logging
@@ -75,8 +75,7 @@ def optimize_for_inference(model: nn.Module, dynamic: bool = False) -> nn.Module
 
     The network is compiled as one graph when it first sees an image, which takes a minute or more. On CUDA,
     PyTorch's "max-autotune" tries several kernels for each operation and, with a static shape, replays the whole
-    network as a CUDA graph; an output is then overwritten by the next call. On the CPU, weights become constants in the
-    layout that the kernels want.
+    network as a CUDA graph; an output is then overwritten by the next call.
 
     Args:
         model: a TResNet in eval mode, on its device and in its dtype (bfloat16 or float16 for speed, where the device
@@ -89,12 +88,11 @@ def optimize_for_inference(model: nn.Module, dynamic: bool = False) -> nn.Module
     Raises:
         ValueError: as in `fold_batch_norms`.
     """
-    network = fold_batch_norms(model) if _has_batch_norms(model) else model
-    network = network.to(memory_format=torch.channels_last).requires_grad_(False)
+    network = _copy_folded(model).to(memory_format=torch.channels_last).requires_grad_(False)
+    mode = "default"
     if next(network.parameters()).device.type == "cuda":
         mode = "max-autotune-no-cudagraphs" if dynamic else "max-autotune"
-        return _Inference(torch.compile(network, fullgraph=True, dynamic=dynamic, mode=mode))
-    return _Inference(torch.compile(network, fullgraph=True, dynamic=dynamic, options={"freezing": True}))
+    return _Inference(torch.compile(network, fullgraph=True, dynamic=dynamic, mode=mode))
 
 
 class _Inference(nn.Module):
@@ -109,9 +107,12 @@ class _Inference(nn.Module):
             return self.network(x.contiguous(memory_format=torch.channels_last))
 
 
-def _has_batch_norms(model: nn.Module) -> bool:
+def _copy_folded(model: nn.Module) -> nn.Module:
+    """Copy, with its batch norms folded if that is what its norms are."""
     norms = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNormAct2d)
-    return any(isinstance(module, norms) for module in model.modules())
+    if any(isinstance(module, norms) for module in model.modules()):
+        return fold_batch_norms(model)
+    return copy.deepcopy(model)
 
 
 # ---- artifacts
@@ -152,7 +153,7 @@ def export_model(
     """
     output = Path(output)
     kind = _check_arguments(model, output, format, image_size, calibration)
-    folded = (fold_batch_norms(model) if _has_batch_norms(model) else reparameterize_model(model)).cpu()
+    folded = _copy_folded(model).cpu()
     size = image_size or model.pretrained_cfg["input_size"][1:]
     preprocessing = timm.data.resolve_data_config({"input_size": (model.in_chans, *size)}, model=model)
     description = {
