@@ -18,7 +18,7 @@ from timm.utils import reparameterize_model
 import timm_tresnet
 from timm_tresnet import ExportedModel, cli, export, export_model, fold_batch_norms, optimize_for_inference
 from timm_tresnet.export import FORMATS
-from timm_tresnet.images import SAMPLES
+from timm_tresnet.images import SAMPLES, is_multi_label
 from timm_tresnet.layers import ConvNormAct
 
 SMALL = {"layers": (1, 1, 1, 1), "num_classes": 10}
@@ -239,6 +239,13 @@ def test_description_says_how_to_feed_the_artifact(artifact):
     }
     assert description["multi_label"] is False
     assert "torch" in description["versions"]
+
+
+def test_artifact_of_a_multi_label_network_says_so(tmp_path):
+    model = timm.create_model("test_tresnet", pretrained_cfg_overlay={"notes": ("multi-label",)}).eval()
+    output = tmp_path / "network.pt"
+    assert export_model(model, output, "torchscript")["multi_label"]
+    assert is_multi_label(ExportedModel("torch", output))
 
 
 @needs("onnx")

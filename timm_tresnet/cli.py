@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_tresnet.images import SAMPLES, find_images, label_lookup, read_image
+from timm_tresnet.images import SAMPLES, find_images, is_multi_label, label_lookup, read_image
 
 _EMBEDDED = "test_tresnet"
 _BATCH_SIZE = 32
@@ -227,11 +227,9 @@ def classify_images(
     """
     import timm.data
 
-    from timm_tresnet.tresnet import MULTI_LABEL
-
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
     describe = label_lookup(model)
-    if MULTI_LABEL in (model.pretrained_cfg.get("notes") or ()):
+    if is_multi_label(model):
         choose = functools.partial(_choose_probable, threshold=threshold)
     else:
         choose = functools.partial(_choose_top, count=top_k)

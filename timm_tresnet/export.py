@@ -21,8 +21,9 @@ from timm.layers import FrozenBatchNormAct2d
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from timm_tresnet.images import SAMPLES, find_images, label_lookup, read_image
+from timm_tresnet.images import SAMPLES, find_images, is_multi_label, label_lookup, read_image
 from timm_tresnet.layers import SpaceToDepth
+from timm_tresnet.tresnet import MULTI_LABEL
 
 OPSET = 18  # the exporter's own; every other is converted from it
 TOLERANCE = 1e-4  # relative L2 distance of an artifact's logits from PyTorch's, float32
@@ -164,7 +165,7 @@ def export_model(
         "output": {"name": "logits", "shape": [batch_size or "batch", model.num_classes]},
         "preprocessing": preprocessing,
         "class_names": [label_lookup(model)(index) for index in range(model.num_classes)],
-        "multi_label": bool(model.pretrained_cfg.get("multi_label", False)),
+        "multi_label": is_multi_label(model),
     }
     images = _CalibrationImages(Path(calibration), preprocessing, batch_size) if calibration else None
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -359,7 +360,7 @@ class ExportedModel:
         self.pretrained_cfg = {
             **description["preprocessing"],
             "label_names": description["class_names"],
-            "multi_label": description["multi_label"],
+            "notes": (MULTI_LABEL,) if description["multi_label"] else (),
         }
         self._run = {"torch": _load_torch, "onnx": _load_onnx, "openvino": _load_openvino}[engine](artifact)
 

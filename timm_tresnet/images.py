@@ -54,3 +54,10 @@ def label_lookup(model: Any) -> Callable[[int], str]:
     if subset:
         return ImageNetInfo(subset).index_to_description
     return lambda index: f"class {index}"
+
+
+def is_multi_label(model: Any) -> bool:
+    """Whether an image can have any number of the classes, each with a sigmoid, as the weights' config says."""
+    from timm_tresnet.tresnet import MULTI_LABEL
+
+    return MULTI_LABEL in (model.pretrained_cfg.get("notes") or ())
