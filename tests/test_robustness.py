@@ -215,11 +215,11 @@ def test_fault_in_any_module_is_one_warning_and_timm_keeps_its_own(environment, 
 
 def test_missing_dependency_is_one_warning_and_timm_keeps_its_own(environment, tmp_path):
     environment.install(make_wheel(tmp_path))
-    process = environment.run_loudly("-c", f"import sys; sys.modules['huggingface_hub.errors'] = None; {WHO_BUILDS}")
+    process = environment.run_loudly("-c", f"import sys; sys.modules['huggingface_hub'] = None; {WHO_BUILDS}")
     assert process.stdout.split() == [BUILTIN]
     (line,) = process.stderr.splitlines()
     assert "timm keeps its own" in line
-    assert "huggingface_hub.errors" in line
+    assert "huggingface_hub" in line
 
 
 # ---- processes, threads, finders of others
