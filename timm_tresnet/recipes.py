@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import importlib.resources
 import tomllib
 from collections.abc import Mapping
-from pathlib import Path
+from importlib.resources.abc import Traversable
 from types import MappingProxyType
 from typing import Any
 
-_FILE = Path(__file__).parent / "recipes.toml"
+_FILE = importlib.resources.files(__package__) / "recipes.toml"  # not a Path in a zip application
 _CHOICES = {"crop_mode": ("center", "squash"), "head": ("linear", "bottleneck", "ml_decoder")}
 
 
@@ -92,7 +93,7 @@ class Recipe:
 
 
 @functools.cache
-def load_recipes(path: Path = _FILE) -> Mapping[str, Recipe]:
+def load_recipes(path: Traversable = _FILE) -> Mapping[str, Recipe]:
     """Read the recipes.
 
     Args:
