@@ -1,5 +1,7 @@
 """What a repository of converted weights has to hold; publish.py and verify.py share it."""
 
+import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -9,7 +11,7 @@ from typing import Any
 import timm
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -17,6 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.hf_api import RepoFile
 from safetensors import safe_open
 
 import timm_tresnet  # noqa: F401  registers the variants
@@ -28,6 +31,64 @@ WEIGHTS, CONFIG, CARD = REQUIRED = ("model.safetensors", "config.json", "README.
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar")
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalFile:
+    """A file on this machine.
+
+    Args:
+        content: its bytes where they differ from those on the disk, else its path.
+        size: in bytes.
+        sha256: by which the Hub knows LFS files.
+        git_blob: SHA-1 by which git knows other files.
+    """
+
+    content: bytes | Path
+    size: int
+    sha256: str
+    git_blob: str
+
+    def is_same(self, held: RepoFile) -> bool:
+        """Whether a repository lists the hash of this file."""
+        return self.sha256 == held.lfs.sha256 if held.lfs else self.git_blob == held.blob_id
+
+
+def hash_file(content: bytes | Path) -> LocalFile:
+    """Hash a file as the Hub does.
+
+    Args:
+        content: its bytes, or its path.
+
+    Returns:
+        The file with its hashes.
+    """
+    size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    sha256, git_blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    if isinstance(content, bytes):
+        sha256.update(content)
+        git_blob.update(content)
+    else:
+        with content.open("rb") as file:
+            while chunk := file.read(2**20):
+                sha256.update(chunk)
+                git_blob.update(chunk)
+    return LocalFile(content, size, sha256.hexdigest(), git_blob.hexdigest())
+
+
+def list_files(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
+    """List the files of a repository.
+
+    Args:
+        api: client of the Hub.
+        repo_id: the repository.
+        commit: which revision.
+
+    Returns:
+        What the Hub says of each file, by its path.
+    """
+    tree = api.list_repo_tree(repo_id, revision=commit, recursive=True)
+    return {file.path: file for file in tree if isinstance(file, RepoFile)}
 
 
 def read_shapes(path: Path) -> Shapes:
@@ -109,9 +170,7 @@ def _compare_with_recipe(config: dict[str, Any], recipe: Recipe) -> list[str]:
         "license": recipe.license,
     }
     pairs = [(name, pretrained_cfg.get(name), value) for name, value in expected.items() if value is not None]
-    num_classes = (
-        0 if recipe.head == "ml_decoder" else recipe.num_classes
-    )  # of ML-Decoder, only the backbone is converted
+    num_classes = 0 if recipe.head == "ml_decoder" else recipe.num_classes  # of that, only the backbone is converted
     pairs.append(("num_classes", config.get("num_classes"), num_classes))
     multi_label = recipe.multi_label and recipe.head != "ml_decoder"
     pairs.append(("multi_label", MULTI_LABEL in (pretrained_cfg.get("notes") or ()), multi_label))

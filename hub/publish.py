@@ -10,39 +10,32 @@ has arrived is not sent again.
 import argparse
 import dataclasses
 import difflib
-import hashlib
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from checks import CARD, CONFIG, PICKLES, REQUIRED, WEIGHTS, explain, find_problems, read_shapes
+from checks import (
+    CARD,
+    CONFIG,
+    PICKLES,
+    REQUIRED,
+    WEIGHTS,
+    LocalFile,
+    explain,
+    find_problems,
+    hash_file,
+    list_files,
+    read_shapes,
+)
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.errors import HTTPError as ClientError  # base of what its transport raises, whichever that is
-from huggingface_hub.hf_api import RepoFile
 from safetensors import SafetensorError
 
 from timm_tresnet.card import PLACEHOLDER
 
 _SHOWN_LINES = 60  # of a difference; label lists are long
-
-
-@dataclasses.dataclass(frozen=True)
-class LocalFile:
-    """A file to publish.
-
-    Args:
-        content: its bytes where they differ from those on the disk, else its path.
-        size: in bytes.
-        sha256: by which the Hub knows LFS files.
-        git_blob: SHA-1 by which git knows other files.
-    """
-
-    content: bytes | Path
-    size: int
-    sha256: str
-    git_blob: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +98,7 @@ def read_folder(folder: Path, repo_id: str) -> dict[str, LocalFile]:
             problems = [f"{WEIGHTS} has no readable header: {error}"]
     if problems:
         raise ValueError("\n".join(problems))
-    return {name: _hash(card if name == CARD else path) for name, path in paths.items()}
+    return {name: hash_file(card if name == CARD else path) for name, path in paths.items()}
 
 
 def make_plan(api: HfApi, files: dict[str, LocalFile], repo_id: str) -> Plan:
@@ -125,13 +118,9 @@ def make_plan(api: HfApi, files: dict[str, LocalFile], repo_id: str) -> Plan:
         raise
     except RepositoryNotFoundError:
         return Plan(repo_id, files, None, dict.fromkeys(files, "new"), [], [], {})
-    held = {
-        file.path: file
-        for file in api.list_repo_tree(repo_id, revision=commit, recursive=True)
-        if isinstance(file, RepoFile)
-    }
+    held = list_files(api, repo_id, commit)
     states = {
-        path: "new" if path not in held else "same" if _is_same(file, held[path]) else "changed"
+        path: "new" if path not in held else "same" if file.is_same(held[path]) else "changed"
         for path, file in files.items()
     }
     differences = [
@@ -207,30 +196,12 @@ def _verify_upload(api: HfApi, plan: Plan, commit: str) -> None:
         different = [
             path
             for path, file in plan.files.items()
-            if not (Path(downloaded) / path).exists() or _hash(Path(downloaded) / path).sha256 != file.sha256
+            if not (Path(downloaded) / path).exists() or hash_file(Path(downloaded) / path).sha256 != file.sha256
         ]
     if different:
         raise RuntimeError(
             f"{plan.repo_id}@{commit} gives back other bytes than were sent for {', '.join(different)}; run this again"
         )
-
-
-def _hash(content: bytes | Path) -> LocalFile:
-    size = len(content) if isinstance(content, bytes) else content.stat().st_size
-    sha256, git_blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    if isinstance(content, bytes):
-        sha256.update(content)
-        git_blob.update(content)
-    else:
-        with content.open("rb") as file:
-            while chunk := file.read(2**20):
-                sha256.update(chunk)
-                git_blob.update(chunk)
-    return LocalFile(content, size, sha256.hexdigest(), git_blob.hexdigest())
-
-
-def _is_same(file: LocalFile, held: RepoFile) -> bool:
-    return file.sha256 == held.lfs.sha256 if held.lfs else file.git_blob == held.blob_id
 
 
 def _show_difference(api: HfApi, repo_id: str, commit: str, path: str, file: LocalFile) -> str:

@@ -7,17 +7,15 @@ Prints what is wrong; the exit status is then 1.
 """
 
 import argparse
-import hashlib
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from checks import CARD, CONFIG, PICKLES, REQUIRED, WEIGHTS, explain, find_problems
+from checks import CARD, CONFIG, PICKLES, REQUIRED, WEIGHTS, explain, find_problems, hash_file, list_files
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError as ClientError  # base of what its transport raises, whichever that is
 from huggingface_hub.errors import SafetensorsParsingError
-from huggingface_hub.hf_api import RepoFile
 
 
 def audit(api: HfApi, repo_id: str, revision: str | None = None, download_weights: bool = False) -> list[str]:
@@ -33,11 +31,7 @@ def audit(api: HfApi, repo_id: str, revision: str | None = None, download_weight
         What is wrong, one sentence each.
     """
     commit = api.model_info(repo_id, revision=revision).sha
-    held = {
-        file.path: file
-        for file in api.list_repo_tree(repo_id, revision=commit, recursive=True)
-        if isinstance(file, RepoFile)
-    }
+    held = list_files(api, repo_id, commit)
     findings = [f"{path} is a pickle" for path in held if path.endswith(PICKLES)]
     if missing := [path for path in REQUIRED if path not in held]:
         return findings + [f"{path} is missing" for path in missing]
@@ -47,7 +41,7 @@ def audit(api: HfApi, repo_id: str, revision: str | None = None, download_weight
         findings += [
             f"{path} as downloaded does not have the hash that the Hub lists"
             for path in wanted
-            if not _has_listed_hash(folder / path, held[path])
+            if not hash_file(folder / path).is_same(held[path])
         ]
         try:
             header = api.parse_safetensors_file_metadata(repo_id, WEIGHTS, revision=commit)
@@ -59,15 +53,6 @@ def audit(api: HfApi, repo_id: str, revision: str | None = None, download_weight
         shapes = {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
         findings += find_problems(folder, shapes, repo_id)
     return findings
-
-
-def _has_listed_hash(path: Path, held: RepoFile) -> bool:
-    with path.open("rb") as file:
-        if held.lfs:
-            return hashlib.file_digest(file, "sha256").hexdigest() == held.lfs.sha256
-        blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-        blob.update(file.read())
-        return blob.hexdigest() == held.blob_id
 
 
 def main(argv: Sequence[str] | None = None) -> int:
