@@ -24,6 +24,7 @@ from safetensors import safe_open
 
 import timm_tresnet  # noqa: F401  registers the variants
 from timm_tresnet.card import PLACEHOLDER
+from timm_tresnet.checkpoint import find_misfits
 from timm_tresnet.recipes import Recipe, load_recipes
 from timm_tresnet.tresnet import MULTI_LABEL
 
@@ -144,16 +145,9 @@ def _check_weights(folder: Path, shapes: Shapes) -> list[str]:
     except (KeyError, RuntimeError, TypeError, ValueError) as error:  # whatever a wrong architecture or argument raises
         return [f"timm cannot build a model from {CONFIG}: {type(error).__name__}: {error}"]
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing = [name for name in expected if name not in shapes and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in shapes if name not in expected]
-    wrong = [
-        f"{name} {shapes[name]} instead of {shape}"
-        for name, shape in expected.items()
-        if shapes.get(name, shape) != shape
-    ]
     return [
         f"{WEIGHTS} has {kind} tensors for the model of {CONFIG}: {_shorten(names)}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", wrong))
+        for kind, names in zip(("missing", "unexpected", "misshapen"), find_misfits(shapes, expected), strict=True)
         if names
     ]
 

@@ -1,7 +1,7 @@
 """Weights under the official names, and stems for other numbers of channels, as a TResNet takes them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,6 +111,29 @@ def from_official(state_dict: Mapping[str, Tensor], inplace_abn: bool = True) ->
 def batch_norm_weight(weight: Tensor) -> Tensor:
     """Effective weight of In-Place ABN, |w| + 1e-5, in single precision or better: half loses the 1e-5."""
     return weight.to(torch.promote_types(weight.dtype, torch.float32)).abs() + 1e-5
+
+
+def find_misfits(
+    shapes: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]
+) -> tuple[list[str], list[str], list[str]]:
+    """Compare names and shapes of weights with those of a network.
+
+    Args:
+        shapes: shape of each tensor by its name.
+        expected: those of the network.
+
+    Returns:
+        Names that are missing, where counters of batches may be; names that are unexpected; names with a wrong shape,
+        which is named.
+    """
+    missing = [name for name in expected if name not in shapes and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in shapes if name not in expected]
+    misshapen = [
+        f"{name} {tuple(shapes[name])} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in shapes and tuple(shapes[name]) != tuple(shape)
+    ]
+    return missing, unexpected, misshapen
 
 
 def adapt_stem(weight: Tensor, in_channels: int) -> Tensor:

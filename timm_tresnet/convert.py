@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from timm_tresnet.card import make_card
-from timm_tresnet.checkpoint import OFFICIAL_STEM, batch_norm_weight, from_official, unwrap
+from timm_tresnet.checkpoint import OFFICIAL_STEM, batch_norm_weight, find_misfits, from_official, unwrap
 from timm_tresnet.labels import LABEL_SETS, label_config
 from timm_tresnet.recipes import Recipe, load_recipes
 from timm_tresnet.tresnet import ARCHITECTURES, MULTI_LABEL, TResNet
@@ -493,17 +493,11 @@ def _check_fit(
 ) -> dict[str, torch.Size]:
     """Names and shapes of the network, in its order, once the weights are found to have them."""
     expected = _shapes(json.dumps({**ARCHITECTURES[architecture], **model_args, "num_classes": num_classes}))
-    missing = [name for name in expected if name not in weights and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in weights if name not in expected]
-    shapes = [
-        f"{name} {tuple(weights[name].shape)} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in weights and weights[name].shape != shape
-    ]
-    if missing or unexpected or shapes:
+    missing, unexpected, misshapen = find_misfits({name: weight.shape for name, weight in weights.items()}, expected)
+    if missing or unexpected or misshapen:
         raise ValueError(
             f"does not fit {architecture} {model_args or ''} with {num_classes} classes: missing {_some(missing)}; "
-            f"unexpected {_some(unexpected)}; wrong shape {_some(shapes)}"
+            f"unexpected {_some(unexpected)}; wrong shape {_some(misshapen)}"
         )
     return expected
 
