@@ -25,8 +25,8 @@ from safetensors import safe_open
 import timm_tresnet  # noqa: F401  registers the variants
 from timm_tresnet.card import PLACEHOLDER
 from timm_tresnet.checkpoint import find_misfits
+from timm_tresnet.images import is_multi_label
 from timm_tresnet.recipes import Recipe, load_recipes
-from timm_tresnet.tresnet import MULTI_LABEL
 
 WEIGHTS, CONFIG, CARD = REQUIRED = ("model.safetensors", "config.json", "README.md")
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar")
@@ -164,10 +164,9 @@ def _compare_with_recipe(config: dict[str, Any], recipe: Recipe) -> list[str]:
         "license": recipe.license,
     }
     pairs = [(name, pretrained_cfg.get(name), value) for name, value in expected.items() if value is not None]
-    num_classes = 0 if recipe.head == "ml_decoder" else recipe.num_classes  # of that, only the backbone is converted
-    pairs.append(("num_classes", config.get("num_classes"), num_classes))
-    multi_label = recipe.multi_label and recipe.head != "ml_decoder"
-    pairs.append(("multi_label", MULTI_LABEL in (pretrained_cfg.get("notes") or ()), multi_label))
+    pairs.append(("num_classes", config.get("num_classes"), recipe.converted_classes))
+    multi_label = recipe.multi_label and recipe.converted_classes > 0
+    pairs.append(("multi_label", is_multi_label(pretrained_cfg), multi_label))
     arguments = config.get("model_args", {})
     pairs += [(name, arguments.get(name), value) for name, value in recipe.slopes.items()]
     return [

@@ -245,7 +245,7 @@ def test_artifact_of_a_multi_label_network_says_so(tmp_path):
     model = timm.create_model("test_tresnet", pretrained_cfg_overlay={"notes": ("multi-label",)}).eval()
     output = tmp_path / "network.pt"
     assert export_model(model, output, "torchscript")["multi_label"]
-    assert is_multi_label(ExportedModel("torch", output))
+    assert is_multi_label(ExportedModel("torch", output).pretrained_cfg)
 
 
 @needs("onnx")

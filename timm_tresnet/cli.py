@@ -229,7 +229,7 @@ def classify_images(
 
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
     describe = label_lookup(model)
-    if is_multi_label(model):
+    if is_multi_label(model.pretrained_cfg):
         choose = functools.partial(_choose_probable, threshold=threshold)
     else:
         choose = functools.partial(_choose_top, count=top_k)

@@ -165,7 +165,7 @@ def export_model(
         "output": {"name": "logits", "shape": [batch_size or "batch", model.num_classes]},
         "preprocessing": preprocessing,
         "class_names": [label_lookup(model)(index) for index in range(model.num_classes)],
-        "multi_label": is_multi_label(model),
+        "multi_label": is_multi_label(model.pretrained_cfg),
     }
     images = _CalibrationImages(Path(calibration), preprocessing, batch_size) if calibration else None
     output.parent.mkdir(parents=True, exist_ok=True)

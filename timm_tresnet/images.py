@@ -1,6 +1,6 @@
 """Image files, and what the classes on them are called."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,8 @@ def label_lookup(model: Any) -> Callable[[int], str]:
     return lambda index: f"class {index}"
 
 
-def is_multi_label(model: Any) -> bool:
+def is_multi_label(pretrained_cfg: Mapping[str, Any]) -> bool:
     """Whether an image can have any number of the classes, each with a sigmoid, as the weights' config says."""
     from timm_tresnet.tresnet import MULTI_LABEL
 
-    return MULTI_LABEL in (model.pretrained_cfg.get("notes") or ())
+    return MULTI_LABEL in (pretrained_cfg.get("notes") or ())

@@ -86,6 +86,11 @@ class Recipe:
         return f"{self.architecture}.{self.tag}"
 
     @property
+    def converted_classes(self) -> int:
+        """Classes of the network that can be made of it: none with an ML-Decoder head, whose backbone is converted."""
+        return 0 if self.head == "ml_decoder" else self.num_classes
+
+    @property
     def slopes(self) -> dict[str, float]:
         """Slopes that are not the defaults, as arguments of `TResNet`."""
         slopes = {"negative_slope": self.negative_slope, "stem_negative_slope": self.stem_negative_slope}

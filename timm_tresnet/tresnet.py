@@ -555,9 +555,8 @@ HEAD_FEATURES = 512  # of the official bottleneck heads (Alibaba-MIIL/ASL, `TRes
 def _recipe_cfg(recipe: Recipe) -> dict[str, Any]:
     """Config of a public weight that is on no Hub repository yet; of one with an ML-Decoder head, the backbone's."""
     size = recipe.input_size or 224
-    backbone = recipe.head == "ml_decoder"
     return _cfg(
-        num_classes=0 if backbone else recipe.num_classes,
+        num_classes=recipe.converted_classes,
         input_size=(3, size, size),
         pool_size=(math.ceil(size / 32),) * 2,
         crop_pct=recipe.crop_pct,
@@ -569,7 +568,7 @@ def _recipe_cfg(recipe: Recipe) -> dict[str, Any]:
         description=f"Trained on {recipe.dataset}",
         origin_url=recipe.code,
         paper_ids=recipe.paper,
-        notes=(MULTI_LABEL,) if recipe.multi_label and not backbone else None,
+        notes=(MULTI_LABEL,) if recipe.multi_label and recipe.converted_classes else None,
     )
 
 
