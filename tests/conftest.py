@@ -33,6 +33,23 @@ def run_python(tmp_path):
     return run
 
 
+@pytest.fixture(scope="session")
+def run_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Runs `run_process(folder)` of a test module in two processes that talk through gloo, and returns the folder."""
+
+    def run(module: str) -> Path:
+        folder = tmp_path_factory.mktemp("processes")
+        script = folder / "script.py"
+        script.write_text(f"import {module}\n{module}.run_process({str(folder)!r})\n")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        process = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert process.returncode == 0, process.stderr
+        return folder
+
+    return run
+
+
 @pytest.fixture
 def hub() -> Iterator[HubServer]:
     with HubServer() as server:

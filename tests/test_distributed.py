@@ -1,8 +1,5 @@
 """Two processes on one CPU, which talk through gloo; one launch for all cases."""
 
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -112,16 +109,9 @@ def has_fully_shard():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(run_two_processes):
     """Where two processes left what they computed."""
-    folder = tmp_path_factory.mktemp("processes")
-    script = folder / "script.py"
-    script.write_text(f"import test_distributed\ntest_distributed.run_process({str(folder)!r})\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
-    return folder
+    return run_two_processes(__name__)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -66,15 +63,9 @@ def test_gradients_of_the_synchronized_norm_are_those_of_its_output(affine):
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory):
+def processes(run_two_processes):
     """What each of two processes computed."""
-    folder = tmp_path_factory.mktemp("processes")
-    script = folder / "script.py"
-    script.write_text(f"import test_synchronized_norm\ntest_synchronized_norm.run_process({str(folder)!r})\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
+    folder = run_two_processes(__name__)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
