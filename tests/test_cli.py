@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from timm_tresnet import cli
-from timm_tresnet.images import SAMPLES, label_lookup
+from timm_tresnet.images import SAMPLES
 
 CIFAR10 = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
 
@@ -113,21 +113,6 @@ def test_corrupted_weights_are_an_error_without_a_traceback(tmp_path, capsys):
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
     assert cli.main(["classify", "--model", f"local-dir:{tmp_path}"]) == 2
     assert "cannot load the model" in capsys.readouterr().err
-
-
-def test_classes_are_named_by_config_then_imagenet_then_number(tmp_path):
-    named = timm.create_model("test_tresnet", pretrained_cfg_overlay={"label_names": ["a", "b"]}, num_classes=2)
-    assert label_lookup(named)(1) == "b"
-    named.reset_classifier(3)
-    assert label_lookup(named)(1) == "class 1"
-    described = timm.create_model(
-        "test_tresnet",
-        pretrained_cfg_overlay={"label_names": ["a", "b"], "label_descriptions": {"b": "the letter b"}},
-        num_classes=2,
-    )
-    assert [label_lookup(described)(index) for index in range(2)] == ["a", "the letter b"]
-    assert label_lookup(timm.create_model("tresnet_m", device="meta"))(281) == "tabby, tabby cat"
-    assert label_lookup(timm.create_model("tresnet_m", num_classes=17, device="meta"))(4) == "class 4"
 
 
 def test_many_images_show_progress_on_a_terminal(monkeypatch, capsys):
