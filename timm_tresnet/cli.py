@@ -28,7 +28,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="timm-tresnet", description="TResNet models for timm.")
     commands = parser.add_subparsers(dest="command", required=True)
+    for add in (_add_classify, _add_list, _add_convert, _add_export):
+        add(commands)
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)
 
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"needs at least 1, got {value}")
+    return value
+
+
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"needs a number from 0 to 1, got {value}")
+    return value
+
+
+def _batch(text: str) -> int | None:
+    return None if text == "dynamic" else _positive(text)
+
+
+def _fail(message: str) -> int:
+    print(f"timm-tresnet: {message}", file=sys.stderr)
+    return 2
+
+
+# ---- classify
+
+
+def _add_classify(commands: Any) -> None:
     classify = commands.add_parser(
         "classify",
         help="say what is on images",
@@ -59,98 +91,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     classify.add_argument("--json", action="store_true", help="print JSON")
     classify.set_defaults(run=_classify)
-
-    listing = commands.add_parser("list", help="list the variants and their weights")
-    listing.add_argument("--json", action="store_true", help="print JSON")
-    listing.set_defaults(run=_list)
-
-    convert = commands.add_parser(
-        "convert",
-        help="make old checkpoints loadable",
-        description="Convert checkpoints of the official TResNet code and its descendants, or of timm, into folders "
-        "that timm.create_model('local-dir:FOLDER', pretrained=True) loads. What a checkpoint is comes from its "
-        "tensors, what they cannot tell from its recipe or these options. Nothing in a checkpoint is executed.",
-    )
-    convert.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="checkpoints: .pth, .pt, .safetensors, ..."
-    )
-    convert.add_argument(
-        "--output", required=True, type=Path, metavar="FOLDER", help="where to; of several files, each gets a subfolder"
-    )
-    convert.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
-    convert.add_argument(
-        "--recipe", metavar="NAME", help="a public weight, see `timm-tresnet list`; default: by the file's name"
-    )
-    convert.add_argument(
-        "--norm-weights",
-        choices=("abn", "bn"),
-        help="whether norm weights are In-Place ABN's, to become |w| + 1e-5, or batch norm's; default: by the names",
-    )
-    convert.add_argument("--custom", action="store_true", help="take a network that is none of the variants too")
-    convert.add_argument("--input-size", type=int, metavar="PIXELS", help="side of the images")
-    convert.add_argument("--crop-pct", type=float, metavar="FRACTION", help="side of the crop over the resized image's")
-    convert.add_argument("--crop-mode", choices=("center", "squash"), help="crop the centre, or resize to a square")
-    convert.add_argument("--interpolation", choices=("nearest", "bilinear", "bicubic", "lanczos"))
-    convert.add_argument("--mean", nargs="+", type=float, metavar="M", help="of each channel")
-    convert.add_argument("--std", nargs="+", type=float, metavar="S", help="of each channel")
-    convert.add_argument("--negative-slope", type=float, metavar="SLOPE", help="of the activations in the blocks")
-    convert.add_argument("--stem-negative-slope", type=float, metavar="SLOPE", help="of the activation in the stem")
-    convert.add_argument("--license", metavar="NAME", help="as the Hub names it, such as apache-2.0")
-    convert.add_argument("--dataset", metavar="NAME", help="what the weights were trained on")
-    convert.add_argument(
-        "--multi-label", action=argparse.BooleanOptionalAction, help="an image has any number of the classes"
-    )
-    convert.set_defaults(run=_convert)
-
-    export = commands.add_parser(
-        "export",
-        help="write a network for another engine",
-        description="Write a network with its weights as one artifact for another engine, checked against PyTorch, and "
-        "a JSON file beside it that says how to feed it.",
-    )
-    export.add_argument("model", metavar="NAME", help="a model with weights, as --model of `timm-tresnet classify`")
-    export.add_argument("--format", required=True, choices=["onnx", "openvino", "torch-export", "torchscript"])
-    export.add_argument("--output", required=True, type=Path, metavar="FILE", help=".onnx, .xml, .pt2 or .pt")
-    export.add_argument("--int8", action="store_true", help="quantise, for onnx and openvino; needs --calibration")
-    export.add_argument(
-        "--calibration", type=Path, metavar="FOLDER", help="images like those that the network will see, some hundreds"
-    )
-    export.add_argument(
-        "--batch", type=_batch, default="dynamic", metavar="N", help="images in a batch (default: %(default)s)"
-    )
-    export.add_argument(
-        "--size", type=_positive, nargs=2, metavar=("H", "W"), help="size of the images, in pixels (default: dynamic)"
-    )
-    export.set_defaults(run=_export)
-
-    arguments = parser.parse_args(argv)
-    return arguments.run(arguments)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"needs at least 1, got {value}")
-    return value
-
-
-def _probability(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"needs a number from 0 to 1, got {value}")
-    return value
-
-
-def _batch(text: str) -> int | None:
-    return None if text == "dynamic" else _positive(text)
-
-
-def _fail(message: str) -> int:
-    print(f"timm-tresnet: {message}", file=sys.stderr)
-    return 2
-
-
-# ---- classify
 
 
 def _classify(arguments: argparse.Namespace) -> int:
@@ -314,6 +254,29 @@ def _print_predictions(results: list[dict[str, Any]]) -> None:
 # ---- export
 
 
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a network for another engine",
+        description="Write a network with its weights as one artifact for another engine, checked against PyTorch, and "
+        "a JSON file beside it that says how to feed it.",
+    )
+    export.add_argument("model", metavar="NAME", help="a model with weights, as --model of `timm-tresnet classify`")
+    export.add_argument("--format", required=True, choices=["onnx", "openvino", "torch-export", "torchscript"])
+    export.add_argument("--output", required=True, type=Path, metavar="FILE", help=".onnx, .xml, .pt2 or .pt")
+    export.add_argument("--int8", action="store_true", help="quantise, for onnx and openvino; needs --calibration")
+    export.add_argument(
+        "--calibration", type=Path, metavar="FOLDER", help="images like those that the network will see, some hundreds"
+    )
+    export.add_argument(
+        "--batch", type=_batch, default="dynamic", metavar="N", help="images in a batch (default: %(default)s)"
+    )
+    export.add_argument(
+        "--size", type=_positive, nargs=2, metavar=("H", "W"), help="size of the images, in pixels (default: dynamic)"
+    )
+    export.set_defaults(run=_export)
+
+
 def _export(arguments: argparse.Namespace) -> int:
     from timm_tresnet.export import description_path, export_model
 
@@ -350,6 +313,12 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 # ---- list
+
+
+def _add_list(commands: Any) -> None:
+    listing = commands.add_parser("list", help="list the variants and their weights")
+    listing.add_argument("--json", action="store_true", help="print JSON")
+    listing.set_defaults(run=_list)
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -445,6 +414,46 @@ def _locate_weights(config: Any, recipe: Any) -> str:
 
 
 # ---- convert
+
+
+def _add_convert(commands: Any) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="make old checkpoints loadable",
+        description="Convert checkpoints of the official TResNet code and its descendants, or of timm, into folders "
+        "that timm.create_model('local-dir:FOLDER', pretrained=True) loads. What a checkpoint is comes from its "
+        "tensors, what they cannot tell from its recipe or these options. Nothing in a checkpoint is executed.",
+    )
+    convert.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="checkpoints: .pth, .pt, .safetensors, ..."
+    )
+    convert.add_argument(
+        "--output", required=True, type=Path, metavar="FOLDER", help="where to; of several files, each gets a subfolder"
+    )
+    convert.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
+    convert.add_argument(
+        "--recipe", metavar="NAME", help="a public weight, see `timm-tresnet list`; default: by the file's name"
+    )
+    convert.add_argument(
+        "--norm-weights",
+        choices=("abn", "bn"),
+        help="whether norm weights are In-Place ABN's, to become |w| + 1e-5, or batch norm's; default: by the names",
+    )
+    convert.add_argument("--custom", action="store_true", help="take a network that is none of the variants too")
+    convert.add_argument("--input-size", type=int, metavar="PIXELS", help="side of the images")
+    convert.add_argument("--crop-pct", type=float, metavar="FRACTION", help="side of the crop over the resized image's")
+    convert.add_argument("--crop-mode", choices=("center", "squash"), help="crop the centre, or resize to a square")
+    convert.add_argument("--interpolation", choices=("nearest", "bilinear", "bicubic", "lanczos"))
+    convert.add_argument("--mean", nargs="+", type=float, metavar="M", help="of each channel")
+    convert.add_argument("--std", nargs="+", type=float, metavar="S", help="of each channel")
+    convert.add_argument("--negative-slope", type=float, metavar="SLOPE", help="of the activations in the blocks")
+    convert.add_argument("--stem-negative-slope", type=float, metavar="SLOPE", help="of the activation in the stem")
+    convert.add_argument("--license", metavar="NAME", help="as the Hub names it, such as apache-2.0")
+    convert.add_argument("--dataset", metavar="NAME", help="what the weights were trained on")
+    convert.add_argument(
+        "--multi-label", action=argparse.BooleanOptionalAction, help="an image has any number of the classes"
+    )
+    convert.set_defaults(run=_convert)
 
 
 def _convert(arguments: argparse.Namespace) -> int:
