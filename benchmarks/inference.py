@@ -32,11 +32,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from training_memory import MODELS, describe_machine, format_machine, make_builtin, write_new
+from training_memory import BUILTIN, MODELS, describe_machine, format_machine, make_builtin, write_new
 
 from timm_tresnet import ExportedModel, export_model, fold_batch_norms, optimize_for_inference
 
-BUILTIN = "built-in"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONVOLUTIONS = ((64, 56), (128, 28), (256, 14))  # channels and side of 3x3 convolutions at 224 px, for the peak
 Run = Callable[[Tensor], Any]

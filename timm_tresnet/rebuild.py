@@ -150,11 +150,10 @@ def recording(setting: str) -> Iterator[None]:
 
 
 def _others_hook() -> bool:
+    # PyTorch has no public way to ask, but refuses hooks on a saved tensor if those around have been registered there.
     node = torch.ones((), device="cpu", requires_grad=True).exp().grad_fn
     try:
-        node._raw_saved_result.register_hooks(
-            torch.neg, torch.neg
-        )  # PyTorch refuses if those around have been registered already
+        node._raw_saved_result.register_hooks(torch.neg, torch.neg)
     except RuntimeError:
         return True
     return False
