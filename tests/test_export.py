@@ -248,6 +248,13 @@ def test_artifact_of_a_multi_label_network_says_so(tmp_path):
     assert is_multi_label(ExportedModel("torch", output).pretrained_cfg)
 
 
+def test_artifact_of_a_backbone_classifies_nothing(tmp_path, capsys):
+    output = tmp_path / "backbone.pt"
+    export_model(timm.create_model("test_tresnet", num_classes=0).eval(), output, "torchscript")
+    assert cli.main(["classify", "--engine", "torch", str(output)]) == 2
+    assert f"{output} is a backbone without classes" in capsys.readouterr().err
+
+
 @needs("onnx")
 def test_onnx_file_has_standard_operators_and_no_path_of_this_machine(artifact):
     import onnx

@@ -102,7 +102,7 @@ def _classify(arguments: argparse.Namespace) -> int:
     except _CannotLoad as error:
         return _fail(str(error))
     if model.num_classes == 0:
-        return _fail(f"{arguments.model} is a backbone without classes")
+        return _fail(f"{arguments.engine[1] if arguments.engine else arguments.model} is a backbone without classes")
 
     with _progress(len(paths)) as advance:
         results = classify_images(model, paths, arguments.top_k, advance, arguments.threshold)
