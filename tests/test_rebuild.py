@@ -615,6 +615,17 @@ def test_compiled_checkpointing_gives_the_same_numbers():
 
 
 @each_setting
+def test_training_traced_by_torchscript_gives_the_same_numbers(setting):
+    def run(model):
+        with warnings.catch_warnings():  # PyTorch announces the end of TorchScript
+            warnings.filterwarnings("ignore", message="`torch.jit.* is deprecated")
+            warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # of torch.nn.functional.batch_norm
+            return train_step(torch.jit.trace(model, images(), check_trace=False), images())
+
+    compare(run, setting, layers=(1, 1, 2, 1))
+
+
+@each_setting
 def test_split_batch_norm_gives_the_same_numbers(setting):
     from timm.layers import convert_splitbn_model
 

@@ -55,7 +55,7 @@ class Recorded(nn.Sequential):
 
     @torch.jit.unused
     def _forward_eager(self, x: Tensor) -> Tensor:
-        traced = torch.compiler.is_compiling() or not isinstance(x, Tensor)
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor)
         with nullcontext() if traced or not self.training else recording(self.rebuild):
             for module in self:
                 x = self._run(module, x)
@@ -74,7 +74,7 @@ class Stage(Recorded):
         self.grad_checkpointing = False
 
     def _run(self, module: nn.Module, x: Tensor) -> Tensor:
-        if not self.grad_checkpointing:
+        if not self.grad_checkpointing or torch.jit.is_tracing():
             return module(x)
         if current() is None or not _is_recorded(module):
             return _checkpoint_block(module, x)
