@@ -28,7 +28,8 @@ LAYERS = (1, 2, 2, 1)
 STEPS, BATCH = 3, 4  # BATCH images a step over both processes
 BOUNDS = {"none": 1, "activations": 0.5, "expansions": 0.45, "checkpointing": 0.25}  # of what is kept without
 WRAPPED = ["network", "stages", "blocks"]  # what FSDP gathers at a time
-FSDP_CASES = [(setting, wrapped) for setting in SETTINGS for wrapped in WRAPPED]
+FSDP_CASES = [(setting, wrapped, "frozen") for setting in SETTINGS for wrapped in WRAPPED]
+FSDP_CASES += [(setting, "blocks", "synchronized") for setting in SETTINGS]
 
 
 def make_network(setting, norms):
@@ -62,17 +63,26 @@ def batches():
     return images(STEPS * BATCH, dtype=torch.float64).split(BATCH)
 
 
-def shard(setting, wrapped):
+def shard(setting, wrapped, norms):
     """A network whose weights are spread over the processes, and gathered for a network, a stage or a block at once."""
     from torch.distributed.fsdp import fully_shard
 
-    model = make_network(setting, "frozen")
+    model = make_network(setting, norms)
     mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     stages = [module for module in model.body if isinstance(module, nn.Sequential)]
     inner = {"network": [], "stages": stages, "blocks": [block for stage in stages for block in stage]}[wrapped]
     for module in [*inner, model]:
         fully_shard(module, mesh=mesh)
     return model
+
+
+def save_gathered(model, path):
+    """Save a sharded network's whole state dict, as PyTorch's documentation does."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if torch.distributed.get_rank() == 0:  # the others get nothing
+        torch.save(state_dict, path)
 
 
 def run_process(folder):
@@ -90,13 +100,14 @@ def run_process(folder):
     if rank == 0:
         torch.save(parallel.module.state_dict(), Path(folder) / "module.pt")
         torch.save(parallel.state_dict(), Path(folder) / "parallel.pt")
-    for setting, wrapped in FSDP_CASES if has_fully_shard() else []:
-        model = shard(setting, wrapped)
+    for setting, wrapped, norms in FSDP_CASES if has_fully_shard() else []:
+        model = shard(setting, wrapped, norms)
         state = train(model, model, parts)
-        results[setting, wrapped] = {
+        results[setting, wrapped, norms] = {
             name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in state.items()
         }
-        results["kept", setting, wrapped] = saved_bytes(model, parts[0])
+        save_gathered(model, Path(folder) / "gathered.pt")
+        results["kept", setting, wrapped, norms] = saved_bytes(model, parts[0])
     torch.save(results, Path(folder) / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -169,14 +180,22 @@ def test_checkpoint_of_data_parallel_training_loads_plainly(folder, processes):
 @pytest.mark.parametrize("case", FSDP_CASES, ids="-".join)
 def test_sharded_network_trains_like_one_process_with_the_whole_batch(processes, alone, case):
     for result in processes:
-        assert_equal_weights(result[case], alone("plain", "frozen"))
+        assert_equal_weights(result[case], alone("plain", case[-1]))
 
 
 @pytest.mark.skipif(not has_fully_shard(), reason="this PyTorch has no torch.distributed.fsdp.fully_shard")
-@pytest.mark.parametrize("wrapped", WRAPPED)
-def test_sharded_network_keeps_less_for_backward_too(processes, wrapped):
+def test_checkpoint_of_sharded_training_loads_plainly(folder, processes):
+    model = make_model(seed=5, layers=LAYERS, dtype=torch.float64)
+    model.load_state_dict(torch.load(folder / "gathered.pt"))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, processes[0][FSDP_CASES[-1]][key]), key
+
+
+@pytest.mark.skipif(not has_fully_shard(), reason="this PyTorch has no torch.distributed.fsdp.fully_shard")
+@pytest.mark.parametrize(("wrapped", "norms"), sorted({case[1:] for case in FSDP_CASES}))
+def test_sharded_network_keeps_less_for_backward_too(processes, wrapped, norms):
     for result in processes:
-        kept = {setting: result["kept", setting, wrapped] for setting in SETTINGS}
+        kept = {setting: result["kept", setting, wrapped, norms] for setting in SETTINGS}
         assert kept["activations"] <= BOUNDS["activations"] * kept["none"]
         assert kept["expansions"] < kept["activations"]
         assert kept["checkpointing"] <= BOUNDS["checkpointing"] * kept["none"]
