@@ -57,3 +57,10 @@ def test_stride_one_average_pool_agrees_with_the_strided_one_where_that_keeps_a_
 def test_layers_show_their_settings():
     assert repr(BlurPool2d(3)) == "BlurPool2d(3, stride=2, dilation=1)"
     assert repr(StrideOneAvgPool2d(2)) == "StrideOneAvgPool2d(dilation=2)"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_blur_computes_in_the_dtype_of_its_input(dtype):
+    # FSDP's mixed precision casts weights and inputs, but no buffers.
+    x = torch.randn(2, 3, 8, 6).to(dtype)
+    assert torch.equal(BlurPool2d(3)(x), BlurPool2d(3, dtype=dtype)(x))

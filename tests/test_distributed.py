@@ -76,6 +76,28 @@ def shard(setting, wrapped, norms):
     return model
 
 
+def shard_mixed(setting):
+    """A network whose blocks gather bfloat16 weights, and whose norms gather float32 ones, which PyTorch's ask for."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = make_model(setting, layers=LAYERS)
+    mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for module in list(model.modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            fully_shard(module, mesh=mesh)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    stages = [module for module in model.body if isinstance(module, nn.Sequential)]
+    for module in [*(block for stage in stages for block in stage), model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def gather(state_dict):
+    return {
+        name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in state_dict.items()
+    }
+
+
 def save_gathered(model, path):
     """Save a sharded network's whole state dict, as PyTorch's documentation does."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -102,12 +124,13 @@ def run_process(folder):
         torch.save(parallel.state_dict(), Path(folder) / "parallel.pt")
     for setting, wrapped, norms in FSDP_CASES if has_fully_shard() else []:
         model = shard(setting, wrapped, norms)
-        state = train(model, model, parts)
-        results[setting, wrapped, norms] = {
-            name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in state.items()
-        }
+        results[setting, wrapped, norms] = gather(train(model, model, parts))
         save_gathered(model, Path(folder) / "gathered.pt")
         results["kept", setting, wrapped, norms] = saved_bytes(model, parts[0])
+    for setting in SETTINGS if has_fully_shard() else []:
+        model = shard_mixed(setting)
+        results[setting, "mixed"] = gather(train(model, model, [part.float() for part in parts]))
+        results["kept", setting, "mixed"] = saved_bytes(model, parts[0].float())
     torch.save(results, Path(folder) / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -181,6 +204,15 @@ def test_checkpoint_of_data_parallel_training_loads_plainly(folder, processes):
 def test_sharded_network_trains_like_one_process_with_the_whole_batch(processes, alone, case):
     for result in processes:
         assert_equal_weights(result[case], alone("plain", case[-1]))
+
+
+@pytest.mark.skipif(not has_fully_shard(), reason="this PyTorch has no torch.distributed.fsdp.fully_shard")
+@pytest.mark.parametrize("setting", REBUILDING)
+def test_sharded_network_trains_the_same_with_and_without_rebuilding_in_mixed_precision(processes, setting):
+    for result in processes:
+        for name, value in result["none", "mixed"].items():
+            assert torch.equal(result[setting, "mixed"][name], value), name
+        assert result["kept", setting, "mixed"] <= 0.55 * result["kept", "none", "mixed"]
 
 
 @pytest.mark.skipif(not has_fully_shard(), reason="this PyTorch has no torch.distributed.fsdp.fully_shard")

@@ -18,6 +18,8 @@ def blur_pool(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
                 f"BlurPool2d reflects its input at the border and needs H and W of at least {dilation + 1}, "
                 f"got {x.shape[2]}x{x.shape[3]}; give the network larger images"
             )
+    if kernel.dtype != x.dtype:  # as in FSDP's mixed precision, which casts no buffers; exact, and no node if traced
+        kernel = kernel.to(x.dtype)
     if not torch.jit.is_scripting():
         if rebuild.current() is not None:
             return _blur_recorded(x, kernel, stride, dilation)
