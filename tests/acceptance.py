@@ -650,7 +650,12 @@ _WORDS = {
     "ours": "only ours works",
     "fails": "same error",
 }
-_SUMMARY = {**_WORDS, "ours": "where only ours works", "fails": "where both fail with the same error"}
+_SUMMARY = {
+    **_WORDS,
+    "parameters": "with equal parameters and other running statistics",
+    "ours": "where only ours works",
+    "fails": "where both fail with the same error",
+}
 _COMPARED = {
     "train.py": "the last checkpoint's weights, their running averages (`--model-ema`) and the losses",
     "validate.py": "the loss in four digits and everything in the result",
