@@ -3,6 +3,7 @@ import reference
 import torch
 from torch import nn
 
+from timm_tresnet import rebuild
 from timm_tresnet.layers import BlurPool2d, StrideOneAvgPool2d
 
 
@@ -19,6 +20,22 @@ def test_blur_pool_gradient_is_that_of_its_output():
     layer = BlurPool2d(2, dtype=torch.float64)
     x = torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, x)
+
+
+@pytest.mark.parametrize("channels", [5, 8])
+@pytest.mark.parametrize("run", ["eager", "recorded", "scripted"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch announces the end of TorchScript
+def test_blur_pool_blurs_however_many_channels_pruning_left(channels, run):
+    layer = BlurPool2d(8, dtype=torch.float64)
+    x = torch.randn(2, channels, 6, 7, dtype=torch.float64, requires_grad=True)
+    if run == "scripted":
+        layer = torch.jit.script(layer)
+    with rebuild.recording("activations" if run == "recorded" else "none"):
+        y = layer(x)
+    expected = reference.blur_pool(x)
+    torch.testing.assert_close(y, expected)
+    grad_y = torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad(y, x, grad_y), torch.autograd.grad(expected, x, grad_y))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -12,12 +12,14 @@ from timm_tresnet import rebuild
 @torch.fx.wrap
 def blur_pool(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
     """Function behind BlurPool2d; a leaf for torch.fx, which cannot trace its check of the size."""
-    if not torch.jit.is_tracing():  # tracing would freeze the comparison and warn about it
+    if not torch.jit.is_tracing():  # tracing would freeze the comparisons and warn about them
         if x.shape[2] <= dilation or x.shape[3] <= dilation:
             raise ValueError(
                 f"BlurPool2d reflects its input at the border and needs H and W of at least {dilation + 1}, "
                 f"got {x.shape[2]}x{x.shape[3]}; give the network larger images"
             )
+        if x.shape[1] != kernel.shape[0]:
+            kernel = kernel[: x.shape[1]]  # structured pruning took channels; all have the same taps
     if kernel.dtype != x.dtype:  # as in FSDP's mixed precision, which casts no buffers; exact, and no node if traced
         kernel = kernel.to(x.dtype)
     if not torch.jit.is_scripting():
@@ -92,7 +94,7 @@ class BlurPool2d(nn.Module):
     arXiv:1904.11486). Borders are reflected.
 
     Args:
-        channels: number of input and output channels, C.
+        channels: number of input and output channels, C; pruning may leave fewer.
         stride: step between output pixels; 1 keeps the resolution, for dilated stages.
         dilation: step between the kernel's taps, in pixels.
         device: device of the kernel.
