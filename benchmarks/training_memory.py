@@ -19,10 +19,8 @@ import argparse
 import datetime
 import functools
 import gc
-import importlib.metadata
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -32,30 +30,37 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
-import timm.models.tresnet
 import torch
 import torch._functorch.config
-import torch.nn.functional as F
 from timm.layers import convert_splitbn_model, freeze_batch_norm_2d
 from torch import Tensor, nn
 
-from timm_tresnet.tresnet import ARCHITECTURES  # the built-in takes the same layers, width_factor and v2
+from timm_tresnet.benchmark import (
+    BUILTIN_PREFIX,
+    DTYPES,
+    compute_loss,
+    describe_machine,
+    find_largest_batch,
+    format_machine,
+    format_spread,
+    make_network,
+    measure_kept,
+    write_new,
+)
 
 MODELS = ("tresnet_m", "tresnet_l", "tresnet_xl", "tresnet_v2_l", "test_tresnet")
 BUILTIN = "built-in"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def make_builtin(model: str) -> nn.Module:
     """The built-in TResNet with the layers and widths of ours."""
-    return timm.models.tresnet.TResNet(num_classes=1000, **ARCHITECTURES[model])
+    return make_network(BUILTIN_PREFIX + model)
 
 
 def make_ours(rebuild: str, model: str) -> nn.Module:
     """This package's TResNet with a setting of `rebuild`."""
-    return timm.create_model(model, num_classes=1000, rebuild=rebuild)
+    return make_network(model, rebuild=rebuild)
 
 
 def make_checkpointed(model: str) -> nn.Module:
@@ -84,7 +89,7 @@ def make_compiled(budget: float, model: str) -> nn.Module:
 
 
 ROWS: dict[str, Callable[[str], nn.Module]] = {  # row -> what makes the network, from the model's name
-    "resnet50": lambda model: timm.create_model("resnet50"),
+    "resnet50": lambda model: make_network("resnet50"),
     BUILTIN: make_builtin,
     "none": functools.partial(make_ours, "none"),
     "activations": functools.partial(make_ours, "activations"),
@@ -103,7 +108,7 @@ COMPILED_ROWS: dict[str, Callable[[str], nn.Module]] = {
 }
 
 
-def make_network(row: str, settings: argparse.Namespace) -> nn.Module:
+def make_row(row: str, settings: argparse.Namespace) -> nn.Module:
     """The network of a row, in training mode, on the device and in the memory format of the settings."""
     memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
     network = {**ROWS, **CONVERTED_ROWS, **COMPILED_ROWS}[row](settings.model)
@@ -117,36 +122,6 @@ def make_batch(size: int, settings: argparse.Namespace) -> tuple[Tensor, Tensor]
     labels = torch.randint(0, 1000, (size,), generator=generator)
     memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
     return images.to(settings.device, memory_format=memory_format), labels.to(settings.device)
-
-
-def compute_loss(network: nn.Module, images: Tensor, labels: Tensor, amp: str | None = None) -> Tensor:
-    """Loss of a forward, under autocast to the dtype `amp` names, if any."""
-    with torch.autocast(images.device.type, dtype=DTYPES.get(amp, torch.bfloat16), enabled=amp is not None):
-        return F.cross_entropy(network(images).float(), labels)
-
-
-def measure_kept(network: nn.Module, images: Tensor, labels: Tensor, amp: str | None = None) -> int:
-    """Bytes that a training forward keeps while its loss is held, the loss itself among them.
-
-    Args:
-        network: takes images, returns logits (N, classes); in training mode, and warmed up if it is compiled.
-        images: (N, 3, H, W); the forward gets a copy.
-        labels: (N,); the forward gets a copy.
-        amp: dtype of autocast, a key of DTYPES; None for no autocast.
-    """
-    gc.collect()
-    if images.is_cuda:
-        before = torch.cuda.memory_allocated()
-        loss = compute_loss(network, images.clone(), labels.clone(), amp)
-        gc.collect()
-        kept = torch.cuda.memory_allocated() - before
-        del loss
-        return kept
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        loss = compute_loss(network, images.clone(), labels.clone(), amp)
-        gc.collect()
-    del loss  # not before the profile ends: what backward needs must not be freed in it
-    return sum(event.self_cpu_memory_usage for event in profile.events())
 
 
 def measure_peak(network: nn.Module, images: Tensor, labels: Tensor, amp: str | None = None) -> int | None:
@@ -170,25 +145,9 @@ def _read_status(field: str) -> int:
     return int(status[field].split()[0]) * 1024  # in kB
 
 
-def find_largest_batch(network: nn.Module, settings: argparse.Namespace) -> int:
-    """The largest batch, up to settings.max_batch, whose training step fits on the GPU; by bisection."""
-    fits, fails = 0, settings.max_batch + 1
-    while fails - fits > 1:
-        size = (fits + fails) // 2
-        network.zero_grad()
-        gc.collect()
-        torch.cuda.empty_cache()
-        try:
-            compute_loss(network, *make_batch(size, settings), settings.amp).backward()
-            fits = size
-        except torch.cuda.OutOfMemoryError:
-            fails = size
-    return fits
-
-
 def measure_memory(row: str, settings: argparse.Namespace) -> dict[str, int | None]:
     """Bytes kept and peak of a row, on CUDA its largest batch too; for a process of its own."""
-    network = make_network(row, settings)
+    network = make_row(row, settings)
     images, labels = make_batch(settings.batch_size, settings)
     # For gradients, kernels and compiled code to be there; of the same size, which compiled code is made for.
     compute_loss(network, images, labels, settings.amp).backward()
@@ -196,14 +155,19 @@ def measure_memory(row: str, settings: argparse.Namespace) -> dict[str, int | No
     memory["kept"] = measure_kept(network, images, labels, settings.amp)
     if settings.max_batch and row not in COMPILED_ROWS:  # these would be compiled for every size tried
         del images, labels
-        memory["largest_batch"] = find_largest_batch(network, settings)
+
+        def step(size: int) -> None:
+            network.zero_grad()
+            compute_loss(network, *make_batch(size, settings), settings.amp).backward()
+
+        memory["largest_batch"] = find_largest_batch(step, settings.max_batch)
     return memory
 
 
 def measure_times(rows: Sequence[str], settings: argparse.Namespace) -> dict[str, list[float]]:
     """Milliseconds of a training step, for each row and round; the rows take turns."""
     images, labels = make_batch(settings.time_batch_size, settings)
-    networks = {row: make_network(row, settings) for row in rows}
+    networks = {row: make_row(row, settings) for row in rows}
     step_ms: dict[str, list[float]] = {row: [] for row in rows}
     for turn in range(settings.rounds + 1):
         for row, network in networks.items():
@@ -221,30 +185,6 @@ def measure_times(rows: Sequence[str], settings: argparse.Namespace) -> dict[str
 def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def describe_machine(device: str) -> dict[str, dict[str, Any]]:
-    """Hardware and versions, as they stand in the results."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    return {
-        "hardware": {
-            "cpu": cpu,
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,  # with the build, which the package's metadata leave out
-            "timm": timm.__version__,
-            "timm-tresnet": importlib.metadata.version("timm-tresnet"),
-        },
-    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -318,7 +258,6 @@ def _measure_memory_in_process(row: str, words: Sequence[str]) -> dict[str, int 
     environment = {
         **os.environ,
         "MALLOC_MMAP_THRESHOLD_": "262144",  # glibc keeps smaller blocks when they are freed, and VmRSS with them
-        "KINETO_LOG_LEVEL": "6",  # silences the profiler
     }
     process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if process.returncode:
@@ -354,12 +293,6 @@ def summarize(
     return rows
 
 
-def format_machine(results: dict[str, Any]) -> str:
-    """The command, and where it ran."""
-    machine = ", ".join(f"{name} {value}" for name, value in {**results["hardware"], **results["versions"]}.items())
-    return f"{results['date']}: {results['command']}\n{machine}\n"
-
-
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of the results as a Markdown table."""
     columns = ["", "kept for backward, MB an image", "peak of a step, MB an image", "time of a step", "largest batch"]
@@ -371,7 +304,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
             cells.append("" if value is None else f"{value:.1f}" + ("" if ratio is None else f" ({ratio:.2f}x)"))
         ratios = row.get("step_ratios")
         if ratios:
-            cells.append(f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})")
+            cells.append(format_spread(ratios))
         else:
             cells.append(f"{statistics.median(row['step_ms']):.0f} ms" if "step_ms" in row else "")
         cells.append(str(row.get("largest_batch", "")))
@@ -380,20 +313,6 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
         table = [cells[:-1] for cells in table]
     table.insert(1, ["---"] * len(table[0]))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-
-
-def write_new(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all.
-
-    Raises:
-        FileExistsError: if there is one of that name; the text is then beside it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    unfinished.write_text(text)
-    if path.exists():
-        raise FileExistsError(f"{path} came to exist meanwhile and is left as it is; the results are in {unfinished}")
-    unfinished.rename(path)
 
 
 if __name__ == "__main__":

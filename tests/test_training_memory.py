@@ -129,19 +129,6 @@ def test_ratios_of_times_are_taken_in_each_round(training_memory):
     assert "| 1.50x (1.00-2.00) | 7 |" in training_memory.format_table([row])
 
 
-@pytest.mark.parametrize(("fitting", "cap", "largest"), [(5, 20, 5), (20, 8, 8), (0, 4, 0)], ids=str)
-def test_largest_batch_is_found_by_bisection(training_memory, fitting, cap, largest):
-    class Small(Toy):
-        def forward(self, x):
-            if len(x) > fitting:
-                raise torch.cuda.OutOfMemoryError("this batch does not fit")
-            return super().forward(x).repeat(1, 125)  # the labels are those of 1000 classes
-
-    settings = training_memory._parse(["--image-size", "64"])
-    settings.max_batch = cap
-    assert training_memory.find_largest_batch(Small("all"), settings) == largest
-
-
 def test_compiled_rows_are_added_on_request(training_memory):
     assert training_memory._parse([]).rows == list(training_memory.ROWS)
     assert training_memory._parse(["--compile"]).rows == [*training_memory.ROWS, *training_memory.COMPILED_ROWS]

@@ -1,16 +1,19 @@
-"""The `timm-tresnet` command: classify images, list the variants, convert checkpoints, export networks."""
+"""The `timm-tresnet` command: classify images, list variants, convert checkpoints, export and measure networks."""
 
 import argparse
 import contextlib
 import functools
 import itertools
 import json
+import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from timm_tresnet.images import SAMPLES, find_images, is_multi_label, label_lookup, read_image
+from timm_tresnet.options import add_options, image_size
 
 _EMBEDDED = "test_tresnet"
 _BATCH_SIZE = 32
@@ -28,10 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="timm-tresnet", description="TResNet models for timm.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_classify, _add_list, _add_convert, _add_export):
+    for add in (_add_classify, _add_list, _add_convert, _add_export, _add_benchmark):
         add(commands)
     arguments = parser.parse_args(argv)
-    return arguments.run(arguments)
+    arguments.words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        status = arguments.run(arguments)
+        print(end="", flush=True)
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at its end
+        return 1
+    return status
 
 
 def _positive(text: str) -> int:
@@ -464,7 +474,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     }
     if len(set(folders.values())) < len(arguments.files):
         return _fail("two of the files have the same name, and each would be written to a subfolder of that name")
-    others = ("run", "command", "files", "output", "overwrite")
+    others = ("run", "command", "words", "files", "output", "overwrite")
     options = {name: value for name, value in vars(arguments).items() if name not in others}
     failed = 0
     for file, folder in folders.items():
@@ -483,6 +493,45 @@ def _convert(arguments: argparse.Namespace) -> int:
         for warning in conversion.warnings:
             print(f"timm-tresnet: warning: {file}: {warning}", file=sys.stderr)
     return 1 if failed else 0
+
+
+# ---- benchmark
+
+
+def _add_benchmark(commands: Any) -> None:
+    benchmark = commands.add_parser(
+        "benchmark",
+        help="measure speed and training memory on this machine",
+        description="Measure networks side by side in one run: images a second in training and in inference, with "
+        "ratios to the first one's in the same rounds, and memory kept for backward. Weights are random. "
+        "benchmarks/paper_tables.py in the repository is the long form.",
+    )
+    benchmark.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        default=["resnet50", "built-in:tresnet_m", "tresnet_m"],
+        help="names for timm.create_model; built-in:NAME is timm's own TResNet (default: %(default)s)",
+    )
+    benchmark.add_argument("--image-size", type=image_size, default=224, metavar="PIXELS", help="default: %(default)s")
+    add_options(benchmark)
+    benchmark.set_defaults(run=_benchmark)
+
+
+def _benchmark(arguments: argparse.Namespace) -> int:
+    from timm_tresnet.benchmark import Candidate, check_options, make_network, run_comparison
+
+    models = list(dict.fromkeys(arguments.models))
+    candidates = [
+        Candidate(name, functools.partial(make_network, name), models[0], arguments.image_size) for name in models
+    ]
+    others = ("run", "command", "words")
+    settings = argparse.Namespace(**{name: value for name, value in vars(arguments).items() if name not in others})
+    try:
+        check_options(settings)
+        return run_comparison(candidates, settings, shlex.join(["timm-tresnet", *arguments.words]))
+    except ValueError as error:
+        return _fail(str(error))
 
 
 def _print_table(rows: list[list[str]]) -> None:

@@ -1,0 +1,51 @@
+"""The paper's ingredients, each one off or exchanged alone: what it costs in speed and in memory.
+
+    python benchmarks/ablation.py --json benchmarks/results/ablation.json
+
+Ratios are to the whole network in the same rounds. What an ingredient does for accuracy is not measured here;
+ablation_accuracy.py does that, at a small scale.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from timm_tresnet.benchmark import Candidate, make_network, parse_options, run_comparison
+from timm_tresnet.options import image_size
+from timm_tresnet.tresnet import ARCHITECTURES
+
+FULL = "as published"
+# what is changed -> arguments of the model
+VARIATIONS: dict[str, dict[str, Any]] = {
+    FULL: {},
+    "stem: 7x7 convolution, max pool": {"stem": "conv7x7"},
+    "no anti-aliasing": {"aa_layer": False},
+    "activations kept (rebuild none)": {"rebuild": "none"},
+    "expansions rebuilt too": {"rebuild": "expansions"},
+    "bottlenecks in every stage": {"block": "bottleneck"},
+    "no squeeze-and-excitation": {"use_se": False},
+    "squeeze-and-excitation in every stage": {"use_se": True},
+    "ReLU for LeakyReLU": {"act_layer": "relu"},
+    "SiLU for LeakyReLU": {"act_layer": "silu"},
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print a table and write the results."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(description="What each of TResNet's ingredients costs.")
+    parser.add_argument("--model", choices=list(ARCHITECTURES), default="tresnet_m")
+    parser.add_argument("--image-size", type=image_size, default=224)
+    settings = parse_options(parser, words)
+    candidates = [
+        Candidate(name, partial(make_network, settings.model, **arguments), FULL, settings.image_size)
+        for name, arguments in VARIATIONS.items()
+    ]
+    return run_comparison(candidates, settings, shlex.join(["python", "benchmarks/ablation.py", *words]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""What the paper's ingredients do for the accuracy of a tiny network on CIFAR-10. This says nothing about ImageNet.
+
+    python benchmarks/ablation_accuracy.py --scripts pytorch-image-models --data cifar10 --json results.json
+
+timm's unchanged train.py trains `test_tresnet`, with each ingredient off or exchanged alone, on a short schedule, with
+several seeds each; what counts is the accuracy of the last epoch on all test images. CIFAR-10 comes as folders of image
+files, train/CLASS/ and test/CLASS/. The first `--images-per-class` training images of each class, by name, are used.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ablation import VARIATIONS
+
+from timm_tresnet.benchmark import describe_machine, format_machine, write_new
+
+# The others compute the same network.
+ACCURACY_VARIATIONS = {name: kwargs for name, kwargs in VARIATIONS.items() if "rebuild" not in kwargs}
+
+
+def select_images(data: Path, images_per_class: int, folder: Path) -> None:
+    """Fill a folder with links to the images that are used: train/CLASS/ and validation/CLASS/.
+
+    Raises:
+        ValueError: if the data have no such folders, or a class has too few images.
+    """
+    for split, source, count in (("train", "train", images_per_class), ("validation", "test", None)):
+        classes = sorted(path for path in (data / source).glob("*") if path.is_dir())
+        if not classes:
+            raise ValueError(f"--data needs {source}/CLASS/ folders of images, and {data / source} has none")
+        for each in classes:
+            images = sorted(path for path in each.iterdir() if path.is_file())
+            if count and len(images) < count:
+                raise ValueError(f"{each} has {len(images)} images, and --images-per-class asks for {count}")
+            (folder / split / each.name).mkdir(parents=True)
+            for image in images[:count]:
+                (folder / split / each.name / image.name).symlink_to(image.resolve())
+
+
+def make_command(
+    images: Path, output: Path, kwargs: dict[str, Any], seed: int, settings: argparse.Namespace
+) -> list[str]:
+    """The command that trains one network with one seed."""
+    # -P: the installed timm, not the copy beside the script
+    words = [sys.executable, "-P", str(settings.scripts / "train.py"), "--data-dir", str(images)]
+    words += ["--model", "test_tresnet", "--num-classes", "10", "--img-size", str(settings.image_size)]
+    words += ["--epochs", str(settings.epochs), "--warmup-epochs", "1", "--seed", str(seed), "--output", str(output)]
+    words += ["--experiment", "run", "--batch-size", "128", "--opt", "sgd", "--lr", str(settings.lr), "--workers", "1"]
+    words += ["--weight-decay", "5e-4", "--sched-on-updates", "--scale", "0.6", "1", "--color-jitter", "0"]
+    words += ["--device", settings.device, "--log-interval", "1000"]
+    if kwargs:
+        words += ["--model-kwargs", *(f"{name}={value}" for name, value in kwargs.items())]
+    return words
+
+
+def train(command: Sequence[str], output: Path) -> float:
+    """Run a command and return the top-1 of its last epoch, in percent.
+
+    Raises:
+        RuntimeError: if it fails; with what it said last.
+    """
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"{shlex.join(command)} ended with status {process.returncode}:\n{process.stderr[-2000:]}")
+    with (output / "run" / "summary.csv").open(newline="") as file:
+        return float(list(csv.DictReader(file))[-1]["eval_top1"])
+
+
+def measure(images: Path, settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of the results, one for each seed and variation; every variation has a seed before the next seed comes."""
+    for seed in range(settings.seeds):
+        for name in settings.rows:
+            with tempfile.TemporaryDirectory() as folder:
+                command = make_command(images, Path(folder), ACCURACY_VARIATIONS[name], seed, settings)
+                top1 = train(command, Path(folder))
+            print(f"seed {seed}, {name}: {top1:.2f} %", file=sys.stderr, flush=True)
+            yield {"row": name, "seed": seed, "top1": top1, "epochs": settings.epochs}
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Mean, standard deviation and range of each variation's seeds, as a Markdown table."""
+    lines = ["| | top-1, %: mean | standard deviation | range | seeds |", "|---|---|---|---|---|"]
+    for name in dict.fromkeys(row["row"] for row in rows):
+        values = [row["top1"] for row in rows if row["row"] == name]
+        spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        extent = f"{min(values):.2f}-{max(values):.2f}"
+        lines.append(f"| {name} | {statistics.mean(values):.2f} | {spread} | {extent} | {len(values)} |")
+    return "\n".join(lines)
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="What ingredients do for a tiny network's accuracy on CIFAR-10.")
+    scripts = os.environ.get("TIMM_SCRIPTS")
+    parser.add_argument(
+        "--scripts",
+        type=Path,
+        default=scripts and Path(scripts),
+        metavar="FOLDER",
+        help="with timm's train.py (default: TIMM_SCRIPTS)",
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="CIFAR-10 as image files")
+    parser.add_argument("--rows", nargs="+", choices=list(ACCURACY_VARIATIONS), default=list(ACCURACY_VARIATIONS))
+    parser.add_argument("--images-per-class", type=int, default=1000)
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the results, must not exist yet")
+    settings = parser.parse_args(words)
+    if settings.scripts is None or not (settings.scripts / "train.py").is_file():
+        parser.error("--scripts needs a folder with timm's train.py, as a clone of its repository has")
+    if settings.json and settings.json.exists():
+        parser.error(f"{settings.json} exists already; results are never overwritten, name a new file")
+    for name in ("images_per_class", "epochs", "seeds"):
+        if getattr(settings, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} needs a number from 1 on, got {getattr(settings, name)}")
+    return settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, print a table and write the results, also those that Ctrl-C leaves."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    settings = _parse(words)
+    unrecorded = ("json", "data", "scripts", "rows")
+    results: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/ablation_accuracy.py", *words]),
+        "date": datetime.date.today().isoformat(),
+        **describe_machine(settings.device),
+        "settings": {name: value for name, value in vars(settings).items() if name not in unrecorded},
+        "rows": [],
+    }
+    print(format_machine(results), flush=True)
+    status = 0
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            select_images(settings.data, settings.images_per_class, Path(folder))
+            for row in measure(Path(folder), settings):
+                results["rows"].append(row)
+        except (OSError, ValueError, RuntimeError) as error:
+            print(f"ablation_accuracy.py: {error}", file=sys.stderr)
+            status = 1
+        except KeyboardInterrupt:
+            print("interrupted: these are the networks that were trained to the end", file=sys.stderr)
+            status = 130
+    if results["rows"]:
+        print(format_table(results["rows"]))
+        if settings.json:
+            write_new(settings.json, json.dumps(results, indent=2) + "\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The paper's tables (arXiv:2003.13630) again: TResNet beside the networks that it and its reviewers compare it with.
+
+    python benchmarks/paper_tables.py --json benchmarks/results/paper_tables.json
+
+For each network: size, bytes kept for backward, the largest training batch (looked for on CUDA; on a CPU computed from
+kept bytes, and labelled so), and images a second in training (forward, backward, SGD with momentum) and in inference,
+with ratios to ResNet-50 in the same rounds. Networks have random weights: speed and memory do not depend on them. Top-1
+are published ones, for the training that each source describes; nothing is trained here. It has not been run on a GPU
+yet.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from timm_tresnet.benchmark import Candidate, make_network, parse_options, run_comparison
+from timm_tresnet.options import image_size
+
+_PAPER = "arXiv:2003.13630"
+_TIMM = "timm, results/results-imagenet.csv"
+
+# network -> side of the images where it is not 224 pixels, ImageNet top-1 at that size, who published it
+PUBLISHED: dict[str, tuple[int | None, float | None, str | None]] = {
+    "resnet50": (None, 79.0, _PAPER),
+    "resnet50d": (None, 79.3, _PAPER),
+    "resnext50_32x4d": (None, 79.4, _PAPER),
+    "seresnext50_32x4d": (None, 79.9, _PAPER),
+    "efficientnet_b1": (240, 79.2, _PAPER),
+    "mixnet_l": (None, 79.0, _PAPER),
+    "mobilenetv3_large_100": (None, 75.784, f"{_TIMM}: mobilenetv3_large_100.ra_in1k"),
+    "built-in:tresnet_m": (None, 80.8, _PAPER),
+    "tresnet_m": (None, 80.8, _PAPER),
+    "tresnet_l": (None, 81.5, _PAPER),
+    "tresnet_xl": (None, 82.0, _PAPER),
+    "tresnet_v2_l": (None, 83.91, f"{_TIMM}: tresnet_v2_l.miil_in21k_ft_in1k, pretrained on ImageNet-21k"),
+    "test_tresnet": (None, None, None),
+}
+DEFAULT = [name for name in PUBLISHED if name != "test_tresnet"]
+
+
+def annotate(row: dict[str, Any]) -> dict[str, Any]:
+    """The published accuracy of a row, if it was measured at the size that is measured here."""
+    image_size, top1, source = PUBLISHED[row["row"]]
+    if row["image_size"] != (image_size or 224):
+        top1 = source = None
+    return {"top1": top1, "top1_source": source}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print a table and write the results."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(description="TResNet beside the networks that its paper compares it with.")
+    parser.add_argument("--models", nargs="+", choices=list(PUBLISHED), default=DEFAULT, help="resnet50 is added")
+    parser.add_argument("--image-size", type=image_size, help="for all (default: 224; efficientnet_b1 240)")
+    settings = parse_options(parser, words)
+    settings.models = list(dict.fromkeys(["resnet50", *settings.models]))
+    candidates = [
+        Candidate(name, partial(make_network, name), "resnet50", settings.image_size or PUBLISHED[name][0] or 224)
+        for name in settings.models
+    ]
+    return run_comparison(candidates, settings, shlex.join(["python", "benchmarks/paper_tables.py", *words]), annotate)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,456 @@
+"""Measures networks side by side in one run: speed in training and in inference, memory kept for backward, size.
+
+Absolute numbers say little about another machine, ratios within a run say more: the networks take turns, A-B-A-B, and
+each time becomes a ratio to the reference's in the same round.
+"""
+
+import argparse
+import copy
+import datetime
+import functools
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.models.tresnet
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_tresnet.options import add_options
+from timm_tresnet.tresnet import ARCHITECTURES  # the built-in takes the same layers, width_factor and v2
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+BUILTIN_PREFIX = "built-in:"
+_CLASSES = 1000
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would log when it starts and stops; read at its first use
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network to measure.
+
+    Args:
+        name: as it stands in the results; candidates of one name share the network.
+        make: returns the network: images (N, 3, H, W) to logits (N, 1000).
+        reference: name of the candidate that ratios are taken to: the one of the same image size if there is one.
+        image_size: side of the images, in pixels.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    reference: str
+    image_size: int = 224
+
+
+def make_network(name: str, **kwargs: Any) -> nn.Module:
+    """A network with random weights for 1000 classes.
+
+    Args:
+        name: a name for `timm.create_model`; behind "built-in:", a TResNet as timm itself has it.
+        kwargs: more arguments of the model.
+
+    Raises:
+        ValueError: if timm knows no such model, or has no such TResNet.
+    """
+    variant = name.removeprefix(BUILTIN_PREFIX)
+    if variant != name:
+        if variant not in ARCHITECTURES:
+            raise ValueError(f"{name}: built-in models to compare with are {', '.join(ARCHITECTURES)}, got {variant!r}")
+        return timm.models.tresnet.TResNet(num_classes=_CLASSES, **ARCHITECTURES[variant], **kwargs)
+    if not timm.is_model(name.partition(".")[0]):
+        raise ValueError(f"timm knows no model {name!r}; `timm.list_models()` names those that it knows")
+    return timm.create_model(name, num_classes=_CLASSES, **kwargs)
+
+
+# ---- what is measured
+
+
+def compute_loss(network: nn.Module, images: Tensor, labels: Tensor, amp: str | None = None) -> Tensor:
+    """Loss of a forward, under autocast to the dtype `amp` names, if any."""
+    with torch.autocast(images.device.type, dtype=DTYPES.get(amp, torch.bfloat16), enabled=amp is not None):
+        return F.cross_entropy(network(images).float(), labels)
+
+
+def measure_kept(network: nn.Module, images: Tensor, labels: Tensor, amp: str | None = None) -> int:
+    """Bytes that a training forward keeps while its loss is held, the loss itself among them.
+
+    Args:
+        network: takes images, returns logits (N, classes); in training mode, and warmed up if it is compiled.
+        images: (N, 3, H, W); the forward gets a copy.
+        labels: (N,); the forward gets a copy.
+        amp: dtype of autocast, a key of DTYPES; None for no autocast.
+    """
+    gc.collect()
+    if images.is_cuda:
+        before = torch.cuda.memory_allocated()
+        loss = compute_loss(network, images.clone(), labels.clone(), amp)
+        gc.collect()
+        kept = torch.cuda.memory_allocated() - before
+        del loss
+        return kept
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss = compute_loss(network, images.clone(), labels.clone(), amp)
+        gc.collect()
+    del loss  # not before the profile ends: what backward needs must not be freed in it
+    return sum(event.self_cpu_memory_usage for event in profile.events())
+
+
+def measure_size(network: nn.Module, image_size: int) -> dict[str, float]:
+    """Millions of parameters, and for one image billions of multiply-adds and millions of activations.
+
+    Activations are what convolutions and linear layers put out, as in timm's tables.
+    """
+    network = copy.deepcopy(network).to("meta").eval()
+    activations = 0
+
+    def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        nonlocal activations
+        activations += output.numel()
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return {
+        "params_m": sum(parameter.numel() for parameter in network.parameters()) / 1e6,
+        "gmacs": counter.get_total_flops() / 2e9,
+        "activations_m": activations / 1e6,
+    }
+
+
+def find_largest_batch(step: Callable[[int], object], max_batch: int) -> int:
+    """The largest batch, up to max_batch, with which `step(batch)` does not run out of a GPU's memory; by bisection."""
+    fits, fails = 0, max_batch + 1
+    while fails - fits > 1:
+        size = (fits + fails) // 2
+        gc.collect()
+        torch.cuda.empty_cache()
+        try:
+            step(size)
+            fits = size
+        except torch.cuda.OutOfMemoryError:
+            fails = size
+    return fits
+
+
+def compute_largest_batch(params_m: float, kept_mb: float, memory_gb: float) -> int:
+    """Images for which what a training step keeps fits, beside float32 weights, gradients and momentum (12 bytes each).
+
+    An upper bound: the peak of a step is above what is kept.
+
+    Args:
+        params_m: millions of parameters.
+        kept_mb: kept for backward, in megabytes (1e6 bytes) an image.
+        memory_gb: the limit, in gigabytes (1e9 bytes).
+    """
+    return max(0, int((memory_gb * 1e3 - 12 * params_m) / kept_mb))
+
+
+class _Bench:
+    """The networks and batches of a comparison."""
+
+    def __init__(self, settings: argparse.Namespace) -> None:
+        self.settings = settings
+        self.memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
+        self.networks: dict[str, tuple[nn.Module, nn.Module, torch.optim.Optimizer]] = {}
+
+    def network(self, candidate: Candidate) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+        """The network, what runs it, and its optimizer."""
+        if candidate.name not in self.networks:
+            plain = candidate.make().to(self.settings.device, memory_format=self.memory_format)
+            running = torch.compile(plain, dynamic=False) if self.settings.compile else plain
+            optimizer = torch.optim.SGD(plain.parameters(), lr=0.0, momentum=0.9)  # all the work, and weights stay
+            self.networks[candidate.name] = plain, running, optimizer
+        return self.networks[candidate.name]
+
+    def batch(self, size: int, image_size: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(size, 3, image_size, image_size, generator=generator)
+        labels = torch.randint(0, _CLASSES, (size,), generator=generator)
+        return images.to(self.settings.device, memory_format=self.memory_format), labels.to(self.settings.device)
+
+    def train(self, candidate: Candidate, size: int) -> float:
+        """Seconds of a training step: forward, backward, SGD with momentum."""
+        _, running, optimizer = self.network(candidate)
+        running.train()
+        images, labels = self.batch(size, candidate.image_size)
+        start = self._now()
+        optimizer.zero_grad()
+        compute_loss(running, images, labels, self.settings.amp).backward()
+        optimizer.step()
+        return self._now() - start
+
+    def infer(self, candidate: Candidate, size: int) -> float:
+        """Seconds of a forward in eval mode."""
+        _, running, _ = self.network(candidate)
+        running.eval()
+        images, _ = self.batch(size, candidate.image_size)
+        amp = self.settings.amp
+        dtype = DTYPES.get(amp, torch.bfloat16)
+        with torch.inference_mode(), torch.autocast(images.device.type, dtype=dtype, enabled=amp is not None):
+            start = self._now()
+            running(images)
+            return self._now() - start
+
+    def _now(self) -> float:
+        if self.settings.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def memory(self, candidate: Candidate) -> dict[str, Any]:
+        """What a training step keeps, and the largest batch."""
+        plain, running, optimizer = self.network(candidate)
+        size = self.settings.batch_size
+        self.train(candidate, size)  # for kernels, and compiled code, to be there
+        optimizer.zero_grad()
+        kept_mb = measure_kept(running, *self.batch(size, candidate.image_size), self.settings.amp) / size / 1e6
+        if self.settings.max_batch and not self.settings.compile:  # else it would compile for every size tried
+            largest = find_largest_batch(functools.partial(self.train, candidate), self.settings.max_batch)
+            optimizer.zero_grad()
+            return {"kept_mb": kept_mb, "largest_batch": largest, "largest_batch_how": "measured"}
+        params_m = sum(parameter.numel() for parameter in plain.parameters()) / 1e6
+        largest = compute_largest_batch(params_m, kept_mb, self.settings.memory_gb)
+        how = f"computed for {self.settings.memory_gb:g} GB from kept bytes"
+        return {"kept_mb": kept_mb, "largest_batch": largest, "largest_batch_how": how}
+
+
+class Progress:
+    """A bar on stderr.
+
+    Args:
+        total: steps there will be.
+        visible: whether to draw; None for where stderr is a terminal.
+    """
+
+    def __init__(self, total: int, visible: bool | None = None) -> None:
+        self.total, self.done = total, 0
+        self.visible = sys.stderr.isatty() if visible is None else visible
+
+    def advance(self, doing: str) -> None:
+        """Say what is done next, one step further."""
+        if self.visible:
+            filled = "#" * (30 * self.done // self.total)
+            print(f"\r[{filled:<30}] {self.done}/{self.total} {doing:<40.40}", end="", file=sys.stderr, flush=True)
+        self.done += 1
+
+    def end(self) -> None:
+        """Leave the bar's line."""
+        if self.visible:
+            print(file=sys.stderr)
+
+
+def compare(candidates: Sequence[Candidate], settings: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
+    """Measure candidates in turns.
+
+    Args:
+        candidates: at least one; each one's reference is among them.
+        settings: what `add_options` adds.
+
+    Returns:
+        A dict for each candidate, with the fields that benchmarks/README.md describes, and whether all of it was done:
+        with Ctrl-C, what is complete stays, the rest is None or missing from the lists.
+    """
+    bench = _Bench(settings)
+    seconds: dict[str, list[list[float]]] = {"train": [], "inference": []}  # for each round, those of every candidate
+    memory: list[dict[str, Any]] = []
+    progress = Progress(len(candidates) * (2 * settings.rounds + 4))
+    sizes = []
+    complete = True
+    try:
+        for candidate in candidates:
+            progress.advance(f"size of {candidate.name}")
+            sizes.append(measure_size(bench.network(candidate)[0], candidate.image_size))
+        for candidate in candidates:
+            progress.advance(f"memory of {candidate.name}, {candidate.image_size} px")
+            memory.append(bench.memory(candidate))
+        for turn in range(settings.rounds + 1):
+            measured: dict[str, list[float]] = {"train": [], "inference": []}
+            for candidate in candidates:
+                for quantity, measure in (("train", bench.train), ("inference", bench.infer)):
+                    progress.advance(f"round {turn}: {quantity}, {candidate.name}, {candidate.image_size} px")
+                    measured[quantity].append(measure(candidate, settings.batch_size))
+            if turn:  # round 0 is for warming up
+                for quantity, values in measured.items():
+                    seconds[quantity].append(values)
+    except KeyboardInterrupt:
+        complete = False
+    progress.end()
+    return _summarize(candidates[: len(sizes)], sizes, memory, seconds, settings.batch_size), complete
+
+
+def _summarize(
+    candidates: Sequence[Candidate],
+    sizes: Sequence[dict[str, float]],
+    memory: Sequence[dict[str, Any]],
+    seconds: dict[str, list[list[float]]],
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    rows = []
+    for index, candidate in enumerate(candidates):
+        reference = _find_reference(candidate, candidates)
+        row: dict[str, Any] = {"row": candidate.name, "image_size": candidate.image_size, **sizes[index]}
+        missing = {"kept_mb": None, "largest_batch": None, "largest_batch_how": None}
+        row |= memory[index] if index < len(memory) else missing
+        for quantity, rounds in seconds.items():
+            row[f"{quantity}_images_per_s"] = [batch_size / values[index] for values in rounds]
+            row[f"{quantity}_ratios"] = [values[reference] / values[index] for values in rounds]
+        rows.append(row)
+    return rows
+
+
+def _find_reference(candidate: Candidate, candidates: Sequence[Candidate]) -> int:
+    named = [index for index, other in enumerate(candidates) if other.name == candidate.reference]
+    same = [index for index in named if candidates[index].image_size == candidate.image_size]
+    return (same or named)[0]
+
+
+# ---- where it ran, and what is printed and written
+
+
+def describe_machine(device: str) -> dict[str, dict[str, Any]]:
+    """Hardware and versions, as they stand in the results."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    return {
+        "hardware": {
+            "cpu": cpu,
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,  # with the build, which the package's metadata leave out
+            "timm": timm.__version__,
+            "timm-tresnet": importlib.metadata.version("timm-tresnet"),
+        },
+    }
+
+
+def format_machine(results: dict[str, Any]) -> str:
+    """The command, and where it ran."""
+    machine = ", ".join(f"{name} {value}" for name, value in {**results["hardware"], **results["versions"]}.items())
+    return f"{results['date']}: {results['command']}\n{machine}\n"
+
+
+def format_spread(values: Sequence[float]) -> str:
+    """Median and range of ratios, empty for none."""
+    return f"{statistics.median(values):.2f}x ({min(values):.2f}-{max(values):.2f})" if values else ""
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of `compare` as a Markdown table; speeds are medians, with their ratios' spread."""
+    titles = ["", "px", "M params", "GMACs", "M activations", "kept, MB an image", "largest batch"]
+    titles += ["training, images/s", "inference, images/s"]
+    table = [titles, ["---"] * len(titles)]
+    for row in rows:
+        cells = [row["row"], str(row["image_size"])]
+        cells += [f"{row['params_m']:.1f}", f"{row['gmacs']:.2f}", f"{row['activations_m']:.1f}"]
+        cells += ["" if row["kept_mb"] is None else f"{row['kept_mb']:.1f}", str(row["largest_batch"] or "")]
+        for quantity in ("train", "inference"):
+            speeds = row[f"{quantity}_images_per_s"]
+            cells.append(
+                f"{statistics.median(speeds):.1f}, {format_spread(row[f'{quantity}_ratios'])}" if speeds else ""
+            )
+        table.append(cells)
+    lines = [f"| {' | '.join(cells)} |" for cells in table]
+    how = {row["largest_batch_how"]: None for row in rows if row["largest_batch_how"]}
+    return "\n".join([*lines, "", *(f"Largest batch: {each}." for each in how)])
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all.
+
+    Raises:
+        FileExistsError: if there is one of that name; the text is then beside it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    unfinished.write_text(text)
+    if path.exists():
+        raise FileExistsError(f"{path} came to exist meanwhile and is left as it is; the results are in {unfinished}")
+    unfinished.rename(path)
+
+
+def check_options(settings: argparse.Namespace) -> None:
+    """Check what `add_options` added.
+
+    Raises:
+        ValueError: if the options contradict each other or the machine; says what to do.
+    """
+    if settings.json and settings.json.exists():
+        raise ValueError(f"{settings.json} exists already; results are never overwritten, name a new file")
+    for name, least in {"batch_size": 1, "rounds": 1, "max_batch": 0, "memory_gb": 0}.items():
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} needs a number from {least} on, got {value}")
+    if settings.device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda needs a GPU, and PyTorch finds none; leave it out to measure on the CPU")
+        settings.max_batch = 2048 if settings.max_batch is None else settings.max_batch
+    elif settings.amp == "float16" or settings.max_batch is not None:
+        raise ValueError("--amp float16 and --max-batch need --device cuda")
+
+
+def parse_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Add the options to those of a script, parse and check them; a mistake ends the process."""
+    add_options(parser)
+    settings = parser.parse_args(words)
+    try:
+        check_options(settings)
+    except ValueError as error:
+        parser.error(str(error))
+    return settings
+
+
+def run_comparison(
+    candidates: Sequence[Candidate],
+    settings: argparse.Namespace,
+    command: str,
+    annotate: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {},
+) -> int:
+    """Measure candidates, print a table and write the results, also those that Ctrl-C leaves.
+
+    Args:
+        candidates: as for `compare`.
+        settings: what `add_options` adds, checked; all but `json` stands in the results.
+        command: that makes these results.
+        annotate: returns more fields for a row.
+
+    Returns:
+        Exit status: 0, or 130 after Ctrl-C.
+    """
+    torch.manual_seed(0)
+    results: dict[str, Any] = {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        **describe_machine(settings.device),
+        "settings": {name: value for name, value in vars(settings).items() if name != "json"},
+    }
+    print(format_machine(results), flush=True)
+    rows, complete = compare(candidates, settings)
+    results["rows"] = [{**row, **annotate(row)} for row in rows]
+    print(format_table(results["rows"]))
+    if settings.json:
+        write_new(settings.json, json.dumps(results, indent=2) + "\n")
+    if not complete:
+        print("interrupted: these are the measurements that were complete", file=sys.stderr)
+    return 0 if complete else 130
