@@ -4,8 +4,9 @@
 
 - speed: images a second, in rounds over all rows, each also as a ratio to the built-in in its best eager layout,
   channels-last, in the same round; median (min-max).
-- share: of what a lone 3x3 convolution reaches on this machine in the same precision, the best of a few shapes that
-  occur in the network, measured in the same rounds. A network that only convolved at that rate would have a share of 1.
+- share: of what a lone 3x3 convolution reaches on this machine in the same precision, in PyTorch, for int8 in ONNX
+  Runtime, the best of a few shapes that occur in the network, measured in the same rounds. A network
+  that only convolved at that rate would have a share of 1.
 
 Weights are random: speed does not depend on them. Rows whose packages are not installed are left out and named. On CUDA
 (`--device cuda`), rows run in `--dtype`, and the engines outside PyTorch are left out; that path has not been run on a
@@ -32,9 +33,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from training_memory import BUILTIN, MODELS, describe_machine, format_machine, make_builtin, write_new
+from training_memory import BUILTIN, MODELS, make_builtin
 
 from timm_tresnet import ExportedModel, export_model, fold_batch_norms, optimize_for_inference
+from timm_tresnet.benchmark import describe_machine, format_machine, format_spread, write_new
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONVOLUTIONS = ((64, 56), (128, 28), (256, 14))  # channels and side of 3x3 convolutions at 224 px, for the peak
@@ -99,6 +101,12 @@ def _run_bfloat16(path: Path) -> Run:
     return lambda images: compiled(images.numpy())
 
 
+def _openvino_has_bfloat16() -> bool:
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 # row -> network, engine, precision on the CPU, packages
 ROWS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "resnet50": ("resnet50", "eager", "float32", ()),
@@ -139,6 +147,34 @@ def make_peak(dtype: torch.dtype, channels: int, side: int, batch: int, device: 
     return lambda images: F.conv2d(x, weight, padding=1), 2.0 * x.numel() * channels * 9
 
 
+def make_int8_peak(channels: int, side: int, batch: int) -> tuple[Run, float]:
+    """A lone quantised 3x3 convolution in ONNX Runtime, and its operations."""
+    import numpy as np
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    generator = np.random.default_rng(0)
+    constants = {
+        "scale": np.float32(0.02),
+        "zero": np.uint8(128),
+        "weight": generator.integers(-127, 128, (channels, channels, 3, 3), dtype=np.int8),
+        "weight_zero": np.int8(0),
+    }
+    inputs = ["x", "scale", "zero", "weight", "scale", "weight_zero", "scale", "zero"]
+    shape = [batch, channels, side, side]
+    graph = helper.make_graph(
+        [helper.make_node("QLinearConv", inputs, ["y"], pads=[1, 1, 1, 1])],
+        "peak",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.UINT8, shape)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = generator.integers(0, 256, shape, dtype=np.uint8)
+    return lambda images: session.run(None, {"x": x}), 2.0 * x.size * channels * 9
+
+
 def count_flops(network: nn.Module, image_size: int) -> int:
     """Floating-point operations for one image; a multiply-add is two."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -169,9 +205,13 @@ def measure(settings: argparse.Namespace) -> list[dict[str, Any]]:
         print(f"batch {settings.batch}: preparing {row}", file=sys.stderr)
         runs[row] = make_row(row, settings)
     images = torch.rand(settings.batch, 3, settings.image_size, settings.image_size, device=settings.device)
-    precisions = [settings.dtype] if settings.dtype else sorted({ROWS[row][2] for row in runs} - {"int8"})
+    precisions = [settings.dtype] if settings.dtype else sorted({ROWS[row][2] for row in runs})
+    if not all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))):
+        precisions = [precision for precision in precisions if precision != "int8"]
     peaks = {
-        (precision, shape): make_peak(DTYPES[precision], *shape, settings.batch, settings.device)
+        (precision, shape): make_int8_peak(*shape, settings.batch)
+        if precision == "int8"
+        else make_peak(DTYPES[precision], *shape, settings.batch, settings.device)
         for precision in precisions
         for shape in CONVOLUTIONS
     }
@@ -227,7 +267,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| | batch | images/s | to the built-in | share of the convolution peak |", "|---|---|---|---|---|"]
     for row in rows:
         ratios = row.get("ratios")
-        spread = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else ""
+        spread = format_spread(ratios or [])
         share = ""
         if "share_of_peak" in row:
             share = f"{row['share_of_peak']:.0%} of {row['peak_gflop_per_s']:.0f} GFLOP/s, {row['precision']}"
@@ -273,6 +313,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if missing:
             print(f"left out {row}: {', '.join(missing)} not installed", file=sys.stderr)
             settings.rows.remove(row)
+    if "openvino, bfloat16" in settings.rows and not _openvino_has_bfloat16():
+        print("left out openvino, bfloat16: OpenVINO would compute in float32 on this CPU", file=sys.stderr)
+        settings.rows.remove("openvino, bfloat16")
     machine = describe_machine(settings.device)
     engines = ("onnxruntime", "openvino", "nncf")
     machine["versions"] |= {name: version(name) for name in engines if importlib.util.find_spec(name)}

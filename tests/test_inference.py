@@ -25,6 +25,16 @@ def test_flops_are_two_for_each_multiply_add(inference):
     assert run(None).shape == (2, 8, 10, 10)
 
 
+def test_int8_peak_is_a_convolution_of_the_same_work(inference):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    run, flops = inference.make_int8_peak(8, 10, batch=2)
+    assert flops == 2 * 8 * 8 * 9 * 100 * 2
+    (output,) = run(None)
+    assert output.shape == (2, 8, 10, 10)
+    assert output.std() > 1
+
+
 def test_results_compare_every_row_with_the_builtin_network(inference, tmp_path, capsys):
     results = tmp_path / "new" / "results.json"
     rows = ["resnet50", "built-in", "built-in, NCHW", "eager", "folded"]
