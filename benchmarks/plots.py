@@ -1,0 +1,253 @@
+"""Draw pictures of results, from their JSON files alone.
+
+    python benchmarks/plots.py benchmarks/results/FILE.json ... --output benchmarks/results
+
+What is drawn depends on the script that made a file: accuracy against throughput of paper_tables, bars of ablation,
+curves of resolution; of training_memory, one picture of all files given, peak memory against the batch. Each is an SVG
+with its command and hardware under it. Needs matplotlib (the extra `plots`).
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
+from schema import load_results, script_of
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, and a marker for each
+_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
+_MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+_STYLE = {
+    "figure.figsize": (8, 5),  # inches; 800 px wide at 100 dots an inch
+    "figure.facecolor": "white",  # not transparent, so that a dark page does not swallow the text
+    "font.size": 11,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "timm-tresnet",  # the same file from the same results
+}
+
+
+def _median(row: dict[str, Any], field: str) -> float:
+    if not row[field]:
+        raise ValueError(f"{row['row']} has no complete round in {field}; measure it again, without interrupting")
+    return statistics.median(row[field])
+
+
+def _finish(figure: Figure, results: Sequence[dict[str, Any]], notes: str = "") -> Figure:
+    """Caption a figure with where and how its results were made."""
+    first = results[0]
+    hardware, settings = first["hardware"], first["settings"]
+    machine = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
+    precision = f"autocast to {settings['amp']}" if settings["amp"] else "float32"
+    layout = "channels-last" if settings["channels_last"] else "NCHW"
+    lines = textwrap.wrap(notes, 115)
+    lines.append(
+        f"{machine}, {precision}, {layout}, torch {first['versions']['torch']}, timm {first['versions']['timm']}, "
+        f"{first['date']}"
+    )
+    for each in results:
+        lines += textwrap.wrap(each["command"], 115)
+    figure.text(0.01, 0.01, "\n".join(lines), fontsize=7.5, color="#444444", va="bottom")
+    figure.tight_layout(rect=(0, 0.032 * len(lines) + 0.01, 1, 1))
+    return figure
+
+
+def draw_paper_tables(results: dict[str, Any]) -> Figure:
+    """Published accuracy against throughput, in training and in inference."""
+    figure, panels = plt.subplots(1, 2, sharey=True, figsize=(8, 5.4))
+    rows = [row for row in results["rows"] if row["top1"] is not None]
+    for axes, quantity in zip(panels, ("train", "inference"), strict=True):
+        speeds = [_median(row, f"{quantity}_images_per_s") for row in rows]
+        for row, speed in zip(rows, speeds, strict=True):
+            ours = row["row"].startswith("tresnet")
+            more_data = "ImageNet-21k" in row["top1_source"]
+            color = _COLORS[0] if ours else _COLORS[1]
+            marker = _MARKERS[0] if ours else _MARKERS[2 if row["row"].startswith("built-in") else 1]
+            axes.plot(speed, row["top1"], marker, color=color, markersize=8, mfc="white" if more_data else color)
+        _label_points(axes, [row["row"].replace(":", " ") for row in rows], speeds, rows)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlim(min(speeds) / 1.35, max(speeds) * 8)  # room for the names
+        axes.set_xlabel(f"{'training' if quantity == 'train' else quantity}, images/s")
+    panels[0].set_ylabel("published ImageNet top-1, %")
+    figure.suptitle("Accuracy and speed: TResNet (circles) and others")
+    notes = (
+        "Triangle: timm's built-in TResNet-M. Hollow: weights pretrained on ImageNet-21k. Speeds measured here, top-1 "
+        "as published for different trainings (top1_source in the file)."
+    )
+    return _finish(figure, [results], notes)
+
+
+def _label_points(axes: Axes, labels: Sequence[str], speeds: Sequence[float], rows: Sequence[dict[str, Any]]) -> None:
+    """Names beside the points; where points almost share a place, further up, with a line to the point."""
+    placed: list[tuple[float, float]] = []
+    for label, speed, row in sorted(
+        zip(labels, speeds, rows, strict=True), key=lambda each: (each[2]["top1"], each[1])
+    ):
+        height = row["top1"]
+        while any(abs(height - other) < 0.24 and 0.2 < speed / place < 5 for place, other in placed):
+            height += 0.06
+        placed.append((speed, height))
+        moved = height > row["top1"]
+        axes.annotate(
+            label,
+            (speed, row["top1"]),
+            (speed * (1.6 if moved else 1.12), height),
+            fontsize=7.5,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.6} if moved else None,
+        )
+
+
+def draw_training_memory(files: Sequence[dict[str, Any]]) -> Figure:
+    """Peak memory of a training step against the batch, one point a file."""
+    figure, axes = plt.subplots()
+    models = {results["settings"]["model"] for results in files}
+    if len(models) > 1:
+        raise ValueError(f"results of training_memory need one model for one picture, got {', '.join(sorted(models))}")
+    names = list(dict.fromkeys(row["row"] for results in files for row in results["rows"]))
+    for name, color, marker in zip(names, _cycle(_COLORS, names), _cycle(_MARKERS, names), strict=True):
+        points = sorted(
+            (results["settings"]["batch_size"], row["peak_mb"] * results["settings"]["batch_size"] / 1e3)
+            for results in files
+            for row in results["rows"]
+            if row["row"] == name and row["peak_mb"] is not None
+        )
+        axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=name)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("images in a batch")
+    axes.set_ylabel("peak of a training step, GB")
+    axes.legend(frameon=False, title=f"{models.pop()}, {files[0]['settings']['image_size']} px")
+    axes.set_title("Training memory against the batch")
+    notes = "built-in, none: plain PyTorch; activations, expansions: settings of rebuild; checkpointing: every block."
+    return _finish(figure, files, notes)
+
+
+def draw_ablation(results: dict[str, Any]) -> Figure:
+    """Bars: training and inference speed and memory of each variation, as ratios to the whole network."""
+    rows = results["rows"]
+    figure, panels = plt.subplots(1, 3, sharey=True, figsize=(8, 5))
+    reference = rows[0]
+    quantities = {
+        "training speed": [(row["train_ratios"], None) for row in rows],
+        "inference speed": [(row["inference_ratios"], None) for row in rows],
+        "kept for backward": [(None, row["kept_mb"] / reference["kept_mb"]) for row in rows],
+    }
+    places = range(len(rows), 0, -1)
+    for axes, (title, values), color in zip(panels, quantities.items(), _COLORS, strict=False):
+        for place, row, (ratios, exact) in zip(places, rows, values, strict=True):
+            middle = statistics.median(ratios) if ratios else exact
+            if middle is None:
+                raise ValueError(f"{row['row']} has no complete round; measure it again, without interrupting")
+            reach = [[middle - min(ratios)], [max(ratios) - middle]] if ratios else None
+            axes.barh(place, middle, color=color, xerr=reach, error_kw={"elinewidth": 1, "ecolor": "#444444"})
+            axes.text(0.03, place, f"{middle:.2f}", va="center", fontsize=8, color="white", fontweight="bold")
+        axes.axvline(1, color="#444444", linewidth=1)
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel(f"ratio to {reference['row']!r}", fontsize=8)
+        axes.grid(axis="y", visible=False)
+    panels[0].set_yticks(list(places), [textwrap.fill(row["row"], 22) for row in rows], fontsize=8)
+    notes = (
+        "Each ingredient off or exchanged alone; bars are medians, lines the range of the rounds. Not about accuracy."
+    )
+    return _finish(figure, [results], notes)
+
+
+def draw_resolution(results: dict[str, Any]) -> Figure:
+    """Curves over the resolution: time of a training step, of inference, and bytes kept, with the FLOPs as a line."""
+    rows = results["rows"]
+    names = list(dict.fromkeys(row["row"] for row in rows))
+    figure, panels = plt.subplots(1, 3, figsize=(8, 4.6))
+    quantities = {
+        "training, ms an image": lambda row: 1e3 / _median(row, "train_images_per_s"),
+        "inference, ms an image": lambda row: 1e3 / _median(row, "inference_images_per_s"),
+        "kept, MB an image": lambda row: row["kept_mb"],
+    }
+    for axes, (title, value) in zip(panels, quantities.items(), strict=True):
+        for name, color, marker in zip(names, _cycle(_COLORS, names), _cycle(_MARKERS, names), strict=True):
+            own = sorted((row for row in rows if row["row"] == name), key=lambda row: row["image_size"])
+            sizes = [row["image_size"] for row in own]
+            axes.plot(sizes, [value(row) for row in own], color=color, marker=marker, markersize=5, label=name)
+            if name == names[-1]:
+                line = [value(own[0]) * row["gmacs"] / own[0]["gmacs"] for row in own]
+                axes.plot(sizes, line, "--", color="#444444", label=f"FLOPs of {name}")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(sizes, [str(size) for size in sizes], fontsize=7)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.tick_params(axis="y", labelsize=8)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("side of the image, px", fontsize=9)
+    panels[0].legend(frameon=False, fontsize=7.5)
+    notes = f"Dashed: the smallest image's value, growing as the FLOPs do. Batch {results['settings']['batch_size']}."
+    return _finish(figure, [results], notes)
+
+
+def _cycle(values: Sequence[str], names: Sequence[str]) -> list[str]:
+    return [values[index % len(values)] for index in range(len(names))]
+
+
+def draw(paths: Sequence[Path]) -> dict[str, Figure]:
+    """Figures of files of results, by the name that they are saved under.
+
+    Raises:
+        ValueError: if a file is not whole, or there is no picture of what its script measures; names the file.
+    """
+    single = {"paper_tables": draw_paper_tables, "ablation": draw_ablation, "resolution": draw_resolution}
+    figures: dict[str, Figure] = {}
+    memory = []
+    for path in paths:
+        results = load_results(path)
+        script = script_of(results)
+        if script == "training_memory":
+            memory.append((path, results))
+        elif script in single:
+            figures[path.stem] = single[script](results)
+        else:
+            raise ValueError(f"{path}: pictures are for {', '.join([*single, 'training_memory'])}, got {script}")
+    if memory:
+        figures[memory[0][0].stem] = draw_training_memory([results for _, results in memory])
+    return figures
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the files named and write one SVG for each picture."""
+    parser = argparse.ArgumentParser(description="Draw pictures of results.")
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="JSON files that scripts of this folder made"
+    )
+    parser.add_argument("--output", type=Path, default=Path(), metavar="FOLDER", help="default: the current one")
+    arguments = parser.parse_args(argv)
+    with mpl.rc_context(_STYLE):
+        try:
+            figures = draw(arguments.files)
+        except (OSError, ValueError) as error:
+            sys.exit(f"plots.py: {error}")
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            path = arguments.output / f"{name}.svg"
+            unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+            figure.savefig(unfinished, format="svg", metadata={"Date": None})
+            plt.close(figure)
+            unfinished.replace(path)
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

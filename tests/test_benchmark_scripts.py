@@ -1,0 +1,223 @@
+"""Scripts of benchmarks/ that compare networks, and the pictures of their results; on the tiny model."""
+
+import importlib
+import json
+import os
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+QUICK = ["--batch-size", "2", "--rounds", "2"]
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="matplotlib, of the extra plots, is not installed"
+)
+
+
+@pytest.fixture(autouse=True)
+def _scripts_folder(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)  # as for a script
+
+
+def run(script, folder, *words):
+    """Results of a script, read back through the schema."""
+    path = folder / f"{script}.json"
+    assert importlib.import_module(script).main([*words, "--json", str(path)]) == 0
+    return importlib.import_module("schema").load_results(path)
+
+
+@pytest.fixture(scope="module")
+def results_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("results")
+
+
+def test_paper_tables_name_the_source_of_each_accuracy(tmp_path):
+    words = ["--models", "test_tresnet", "built-in:tresnet_m", "--image-size", "64", *QUICK]
+    rows = {row["row"]: row for row in run("paper_tables", tmp_path, *words)["rows"]}
+    assert list(rows) == ["resnet50", "test_tresnet", "built-in:tresnet_m"]
+    assert all(row["top1"] is row["top1_source"] is None for row in rows.values())  # nobody published them at 64 px
+    paper_tables = importlib.import_module("paper_tables")
+    row = paper_tables.annotate({"row": "efficientnet_b1", "image_size": 240})
+    assert row == {"top1": 79.2, "top1_source": "arXiv:2003.13630"}
+    for name, (_, top1, source) in paper_tables.PUBLISHED.items():
+        assert (top1 is None) == (source is None) == (name == "test_tresnet")
+
+
+def test_ablation_changes_one_ingredient_a_row(tmp_path):
+    rows = run("ablation", tmp_path, "--model", "test_tresnet", "--image-size", "64", *QUICK)["rows"]
+    full = rows[0]
+    assert full["train_ratios"] == full["inference_ratios"] == [1, 1]
+    kept = {row["row"]: row["kept_mb"] for row in rows}
+    assert kept["expansions rebuilt too"] < full["kept_mb"] < kept["activations kept (rebuild none)"]
+    params = {row["row"]: row["params_m"] for row in rows}
+    same = {"as published", "activations kept (rebuild none)", "expansions rebuilt too", "no anti-aliasing"}
+    same |= {"ReLU for LeakyReLU", "SiLU for LeakyReLU"}
+    assert {name for name in params if params[name] == full["params_m"]} == same
+
+
+def test_resolution_compares_networks_at_each_size(tmp_path):
+    rows = run("resolution", tmp_path, "--model", "test_tresnet", "--image-sizes", "64", "96", *QUICK)["rows"]
+    names = ["resnet50", "built-in:test_tresnet", "test_tresnet"]
+    assert [(row["image_size"], row["row"]) for row in rows] == [(size, name) for size in (64, 96) for name in names]
+    assert all(row["train_ratios"] == [1, 1] for row in rows if row["row"] == "resnet50")
+    small, large = rows[2], rows[5]
+    assert large["kept_mb"] / small["kept_mb"] == pytest.approx((96 / 64) ** 2, rel=0.05)
+
+
+@pytest.mark.parametrize("script", ["paper_tables", "ablation", "resolution"])
+def test_results_are_never_overwritten(script, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    path.write_text("precious")
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(script).main(["--json", str(path)])
+    assert "never overwritten" in capsys.readouterr().err
+    assert path.read_text() == "precious"
+
+
+# ---- accuracy
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """CIFAR-10's folders with a few images of plain colours."""
+    for split, count in (("train", 30), ("test", 4)):
+        for index in range(10):
+            folder = tmp_path / "data" / split / f"class{index}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                color = (25 * index, 255 - 25 * index, 8 * number)
+                Image.new("RGB", (32, 32), color).save(folder / f"{number:04}.png")
+    return tmp_path / "data"
+
+
+@pytest.mark.skipif(not os.environ.get("TIMM_SCRIPTS"), reason="TIMM_SCRIPTS does not name timm's scripts")
+def test_accuracies_are_those_of_the_last_epoch_for_every_seed(photos, tmp_path, capsys):
+    words = ["--data", str(photos), "--rows", "as published", "no squeeze-and-excitation", "--seeds", "2"]
+    words += ["--epochs", "2", "--images-per-class", "26"]
+    rows = run("ablation_accuracy", tmp_path, *words)["rows"]
+    assert [(row["seed"], row["row"]) for row in rows] == [
+        (seed, name) for seed in (0, 1) for name in ("as published", "no squeeze-and-excitation")
+    ]
+    assert all(0 <= row["top1"] <= 100 for row in rows)
+    assert "| as published | " in capsys.readouterr().out
+
+
+def test_commands_change_one_ingredient(tmp_path):
+    script = importlib.import_module("ablation_accuracy")
+    (tmp_path / "train.py").touch()
+    settings = script._parse(["--scripts", str(tmp_path), "--data", "."])
+    assert settings.rows == list(script.ACCURACY_VARIATIONS)
+    assert "activations kept (rebuild none)" not in settings.rows
+    plain, changed = (
+        script.make_command(tmp_path, tmp_path, kwargs, 1, settings) for kwargs in ({}, {"stem": "conv7x7"})
+    )
+    assert changed == [*plain, "--model-kwargs", "stem=conv7x7"]
+
+
+def test_images_are_the_first_of_each_class(photos, tmp_path):
+    script = importlib.import_module("ablation_accuracy")
+    script.select_images(photos, 3, tmp_path / "chosen")
+    chosen = sorted(path.relative_to(tmp_path / "chosen") for path in (tmp_path / "chosen").rglob("*.png"))
+    assert len(chosen) == 10 * (3 + 4)
+    assert str(chosen[0]) == "train/class0/0000.png"
+    with pytest.raises(ValueError, match="class0 has 30 images, and --images-per-class asks for 31"):
+        script.select_images(photos, 31, tmp_path / "more")
+    with pytest.raises(ValueError, match="--data needs train/CLASS/ folders"):
+        script.select_images(tmp_path / "nowhere", 3, tmp_path / "none")
+
+
+def test_a_training_that_fails_is_reported(photos, tmp_path, capsys):
+    script = importlib.import_module("ablation_accuracy")
+    (tmp_path / "train.py").write_text("raise SystemExit('out of luck')")
+    words = ["--scripts", str(tmp_path), "--data", str(photos), "--images-per-class", "3"]
+    assert script.main([*words, "--json", str(tmp_path / "results.json")]) == 1
+    assert "out of luck" in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_missing_scripts_are_explained(monkeypatch, capsys):
+    monkeypatch.delenv("TIMM_SCRIPTS", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module("ablation_accuracy").main(["--data", "."])
+    assert "--scripts needs a folder with timm's train.py" in capsys.readouterr().err
+
+
+# ---- files of results, and pictures of them
+
+
+COMMITTED = sorted((FOLDER / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=[path.stem for path in COMMITTED])
+def test_committed_results_are_whole(path):
+    schema = importlib.import_module("schema")
+    assert schema.load_results(path)["rows"]
+
+
+def find_results(script):
+    schema = importlib.import_module("schema")
+    return [path for path in COMMITTED if schema.script_of(json.loads(path.read_text())) == script]
+
+
+@pytest.mark.parametrize("script", ["paper_tables", "ablation", "resolution", "training_memory"])
+def test_a_missing_field_is_named(script, tmp_path):
+    results = json.loads(find_results(script)[0].read_text())
+    del results["rows"][1]["kept_mb"]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=r"results\.json: row 1 lacks kept_mb;"):
+        importlib.import_module("schema").load_results(path)
+    del results["hardware"]
+    path.write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=r"results\.json: the results lacks hardware;"):
+        importlib.import_module("schema").load_results(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), ("[]", "got list"), ('{"command": "ls"}', "lacks date, hardware")],
+    ids=["truncated", "list", "foreign"],
+)
+def test_files_that_are_no_results_are_refused(text, message, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        importlib.import_module("schema").load_results(path)
+
+
+def test_results_of_an_unknown_script_are_refused(tmp_path):
+    path = tmp_path / "results.json"
+    results = dict.fromkeys(["date", "hardware", "versions", "settings"], {})
+    path.write_text(json.dumps({**results, "command": "python other.py", "rows": []}))
+    with pytest.raises(ValueError, match="its command is 'python other.py'"):
+        importlib.import_module("schema").load_results(path)
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("script", ["paper_tables", "ablation", "resolution", "training_memory"])
+def test_pictures_are_drawn_from_committed_results(script, tmp_path, capsys):
+    plots = importlib.import_module("plots")
+    files = [path for path in find_results(script) if "compiled" not in path.stem]
+    plots.main([*map(str, files), "--output", str(tmp_path)])
+    pictures = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert pictures
+    assert sorted(pictures) == sorted(tmp_path.iterdir())
+    again = tmp_path / "again"
+    plots.main([*map(str, files), "--output", str(again)])
+    for picture in pictures:
+        assert ElementTree.parse(picture).getroot().tag.endswith("svg")
+        assert (again / picture.name).read_bytes() == picture.read_bytes()
+        assert picture.stat().st_size < 300_000
+
+
+@needs_matplotlib
+def test_pictures_need_complete_rounds(tmp_path):
+    results = json.loads(find_results("resolution")[0].read_text())
+    results["rows"][0]["train_images_per_s"] = []
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    with pytest.raises(SystemExit, match="has no complete round in train_images_per_s"):
+        importlib.import_module("plots").main([str(path), "--output", str(tmp_path)])
+    assert [each.name for each in tmp_path.iterdir()] == ["results.json"]
