@@ -13,7 +13,9 @@ import timm.models.tresnet
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_rebuild import assert_same, collect, images, saved_bytes
+from test_rebuild import assert_same, collect, images, make_model, saved_bytes, train_step
+from torch import nn
+from torch.nn.utils import prune
 
 import timm_tresnet
 from timm_tresnet import TResNet
@@ -133,7 +135,6 @@ def test_transformers_read_a_folder_and_classify_and_train_as_timm_does(written_
 
 
 @scripting_when_imported
-@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:fast.*")
 @each_setting
 def test_fastai_learner_trains_to_the_same_weights(setting, tmp_path):
     vision = need("fastai.vision.all")
@@ -215,3 +216,305 @@ def test_lightning_module_trains_in_bfloat16_as_a_plain_loop_does(setting, preci
     assert torch.equal(torch.stack(module.losses), torch.stack(losses))
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(module.net.state_dict()[name], value, msg=name)
+
+
+# ---- torchmetrics
+
+
+@scripting_when_imported
+def test_torchmetrics_of_our_logits_are_those_of_the_definition_and_of_the_builtin_network():
+    classification = need("torchmetrics.classification")
+    model, builtin = make_network().eval(), make_builtin().eval()
+    x = torch.rand(24, 3, 64, 64)
+    labels = torch.randint(2, (24, 10))
+    metric, whole = (classification.MultilabelAveragePrecision(num_labels=10, average=None) for _ in range(2))
+    with torch.inference_mode():
+        for batch, target in zip(x.split(8), labels.split(8), strict=True):
+            metric.update(model(batch), target)
+        logits = model(x)
+        torch.testing.assert_close(metric.compute(), whole(builtin(x), labels))
+    for scores, target, value in zip(logits.T, labels.T, metric.compute(), strict=True):
+        hits = target[scores.argsort(descending=True)].double()
+        precision = hits.cumsum(0) / torch.arange(1, 25)
+        torch.testing.assert_close(value.double(), (precision * hits).sum() / hits.sum(), rtol=1e-6, atol=0)
+
+
+# ---- huggingface_hub
+
+
+def test_mixin_of_the_hub_pushes_and_loads_a_module_with_ours_inside(hub, run_child, tmp_path):
+    (tmp_path / "tagger.py").write_text(
+        """
+import warnings
+import timm
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+
+warnings.filterwarnings("ignore", "Use 'content=<...>' to upload raw", DeprecationWarning)  # of the client's own upload
+
+class Tagger(torch.nn.Module, PyTorchModelHubMixin):
+    def __init__(self, num_classes, rebuild="none"):
+        super().__init__()
+        self.net = timm.create_model("test_tresnet", num_classes=num_classes, rebuild=rebuild)
+
+    def forward(self, x):
+        return self.net(x)
+
+def compute(tagger):
+    x = torch.linspace(0, 1, 2 * 3 * 64 * 64).reshape(2, 3, 64, 64)
+    loss = tagger.train()(x).square().sum()
+    loss.backward()
+    return type(tagger.net).__module__, tagger.net.rebuild, loss.item()
+
+def run():
+    torch.manual_seed(0)
+    tagger = Tagger(num_classes=3, rebuild="expansions")
+    tagger.save_pretrained("folder")
+    tagger.push_to_hub("owner/tagger", token="hf_token")
+    print(*compute(tagger), sep="\\n")
+    print(*compute(Tagger.from_pretrained("folder")), sep="\\n")
+    print(*compute(Tagger.from_pretrained("owner/tagger")), sep="\\n")
+"""
+    )
+    lines = run_child("import sys; sys.path.insert(0, '.'); import tagger; tagger.run()").splitlines()
+    lines = [line for line in lines if not line.startswith("Loading weights")]  # as the client says
+    assert lines[:2] == ["timm_tresnet.tresnet", "expansions"]
+    assert lines[:3] == lines[3:6] == lines[6:9]
+    assert {"config.json", "model.safetensors"} <= {
+        path.name for path in list(hub.repositories["owner/tagger"].revisions.values())[-1].iterdir()
+    }
+
+
+# ---- timm
+
+
+@pytest.mark.parametrize("wrapper", ["list", "dict", "hook", "getter", "fx"])
+@each_setting
+def test_feature_wrappers_of_timm_train_as_without_rebuilding_and_keep_no_more(wrapper, setting):
+    x = images()
+
+    class Features(nn.Module):
+        def __init__(self, rebuild):
+            super().__init__()
+            self.net = make_network(rebuild, features_only=True, feature_cls=wrapper, out_indices=(1, 2, 4)).train()
+
+        def forward(self, x):
+            features = self.net(x)
+            features = features.values() if isinstance(features, dict) else features
+            return torch.cat([feature.flatten(1) for feature in features], 1)
+
+    assert_same(train_step(Features(setting), x), train_step(Features("none"), x))
+    share = 1 if wrapper == "fx" else 0.7  # fx runs the operations without the modules that open the tape
+    assert saved_bytes(Features(setting), x) <= share * saved_bytes(Features("none"), x)
+    builtin = make_builtin().eval()
+    stages = [builtin.body[: position + 2] for position in (1, 2, 4)]
+    expected = torch.cat([stage(x).flatten(1) for stage in stages], 1)
+    torch.testing.assert_close(Features(setting).eval()(x), expected)
+
+
+@pytest.mark.parametrize("method", ["hook", "fx"])
+def test_attention_extract_of_timm_takes_the_gates_and_finds_no_attention(method):
+    gates = {}
+    for name, model in {"ours": make_network(), "builtin": make_builtin()}.items():
+        with pytest.raises(RuntimeError, match="names found matching"):
+            timm.utils.AttentionExtract(model, method=method)
+        names = ["*.se.gate", "*.se.gate.sigmoid"]  # the second in the graph of timm's, whose gate is no PyTorch module
+        gates[name] = timm.utils.AttentionExtract(model, names, method=method)(images())
+    assert len(gates["ours"]) == 7  # a block each in the first three stages
+    torch.testing.assert_close(list(gates["ours"].values()), list(gates["builtin"].values()))
+
+
+# ---- captum, torchcam
+
+
+def explain(model, layer, x, classes):
+    """Grad-CAM (arXiv:1610.02391, eq. 1-2) by its formula, without the ReLU."""
+    kept = []
+    handle = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    score = model(x)[torch.arange(len(x)), classes].sum()
+    handle.remove()
+    (grad,) = torch.autograd.grad(score, kept)
+    return (grad.mean((2, 3), keepdim=True) * kept[0]).sum(1).detach()
+
+
+@pytest.mark.parametrize("package", ["captum", "torchcam"])
+@pytest.mark.parametrize("stage", ["layer3", "layer4"])
+@each_setting
+def test_grad_cam_shows_what_the_formula_gives_for_the_builtin_network(setting, stage, package):
+    x, classes = images(), [3, 7]
+    for training in (False, True):
+        model, builtin = make_network(setting).train(training), make_builtin().train(training)
+        layer = model.body.get_submodule(stage)
+        expected = explain(builtin, builtin.body.get_submodule(stage), x, classes)
+        if package == "captum":
+            attribution = need("captum.attr").LayerGradCam(model, layer).attribute(x, target=classes)
+            torch.testing.assert_close(attribution[:, 0], expected, rtol=1e-4, atol=1e-5)
+        else:
+            with need("torchcam.methods").GradCAM(model, f"body.{stage}") as extractor:
+                (cam,) = extractor(classes, model(x), normalized=False)
+            torch.testing.assert_close(cam, expected.relu(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["IntegratedGradients", "GuidedBackprop", "DeepLift"])
+@pytest.mark.filterwarnings("ignore:Setting backward hooks on ReLU activations")  # captum, of GuidedBackprop
+@pytest.mark.filterwarnings("ignore:Setting forward, backward hooks and attributes on non-linear")  # of DeepLift
+def test_captum_attributes_to_pixels_as_with_the_builtin_network(method):
+    attr = need("captum.attr")
+    model, builtin = make_network().eval(), make_builtin().eval()
+    for module in builtin.modules():
+        if hasattr(module, "gate"):
+            module.gate = nn.Sigmoid()  # DeepLift knows PyTorch's, which ours has, and passes over timm's
+    x = images()
+    kwargs = {"n_steps": 5} if method == "IntegratedGradients" else {}
+    actual, expected = (
+        getattr(attr, method)(each).attribute(x.clone().requires_grad_(), target=[3, 7], **kwargs)
+        for each in (model, builtin)
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- pruning
+
+
+def give_channels_nothing_to_do(model, share=0.5):
+    """Zero the norms of the first channels inside each block; the network is the same with and without these."""
+    for block in blocks_of(model):
+        for unit in (block.conv1, block.conv2) if hasattr(block, "conv3") else (block.conv1,):
+            idle = int(unit.conv.out_channels * share)
+            unit.bn.weight.data[:idle] = 0
+            unit.bn.bias.data[:idle] = 0
+    return model
+
+
+def blocks_of(model):
+    return [block for stage in list(model.body)[2:] for block in stage]
+
+
+@each_setting
+def test_torch_pruning_takes_out_idle_channels_and_leaves_the_logits(setting):
+    pruning = need("torch_pruning")
+    model, x = give_channels_nothing_to_do(make_network(setting).eval()), images()
+    expected, parameters = model(x).detach(), sum(parameter.numel() for parameter in model.parameters())
+    graph = pruning.DependencyGraph().build_dependency(model, example_inputs=x)
+    for block in blocks_of(model):
+        for unit in (block.conv1, block.conv2) if hasattr(block, "conv3") else (block.conv1,):
+            idle = list(range(unit.conv.out_channels // 2))
+            graph.get_pruning_group(unit.conv, pruning.prune_conv_out_channels, idle).prune()
+    assert sum(parameter.numel() for parameter in model.parameters()) < 0.62 * parameters
+    torch.testing.assert_close(model(x), expected)  # the same sums with fewer zeros among them
+
+    plain = copy.deepcopy(model).train()
+    plain.set_rebuild("none")
+    assert_same(train_step(model.train(), x), train_step(plain, x))
+    assert saved_bytes(model, x) < 0.6 * saved_bytes(plain, x)
+
+
+@each_setting
+def test_torch_pruning_of_every_layer_leaves_a_network_that_trains_exports_and_takes_a_new_classifier(setting):
+    # timm's own cannot be pruned so: the filter of its blur keeps the number of channels it was made with.
+    pruning = need("torch_pruning")
+    model, x = make_network(setting).eval(), images()
+    importance = pruning.importance.GroupMagnitudeImportance(p=2)
+    pruning.pruner.BasePruner(model, x, importance, pruning_ratio=0.5, ignored_layers=[model.head.fc]).step()
+    assert [block.conv1.conv.out_channels for block in blocks_of(model)] == [8, 8, 16, 16, 32, 32, 32, 64]
+    plain = copy.deepcopy(model).train()
+    plain.set_rebuild("none")
+    assert_same(train_step(model.train(), x), train_step(plain, x))
+    model.eval()
+    expected = model(x)
+    torch.testing.assert_close(timm_tresnet.fold_batch_norms(model)(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+
+
+@pytest.mark.parametrize("setting", [*SETTINGS, "checkpointing"])
+def test_masks_of_pytorch_prune_hold_in_training_whatever_is_rebuilt(setting):
+    def train(rebuild):
+        model = make_network("activations" if rebuild == "checkpointing" else rebuild).train()
+        model.set_grad_checkpointing(rebuild == "checkpointing")
+        weights = [(module, "weight") for module in model.modules() if isinstance(module, nn.Conv2d)]
+        prune.global_unstructured(weights, prune.L1Unstructured, amount=0.6)
+        results = [train_step(model, images())]
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        results.append(train_step(model, images()))
+        for module, name in weights:
+            prune.remove(module, name)
+        return model.eval(), results
+
+    model, actual = train(setting)
+    _, expected = train("none")
+    for each in map(assert_same, actual, expected):
+        assert each is None
+    convolutions = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    zeros = sum((weight == 0).sum().item() for weight in convolutions)
+    assert zeros / sum(map(torch.numel, convolutions)) == pytest.approx(0.6, abs=1e-3)
+    torch.testing.assert_close(model(images()), make_builtin(model).eval()(images()))
+
+
+# ---- quantisation-aware training
+
+
+@each_setting
+def test_fake_quantised_weights_train_the_same_whatever_is_rebuilt(setting):
+    quantization = need("torchao.quantization.pt2e")
+
+    class FakeQuantised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            observer = quantization.MovingAveragePerChannelMinMaxObserver
+            self.quantise = quantization.FakeQuantize(
+                observer, -127, 127, dtype=torch.int8, qscheme=torch.per_channel_symmetric, ch_axis=0
+            )
+
+        def forward(self, weight):
+            return self.quantise(weight)
+
+    def train(rebuild):
+        model = make_network(rebuild).train()
+        for module in list(model.modules()):
+            if isinstance(module, nn.Conv2d):
+                nn.utils.parametrize.register_parametrization(module, "weight", FakeQuantised())
+        return model, train_step(model, images())
+
+    model, actual = train(setting)
+    assert_same(actual, train("none")[1])
+    floating = make_network().train()
+    train_step(floating, images())  # for the running statistics
+    weight = model.body.conv1.conv.weight[0]
+    assert 8 < len(weight.unique()) <= 255
+    with torch.no_grad():
+        logits, expected = model.eval()(images()), floating.eval()(images())
+    assert (logits - expected).norm() < 0.1 * expected.norm()  # eight bits a weight
+
+
+def test_exported_network_is_prepared_for_quantisation_as_the_builtin_one_is():
+    pt2e = need("torchao.quantization.pt2e")
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+        X86InductorQuantizer,
+        get_default_x86_inductor_quantization_config,
+    )
+
+    layers, x = (1, 1, 1, 1), images()
+    ours = make_model("activations", layers=layers)
+    for module in ours.modules():
+        if isinstance(
+            module, nn.BatchNorm2d
+        ):  # preparing multiplies and divides by these: zeros, as new ones are, give NaN
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+
+    def train(model):
+        quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config(is_qat=True))
+        prepared = prepare_qat_pt2e(torch.export.export(model.train(), (x,)).module(), quantizer)
+        loss = prepared(x).square().mean()
+        loss.backward()
+        gradients = {name: parameter.grad for name, parameter in prepared.named_parameters()}
+        pt2e.move_exported_model_to_eval(prepared)
+        logits = prepared(x).detach()
+        return loss.detach(), gradients, logits, convert_pt2e(prepared)(x)
+
+    builtin = make_builtin(ours, layers=layers)
+    floating = copy.deepcopy(ours)
+    loss, gradients, logits, converted = actual = train(ours)
+    torch.testing.assert_close(actual, train(builtin))
+    assert 0 < abs(loss / floating(x).square().mean() - 1) < 0.2  # eight bits a weight and an activation
+    torch.testing.assert_close(converted, logits, rtol=0.1, atol=0.1)
