@@ -3,8 +3,8 @@
     python benchmarks/plots.py benchmarks/results/FILE.json ... --output benchmarks/results
 
 What is drawn depends on the script that made a file: accuracy against throughput of paper_tables, bars of ablation,
-curves of resolution; of training_memory, one picture of all files given, peak memory against the batch. Each is an SVG
-with its command and hardware under it. Needs matplotlib (the extra `plots`).
+curves of resolution; of training_memory, one picture of the files of each model, peak memory against the batch. Each is
+an SVG with its command and hardware under it. Needs matplotlib (the extra `plots`).
 """
 
 import argparse
@@ -113,25 +113,24 @@ def _label_points(axes: Axes, labels: Sequence[str], speeds: Sequence[float], ro
 
 
 def draw_training_memory(files: Sequence[dict[str, Any]]) -> Figure:
-    """Peak memory of a training step against the batch, one point a file."""
+    """Peak memory of a training step against the batch, from files of one model with a batch each."""
     figure, axes = plt.subplots()
-    models = {results["settings"]["model"] for results in files}
-    if len(models) > 1:
-        raise ValueError(f"results of training_memory need one model for one picture, got {', '.join(sorted(models))}")
+    settings = files[0]["settings"]
     names = list(dict.fromkeys(row["row"] for results in files for row in results["rows"]))
     for name, color, marker in zip(names, _cycle(_COLORS, names), _cycle(_MARKERS, names), strict=True):
-        points = sorted(
-            (results["settings"]["batch_size"], row["peak_mb"] * results["settings"]["batch_size"] / 1e3)
+        points = {  # by the batch: of two files with the same one, the last counts
+            results["settings"]["batch_size"]: row["peak_mb"] * results["settings"]["batch_size"] / 1e3
             for results in files
             for row in results["rows"]
             if row["row"] == name and row["peak_mb"] is not None
-        )
-        axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=name)
+        }
+        batches = sorted(points)
+        axes.plot(batches, [points[batch] for batch in batches], color=color, marker=marker, label=name)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("images in a batch")
     axes.set_ylabel("peak of a training step, GB")
-    axes.legend(frameon=False, title=f"{models.pop()}, {files[0]['settings']['image_size']} px")
+    axes.legend(frameon=False, title=f"{settings['model']}, {settings['image_size']} px")
     axes.set_title("Training memory against the batch")
     notes = "built-in, none: plain PyTorch; activations, expansions: settings of rebuild; checkpointing: every block."
     return _finish(figure, files, notes)
@@ -211,18 +210,19 @@ def draw(paths: Sequence[Path]) -> dict[str, Figure]:
     """
     single = {"paper_tables": draw_paper_tables, "ablation": draw_ablation, "resolution": draw_resolution}
     figures: dict[str, Figure] = {}
-    memory = []
+    memory: dict[tuple[Any, ...], list[tuple[Path, dict[str, Any]]]] = {}
     for path in paths:
         results = load_results(path)
         script = script_of(results)
         if script == "training_memory":
-            memory.append((path, results))
+            settings = results["settings"]
+            memory.setdefault((settings["model"], settings["image_size"], settings["amp"]), []).append((path, results))
         elif script in single:
             figures[path.stem] = single[script](results)
         else:
             raise ValueError(f"{path}: pictures are for {', '.join([*single, 'training_memory'])}, got {script}")
-    if memory:
-        figures[memory[0][0].stem] = draw_training_memory([results for _, results in memory])
+    for files in memory.values():
+        figures[files[0][0].stem] = draw_training_memory([results for _, results in files])
     return figures
 
 

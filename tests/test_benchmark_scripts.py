@@ -213,6 +213,21 @@ def test_pictures_are_drawn_from_committed_results(script, tmp_path, capsys):
 
 
 @needs_matplotlib
+def test_training_memory_has_a_picture_for_each_model(tmp_path):
+    files = []
+    for model, batch_size in (("tresnet_m", 8), ("tresnet_l", 8), ("tresnet_m", 16)):
+        results = json.loads(find_results("training_memory")[0].read_text())
+        results["settings"] |= {"model": model, "batch_size": batch_size}
+        files.append(tmp_path / f"{model}_{batch_size}.json")
+        files[-1].write_text(json.dumps(results))
+    figures = importlib.import_module("plots").draw(files)
+    assert list(figures) == ["tresnet_m_8", "tresnet_l_8"]
+    line = figures["tresnet_m_8"].axes[0].lines[0]
+    assert list(line.get_xdata()) == [8, 16]
+    assert line.get_ydata()[1] == pytest.approx(2 * line.get_ydata()[0])
+
+
+@needs_matplotlib
 def test_pictures_need_complete_rounds(tmp_path):
     results = json.loads(find_results("resolution")[0].read_text())
     results["rows"][0]["train_images_per_s"] = []
