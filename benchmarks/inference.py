@@ -5,8 +5,8 @@
 - speed: images a second, in rounds over all rows, each also as a ratio to the built-in in its best eager layout,
   channels-last, in the same round; median (min-max).
 - share: of what a lone 3x3 convolution reaches on this machine in the same precision, in PyTorch, for int8 in ONNX
-  Runtime, the best of a few shapes that occur in the network, measured in the same rounds. A network
-  that only convolved at that rate would have a share of 1.
+  Runtime, the best of a few shapes that occur in the network, measured in the same rounds. A network that only
+  convolved at that rate would have a share of 1.
 
 Weights are random: speed does not depend on them. Rows whose packages are not installed are left out and named. On CUDA
 (`--device cuda`), rows run in `--dtype`, and the engines outside PyTorch are left out; that path has not been run on a
@@ -32,11 +32,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from training_memory import BUILTIN, MODELS, make_builtin
 
 from timm_tresnet import ExportedModel, export_model, fold_batch_norms, optimize_for_inference
-from timm_tresnet.benchmark import describe_machine, format_machine, format_spread, write_new
+from timm_tresnet.benchmark import count_flops, describe_machine, format_machine, format_spread, write_new
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONVOLUTIONS = ((64, 56), (128, 28), (256, 14))  # channels and side of 3x3 convolutions at 224 px, for the peak
@@ -173,13 +172,6 @@ def make_int8_peak(channels: int, side: int, batch: int) -> tuple[Run, float]:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     x = generator.integers(0, 256, shape, dtype=np.uint8)
     return lambda images: session.run(None, {"x": x}), 2.0 * x.size * channels * 9
-
-
-def count_flops(network: nn.Module, image_size: int) -> int:
-    """Floating-point operations for one image; a multiply-add is two."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.to("meta")(torch.empty(1, 3, image_size, image_size, device="meta"))
-    return counter.get_total_flops()
 
 
 def measure_seconds(runs: dict[str, Run], images: Tensor, rounds: int) -> dict[str, list[float]]:

@@ -43,8 +43,8 @@ DEFAULT = [name for name in PUBLISHED if name != "test_tresnet"]
 
 def annotate(row: dict[str, Any]) -> dict[str, Any]:
     """The published accuracy of a row, if it was measured at the size that is measured here."""
-    image_size, top1, source = PUBLISHED[row["row"]]
-    if row["image_size"] != (image_size or 224):
+    size, top1, source = PUBLISHED[row["row"]]
+    if row["image_size"] != (size or 224):
         top1 = source = None
     return {"top1": top1, "top1_source": source}
 

@@ -175,12 +175,6 @@ def test_mistakes_are_named(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_image_sizes_that_the_stem_cannot_take_are_refused(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["benchmark", "--image-size", "70"])
-    assert "needs a multiple of 4 from 32 on, got 70" in capsys.readouterr().err
-
-
 def test_progress_is_drawn_on_request_only(capsys):
     for visible in (True, False):
         progress = benchmark.Progress(2, visible)

@@ -28,11 +28,6 @@ def run(script, folder, *words):
     return importlib.import_module("schema").load_results(path)
 
 
-@pytest.fixture(scope="module")
-def results_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("results")
-
-
 def test_paper_tables_name_the_source_of_each_accuracy(tmp_path):
     words = ["--models", "test_tresnet", "built-in:tresnet_m", "--image-size", "64", *QUICK]
     rows = {row["row"]: row for row in run("paper_tables", tmp_path, *words)["rows"]}

@@ -108,12 +108,19 @@ def measure_kept(network: nn.Module, images: Tensor, labels: Tensor, amp: str | 
     return sum(event.self_cpu_memory_usage for event in profile.events())
 
 
+def count_flops(network: nn.Module, image_size: int) -> int:
+    """Floating-point operations for one image; a multiply-add is two. Moves the network to the meta device."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.to("meta")(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return counter.get_total_flops()
+
+
 def measure_size(network: nn.Module, image_size: int) -> dict[str, float]:
     """Millions of parameters, and for one image billions of multiply-adds and millions of activations.
 
     Activations are what convolutions and linear layers put out, as in timm's tables.
     """
-    network = copy.deepcopy(network).to("meta").eval()
+    network = copy.deepcopy(network).eval()
     activations = 0
 
     def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -123,11 +130,10 @@ def measure_size(network: nn.Module, image_size: int) -> dict[str, float]:
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(count)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.empty(1, 3, image_size, image_size, device="meta"))
+    flops = count_flops(network, image_size)
     return {
         "params_m": sum(parameter.numel() for parameter in network.parameters()) / 1e6,
-        "gmacs": counter.get_total_flops() / 2e9,
+        "gmacs": flops / 2e9,
         "activations_m": activations / 1e6,
     }
 
