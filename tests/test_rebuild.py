@@ -263,6 +263,33 @@ def test_gradients_of_the_blur_are_those_of_its_output():
         assert torch.autograd.gradcheck(lambda x, k=kernel, s=stride, d=dilation: _BlurPool.apply(x, k, s, d), x)
 
 
+@pytest.fixture
+def deterministic_algorithms():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic_algorithms")
+def test_seeded_training_with_deterministic_algorithms_gives_identical_weights():
+    def train(setting):
+        model = make_model(setting, drop_path_rate=0.3, drop_rate=0.2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+        generator = torch.Generator().manual_seed(3)
+        torch.manual_seed(4)
+        for _ in range(3):
+            x, labels = torch.randn(4, 3, 64, 64, generator=generator), torch.randint(10, (4,), generator=generator)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), labels).backward()
+            optimizer.step()
+        return model.state_dict()
+
+    first, *others = [train(setting) for setting in ["none", "none", *REBUILDING, "activations"]]
+    assert not torch.equal(first["head.fc.weight"], make_model().state_dict()["head.fc.weight"])
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=0, atol=0)
+
+
 # ---- cases that are easily forgotten
 
 
