@@ -7,6 +7,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import timm
+import torch
 from PIL import Image
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -137,6 +139,30 @@ def test_missing_scripts_are_explained(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         importlib.import_module("ablation_accuracy").main(["--data", "."])
     assert "--scripts needs a folder with timm's train.py" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
+    reason="packages of the extra export are not installed",
+)
+def test_int8_accuracy_counts_every_test_image(photos, tmp_path, capsys):
+    model = timm.create_model("test_tresnet", pretrained=True).eval()
+    names = model.pretrained_cfg["label_names"]
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    right = 0
+    for index, name in enumerate(names):
+        for split in ("train", "test"):
+            (photos / split / f"class{index}").rename(photos / split / name)
+        images = [transform(Image.open(path)) for path in (photos / "test" / name).iterdir()]
+        right += int((model(torch.stack(images)).argmax(-1) == index).sum())
+    rows = run("int8_accuracy", tmp_path, "--data", str(photos), "--engines", "onnx")["rows"]
+    assert [row["row"] for row in rows] == ["float32", "onnx, int8"]
+    assert rows[0] == {"row": "float32", "top1": 100 * right / 40, "agreement": 100, "images": 40}
+    assert rows[1]["calibration_images"] == 150  # the other half is held out
+    assert rows[1]["agreement"] > 80  # of plain colours, which are hard to tell apart
+    (photos / "test" / "cat").rename(photos / "test" / "tiger")
+    assert importlib.import_module("int8_accuracy").main(["--data", str(photos)]) == 1
+    assert "has them for airplane, automobile, bird, deer, dog, frog, horse, ship, tiger" in capsys.readouterr().err
 
 
 # ---- files of results, and pictures of them
