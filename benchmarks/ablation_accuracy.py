@@ -9,7 +9,6 @@ files, train/CLASS/ and test/CLASS/. The first `--images-per-class` training ima
 
 import argparse
 import csv
-import datetime
 import json
 import os
 import shlex
@@ -23,7 +22,8 @@ from typing import Any
 
 from ablation import VARIATIONS
 
-from timm_tresnet.benchmark import describe_machine, format_machine, write_new
+from timm_tresnet.benchmark import start_results, write_new
+from timm_tresnet.options import at_least, new_file
 
 # The others compute the same network.
 ACCURACY_VARIATIONS = {name: kwargs for name, kwargs in VARIATIONS.items() if "rebuild" not in kwargs}
@@ -111,21 +111,16 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="CIFAR-10 as image files")
     parser.add_argument("--rows", nargs="+", choices=list(ACCURACY_VARIATIONS), default=list(ACCURACY_VARIATIONS))
-    parser.add_argument("--images-per-class", type=int, default=1000)
+    parser.add_argument("--images-per-class", type=at_least(1), default=1000)
     parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=at_least(1), default=10)
     parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=at_least(1), default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the results, must not exist yet")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="file for the results, must not exist yet")
     settings = parser.parse_args(words)
     if settings.scripts is None or not (settings.scripts / "train.py").is_file():
         parser.error("--scripts needs a folder with timm's train.py, as a clone of its repository has")
-    if settings.json and settings.json.exists():
-        parser.error(f"{settings.json} exists already; results are never overwritten, name a new file")
-    for name in ("images_per_class", "epochs", "seeds"):
-        if getattr(settings, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} needs a number from 1 on, got {getattr(settings, name)}")
     return settings
 
 
@@ -133,15 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, print a table and write the results, also those that Ctrl-C leaves."""
     words = list(sys.argv[1:] if argv is None else argv)
     settings = _parse(words)
-    unrecorded = ("json", "data", "scripts", "rows")
-    results: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/ablation_accuracy.py", *words]),
-        "date": datetime.date.today().isoformat(),
-        **describe_machine(settings.device),
-        "settings": {name: value for name, value in vars(settings).items() if name not in unrecorded},
-        "rows": [],
-    }
-    print(format_machine(results), flush=True)
+    command = shlex.join(["python", "benchmarks/ablation_accuracy.py", *words])
+    results = start_results(command, settings.device, settings, unrecorded=("data", "scripts", "rows"))
     status = 0
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -14,7 +14,6 @@ GPU yet.
 """
 
 import argparse
-import datetime
 import importlib.util
 import json
 import shlex
@@ -23,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,8 @@ from torch import Tensor, nn
 from training_memory import BUILTIN, MODELS, make_builtin
 
 from timm_tresnet import ExportedModel, export_model, fold_batch_norms, optimize_for_inference
-from timm_tresnet.benchmark import count_flops, describe_machine, format_machine, format_spread, write_new
+from timm_tresnet.benchmark import count_flops, format_spread, start_results, write_new
+from timm_tresnet.options import at_least, new_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONVOLUTIONS = ((64, 56), (128, 28), (256, 14))  # channels and side of 3x3 convolutions at 224 px, for the peak
@@ -269,7 +268,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _batch(text: str) -> int | str:
-    return text if text == "largest" else int(text)
+    return text if text == "largest" else at_least(1)(text)
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
@@ -280,13 +279,11 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--batch-sizes", nargs="+", type=_batch, default=[8, 1], metavar="N", help='"largest" for a GPU (default: 8 1)'
     )
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=at_least(1), default=15)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="for CUDA (default: float16)")
-    parser.add_argument("--json", type=Path, help="file for the results, must not exist yet")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="file for the results, must not exist yet")
     settings = parser.parse_args(words)
-    if settings.json and settings.json.exists():
-        parser.error(f"{settings.json} exists already; results are never overwritten, name a new file")
     if settings.device == "cpu" and (settings.dtype or "largest" in settings.batch_sizes):
         parser.error("--dtype and the largest batch are for --device cuda; on the CPU each row has its precision")
     if settings.device == "cuda":
@@ -308,17 +305,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "openvino, bfloat16" in settings.rows and not _openvino_has_bfloat16():
         print("left out openvino, bfloat16: OpenVINO would compute in float32 on this CPU", file=sys.stderr)
         settings.rows.remove("openvino, bfloat16")
-    machine = describe_machine(settings.device)
+    command = shlex.join(["python", "benchmarks/inference.py", *words])
     engines = ("onnxruntime", "openvino", "nncf")
-    machine["versions"] |= {name: version(name) for name in engines if importlib.util.find_spec(name)}
-    results: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/inference.py", *words]),
-        "date": datetime.date.today().isoformat(),
-        **machine,
-        "settings": {name: value for name, value in vars(settings).items() if name not in ("json", "rows")},
-        "rows": [],
-    }
-    print(format_machine(results), flush=True)
+    results = start_results(command, settings.device, settings, unrecorded=["rows"], packages=engines)
     for batch in settings.batch_sizes:
         settings.batch = find_largest_batch(settings) if batch == "largest" else batch
         results["rows"] += measure(settings)

@@ -8,7 +8,6 @@ test images are then classified by it and by PyTorch in float32.
 """
 
 import argparse
-import datetime
 import json
 import shlex
 import sys
@@ -21,8 +20,9 @@ import timm
 import torch
 
 import timm_tresnet
-from timm_tresnet.benchmark import Progress, describe_machine, format_machine, write_new
+from timm_tresnet.benchmark import Progress, start_results, write_new
 from timm_tresnet.images import find_images, read_image
+from timm_tresnet.options import new_file
 
 ENGINES = {"onnx": "int8.onnx", "openvino": "int8.xml"}  # format and engine -> artifact
 BATCH_SIZE = 100
@@ -94,17 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Top-1 of test_tresnet in float32 and in int8, on CIFAR-10.")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="CIFAR-10 as image files")
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the results, must not exist yet")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="file for the results, must not exist yet")
     settings = parser.parse_args(words)
-    if settings.json and settings.json.exists():
-        parser.error(f"{settings.json} exists already; results are never overwritten, name a new file")
-    results: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/int8_accuracy.py", *words]),
-        "date": datetime.date.today().isoformat(),
-        **describe_machine("cpu"),
-        "settings": {"engines": settings.engines},
-    }
-    print(format_machine(results), flush=True)
+    command = shlex.join(["python", "benchmarks/int8_accuracy.py", *words])
+    packages = ("onnxruntime", "openvino", "nncf")
+    results = start_results(command, "cpu", settings, unrecorded=["data"], packages=packages)
     try:
         results["rows"] = measure(settings)
     except (OSError, ValueError, RuntimeError, ModuleNotFoundError) as error:

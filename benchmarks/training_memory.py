@@ -16,7 +16,6 @@ for. That path has not been run on a GPU yet. float16 runs without loss scaling,
 """
 
 import argparse
-import datetime
 import functools
 import gc
 import json
@@ -38,15 +37,16 @@ from torch import Tensor, nn
 from timm_tresnet.benchmark import (
     BUILTIN_PREFIX,
     DTYPES,
+    check_options,
     compute_loss,
-    describe_machine,
     find_largest_batch,
-    format_machine,
     format_spread,
     make_network,
     measure_kept,
+    start_results,
     write_new,
 )
+from timm_tresnet.options import at_least, new_file
 
 MODELS = ("tresnet_m", "tresnet_l", "tresnet_xl", "tresnet_v2_l", "test_tresnet")
 BUILTIN = "built-in"
@@ -196,14 +196,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(measure_memory(settings.memory_of, settings)))
         return
 
-    unrecorded = ("json", "memory_of", "rows")
-    results = {
-        "command": shlex.join(["python", "benchmarks/training_memory.py", *words]),
-        "date": datetime.date.today().isoformat(),
-        **describe_machine(settings.device),
-        "settings": {name: value for name, value in vars(settings).items() if name not in unrecorded},
-    }
-    print(format_machine(results), flush=True)
+    command = shlex.join(["python", "benchmarks/training_memory.py", *words])
+    results = start_results(command, settings.device, settings, unrecorded=("memory_of", "rows"))
     if settings.device == "cpu" and not _CLEAR_REFS.exists():
         print(f"the peak needs {_CLEAR_REFS} of Linux, which is not here: its column stays empty", file=sys.stderr)
     memory = {row: _measure_memory_in_process(row, words) for row in settings.rows}
@@ -223,31 +217,25 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", choices=every_row, default=list(ROWS), help=f"default: {', '.join(ROWS)}")
     parser.add_argument("--compile", action="store_true", help="add the compiled rows, which take minutes each")
     parser.add_argument("--image-size", type=int, default=224, help="side of the images, in pixels")
-    parser.add_argument("--batch-size", type=int, default=32, help="for kept and peak")
-    parser.add_argument("--time-batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7, help="for the times; 0 to leave them out")
+    parser.add_argument("--batch-size", type=at_least(1), default=32, help="for kept and peak")
+    parser.add_argument("--time-batch-size", type=at_least(1), default=8)
+    parser.add_argument("--rounds", type=at_least(0), default=7, help="for the times; 0 to leave them out")
     parser.add_argument("--amp", choices=list(DTYPES), help="autocast to this dtype; float16 on CUDA only")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--max-batch", type=int, help="CUDA: where to end the search for the largest batch; 0: none")
-    parser.add_argument("--json", type=Path, help="file for the results, must not exist yet")
+    parser.add_argument(
+        "--max-batch", type=at_least(0), help="CUDA: where to end the search for the largest batch; 0: none"
+    )
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="file for the results, must not exist yet")
     parser.add_argument("--memory-of", choices=every_row, help=argparse.SUPPRESS)  # what the process of a row is told
     settings = parser.parse_args(words)
 
-    if settings.json and settings.json.exists():
-        parser.error(f"{settings.json} exists already; results are never overwritten, name a new file")
     if settings.image_size < 64 or settings.image_size % 4:
         parser.error(f"--image-size needs a multiple of 4 from 64 on, got {settings.image_size}")
-    for name, least in {"batch_size": 1, "time_batch_size": 1, "rounds": 0, "max_batch": 0}.items():
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')} needs a number from {least} on, got {value}")
-    if settings.device == "cuda":
-        if not torch.cuda.is_available():
-            parser.error("--device cuda needs a GPU, and PyTorch finds none; leave it out to measure on the CPU")
-        settings.max_batch = 2048 if settings.max_batch is None else settings.max_batch
-    elif settings.amp == "float16" or settings.max_batch is not None:
-        parser.error("--amp float16 and --max-batch need --device cuda")
+    try:
+        check_options(settings)
+    except ValueError as error:
+        parser.error(str(error))
     settings.rows = list(dict.fromkeys([*settings.rows, *(COMPILED_ROWS if settings.compile else ())]))
     return settings
 

@@ -3,7 +3,7 @@ import argparse
 import pytest
 
 from timm_tresnet import cli
-from timm_tresnet.options import add_options, image_size
+from timm_tresnet.options import add_options, at_least, image_size, new_file
 
 
 def test_image_sizes_that_the_stem_cannot_take_are_refused(capsys):
@@ -16,6 +16,22 @@ def test_image_sizes_are_numbers_of_pixels():
     assert image_size("32") == 32
     with pytest.raises(argparse.ArgumentTypeError, match="got 28"):
         image_size("28")
+
+
+def test_numbers_below_the_least_are_refused():
+    assert at_least(1)("1") == 1
+    assert at_least(0, float)("0.5") == 0.5
+    for kind, text in ((int, "0"), (float, "nan")):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"needs a number from 1 on, got {text}"):
+            at_least(1, kind)(text)
+
+
+def test_files_of_results_are_new(tmp_path):
+    path = tmp_path / "results.json"
+    assert new_file(str(path)) == path
+    path.touch()
+    with pytest.raises(argparse.ArgumentTypeError, match="never overwritten"):
+        new_file(str(path))
 
 
 def test_options_stand_at_a_measurement_on_the_cpu_that_writes_nothing():

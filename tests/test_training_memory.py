@@ -149,7 +149,7 @@ def test_an_existing_file_is_not_overwritten(training_memory, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch-size", "0"], "--batch-size needs a number from 1 on, got 0"),
+        (["--batch-size", "0"], "--batch-size: needs a number from 1 on, got 0"),
         (["--image-size", "70"], "--image-size needs a multiple of 4 from 64 on, got 70"),
         (["--rows", "all"], "invalid choice: 'all'"),
         (["--amp", "float16"], "need --device cuda"),

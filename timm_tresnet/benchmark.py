@@ -10,6 +10,7 @@ import datetime
 import functools
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -351,6 +352,33 @@ def describe_machine(device: str) -> dict[str, dict[str, Any]]:
     }
 
 
+def start_results(
+    command: str,
+    device: str,
+    settings: argparse.Namespace,
+    unrecorded: Sequence[str] = (),
+    packages: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Results without rows: what makes them, when and on what; printed too.
+
+    Args:
+        command: that makes these results.
+        device: as for `describe_machine`.
+        settings: every option.
+        unrecorded: options that are left out beside `json`, such as folders of the machine.
+        packages: whose versions are recorded too, where they are installed.
+    """
+    machine = describe_machine(device)
+    machine["versions"] |= {
+        name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)
+    }
+    recorded = {name: value for name, value in vars(settings).items() if name not in ("json", *unrecorded)}
+    today = datetime.date.today().isoformat()
+    results = {"command": command, "date": today, **machine, "settings": recorded, "rows": []}
+    print(format_machine(results), flush=True)
+    return results
+
+
 def format_machine(results: dict[str, Any]) -> str:
     """The command, and where it ran."""
     machine = ", ".join(f"{name} {value}" for name, value in {**results["hardware"], **results["versions"]}.items())
@@ -397,17 +425,11 @@ def write_new(path: Path, text: str) -> None:
 
 
 def check_options(settings: argparse.Namespace) -> None:
-    """Check what `add_options` added.
+    """Check --device, --amp and --max-batch against each other and the machine, and set the last one's default.
 
     Raises:
-        ValueError: if the options contradict each other or the machine; says what to do.
+        ValueError: if they contradict; says what to do.
     """
-    if settings.json and settings.json.exists():
-        raise ValueError(f"{settings.json} exists already; results are never overwritten, name a new file")
-    for name, least in {"batch_size": 1, "rounds": 1, "max_batch": 0, "memory_gb": 0}.items():
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} needs a number from {least} on, got {value}")
     if settings.device == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("--device cuda needs a GPU, and PyTorch finds none; leave it out to measure on the CPU")
@@ -445,13 +467,7 @@ def run_comparison(
         Exit status: 0, or 130 after Ctrl-C.
     """
     torch.manual_seed(0)
-    results: dict[str, Any] = {
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        **describe_machine(settings.device),
-        "settings": {name: value for name, value in vars(settings).items() if name != "json"},
-    }
-    print(format_machine(results), flush=True)
+    results = start_results(command, settings.device, settings)
     rows, complete = compare(candidates, settings)
     results["rows"] = [{**row, **annotate(row)} for row in rows]
     print(format_table(results["rows"]))

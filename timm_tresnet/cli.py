@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_tresnet.images import SAMPLES, find_images, is_multi_label, label_lookup, read_image
-from timm_tresnet.options import add_options, image_size
+from timm_tresnet.options import add_options, at_least, image_size
 
 _EMBEDDED = "test_tresnet"
 _BATCH_SIZE = 32
@@ -44,13 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"needs at least 1, got {value}")
-    return value
-
-
 def _probability(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
@@ -59,7 +52,7 @@ def _probability(text: str) -> float:
 
 
 def _batch(text: str) -> int | None:
-    return None if text == "dynamic" else _positive(text)
+    return None if text == "dynamic" else at_least(1)(text)
 
 
 def _fail(message: str) -> int:
@@ -90,7 +83,7 @@ def _add_classify(commands: Any) -> None:
         metavar=("ENGINE", "ARTIFACT"),
         help="run a file that `timm-tresnet export` wrote, in the engine torch, onnx or openvino, instead of a model",
     )
-    classify.add_argument("--top-k", default=3, type=_positive, metavar="K", help="how many classes (default: 3)")
+    classify.add_argument("--top-k", default=3, type=at_least(1), metavar="K", help="how many classes (default: 3)")
     classify.add_argument(
         "--threshold",
         default=0.5,
@@ -282,7 +275,7 @@ def _add_export(commands: Any) -> None:
         "--batch", type=_batch, default="dynamic", metavar="N", help="images in a batch (default: %(default)s)"
     )
     export.add_argument(
-        "--size", type=_positive, nargs=2, metavar=("H", "W"), help="size of the images, in pixels (default: dynamic)"
+        "--size", type=at_least(1), nargs=2, metavar=("H", "W"), help="size of the images, in pixels (default: dynamic)"
     )
     export.set_defaults(run=_export)
 

@@ -1,7 +1,28 @@
 """Command-line options of `timm_tresnet.benchmark`, apart from it so that parsing them need not import torch."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+
+
+def new_file(text: str) -> Path:
+    """A file for results from an argument: for `add_argument(type=...)`."""
+    path = Path(text)
+    if path.exists():
+        raise argparse.ArgumentTypeError(f"{path} exists already; results are never overwritten, name a new file")
+    return path
+
+
+def at_least(least: int, kind: type = int) -> Callable[[str], float]:
+    """What makes a number from an argument, for `add_argument(type=...)`, and refuses smaller ones."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not value >= least:  # nan neither
+            raise argparse.ArgumentTypeError(f"needs a number from {least} on, got {value}")
+        return value
+
+    return number
 
 
 def image_size(text: str) -> int:
@@ -14,12 +35,16 @@ def image_size(text: str) -> int:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that every comparison of `timm_tresnet.benchmark` has."""
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--memory-gb", type=float, default=16, metavar="GB", help="CPU: limit for the largest batch")
+    parser.add_argument("--batch-size", type=at_least(1), default=8)
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="default: %(default)s")
+    parser.add_argument(
+        "--memory-gb", type=at_least(0, float), default=16, metavar="GB", help="CPU: limit for the largest batch"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--max-batch", type=int, help="CUDA: where to end the search for the largest batch; 0: none")
+    parser.add_argument(
+        "--max-batch", type=at_least(0), help="CUDA: where to end the search for the largest batch; 0: none"
+    )
     parser.add_argument("--amp", choices=["bfloat16", "float16"], help="autocast to this dtype; float16 on CUDA only")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true", help="run every network under torch.compile")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the results, must not exist yet")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="file for the results, must not exist yet")
