@@ -8,6 +8,8 @@
   Runtime, the best of a few shapes that occur in the network, measured in the same rounds. A network that only
   convolved at that rate would have a share of 1.
 
+`--profile` prints instead where PyTorch's profiler finds the time of the rows that run in PyTorch.
+
 Weights are random: speed does not depend on them. Rows whose packages are not installed are left out and named. On CUDA
 (`--device cuda`), rows run in `--dtype`, and the engines outside PyTorch are left out; that path has not been run on a
 GPU yet.
@@ -237,6 +239,27 @@ def measure(settings: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def profile(row: str, settings: argparse.Namespace, runs: int = 10) -> str:
+    """Milliseconds of a run of a row, and the operations that take the most of them, as a Markdown table."""
+    run = make_row(row, settings)
+    images = torch.rand(settings.batch, 3, settings.image_size, settings.image_size, device=settings.device)
+    with torch.inference_mode():
+        for _ in range(3):
+            run(images)
+        with torch.profiler.profile() as profiler:
+            for _ in range(runs):
+                run(images)
+            if images.is_cuda:
+                torch.cuda.synchronize()
+    own = "self_device_time_total" if images.is_cuda else "self_cpu_time_total"
+    times = {event.key: getattr(event, own) / 1e3 / runs for event in profiler.key_averages()}  # us to ms
+    total = sum(times.values())
+    lines = [f"| {row}, batch {settings.batch} | ms of {total:.1f} | share |", "|---|---|---|"]
+    for key, time_ms in sorted(times.items(), key=lambda item: -item[1])[:8]:
+        lines.append(f"| {key} | {time_ms:.2f} | {time_ms / total:.1%} |")
+    return "\n".join(lines)
+
+
 def find_largest_batch(settings: argparse.Namespace) -> int:
     """Largest power of two whose images every row can take, on a GPU."""
     batch = 1
@@ -280,10 +303,13 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         "--batch-sizes", nargs="+", type=_batch, default=[8, 1], metavar="N", help='"largest" for a GPU (default: 8 1)'
     )
     parser.add_argument("--rounds", type=at_least(1), default=15)
+    parser.add_argument("--profile", action="store_true", help="print where the time goes, measure nothing else")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="for CUDA (default: float16)")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="file for the results, must not exist yet")
     settings = parser.parse_args(words)
+    if settings.profile and settings.json:
+        parser.error("--profile prints a table and has nothing for --json")
     if settings.device == "cpu" and (settings.dtype or "largest" in settings.batch_sizes):
         parser.error("--dtype and the largest batch are for --device cuda; on the CPU each row has its precision")
     if settings.device == "cuda":
@@ -310,8 +336,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = start_results(command, settings.device, settings, unrecorded=["rows"], packages=engines)
     for batch in settings.batch_sizes:
         settings.batch = find_largest_batch(settings) if batch == "largest" else batch
+        if settings.profile:
+            print(*(profile(row, settings) for row in settings.rows if ROWS[row][1] in _IN_PYTORCH), sep="\n\n")
+            continue
         results["rows"] += measure(settings)
         torch.compiler.reset()
+    if settings.profile:
+        return
     print(format_table(results["rows"]))
     if settings.json:
         write_new(settings.json, json.dumps(results, indent=2) + "\n")

@@ -88,3 +88,19 @@ def test_results_are_never_overwritten(inference, tmp_path, capsys):
         inference.main(["--json", str(results)])
     assert "never overwritten" in capsys.readouterr().err
     assert results.read_text() == "precious"
+
+
+def test_profile_adds_up_to_a_run(inference, capsys):
+    arguments = ["--model", "test_tresnet", "--image-size", "64", "--batch-sizes", "2", "--rows", "folded", "onnx"]
+    inference.main([*arguments, "--profile"])
+    heading, _, first, *others = [
+        line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")
+    ]
+    assert heading[1].strip() == "folded, batch 2"
+    times = [float(line[2]) for line in (first, *others)]
+    assert times == sorted(times, reverse=True)
+    assert len(times) == 8
+    assert sum(times) <= float(heading[2].split()[-1]) + 0.1
+    with pytest.raises(SystemExit, match="2"):
+        inference.main([*arguments, "--profile", "--json", "results.json"])
+    assert "nothing for --json" in capsys.readouterr().err
