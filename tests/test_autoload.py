@@ -1,7 +1,6 @@
-import os
-import sys
 
 import pytest
+from conftest import STRICTLY
 
 OURS, BUILTIN = "timm_tresnet.tresnet", "timm.models.tresnet"
 WHO_BUILDS = "import timm; print(type(timm.create_model('tresnet_m', device='meta')).__module__)"
@@ -43,7 +42,7 @@ WHO_BUILDS = "import timm; print(type(timm.create_model('tresnet_m', device='met
     ],
 )
 def test_timm_builds_ours_whatever_was_imported_first(run_python, code):
-    process = run_python("-W", "error", "-c", code)
+    process = run_python(*STRICTLY, "-c", code)
     assert set(process.stdout.split()) == {OURS}
     assert process.stderr == ""
 
@@ -75,7 +74,7 @@ import torch
 import timm
 print(len(timm.list_models("tresnet*", pretrained=True)))
 """
-    process = run_python("-W", "error", "-c", code)
+    process = run_python(*STRICTLY, "-c", code)
     assert process.stdout.split() == [BUILTIN, "10"]
     assert process.stderr.count("timm keeps its own") == 1
     assert "sabotage" in process.stderr
@@ -123,4 +122,4 @@ def test_package_lists_its_public_names():
     assert timm_tresnet.__version__
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         timm_tresnet.nonsense  # noqa: B018
-    assert os.path.dirname(timm_tresnet.__file__) in sys.modules["timm_tresnet.tresnet"].__file__
+    assert all(getattr(timm_tresnet, name).__module__.startswith("timm_tresnet.") for name in timm_tresnet.__all__)

@@ -19,6 +19,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import STRICTLY
 
 from timm_tresnet import autoload
 
@@ -105,7 +106,7 @@ class Environment:
         env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TIMM_", "TORCH_"))}
         env |= {"OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
         process = subprocess.run(
-            [self.python, "-W", "error", *map(str, arguments)],
+            [self.python, *STRICTLY, *map(str, arguments)],
             env=env,
             cwd=self.site.parent,
             capture_output=True,
