@@ -94,6 +94,8 @@ def saved_bytes(model, x):
             if name.startswith("_raw_saved_"):
                 raw = getattr(node, name)
                 for each in raw if isinstance(raw, tuple | list) else [raw]:
+                    if not hasattr(type(each), "data"):
+                        pytest.skip("this PyTorch does not show what hooks have kept")
                     try:
                         visit(each.data)
                     except RuntimeError:  # saved outside of a tape
