@@ -3,7 +3,7 @@
     python tests/versions.py oldest
     python tests/versions.py newest
     python tests/versions.py timm==1.0.30 -- tests/test_tresnet.py
-    python tests/versions.py /path/to/pytorch-image-models
+    python tests/versions.py pytorch-image-models/  # the folder of a clone
 
 Makes a virtual environment with this project and what is asked for, and runs pytest in it, with what is behind "--"; by
 default the tests named in TESTS. Warnings of old releases about their own code are no errors here. The rest of pip's

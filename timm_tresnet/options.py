@@ -1,4 +1,4 @@
-"""Command-line options of `timm_tresnet.benchmark`, apart from it so that parsing them need not import torch."""
+"""Command-line options of benchmarks and types of arguments, in a module whose import does not need torch."""
 
 import argparse
 from collections.abc import Callable
