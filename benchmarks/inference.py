@@ -261,9 +261,9 @@ def profile(row: str, settings: argparse.Namespace, runs: int = 10) -> str:
 
 
 def find_largest_batch(settings: argparse.Namespace) -> int:
-    """Largest power of two whose images every row can take, on a GPU."""
+    """Largest power of two, up to 4096, whose images every row can take, on a GPU."""
     batch = 1
-    while True:
+    while batch < 4096:  # PyTorch counts a tensor's elements in 32 bits in places
         try:
             for row in settings.rows:
                 if ROWS[row][1] != "compiled":  # compiling for each size would take hours
@@ -274,6 +274,7 @@ def find_largest_batch(settings: argparse.Namespace) -> int:
             torch.cuda.empty_cache()
             return batch
         batch *= 2
+    return batch
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -41,6 +41,7 @@ from timm_tresnet.benchmark import (
     compute_loss,
     find_largest_batch,
     format_spread,
+    make_batch,
     make_network,
     measure_kept,
     start_results,
@@ -110,18 +111,16 @@ COMPILED_ROWS: dict[str, Callable[[str], nn.Module]] = {
 
 def make_row(row: str, settings: argparse.Namespace) -> nn.Module:
     """The network of a row, in training mode, on the device and in the memory format of the settings."""
-    memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
     network = {**ROWS, **CONVERTED_ROWS, **COMPILED_ROWS}[row](settings.model)
-    return network.to(settings.device, memory_format=memory_format).train()
+    return network.to(settings.device, memory_format=_memory_format(settings)).train()
 
 
-def make_batch(size: int, settings: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Seeded images (N, 3, H, W) and labels (N,)."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(size, 3, settings.image_size, settings.image_size, generator=generator)
-    labels = torch.randint(0, 1000, (size,), generator=generator)
-    memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
-    return images.to(settings.device, memory_format=memory_format), labels.to(settings.device)
+def _memory_format(settings: argparse.Namespace) -> torch.memory_format:
+    return torch.channels_last if settings.channels_last else torch.contiguous_format
+
+
+def _make_batch(size: int, settings: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    return make_batch(size, settings.image_size, settings.device, _memory_format(settings))
 
 
 def measure_peak(network: nn.Module, images: Tensor, labels: Tensor, amp: str | None = None) -> int | None:
@@ -148,7 +147,7 @@ def _read_status(field: str) -> int:
 def measure_memory(row: str, settings: argparse.Namespace) -> dict[str, int | None]:
     """Bytes kept and peak of a row, on CUDA its largest batch too; for a process of its own."""
     network = make_row(row, settings)
-    images, labels = make_batch(settings.batch_size, settings)
+    images, labels = _make_batch(settings.batch_size, settings)
     # For gradients, kernels and compiled code to be there; of the same size, which compiled code is made for.
     compute_loss(network, images, labels, settings.amp).backward()
     memory = {"peak": measure_peak(network, images, labels, settings.amp)}
@@ -158,15 +157,15 @@ def measure_memory(row: str, settings: argparse.Namespace) -> dict[str, int | No
 
         def step(size: int) -> None:
             network.zero_grad()
-            compute_loss(network, *make_batch(size, settings), settings.amp).backward()
+            compute_loss(network, *_make_batch(size, settings), settings.amp).backward()
 
-        memory["largest_batch"] = find_largest_batch(step, settings.max_batch)
+        memory["largest_batch"] = find_largest_batch(step, settings.max_batch, settings.memory_gb)
     return memory
 
 
 def measure_times(rows: Sequence[str], settings: argparse.Namespace) -> dict[str, list[float]]:
     """Milliseconds of a training step, for each row and round; the rows take turns."""
-    images, labels = make_batch(settings.time_batch_size, settings)
+    images, labels = _make_batch(settings.time_batch_size, settings)
     networks = {row: make_row(row, settings) for row in rows}
     step_ms: dict[str, list[float]] = {row: [] for row in rows}
     for turn in range(settings.rounds + 1):
@@ -225,6 +224,9 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--max-batch", type=at_least(0), help="CUDA: where to end the search for the largest batch; 0: none"
+    )
+    parser.add_argument(
+        "--memory-gb", type=at_least(0, float), metavar="GB", help="CUDA: limit for it (default: what the GPU has)"
     )
     parser.add_argument("--json", type=new_file, metavar="FILE", help="file for the results, must not exist yet")
     parser.add_argument("--memory-of", choices=every_row, help=argparse.SUPPRESS)  # what the process of a row is told

@@ -35,6 +35,8 @@ from timm_tresnet.tresnet import ARCHITECTURES  # the built-in takes the same la
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 BUILTIN_PREFIX = "built-in:"
 _CLASSES = 1000
+_DEFAULT_GB = 16.0
+_DEFAULT_MAX_BATCH = 8192
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would log when it starts and stops; read at its first use
 
@@ -77,6 +79,16 @@ def make_network(name: str, **kwargs: Any) -> nn.Module:
 
 
 # ---- what is measured
+
+
+def make_batch(
+    size: int, image_size: int, device: str, memory_format: torch.memory_format = torch.contiguous_format
+) -> tuple[Tensor, Tensor]:
+    """Seeded images (N, 3, H, W) and labels (N,), made where they are used."""
+    generator = torch.Generator(device).manual_seed(0)
+    images = torch.randn(size, 3, image_size, image_size, generator=generator, device=device)
+    labels = torch.randint(0, _CLASSES, (size,), generator=generator, device=device)
+    return images.contiguous(memory_format=memory_format), labels
 
 
 def compute_loss(network: nn.Module, images: Tensor, labels: Tensor, amp: str | None = None) -> Tensor:
@@ -139,18 +151,32 @@ def measure_size(network: nn.Module, image_size: int) -> dict[str, float]:
     }
 
 
-def find_largest_batch(step: Callable[[int], object], max_batch: int) -> int:
-    """The largest batch, up to max_batch, with which `step(batch)` does not run out of a GPU's memory; by bisection."""
+def find_largest_batch(step: Callable[[int], object], max_batch: int, memory_gb: float | None = None) -> int:
+    """The largest batch with which `step(batch)` does not run out of a GPU's memory; by bisection.
+
+    cuDNN does not try several algorithms meanwhile, which would take minutes for each size.
+
+    Args:
+        step: runs with a batch of that size.
+        max_batch: where to end.
+        memory_gb: what PyTorch may allocate, in gigabytes (1e9 bytes); None for what the GPU has.
+    """
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(1.0 if memory_gb is None else min(1.0, memory_gb * 1e9 / total))
     fits, fails = 0, max_batch + 1
-    while fails - fits > 1:
-        size = (fits + fails) // 2
-        gc.collect()
-        torch.cuda.empty_cache()
-        try:
-            step(size)
-            fits = size
-        except torch.cuda.OutOfMemoryError:
-            fails = size
+    try:
+        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, benchmark=False):
+            while fails - fits > 1:
+                size = (fits + fails) // 2
+                gc.collect()
+                torch.cuda.empty_cache()
+                try:
+                    step(size)
+                    fits = size
+                except torch.cuda.OutOfMemoryError:
+                    fails = size
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
     return fits
 
 
@@ -185,10 +211,7 @@ class _Bench:
         return self.networks[candidate.name]
 
     def batch(self, size: int, image_size: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(size, 3, image_size, image_size, generator=generator)
-        labels = torch.randint(0, _CLASSES, (size,), generator=generator)
-        return images.to(self.settings.device, memory_format=self.memory_format), labels.to(self.settings.device)
+        return make_batch(size, image_size, self.settings.device, self.memory_format)
 
     def train(self, candidate: Candidate, size: int) -> float:
         """Seconds of a training step: forward, backward, SGD with momentum."""
@@ -226,12 +249,15 @@ class _Bench:
         optimizer.zero_grad()
         kept_mb = measure_kept(running, *self.batch(size, candidate.image_size), self.settings.amp) / size / 1e6
         if self.settings.max_batch and not self.settings.compile:  # else it would compile for every size tried
-            largest = find_largest_batch(functools.partial(self.train, candidate), self.settings.max_batch)
-            optimizer.zero_grad()
-            return {"kept_mb": kept_mb, "largest_batch": largest, "largest_batch_how": "measured"}
+            limit = self.settings.memory_gb
+            largest = find_largest_batch(functools.partial(self.train, candidate), self.settings.max_batch, limit)
+            self.networks.clear()  # each has the memory for itself
+            how = "measured" if limit is None else f"measured in {limit:g} GB"
+            return {"kept_mb": kept_mb, "largest_batch": largest, "largest_batch_how": how}
         params_m = sum(parameter.numel() for parameter in plain.parameters()) / 1e6
-        largest = compute_largest_batch(params_m, kept_mb, self.settings.memory_gb)
-        how = f"computed for {self.settings.memory_gb:g} GB from kept bytes"
+        limit = _DEFAULT_GB if self.settings.memory_gb is None else self.settings.memory_gb
+        largest = compute_largest_batch(params_m, kept_mb, limit)
+        how = f"computed for {limit:g} GB from kept bytes"
         return {"kept_mb": kept_mb, "largest_batch": largest, "largest_batch_how": how}
 
 
@@ -280,7 +306,7 @@ def compare(candidates: Sequence[Candidate], settings: argparse.Namespace) -> tu
     try:
         for candidate in candidates:
             progress.advance(f"size of {candidate.name}")
-            sizes.append(measure_size(bench.network(candidate)[0], candidate.image_size))
+            sizes.append(measure_size(candidate.make(), candidate.image_size))
         for candidate in candidates:
             progress.advance(f"memory of {candidate.name}, {candidate.image_size} px")
             memory.append(bench.memory(candidate))
@@ -427,13 +453,16 @@ def write_new(path: Path, text: str) -> None:
 def check_options(settings: argparse.Namespace) -> None:
     """Check --device, --amp and --max-batch against each other and the machine, and set the last one's default.
 
+    On CUDA, PyTorch is told to try cuDNN's algorithms and take the fastest.
+
     Raises:
         ValueError: if they contradict; says what to do.
     """
     if settings.device == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("--device cuda needs a GPU, and PyTorch finds none; leave it out to measure on the CPU")
-        settings.max_batch = 2048 if settings.max_batch is None else settings.max_batch
+        settings.max_batch = _DEFAULT_MAX_BATCH if settings.max_batch is None else settings.max_batch
+        torch.backends.cudnn.benchmark = True  # as timm's scripts do
     elif settings.amp == "float16" or settings.max_batch is not None:
         raise ValueError("--amp float16 and --max-batch need --device cuda")
 

@@ -38,7 +38,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=at_least(1), default=8)
     parser.add_argument("--rounds", type=at_least(1), default=5, help="default: %(default)s")
     parser.add_argument(
-        "--memory-gb", type=at_least(0, float), default=16, metavar="GB", help="CPU: limit for the largest batch"
+        "--memory-gb",
+        type=at_least(0, float),
+        metavar="GB",
+        help="limit for the largest batch (default: CPU 16, CUDA what the GPU has)",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
