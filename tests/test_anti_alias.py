@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from timm_tresnet import rebuild
-from timm_tresnet.layers import BlurPool2d, StrideOneAvgPool2d
+from timm_tresnet.layers import BlurPool2d, StrideOneAvgPool2d, anti_alias
+from timm_tresnet.layers.anti_alias import ShortcutPool2d
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
@@ -36,6 +37,35 @@ def test_blur_pool_blurs_however_many_channels_pruning_left(channels, run):
     torch.testing.assert_close(y, expected)
     grad_y = torch.randn_like(y)
     torch.testing.assert_close(torch.autograd.grad(y, x, grad_y), torch.autograd.grad(expected, x, grad_y))
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["plain", "recorded"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (2, 4)], ids=["even", "odd", "small"])
+def test_ways_for_channels_last_on_cuda_compute_the_same(size, stride, recorded, monkeypatch):
+    def run(layer):
+        x = torch.randn(2, 8, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x = x.to(memory_format=torch.channels_last).requires_grad_()
+        with rebuild.recording("activations" if recorded else "none"):
+            y = layer(x)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        grad_y = torch.arange(y.numel(), dtype=y.dtype).reshape(y.shape).to(memory_format=torch.channels_last)
+        (grad_x,) = torch.autograd.grad(y, x, grad_y, create_graph=layer is pool)
+        return y, grad_x
+
+    blur, pool = BlurPool2d(8, stride=stride, dtype=torch.float64), ShortcutPool2d()
+    expected = [run(blur), run(pool)]
+    monkeypatch.setattr(
+        anti_alias, "_is_channels_last_on_cuda", lambda x: x.is_contiguous(memory_format=torch.channels_last)
+    )
+    torch.testing.assert_close([run(blur), run(pool)], expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own, in its rules
+def test_pool_for_channels_last_on_cuda_has_derivatives_of_every_kind():
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(anti_alias._EvenPool.apply, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(anti_alias._EvenPool.apply, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -41,7 +41,7 @@ def test_options_stand_at_a_measurement_on_the_cpu_that_writes_nothing():
     assert settings == {
         "batch_size": 8,
         "rounds": 5,
-        "memory_gb": 16,
+        "memory_gb": None,
         "device": "cpu",
         "max_batch": None,
         "amp": None,

@@ -161,22 +161,24 @@ def find_largest_batch(step: Callable[[int], object], max_batch: int, memory_gb:
         max_batch: where to end.
         memory_gb: what PyTorch may allocate, in gigabytes (1e9 bytes); None for what the GPU has.
     """
-    total = torch.cuda.mem_get_info()[1]
-    torch.cuda.set_per_process_memory_fraction(1.0 if memory_gb is None else min(1.0, memory_gb * 1e9 / total))
+    if memory_gb is not None:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gb * 1e9 / torch.cuda.mem_get_info()[1]))
+    tries_algorithms, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     fits, fails = 0, max_batch + 1
     try:
-        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, benchmark=False):
-            while fails - fits > 1:
-                size = (fits + fails) // 2
-                gc.collect()
-                torch.cuda.empty_cache()
-                try:
-                    step(size)
-                    fits = size
-                except torch.cuda.OutOfMemoryError:
-                    fails = size
+        while fails - fits > 1:
+            size = (fits + fails) // 2
+            gc.collect()
+            torch.cuda.empty_cache()
+            try:
+                step(size)
+                fits = size
+            except torch.cuda.OutOfMemoryError:
+                fails = size
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.backends.cudnn.benchmark = tries_algorithms
+        if memory_gb is not None:
+            torch.cuda.set_per_process_memory_fraction(1.0)
     return fits
 
 

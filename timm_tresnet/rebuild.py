@@ -93,20 +93,21 @@ class _Tape:
     def __init__(self, setting: str) -> None:
         self.setting = setting
         self.repeats_convolutions = False
-        self.recipes: dict[StorageWeakRef, tuple[tuple[Any, ...], _Recipe]] = {}
+        self.recipes: dict[int, tuple[StorageWeakRef, tuple[Any, ...], _Recipe]] = {}  # by the storage's address
         self.weights: list[Tensor] = []  # of the convolutions among them
 
     def add(self, tensor: Tensor, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], edits: int) -> None:
         recipe = _Recipe(function, [self.pack(source) for source in inputs])
-        # A weak reference keeps a freed storage's address from being reused: no later tensor is mistaken for it.
-        self.recipes[StorageWeakRef(tensor.untyped_storage())] = _fingerprint(tensor, edits), recipe
+        storage = tensor.untyped_storage()
+        # The weak reference keeps a freed storage's address from being reused: no later tensor is mistaken for it.
+        self.recipes[storage._cdata] = StorageWeakRef(storage), _fingerprint(tensor, edits), recipe
 
     def pack(self, tensor: Tensor) -> _Kept | _Recipe:
-        found = self.recipes.get(StorageWeakRef(tensor.untyped_storage()))
-        if found is None or found[0] != _fingerprint(tensor):
+        found = self.recipes.get(tensor.untyped_storage()._cdata)
+        if found is None or found[1] != _fingerprint(tensor):
             return _Kept(tensor)
-        found[1].uses += 1
-        return found[1]
+        found[2].uses += 1
+        return found[2]
 
     def clear(self) -> None:
         self.recipes.clear()
@@ -124,6 +125,8 @@ def _fingerprint(tensor: Tensor, edits: int = 0) -> tuple[Any, ...]:
 
 
 def _unpack(packed: _Kept | _Recipe) -> Tensor:
+    if not torch.is_grad_enabled():  # as in every backward without create_graph
+        return packed.take()
     with torch.no_grad():
         return packed.take()
 

@@ -1,5 +1,6 @@
 """Batch norm and activation in one module, which says how its output is rebuilt from its input."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from timm_tresnet import rebuild
 from timm_tresnet.layers.synchronized_norm import SynchronizedNorm, make_affine, reduce_statistics, scale_and_shift
+
+_Normalized = tuple[Tensor, Callable[..., Tensor], tuple[Tensor, ...]]
 
 
 @register_notrace_module
@@ -63,8 +66,8 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
         if not torch.jit.is_scripting():
             synchronized = self.training and self._is_distributed()
             if synchronized or rebuild.current() is not None:
-                normalize = self._normalize_synchronized if synchronized else self._normalize
-                return self._activate_recorded(x, *normalize(x, running_mean, running_var, use_batch, momentum))
+                run = self._normalize_synchronized if synchronized else self._normalize
+                return self._activate_recorded(x, *run(x, running_mean, running_var, use_batch, momentum))
         x = F.batch_norm(x, running_mean, running_var, self.weight, self.bias, use_batch, momentum, self.eps)
         return self.act(self.drop(x))
 
@@ -78,8 +81,8 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
     @torch.jit.unused
     def _normalize(
         self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, use_batch: bool, momentum: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Output of batch norm, and the scale and shift that make it from x."""
+    ) -> _Normalized:
+        """Output of batch norm, and the function and values that make it from x."""
         if use_batch and x.numel() == x.shape[1]:
             raise ValueError(f"Batch norm needs more than one value per channel when training, got {tuple(x.shape)}")
         # What torch.batch_norm calls, for the statistics that torch.batch_norm does not return.
@@ -97,35 +100,46 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
         with torch.no_grad():
             if not use_batch:
                 mean, rstd = running_mean, 1 / (running_var + self.eps).sqrt()
-            return y, *make_affine(mean, rstd, self.weight, self.bias)
+            if x.is_cuda:
+                affine = () if self.weight is None else (self.weight, self.bias)
+                return y, _normalize_on_cuda, (mean, rstd, *affine)
+            return y, scale_and_shift, make_affine(mean, rstd, self.weight, self.bias)
 
     @torch.jit.unused
     def _normalize_synchronized(
         self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, use_batch: bool, momentum: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> _Normalized:
         mean, var, count = reduce_statistics(x, self.process_group)
         if running_mean is not None and running_var is not None:
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var * count / (count - 1).clamp(min=1)).to(running_var.dtype), momentum)
         y = SynchronizedNorm.apply(x, self.weight, self.bias, mean, var, count, self.eps, self.process_group)
         with torch.no_grad():
-            return y, *make_affine(mean, (var + self.eps).rsqrt(), self.weight, self.bias)
+            return y, scale_and_shift, make_affine(mean, (var + self.eps).rsqrt(), self.weight, self.bias)
 
     @torch.jit.unused
-    def _activate_recorded(self, x: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    def _activate_recorded(
+        self, x: Tensor, y: Tensor, normalize: Callable[..., Tensor], values: tuple[Tensor, ...]
+    ) -> Tensor:
         rebuildable = isinstance(self.drop, nn.Identity) and rebuild.is_plain(self.drop) and rebuild.is_plain(self.act)
         if rebuildable and isinstance(self.act, nn.LeakyReLU | nn.ReLU) and self.act.inplace:
             # These keep their output for backward, so its recipe has to be there before they run.
-            rebuild.record(y, self._rebuild_activated, x, scale, shift, edits=1)
+            rebuild.record(y, lambda *inputs: self.act(normalize(*inputs)), x, *values, edits=1)
             return self.act(y)
-        rebuild.record(y, scale_and_shift, x, scale, shift)
+        rebuild.record(y, normalize, x, *values)
         activated = self.act(self.drop(y))
         if rebuildable and not isinstance(self.act, nn.RReLU | nn.PReLU):
             rebuild.record(activated, self.act, y)  # not if random or trained
         return activated
 
-    def _rebuild_activated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return self.act(scale_and_shift(x, scale, shift))
-
     def extra_repr(self) -> str:
         return super().extra_repr() + (", synchronized" if self.synchronized else "")
+
+
+def _normalize_on_cuda(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Batch norm with known statistics, in one kernel; at most one rounding from cuDNN's."""
+    if not x.numel():  # which the kernel cannot take
+        return x.clone()
+    return torch.batch_norm_elemt(x, weight, bias, mean, rstd, 0.0)  # the last one is in rstd already

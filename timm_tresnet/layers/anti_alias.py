@@ -25,8 +25,23 @@ def blur_pool(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
     if not torch.jit.is_scripting():
         if rebuild.current() is not None:
             return _blur_recorded(x, kernel, stride, dilation)
-    x = F.pad(x, [dilation, dilation, dilation, dilation], mode="reflect")
+        x = _pad(x, dilation)
+    else:
+        x = F.pad(x, [dilation, dilation, dilation, dilation], mode="reflect")
     return F.conv2d(x, kernel, stride=stride, dilation=dilation, groups=kernel.shape[0])
+
+
+@torch.jit.unused
+def _pad(x: Tensor, width: int) -> Tensor:
+    if not torch.compiler.is_compiling() and width == 1 and _is_channels_last_on_cuda(x):
+        # PyTorch's kernel would leave the layout, and what follows would too.
+        x = torch.cat([x[:, :, 1:2], x, x[:, :, -2:-1]], dim=2)
+        return torch.cat([x[:, :, :, 1:2], x, x[:, :, :, -2:-1]], dim=3)
+    return F.pad(x, [width, width, width, width], mode="reflect")
+
+
+def _is_channels_last_on_cuda(x: Tensor) -> bool:
+    return x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 @torch.jit.unused
@@ -47,7 +62,7 @@ class _BlurPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
-        padded = F.pad(x, [dilation, dilation, dilation, dilation], mode="reflect")
+        padded = _pad(x, dilation)
         ctx.stride, ctx.dilation = stride, dilation
         ctx.input_shape, ctx.input_dtype, ctx.padded_dtype = x.shape, x.dtype, padded.dtype  # autocast pads in single
         ctx.save_for_backward(kernel)
@@ -82,6 +97,11 @@ class _BlurPool(torch.autograd.Function):
             [True, False, False],
         )
         grad_padded = grad_padded.to(ctx.padded_dtype)
+        if ctx.dilation == 1 and _is_channels_last_on_cuda(grad_padded):
+            for dim in (2, 3):  # what `_pad` copied
+                grad_padded.select(dim, 2).add_(grad_padded.select(dim, 0))
+                grad_padded.select(dim, -3).add_(grad_padded.select(dim, -1))
+            return grad_padded[:, :, 1:-1, 1:-1].to(ctx.input_dtype), None, None, None
         shape_only = grad_padded.new_empty(()).expand(ctx.input_shape)
         grad_x = torch.ops.aten.reflection_pad2d_backward(grad_padded, shape_only, padding)
         return grad_x.to(ctx.input_dtype), None, None, None
@@ -154,14 +174,41 @@ class ShortcutPool2d(nn.AvgPool2d):
         super().__init__(kernel_size=2, stride=2, ceil_mode=True, count_include_pad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _shortcut_pool(x)
-        if not torch.jit.is_scripting():
-            rebuild.record(y, _shortcut_pool, x)
+        if torch.jit.is_scripting():
+            return _shortcut_pool(x)
+        return self._pool_recorded(x)
+
+    @torch.jit.unused
+    def _pool_recorded(self, x: Tensor) -> Tensor:
+        if rebuild.current() is None:
+            return _shortcut_pool(x)
+        even = x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
+        y = _EvenPool.apply(x) if even and _is_channels_last_on_cuda(x) else _shortcut_pool(x)
+        rebuild.record(y, _shortcut_pool, x)
         return y
 
 
 def _shortcut_pool(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
+
+
+class _EvenPool(torch.autograd.Function):
+    """_shortcut_pool with a backward that is several times faster than PyTorch's on CUDA in channels-last layout."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        return _shortcut_pool(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_y: Tensor) -> Tensor:
+        quarter = (grad_y / 4).permute(0, 2, 3, 1)  # (N, H / 2, W / 2, C)
+        batch, height, width, channels = quarter.shape
+        spread = quarter[:, :, None, :, None].expand(batch, height, 2, width, 2, channels)
+        return spread.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def jvp(ctx: FunctionCtx, tangent: Tensor) -> Tensor:
+        return _shortcut_pool(tangent)
 
 
 class StrideOneAvgPool2d(nn.Module):

@@ -81,12 +81,10 @@ class SynchronizedNorm(torch.autograd.Function):
 def make_affine(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scale and shift (C,) of each channel that do what batch norm does."""
     # Single precision or better, and one rounding in the product-sum, as in batch norm's kernel on the CPU.
-    mean, rstd, weight, bias = (
-        None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        for tensor in (mean, rstd, weight, bias)
-    )
-    scale = rstd.clone() if weight is None else rstd * weight
-    shift = torch.addcmul(torch.zeros_like(mean) if bias is None else bias, mean, scale, value=-1)
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    mean, rstd = mean.to(dtype), rstd.to(dtype)
+    scale = rstd.clone() if weight is None else rstd * weight.to(dtype)
+    shift = torch.addcmul(torch.zeros_like(mean) if bias is None else bias.to(dtype), mean, scale, value=-1)
     return scale, shift
 
 
