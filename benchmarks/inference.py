@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from training_memory import BUILTIN, MODELS, make_builtin
 
 from timm_tresnet import ExportedModel, export_model, fold_batch_norms, optimize_for_inference
-from timm_tresnet.benchmark import count_flops, format_spread, start_results, write_new
+from timm_tresnet.benchmark import count_flops, format_spread, profile, start_results, write_new
 from timm_tresnet.options import at_least, new_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -239,25 +239,17 @@ def measure(settings: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def profile(row: str, settings: argparse.Namespace, runs: int = 10) -> str:
-    """Milliseconds of a run of a row, and the operations that take the most of them, as a Markdown table."""
+def profile_row(row: str, settings: argparse.Namespace) -> str:
+    """Where the time of a row goes, as a Markdown table."""
     run = make_row(row, settings)
     images = torch.rand(settings.batch, 3, settings.image_size, settings.image_size, device=settings.device)
     with torch.inference_mode():
-        for _ in range(3):
-            run(images)
-        with torch.profiler.profile() as profiler:
-            for _ in range(runs):
-                run(images)
-            if images.is_cuda:
-                torch.cuda.synchronize()
-    own = "self_device_time_total" if images.is_cuda else "self_cpu_time_total"
-    times = {event.key: getattr(event, own) / 1e3 / runs for event in profiler.key_averages()}  # us to ms
-    total = sum(times.values())
-    lines = [f"| {row}, batch {settings.batch} | ms of {total:.1f} | share |", "|---|---|---|"]
-    for key, time_ms in sorted(times.items(), key=lambda item: -item[1])[:8]:
-        lines.append(f"| {key} | {time_ms:.2f} | {time_ms / total:.1%} |")
-    return "\n".join(lines)
+        return profile(lambda: run(images), f"{row}, batch {settings.batch}", settings.device)
+
+
+def _can_profile(row: str, settings: argparse.Namespace) -> bool:
+    engine = ROWS[row][1]  # compiled code's kernels on a GPU are no operations of PyTorch
+    return engine in _IN_PYTORCH and (engine != "compiled" or settings.device == "cpu")
 
 
 def find_largest_batch(settings: argparse.Namespace) -> int:
@@ -338,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for batch in settings.batch_sizes:
         settings.batch = find_largest_batch(settings) if batch == "largest" else batch
         if settings.profile:
-            print(*(profile(row, settings) for row in settings.rows if ROWS[row][1] in _IN_PYTORCH), sep="\n\n")
+            print(*(profile_row(row, settings) for row in settings.rows if _can_profile(row, settings)), sep="\n\n")
             continue
         results["rows"] += measure(settings)
         torch.compiler.reset()

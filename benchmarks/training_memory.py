@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from timm_tresnet.benchmark import (
     BUILTIN_PREFIX,
     DTYPES,
+    REPEATS,
     check_options,
     compute_loss,
     find_largest_batch,
@@ -44,6 +45,7 @@ from timm_tresnet.benchmark import (
     make_batch,
     make_network,
     measure_kept,
+    profile,
     start_results,
     write_new,
 )
@@ -171,14 +173,27 @@ def measure_times(rows: Sequence[str], settings: argparse.Namespace) -> dict[str
     for turn in range(settings.rounds + 1):
         for row, network in networks.items():
             print(f"times: round {turn} of {settings.rounds}, {row}", file=sys.stderr)
-            network.zero_grad()
+            repeats = REPEATS[settings.device] if turn else 1
             _synchronize(settings.device)
             start = time.perf_counter()
-            compute_loss(network, images, labels, settings.amp).backward()
+            for _ in range(repeats):
+                _step(network, images, labels, settings)
             _synchronize(settings.device)
             if turn:  # round 0 is for warming up
-                step_ms[row].append(1e3 * (time.perf_counter() - start))
+                step_ms[row].append(1e3 * (time.perf_counter() - start) / repeats)
     return step_ms
+
+
+def _step(network: nn.Module, images: Tensor, labels: Tensor, settings: argparse.Namespace) -> None:
+    network.zero_grad()
+    compute_loss(network, images, labels, settings.amp).backward()
+
+
+def profile_row(row: str, settings: argparse.Namespace) -> str:
+    """Where the time of a row's training step goes, as a Markdown table."""
+    network, (images, labels) = make_row(row, settings), _make_batch(settings.time_batch_size, settings)
+    title = f"{row}, batch {settings.time_batch_size}"
+    return profile(lambda: _step(network, images, labels, settings), title, settings.device, repeats=3)
 
 
 def _synchronize(device: str) -> None:
@@ -199,6 +214,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = start_results(command, settings.device, settings, unrecorded=("memory_of", "rows"))
     if settings.device == "cpu" and not _CLEAR_REFS.exists():
         print(f"the peak needs {_CLEAR_REFS} of Linux, which is not here: its column stays empty", file=sys.stderr)
+    if settings.profile:
+        print(*(profile_row(row, settings) for row in settings.rows), sep="\n\n")
+        return
     memory = {row: _measure_memory_in_process(row, words) for row in settings.rows}
     step_ms = measure_times(settings.rows, settings) if settings.rounds else {}
     results["rows"] = summarize(memory, step_ms, settings.batch_size)
@@ -228,10 +246,13 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--memory-gb", type=at_least(0, float), metavar="GB", help="CUDA: limit for it (default: what the GPU has)"
     )
+    parser.add_argument("--profile", action="store_true", help="print where the time goes, measure nothing else")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="file for the results, must not exist yet")
     parser.add_argument("--memory-of", choices=every_row, help=argparse.SUPPRESS)  # what the process of a row is told
     settings = parser.parse_args(words)
 
+    if settings.profile and settings.json:
+        parser.error("--profile prints a table and has nothing for --json")
     if settings.image_size < 64 or settings.image_size % 4:
         parser.error(f"--image-size needs a multiple of 4 from 64 on, got {settings.image_size}")
     try:

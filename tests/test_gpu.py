@@ -291,6 +291,7 @@ def test_largest_batch_is_found_by_running_out_of_memory():
 # ---- compiled
 
 
+@pytest.mark.filterwarnings("default")  # the compiler warns about itself
 @pytest.mark.parametrize("amp", [None, torch.bfloat16], ids=str)
 def test_compiled_training_is_one_graph_with_the_same_loss(amp):
     eager = train_step(timm.create_model("test_tresnet").cuda().train(), images(), amp)
@@ -304,6 +305,7 @@ def test_compiled_training_is_one_graph_with_the_same_loss(amp):
     assert model.body.conv1.conv.weight.grad.isfinite().all()
 
 
+@pytest.mark.filterwarnings("default")  # the compiler warns about itself
 @pytest.mark.parametrize(
     ("dynamic", "dtype"), [(False, torch.float16), (True, torch.float32)], ids=["static", "dynamic"]
 )
@@ -324,7 +326,11 @@ def test_optimized_network_computes_the_network(dynamic, dtype):
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [
-        ("training_memory", ["--batch-size", "4", "--time-batch-size", "4", "--image-size", "64", "--max-batch", "8"]),
+        (
+            "training_memory",
+            ["--batch-size", "4", "--time-batch-size", "4", "--image-size", "64", "--max-batch", "8"]
+            + ["--rows", "built-in", "activations"],
+        ),
         ("paper_tables", ["--batch-size", "4", "--image-size", "64", "--max-batch", "8", "--models", "test_tresnet"]),
         ("ablation", ["--batch-size", "4", "--image-size", "64", "--max-batch", "0"]),
         ("resolution", ["--batch-size", "4", "--image-sizes", "64", "--max-batch", "0"]),

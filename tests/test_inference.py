@@ -99,7 +99,7 @@ def test_profile_adds_up_to_a_run(inference, capsys):
     assert heading[1].strip() == "folded, batch 2"
     times = [float(line[2]) for line in (first, *others)]
     assert times == sorted(times, reverse=True)
-    assert len(times) == 8
+    assert len(times) == 10
     assert sum(times) <= float(heading[2].split()[-1]) + 0.1
     with pytest.raises(SystemExit, match="2"):
         inference.main([*arguments, "--profile", "--json", "results.json"])

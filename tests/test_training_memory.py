@@ -135,6 +135,19 @@ def test_compiled_rows_are_added_on_request(training_memory):
     assert training_memory._parse(["--rows", "none", "compiled", "none"]).rows == ["none", "compiled"]
 
 
+def test_profile_adds_up_to_a_step(training_memory, capsys):
+    arguments = ["--model", "test_tresnet", "--image-size", "64", "--time-batch-size", "2", "--rows", "activations"]
+    training_memory.main([*arguments, "--profile"])
+    heading, _, *operations = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert heading[1].strip() == "activations, batch 2"
+    times = [float(line[2]) for line in operations]
+    assert times == sorted(times, reverse=True)
+    assert 0 < sum(times) <= float(heading[2].split()[-1]) + 0.1
+    with pytest.raises(SystemExit, match="2"):
+        training_memory.main([*arguments, "--profile", "--json", "results.json"])
+    assert "nothing for --json" in capsys.readouterr().err
+
+
 def test_an_existing_file_is_not_overwritten(training_memory, tmp_path, capsys):
     results = tmp_path / "results.json"
     results.write_text("precious")

@@ -34,6 +34,7 @@ from timm_tresnet.tresnet import ARCHITECTURES  # the built-in takes the same la
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 BUILTIN_PREFIX = "built-in:"
+REPEATS = {"cpu": 1, "cuda": 4}  # steps in a row, for the CPU to run ahead of a GPU as in training
 _CLASSES = 1000
 _DEFAULT_GB = 16.0
 _DEFAULT_MAX_BATCH = 8192
@@ -151,6 +152,29 @@ def measure_size(network: nn.Module, image_size: int) -> dict[str, float]:
     }
 
 
+def profile(run: Callable[[], object], title: str, device: str, repeats: int = 10) -> str:
+    """Milliseconds of a run on the device, and the operations that take the most of them, as a Markdown table."""
+    for _ in range(3):
+        run()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(repeats):
+            run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    own = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    # A GPU's kernels stand there by themselves too, besides the operations that they belong to.
+    events = [event for event in profiler.key_averages() if event.key.startswith("aten::") or device == "cpu"]
+    times = {event.key: getattr(event, own) / 1e3 / repeats for event in events}  # us to ms
+    total = sum(times.values())
+    lines = [f"| {title} | ms of {total:.1f} | share |", "|---|---|---|"]
+    for key, time_ms in sorted(times.items(), key=lambda item: -item[1])[:10]:
+        lines.append(f"| {key} | {time_ms:.2f} | {time_ms / total:.1%} |")
+    return "\n".join(lines)
+
+
 def find_largest_batch(step: Callable[[int], object], max_batch: int, memory_gb: float | None = None) -> int:
     """The largest batch with which `step(batch)` does not run out of a GPU's memory; by bisection.
 
@@ -215,19 +239,20 @@ class _Bench:
     def batch(self, size: int, image_size: int) -> tuple[Tensor, Tensor]:
         return make_batch(size, image_size, self.settings.device, self.memory_format)
 
-    def train(self, candidate: Candidate, size: int) -> float:
-        """Seconds of a training step: forward, backward, SGD with momentum."""
+    def train(self, candidate: Candidate, size: int, repeats: int = 1) -> float:
+        """Seconds of a training step, forward, backward, SGD with momentum: the mean of some in a row."""
         _, running, optimizer = self.network(candidate)
         running.train()
         images, labels = self.batch(size, candidate.image_size)
         start = self._now()
-        optimizer.zero_grad()
-        compute_loss(running, images, labels, self.settings.amp).backward()
-        optimizer.step()
-        return self._now() - start
+        for _ in range(repeats):
+            optimizer.zero_grad()
+            compute_loss(running, images, labels, self.settings.amp).backward()
+            optimizer.step()
+        return (self._now() - start) / repeats
 
-    def infer(self, candidate: Candidate, size: int) -> float:
-        """Seconds of a forward in eval mode."""
+    def infer(self, candidate: Candidate, size: int, repeats: int = 1) -> float:
+        """Seconds of a forward in eval mode: the mean of some in a row."""
         _, running, _ = self.network(candidate)
         running.eval()
         images, _ = self.batch(size, candidate.image_size)
@@ -235,8 +260,9 @@ class _Bench:
         dtype = DTYPES.get(amp, torch.bfloat16)
         with torch.inference_mode(), torch.autocast(images.device.type, dtype=dtype, enabled=amp is not None):
             start = self._now()
-            running(images)
-            return self._now() - start
+            for _ in range(repeats):
+                running(images)
+            return (self._now() - start) / repeats
 
     def _now(self) -> float:
         if self.settings.device == "cuda":
@@ -317,7 +343,8 @@ def compare(candidates: Sequence[Candidate], settings: argparse.Namespace) -> tu
             for candidate in candidates:
                 for quantity, measure in (("train", bench.train), ("inference", bench.infer)):
                     progress.advance(f"round {turn}: {quantity}, {candidate.name}, {candidate.image_size} px")
-                    measured[quantity].append(measure(candidate, settings.batch_size))
+                    repeats = REPEATS[settings.device] if turn else 1
+                    measured[quantity].append(measure(candidate, settings.batch_size, repeats))
             if turn:  # round 0 is for warming up
                 for quantity, values in measured.items():
                     seconds[quantity].append(values)
