@@ -11,8 +11,8 @@
 `--profile` prints instead where PyTorch's profiler finds the time of the rows that run in PyTorch.
 
 Weights are random: speed does not depend on them. Rows whose packages are not installed are left out and named. On CUDA
-(`--device cuda`), rows run in `--dtype`, and the engines outside PyTorch are left out; that path has not been run on a
-GPU yet.
+(`--device cuda`), rows run in `--dtype`, each time is the mean of a few runs in a row, and the engines outside PyTorch
+are left out.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from training_memory import BUILTIN, MODELS, make_builtin
 
 from timm_tresnet import ExportedModel, export_model, fold_batch_norms, optimize_for_inference
-from timm_tresnet.benchmark import count_flops, format_spread, profile, start_results, write_new
+from timm_tresnet.benchmark import REPEATS, count_flops, format_spread, profile, start_results, write_new
 from timm_tresnet.options import at_least, new_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -70,7 +70,7 @@ def run_eager(network: nn.Module, settings: argparse.Namespace) -> Run:
 def run_compiled(network: nn.Module, settings: argparse.Namespace) -> Run:
     """The network behind `optimize_for_inference`."""
     dtype = DTYPES[settings.dtype]
-    network = optimize_for_inference(network.to(device=settings.device, dtype=dtype))
+    network = optimize_for_inference(network.to(device=settings.device, dtype=dtype), mode=settings.mode)
     return lambda images: network(images.to(dtype=dtype))
 
 
@@ -180,12 +180,14 @@ def measure_seconds(runs: dict[str, Run], images: Tensor, rounds: int) -> dict[s
     seconds: dict[str, list[float]] = {row: [] for row in runs}
     for turn in range(rounds + 1):
         for row, run in runs.items():
+            repeats = REPEATS[images.device.type] if turn else 2  # a CUDA graph is captured in the second
             start = time.perf_counter()
-            run(images)
+            for _ in range(repeats):
+                run(images)
             if images.is_cuda:
                 torch.cuda.synchronize()
             if turn:  # the first is for warming up and compiling
-                seconds[row].append(time.perf_counter() - start)
+                seconds[row].append((time.perf_counter() - start) / repeats)
         print(f"\rround {turn} of {rounds}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return seconds
@@ -299,6 +301,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="print where the time goes, measure nothing else")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="for CUDA (default: float16)")
+    parser.add_argument("--mode", help="of torch.compile (default: what optimize_for_inference takes)")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="file for the results, must not exist yet")
     settings = parser.parse_args(words)
     if settings.profile and settings.json:

@@ -5,8 +5,7 @@
 For each network: size, bytes kept for backward, the largest training batch (looked for on CUDA; on a CPU computed from
 kept bytes, and labelled so), and images a second in training (forward, backward, SGD with momentum) and in inference,
 with ratios to ResNet-50 in the same rounds. Networks have random weights: speed and memory do not depend on them. Top-1
-are published ones, for the training that each source describes; nothing is trained here. It has not been run on a GPU
-yet.
+are published ones, for the training that each source describes; nothing is trained here.
 """
 
 import argparse

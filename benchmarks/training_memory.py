@@ -11,8 +11,9 @@
 
 Kept and peak are taken in a process for each row, at `--batch-size`; times in one process, at `--time-batch-size`.
 
-On CUDA (`--device cuda`), kept and peak are what `torch.cuda` has allocated, and the largest batch that fits is looked
-for. That path has not been run on a GPU yet. float16 runs without loss scaling, on which memory does not depend.
+On CUDA (`--device cuda`), kept and peak are what `torch.cuda` has allocated, all in one process, the largest batch that
+fits is looked for, and a time is the mean of a few steps in a row. float16 runs without loss scaling, on which memory
+does not depend.
 """
 
 import argparse
@@ -147,7 +148,7 @@ def _read_status(field: str) -> int:
 
 
 def measure_memory(row: str, settings: argparse.Namespace) -> dict[str, int | None]:
-    """Bytes kept and peak of a row, on CUDA its largest batch too; for a process of its own."""
+    """Bytes kept and peak of a row, on CUDA its largest batch too; on the CPU for a process of its own."""
     network = make_row(row, settings)
     images, labels = _make_batch(settings.batch_size, settings)
     # For gradients, kernels and compiled code to be there; of the same size, which compiled code is made for.
@@ -161,7 +162,9 @@ def measure_memory(row: str, settings: argparse.Namespace) -> dict[str, int | No
             network.zero_grad()
             compute_loss(network, *_make_batch(size, settings), settings.amp).backward()
 
-        memory["largest_batch"] = find_largest_batch(step, settings.max_batch, settings.memory_gb)
+        limit = settings.memory_gb or torch.cuda.mem_get_info()[1] / 1e9
+        guess = int((1e9 * limit - torch.cuda.memory_allocated()) * settings.batch_size / memory["peak"])
+        memory["largest_batch"] = find_largest_batch(step, settings.max_batch, settings.memory_gb, guess)
     return memory
 
 
@@ -217,7 +220,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.profile:
         print(*(profile_row(row, settings) for row in settings.rows), sep="\n\n")
         return
-    memory = {row: _measure_memory_in_process(row, words) for row in settings.rows}
+    if settings.device == "cuda":
+        memory = {row: measure_memory(row, settings) for row in settings.rows}
+    else:
+        memory = {row: _measure_memory_in_process(row, words) for row in settings.rows}
     step_ms = measure_times(settings.rows, settings) if settings.rounds else {}
     results["rows"] = summarize(memory, step_ms, settings.batch_size)
     print(format_table(results["rows"]))

@@ -103,12 +103,12 @@ def test_what_is_complete_survives_an_interrupt(monkeypatch, calls, kept, rounds
     train = benchmark._Bench.train
     count = 0
 
-    def interrupted(self, candidate, size):
+    def interrupted(self, candidate, size, repeats=1):
         nonlocal count
         count += 1
         if count > calls:
             raise KeyboardInterrupt
-        return train(self, candidate, size)
+        return train(self, candidate, size, repeats)
 
     monkeypatch.setattr(benchmark._Bench, "train", interrupted)  # called twice for memory, then twice a round
     rows, complete = benchmark.compare(
@@ -121,12 +121,27 @@ def test_what_is_complete_survives_an_interrupt(monkeypatch, calls, kept, rounds
 
 
 @pytest.mark.parametrize(("fitting", "cap", "largest"), [(5, 20, 5), (20, 8, 8), (0, 4, 0)], ids=str)
-def test_largest_batch_is_found_by_bisection(fitting, cap, largest):
+@pytest.mark.parametrize("guess", [None, 0, 1, 6, 100])
+def test_largest_batch_is_found_by_bisection(fitting, cap, largest, guess):
     def step(size):
         if size > fitting:
             raise torch.cuda.OutOfMemoryError("this batch does not fit")
 
-    assert benchmark.find_largest_batch(step, cap) == largest
+    assert benchmark.find_largest_batch(step, cap, guess=guess) == largest
+
+
+def test_a_good_guess_makes_the_search_for_the_largest_batch_short():
+    sizes = []
+
+    def step(size):
+        sizes.append(size)
+        if size > 1000:
+            raise torch.cuda.OutOfMemoryError("this batch does not fit")
+
+    for guess in (950, 1060):
+        sizes.clear()
+        assert 990 <= benchmark.find_largest_batch(step, 8192, guess=guess) <= 1000
+        assert len(sizes) <= 6
 
 
 def test_largest_batch_is_computed_beside_weights_gradients_and_momentum():
@@ -148,7 +163,7 @@ def test_command_prints_and_writes_what_it_measured(tmp_path, capsys):
 
 
 def test_interrupted_command_keeps_what_is_done(tmp_path, capsys, monkeypatch):
-    def interrupted(self, candidate, size):
+    def interrupted(self, candidate, size, repeats=1):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(benchmark._Bench, "infer", interrupted)
