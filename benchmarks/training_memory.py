@@ -218,7 +218,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.device == "cpu" and not _CLEAR_REFS.exists():
         print(f"the peak needs {_CLEAR_REFS} of Linux, which is not here: its column stays empty", file=sys.stderr)
     if settings.profile:
-        print(*(profile_row(row, settings) for row in settings.rows), sep="\n\n")
+        for row in settings.rows:
+            print(profile_row(row, settings), end="\n\n", flush=True)
         return
     if settings.device == "cuda":
         memory = {row: measure_memory(row, settings) for row in settings.rows}

@@ -225,7 +225,7 @@ def test_empty_batch_and_single_value_fail_or_pass_as_without_rebuilding():
 
 @pytest.mark.parametrize(
     ("setting", "kept", "peak"),
-    [("activations", 0.52, 0.56), ("expansions", 0.39, 0.48), ("checkpointing", 0.24, 0.32)],
+    [("activations", 0.52, 0.56), ("expansions", 0.39, 0.48), ("checkpointing", 0.18, 0.32)],
 )
 def test_step_keeps_and_peaks_at_a_fraction_of_timms_own(setting, kept, peak):
     x = images(batch=64, size=128, dtype=torch.float16, memory_format=torch.channels_last)
@@ -311,7 +311,9 @@ def test_compiled_training_is_one_graph_with_the_same_loss(amp):
 )
 def test_optimized_network_computes_the_network(dynamic, dtype):
     model = timm.create_model("test_tresnet", pretrained=True).cuda().eval()
-    optimized = optimize_for_inference(model.to(dtype), dynamic=dynamic)
+    optimized = optimize_for_inference(
+        model.to(dtype), dynamic=dynamic, mode="default" if dynamic else "reduce-overhead"
+    )
     with torch.no_grad():
         for shape in [(2, 3, 64, 64), (3, 3, 64, 96)]:
             x = torch.rand(shape, device="cuda", dtype=dtype)

@@ -16,6 +16,7 @@ class _ResidualBlock(nn.Module):
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
         self.act = nn.ReLU(inplace=True)
         self.keep_output = False  # see timm_tresnet.rebuild
+        self.keep_output_checkpointed = True  # the same where convolutions are repeated
 
     def add_shortcut(self, x: Tensor, shortcut: Tensor) -> Tensor:
         x = self.drop_path(x)
@@ -27,7 +28,7 @@ class _ResidualBlock(nn.Module):
     @torch.jit.unused
     def _record_sum(self, y: Tensor, x: Tensor, shortcut: Tensor) -> None:
         tape = rebuild.current()
-        if tape is None or self.keep_output or tape.repeats_convolutions:
+        if tape is None or (self.keep_output_checkpointed if tape.repeats_convolutions else self.keep_output):
             return
         if type(self.act) is nn.ReLU and self.act.inplace and rebuild.is_plain(self.act):
             rebuild.record(y, _rectified_sum, x, shortcut, edits=1)  # the ReLU is the edit

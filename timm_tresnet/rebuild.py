@@ -27,9 +27,9 @@ Backward asks the recipe, which computes the tensor once, shares it among all wh
 A recipe stands for a tensor only if storage, shape, strides and version counter are those of the moment it was made, so
 whatever users splice in, replace or edit in place is kept as usual: it costs memory, not correctness.
 
-Grad checkpointing is the same with more recipes (`repeating_convolutions`): the block's output is kept, and each of its
-convolutions runs again. Unlike `torch.utils.checkpoint` it need not repeat what was small enough to keep: statistics,
-gates, random masks.
+Grad checkpointing is the same with more recipes (`repeating_convolutions`): every second block's output is kept, and
+each convolution runs again. Unlike `torch.utils.checkpoint` it need not repeat what was small enough to keep:
+statistics, gates, random masks.
 """
 
 import threading
@@ -174,7 +174,7 @@ def pausing() -> Iterator[None]:
 
 @contextmanager
 def repeating_convolutions() -> Iterator[None]:
-    """Have the open tape record the convolutions too, and keep the sums of the blocks inside."""
+    """Have the open tape record the convolutions too."""
     tape = current()
     tape.repeats_convolutions = True
     try:

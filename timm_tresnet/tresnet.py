@@ -67,7 +67,7 @@ class Recorded(nn.Sequential):
 
 
 class Stage(Recorded):
-    """Residual blocks in order; with grad_checkpointing on, each keeps its output only and runs again in backward."""
+    """Residual blocks in order; with grad_checkpointing on, every second one keeps its output and all run again."""
 
     def __init__(self, *blocks: Any) -> None:
         super().__init__(*blocks)
@@ -209,6 +209,8 @@ class TResNet(nn.Module):
                 in_channels = planes * 2**index * blocks[index].expansion
             for position in _kept_outputs(layers[index]):
                 stage[position].keep_output = True
+            for block in stage[-2::-2]:  # every second one: longer chains keep less, but more of them is alive at once
+                block.keep_output_checkpointed = False
             reduction *= strides[index]
             name = f"layer{index + 1}"
             body[name] = stage
@@ -267,7 +269,7 @@ class TResNet(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only each block's input for backward and run the block again there.
+        """Keep only every second block's output for backward and run the blocks again there.
 
         Running statistics are updated once a step all the same.
         """
