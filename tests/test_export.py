@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -335,6 +336,18 @@ def test_missing_packages_are_named_with_their_extra(format, extra, tmp_path, em
     assert (
         f"needs onnxscript, which is not installed; run pip install 'timm-tresnet[{extra}]'" in capsys.readouterr().err
     )
+
+
+def test_broken_package_is_named_with_what_it_says(tmp_path, embedded, monkeypatch, capsys):
+    (tmp_path / "packages" / "onnx").mkdir(parents=True)
+    (tmp_path / "packages" / "onnx" / "__init__.py").write_text("raise OSError('libprotobuf.so.32 is missing')\n")
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.delitem(sys.modules, "onnx", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    output = tmp_path / "network.onnx"
+    assert cli.main(["export", "test_tresnet", "--format", "onnx", "--output", str(output)]) == 2
+    assert "onnx, which is installed but cannot be imported (OSError: libprotobuf.so.32 is" in capsys.readouterr().err
+    assert not output.exists()
 
 
 # ---- int8

@@ -144,7 +144,7 @@ def _load_artifact(engine: str, artifact: str) -> Any:
 
     try:
         return ExportedModel(engine, artifact)
-    except (OSError, RuntimeError, ValueError, KeyError, ModuleNotFoundError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
         raise _CannotLoad(f"cannot load {artifact}: {error}") from error
 
 
@@ -298,7 +298,7 @@ def _export(arguments: argparse.Namespace) -> int:
             image_size=arguments.size and tuple(arguments.size),
             calibration=arguments.calibration,
         )
-    except (OSError, RuntimeError, ValueError, ModuleNotFoundError) as error:
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
         return _fail(f"cannot export {arguments.model}: {error}")
     check = description["check"]
     print(f"{arguments.output}: {description['model']}, {description['format']}, {description['precision']}")

@@ -150,7 +150,7 @@ def export_model(
 
     Raises:
         ValueError: if an argument is not one of the above, or the folder has too few images.
-        ModuleNotFoundError: if the format needs packages that are not installed.
+        ImportError: if the format needs packages that are not installed (then a ModuleNotFoundError) or broken.
         RuntimeError: if the artifact does not compute what PyTorch does.
     """
     output = Path(output)
@@ -226,6 +226,14 @@ def _require(purpose: str, extra: str, packages: Sequence[str]) -> None:
         raise ModuleNotFoundError(
             f"{purpose} needs {', '.join(missing)}, which is not installed; run pip install 'timm-tresnet[{extra}]'"
         )
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except Exception as error:  # a foreign package can fail in any way
+            raise ImportError(
+                f"{purpose} needs {package}, which is installed but cannot be imported "
+                f"({type(error).__name__}: {error}); try pip install --force-reinstall {package}"
+            ) from error
 
 
 def _size_limits(model: nn.Module, format: str | None = None) -> tuple[int, int]:
@@ -341,7 +349,7 @@ class ExportedModel:
 
     Raises:
         ValueError: if the engine is unknown or does not run the artifact's format.
-        ModuleNotFoundError: if the engine is not installed.
+        ImportError: if the engine is not installed (then a ModuleNotFoundError) or broken.
         OSError: if a file is missing.
     """
 
