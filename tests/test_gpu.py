@@ -192,6 +192,33 @@ def test_seeded_training_with_deterministic_algorithms_gives_identical_weights()
         torch.testing.assert_close(train(setting), train(setting), rtol=0, atol=0)
 
 
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@each_setting
+def test_sharded_training_frees_weights_and_gives_the_same_gradients(setting):
+    from torch.distributed.fsdp import fully_shard
+
+    expected = train_step(on_gpu("none"), images())
+    model = on_gpu(setting)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            fully_shard(module)
+    for stage in model.body[-4:]:
+        for block in stage:
+            fully_shard(block)
+    fully_shard(model)
+    model(images()).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        value = expected[f"grad of {name}"]
+        assert (parameter.grad.full_tensor() - value).norm() <= 1e-2 * value.norm() + 1e-12, name
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("stride", [1, 2])

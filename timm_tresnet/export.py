@@ -75,7 +75,7 @@ def optimize_for_inference(model: nn.Module, dynamic: bool = False, mode: str | 
     """Fold, lay out and compile a network for the device that it is on.
 
     The network is compiled as one graph when it first sees an image, which takes a minute or more. On CUDA,
-    PyTorch's "max-autotune" tries several kernels for each operation, which takes many minutes, and, with a static
+    PyTorch's "max-autotune" tries several kernels for each operation, which takes minutes, and, with a static
     shape, replays the whole network as a CUDA graph; an output is then overwritten by the next call.
 
     Args:

@@ -102,6 +102,8 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
                 mean, rstd = running_mean, 1 / (running_var + self.eps).sqrt()
             if x.is_cuda:
                 affine = () if self.weight is None else (self.weight, self.bias)
+                if torch.distributed.is_available() and torch.distributed.is_initialized():
+                    affine = tuple(each.clone() for each in affine)  # sharded training frees them after the forward
                 return y, _normalize_on_cuda, (mean, rstd, *affine)
             return y, scale_and_shift, make_affine(mean, rstd, self.weight, self.bias)
 
