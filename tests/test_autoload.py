@@ -53,7 +53,6 @@ def test_import_of_torch_arms_the_hook_without_importing_timm(run_python):
 
 @pytest.mark.parametrize("switch", ["TIMM_TRESNET_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
 def test_switch_leaves_timm_alone_until_the_plugin_is_imported(run_python, switch):
-    assert run_python("-c", WHO_BUILDS, **{switch: "0"}).stdout.strip() == BUILTIN
     code = WHO_BUILDS + "; import timm_tresnet; " + WHO_BUILDS
     assert run_python("-c", code, **{switch: "0"}).stdout.split() == [BUILTIN, OURS]
     assert run_python("-c", "import timm_tresnet; " + WHO_BUILDS, **{switch: "0"}).stdout.strip() == OURS

@@ -78,7 +78,11 @@ def test_gradients_and_earlier_graphs_do_not_count(training_memory):
     earlier.backward()
 
 
-def test_results_compare_every_setting_with_the_builtin_network(training_memory, tmp_path, capsys):
+def test_results_compare_every_setting_with_the_builtin_network(training_memory, tmp_path, capsys, monkeypatch):
+    def measure_here(row, words):  # a process for each of so many rows would take long
+        return training_memory.measure_memory(row, training_memory._parse(words[:-2]))
+
+    monkeypatch.setattr(training_memory, "_measure_memory_in_process", measure_here)
     results = tmp_path / "new" / "results.json"
     arguments = ["--model", "test_tresnet", "--image-size", "64", "--batch-size", "2", "--time-batch-size", "2"]
     arguments += ["--rounds", "2", "--rows", "resnet50", training_memory.BUILTIN, *OURS]
@@ -105,6 +109,13 @@ def test_results_compare_every_setting_with_the_builtin_network(training_memory,
     table = capsys.readouterr().out
     assert all(f"\n| {name} |" in table for name in rows)
     assert [path.name for path in results.parent.iterdir()] == ["results.json"]
+
+
+def test_memory_is_measured_in_a_process_of_its_own(training_memory):
+    words = ["--model", "test_tresnet", "--image-size", "64", "--batch-size", "2"]
+    measured = training_memory._measure_memory_in_process("expansions", words)
+    assert measured["kept"] == training_memory.measure_memory("expansions", training_memory._parse(words))["kept"]
+    assert measured["peak"] is None or measured["peak"] > 0
 
 
 def test_rows_without_the_builtin_network_have_no_ratios(training_memory):
