@@ -12,9 +12,16 @@ from hub_server import HubServer
 STRICTLY = ["-W", "error", "-W", "ignore:Implicitly cleaning up:ResourceWarning"]
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several of them share the cores
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
-def _seed():
+def _start_afresh():
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # which limits how often one piece of code is compiled
 
 
 @pytest.fixture
