@@ -338,9 +338,7 @@ def test_compiled_training_is_one_graph_with_the_same_loss(amp):
 )
 def test_optimized_network_computes_the_network(dynamic, dtype):
     model = timm.create_model("test_tresnet", pretrained=True).cuda().eval()
-    optimized = optimize_for_inference(
-        model.to(dtype), dynamic=dynamic, mode="default" if dynamic else "reduce-overhead"
-    )
+    optimized = optimize_for_inference(model.to(dtype), dynamic=dynamic)
     with torch.no_grad():
         for shape in [(2, 3, 64, 64), (3, 3, 64, 96)]:
             x = torch.rand(shape, device="cuda", dtype=dtype)

@@ -74,16 +74,17 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
 def optimize_for_inference(model: nn.Module, dynamic: bool = False, mode: str | None = None) -> nn.Module:
     """Fold, lay out and compile a network for the device that it is on.
 
-    The network is compiled as one graph when it first sees an image, which takes a minute or more. On CUDA,
-    PyTorch's "max-autotune" tries several kernels for each operation, which takes minutes, and, with a static
-    shape, replays the whole network as a CUDA graph; an output is then overwritten by the next call.
+    The network is compiled as one graph when it first sees an image, which takes a minute on a CPU with few cores.
+    On CUDA with a static shape, the whole network is replayed as a CUDA graph; an output is then overwritten by the
+    next call.
 
     Args:
         model: a TResNet in eval mode, on its device and in its dtype (bfloat16 or float16 for speed, where the device
             has it).
         dynamic: compile once for all batch and image sizes; without it, again for each shape.
-        mode: mode of `torch.compile`; None for the above on CUDA and PyTorch's default elsewhere. "reduce-overhead" has
-            CUDA graphs too, and compiles within seconds.
+        mode: mode of `torch.compile`; None for "reduce-overhead", which has CUDA graphs, on CUDA with a static shape
+            and for PyTorch's default elsewhere. "max-autotune" has CUDA graphs too, and first times several kernels
+            for each operation, which takes minutes.
 
     Returns:
         A module that takes and returns what model does, without gradients.
@@ -92,8 +93,8 @@ def optimize_for_inference(model: nn.Module, dynamic: bool = False, mode: str | 
         ValueError: as in `fold_batch_norms`.
     """
     network = _copy_folded(model).to(memory_format=torch.channels_last).requires_grad_(False)
-    if mode is None and next(network.parameters()).device.type == "cuda":
-        mode = "max-autotune-no-cudagraphs" if dynamic else "max-autotune"
+    if mode is None and not dynamic and next(network.parameters()).device.type == "cuda":
+        mode = "reduce-overhead"
     return _Inference(torch.compile(network, fullgraph=True, dynamic=dynamic, mode=mode))
 
 
