@@ -25,7 +25,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from timm_tresnet.benchmark import (
     DTYPES,
     REPEATS,
     check_options,
+    choose_memory_format,
     compute_loss,
     find_largest_batch,
     format_spread,
@@ -47,6 +47,7 @@ from timm_tresnet.benchmark import (
     make_network,
     measure_kept,
     profile,
+    read_clock,
     start_results,
     write_new,
 )
@@ -115,15 +116,11 @@ COMPILED_ROWS: dict[str, Callable[[str], nn.Module]] = {
 def make_row(row: str, settings: argparse.Namespace) -> nn.Module:
     """The network of a row, in training mode, on the device and in the memory format of the settings."""
     network = {**ROWS, **CONVERTED_ROWS, **COMPILED_ROWS}[row](settings.model)
-    return network.to(settings.device, memory_format=_memory_format(settings)).train()
-
-
-def _memory_format(settings: argparse.Namespace) -> torch.memory_format:
-    return torch.channels_last if settings.channels_last else torch.contiguous_format
+    return network.to(settings.device, memory_format=choose_memory_format(settings.channels_last)).train()
 
 
 def _make_batch(size: int, settings: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    return make_batch(size, settings.image_size, settings.device, _memory_format(settings))
+    return make_batch(size, settings.image_size, settings.device, choose_memory_format(settings.channels_last))
 
 
 def measure_peak(network: nn.Module, images: Tensor, labels: Tensor, amp: str | None = None) -> int | None:
@@ -177,13 +174,11 @@ def measure_times(rows: Sequence[str], settings: argparse.Namespace) -> dict[str
         for row, network in networks.items():
             print(f"times: round {turn} of {settings.rounds}, {row}", file=sys.stderr)
             repeats = REPEATS[settings.device] if turn else 1
-            _synchronize(settings.device)
-            start = time.perf_counter()
+            start = read_clock(settings.device)
             for _ in range(repeats):
                 _step(network, images, labels, settings)
-            _synchronize(settings.device)
             if turn:  # round 0 is for warming up
-                step_ms[row].append(1e3 * (time.perf_counter() - start) / repeats)
+                step_ms[row].append(1e3 * (read_clock(settings.device) - start) / repeats)
     return step_ms
 
 
@@ -197,11 +192,6 @@ def profile_row(row: str, settings: argparse.Namespace) -> str:
     network, (images, labels) = make_row(row, settings), _make_batch(settings.time_batch_size, settings)
     title = f"{row}, batch {settings.time_batch_size}"
     return profile(lambda: _step(network, images, labels, settings), title, settings.device, repeats=3)
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -82,6 +82,18 @@ def make_network(name: str, **kwargs: Any) -> nn.Module:
 # ---- what is measured
 
 
+def choose_memory_format(channels_last: bool) -> torch.memory_format:
+    """What `--channels-last` stands for, with and without it."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def read_clock(device: str) -> float:
+    """Seconds, at a moment when the device has done all that it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def make_batch(
     size: int, image_size: int, device: str, memory_format: torch.memory_format = torch.contiguous_format
 ) -> tuple[Tensor, Tensor]:
@@ -233,7 +245,7 @@ class _Bench:
 
     def __init__(self, settings: argparse.Namespace) -> None:
         self.settings = settings
-        self.memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
+        self.memory_format = choose_memory_format(settings.channels_last)
         self.networks: dict[str, tuple[nn.Module, nn.Module, torch.optim.Optimizer]] = {}
 
     def network(self, candidate: Candidate) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
@@ -253,12 +265,12 @@ class _Bench:
         _, running, optimizer = self.network(candidate)
         running.train()
         images, labels = self.batch(size, candidate.image_size)
-        start = self._now()
+        start = read_clock(self.settings.device)
         for _ in range(repeats):
             optimizer.zero_grad()
             compute_loss(running, images, labels, self.settings.amp).backward()
             optimizer.step()
-        return (self._now() - start) / repeats
+        return (read_clock(self.settings.device) - start) / repeats
 
     def infer(self, candidate: Candidate, size: int, repeats: int = 1) -> float:
         """Seconds of a forward in eval mode: the mean of some in a row."""
@@ -268,15 +280,10 @@ class _Bench:
         amp = self.settings.amp
         dtype = DTYPES.get(amp, torch.bfloat16)
         with torch.inference_mode(), torch.autocast(images.device.type, dtype=dtype, enabled=amp is not None):
-            start = self._now()
+            start = read_clock(self.settings.device)
             for _ in range(repeats):
                 running(images)
-            return (self._now() - start) / repeats
-
-    def _now(self) -> float:
-        if self.settings.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+            return (read_clock(self.settings.device) - start) / repeats
 
     def memory(self, candidate: Candidate) -> dict[str, Any]:
         """What a training step keeps, and the largest batch."""

@@ -73,10 +73,7 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
 
     @torch.jit.unused
     def _is_distributed(self) -> bool:
-        distributed = torch.distributed
-        if not self.synchronized or not distributed.is_available() or not distributed.is_initialized():
-            return False
-        return distributed.get_world_size(self.process_group) > 1
+        return self.synchronized and _has_process_group() and torch.distributed.get_world_size(self.process_group) > 1
 
     @torch.jit.unused
     def _normalize(
@@ -102,7 +99,7 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
                 mean, rstd = running_mean, 1 / (running_var + self.eps).sqrt()
             if x.is_cuda:
                 affine = () if self.weight is None else (self.weight, self.bias)
-                if torch.distributed.is_available() and torch.distributed.is_initialized():
+                if _has_process_group():
                     affine = tuple(each.clone() for each in affine)  # sharded training frees them after the forward
                 return y, _normalize_on_cuda, (mean, rstd, *affine)
             return y, scale_and_shift, make_affine(mean, rstd, self.weight, self.bias)
@@ -145,3 +142,7 @@ def _normalize_on_cuda(
     if not x.numel():  # which the kernel cannot take
         return x.clone()
     return torch.batch_norm_elemt(x, weight, bias, mean, rstd, 0.0)  # the last one is in rstd already
+
+
+def _has_process_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
