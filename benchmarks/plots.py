@@ -8,6 +8,8 @@ an SVG with its command and hardware under it. Needs matplotlib (the extra `plot
 """
 
 import argparse
+import itertools
+import math
 import os
 import statistics
 import sys
@@ -20,7 +22,9 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.transforms import Bbox
 from schema import load_results, script_of
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, and a marker for each
@@ -76,11 +80,11 @@ def draw_paper_tables(results: dict[str, Any]) -> Figure:
             color = _COLORS[0] if ours else _COLORS[1]
             marker = _MARKERS[0] if ours else _MARKERS[2 if row["row"].startswith("built-in") else 1]
             axes.plot(speed, row["top1"], marker, color=color, markersize=8, mfc="white" if more_data else color)
-        _label_points(axes, [row["row"].replace(":", " ") for row in rows], speeds, rows)
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlim(min(speeds) / 1.35, max(speeds) * 8)  # room for the names
+        axes.set_xlim(min(speeds) / 2, max(speeds) * 2)  # room for the names
         axes.set_xlabel(f"{'training' if quantity == 'train' else quantity}, images/s")
     panels[0].set_ylabel("published ImageNet top-1, %")
     figure.suptitle("Accuracy and speed: TResNet (circles) and others")
@@ -88,28 +92,40 @@ def draw_paper_tables(results: dict[str, Any]) -> Figure:
         "Triangle: timm's built-in TResNet-M. Hollow: weights pretrained on ImageNet-21k. Speeds measured here, top-1 "
         "as published for different trainings (top1_source in the file)."
     )
-    return _finish(figure, [results], notes)
+    _finish(figure, [results], notes)
+    for axes, quantity in zip(panels, ("train", "inference"), strict=True):
+        speeds = [_median(row, f"{quantity}_images_per_s") for row in rows]
+        _label_points(axes, [row["row"].replace(":", " ") for row in rows], speeds, [row["top1"] for row in rows])
+    return figure
 
 
-def _label_points(axes: Axes, labels: Sequence[str], speeds: Sequence[float], rows: Sequence[dict[str, Any]]) -> None:
-    """Names beside the points; where points almost share a place, further up, with a line to the point."""
-    placed: list[tuple[float, float]] = []
-    for label, speed, row in sorted(
-        zip(labels, speeds, rows, strict=True), key=lambda each: (each[2]["top1"], each[1])
-    ):
-        height = row["top1"]
-        while any(abs(height - other) < 0.24 and 0.2 < speed / place < 5 for place, other in placed):
-            height += 0.06
-        placed.append((speed, height))
-        moved = height > row["top1"]
-        axes.annotate(
-            label,
-            (speed, row["top1"]),
-            (speed * (1.6 if moved else 1.12), height),
-            fontsize=7.5,
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.6} if moved else None,
-        )
+def _label_points(axes: Axes, labels: Sequence[str], xs: Sequence[float], ys: Sequence[float]) -> None:
+    """Names where there is room for them: beside their points, or further off, with a line to the point."""
+    axes.figure.canvas.draw()  # for the places of the points
+    renderer = axes.figure.canvas.get_renderer()
+    points = axes.transData.transform(list(zip(xs, ys, strict=True)))
+    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in points]
+    angles = (0, 180, 90, 270, 30, 330, 150, 210)
+    for label, x, y in zip(labels, xs, ys, strict=True):
+        for distance, angle in itertools.product(range(9, 99, 6), angles):
+            text = axes.annotate(
+                label,
+                (x, y),
+                (distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))),
+                textcoords="offset points",
+                fontsize=7.5,
+                ha={90: "center", 270: "center", 0: "left", 30: "left", 330: "left"}.get(angle, "right"),
+                va="center",
+                arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.6} if distance > 9 else None,
+            )
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text).padded(1)  # without the line
+            if not box.count_overlaps(taken) and all(axes.bbox.contains(*corner) for corner in box.corners()):
+                taken.append(box)
+                break
+            text.remove()
+        else:
+            raise ValueError(f"{label} at {x:g}, {y:g}: no room for its name; draw fewer networks in one picture")
 
 
 def draw_training_memory(files: Sequence[dict[str, Any]]) -> Figure:
