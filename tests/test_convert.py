@@ -630,6 +630,7 @@ def test_mutated_pickles_end_in_an_error_or_a_right_load(seed, expected, tmp_pat
 
 @pytest.mark.parametrize("seed", range(10))
 def test_mutated_names_and_shapes_end_in_an_error_or_a_right_load(seed, tensors, expected, tmp_path):
+    pytest.importorskip("safetensors", "0.7", "safetensors older than 0.7 cannot write complex numbers")
     file = tmp_path / "a.safetensors"
     generator = random.Random(seed)
     refused = 0
