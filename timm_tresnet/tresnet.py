@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from huggingface_hub.errors import HTTPError as ClientError  # base of what its transport raises, whichever that is
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 from timm.layers import ClassifierHead, LayerType, get_act_layer
 from timm.models import (
     build_model_with_cfg,
@@ -624,6 +623,9 @@ IMAGENET_TOP1 = {
     "tresnet_v2_l.miil_in21k_ft_in1k": 83.91,
 }
 
+# The base of what the Hub's client raises when a connection fails, in whichever of httpx and requests it has
+_TransportError = [HTTPError, *(base for base in HTTPError.__mro__ if base.__module__.startswith("requests"))][-1]
+
 
 def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None, **kwargs: Any) -> TResNet:
     _log_takeover()
@@ -654,7 +656,7 @@ def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None,
         raise LocalEntryNotFoundError(_explain_missing_weights(variant, kwargs, reason)) from error
     except HfHubHTTPError:
         raise  # names the address and the status
-    except ClientError as error:
+    except _TransportError as error:
         reason = f"the download broke off: {error}"
         raise ConnectionError(_explain_missing_weights(variant, kwargs, reason)) from error
 
