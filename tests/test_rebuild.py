@@ -73,8 +73,14 @@ def compare(run, setting, **kwargs):
     assert_same(*results)
 
 
+SHOWS_SAVED = hasattr(torch._C._autograd.SavedTensor, "data")
+HIDES_SAVED = "this PyTorch does not show what hooks have kept"
+
+
 def saved_bytes(model, x):
     """Bytes kept for backward: unique storages reachable from the graph, without the model's own."""
+    if not SHOWS_SAVED:
+        pytest.skip(HIDES_SAVED)
     nodes, seen, storages = [model(x).sum().grad_fn], set(), {}
 
     def visit(saved):
@@ -94,8 +100,6 @@ def saved_bytes(model, x):
             if name.startswith("_raw_saved_"):
                 raw = getattr(node, name)
                 for each in raw if isinstance(raw, tuple | list) else [raw]:
-                    if not hasattr(type(each), "data"):
-                        pytest.skip("this PyTorch does not show what hooks have kept")
                     try:
                         visit(each.data)
                     except RuntimeError:  # saved outside of a tape
@@ -644,6 +648,9 @@ def test_compiled_training_is_one_graph_without_hooks(setting):
     assert torch.equal(result["loss"], train_step(make_model("none"), images())["loss"])
 
 
+@pytest.mark.xfail(
+    torch.__version__.startswith("2.5."), reason="PyTorch 2.5 updates running statistics again", strict=True
+)
 def test_compiled_checkpointing_gives_the_same_numbers():
     def run(model):
         if model.rebuild != "none":
