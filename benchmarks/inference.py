@@ -22,7 +22,6 @@ import shlex
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,16 @@ from torch import Tensor, nn
 from training_memory import BUILTIN, MODELS, make_builtin
 
 from timm_tresnet import ExportedModel, export_model, fold_batch_norms, optimize_for_inference
-from timm_tresnet.benchmark import REPEATS, count_flops, format_spread, profile, start_results, write_new
+from timm_tresnet.benchmark import (
+    REPEATS,
+    choose_memory_format,
+    count_flops,
+    format_spread,
+    profile,
+    read_clock,
+    start_results,
+    write_new,
+)
 from timm_tresnet.options import at_least, new_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,7 +69,7 @@ def make_network(name: str, model: str) -> nn.Module:
 
 def run_eager(network: nn.Module, settings: argparse.Namespace) -> Run:
     """The network as it is, channels-last unless settings say otherwise."""
-    layout = torch.contiguous_format if settings.contiguous else torch.channels_last
+    layout = choose_memory_format(not settings.contiguous)
     dtype = DTYPES[settings.dtype]
     network = network.to(device=settings.device, dtype=dtype, memory_format=layout)
     return lambda images: network(images.to(dtype=dtype, memory_format=layout))
@@ -181,13 +189,12 @@ def measure_seconds(runs: dict[str, Run], images: Tensor, rounds: int) -> dict[s
     for turn in range(rounds + 1):
         for row, run in runs.items():
             repeats = REPEATS[images.device.type] if turn else 2  # a CUDA graph is captured in the second
-            start = time.perf_counter()
+            start = read_clock(images.device.type)
             for _ in range(repeats):
                 run(images)
-            if images.is_cuda:
-                torch.cuda.synchronize()
+            end = read_clock(images.device.type)
             if turn:  # the first is for warming up and compiling
-                seconds[row].append((time.perf_counter() - start) / repeats)
+                seconds[row].append((end - start) / repeats)
         print(f"\rround {turn} of {rounds}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return seconds

@@ -72,8 +72,10 @@ def draw_paper_tables(results: dict[str, Any]) -> Figure:
     """Published accuracy against throughput, in training and in inference."""
     figure, panels = plt.subplots(1, 2, sharey=True, figsize=(8, 5.4))
     rows = [row for row in results["rows"] if row["top1"] is not None]
-    for axes, quantity in zip(panels, ("train", "inference"), strict=True):
-        speeds = [_median(row, f"{quantity}_images_per_s") for row in rows]
+    fields = {"training": "train_images_per_s", "inference": "inference_images_per_s"}
+    points = {name: [(_median(row, field), row["top1"]) for row in rows] for name, field in fields.items()}
+    for axes, (name, places) in zip(panels, points.items(), strict=True):
+        speeds = [speed for speed, _ in places]
         for row, speed in zip(rows, speeds, strict=True):
             ours = row["row"].startswith("tresnet")
             more_data = "ImageNet-21k" in row["top1_source"]
@@ -85,7 +87,7 @@ def draw_paper_tables(results: dict[str, Any]) -> Figure:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlim(min(speeds) / 2, max(speeds) * 2)  # room for the names
-        axes.set_xlabel(f"{'training' if quantity == 'train' else quantity}, images/s")
+        axes.set_xlabel(f"{name}, images/s")
     panels[0].set_ylabel("published ImageNet top-1, %")
     figure.suptitle("Accuracy and speed: TResNet (circles) and others")
     notes = (
@@ -93,24 +95,22 @@ def draw_paper_tables(results: dict[str, Any]) -> Figure:
         "as published for different trainings (top1_source in the file)."
     )
     _finish(figure, [results], notes)
-    for axes, quantity in zip(panels, ("train", "inference"), strict=True):
-        speeds = [_median(row, f"{quantity}_images_per_s") for row in rows]
-        _label_points(axes, [row["row"].replace(":", " ") for row in rows], speeds, [row["top1"] for row in rows])
+    for axes, places in zip(panels, points.values(), strict=True):  # where the layout has put them
+        _label_points(axes, [row["row"].replace(":", " ") for row in rows], places)
     return figure
 
 
-def _label_points(axes: Axes, labels: Sequence[str], xs: Sequence[float], ys: Sequence[float]) -> None:
+def _label_points(axes: Axes, labels: Sequence[str], points: Sequence[tuple[float, float]]) -> None:
     """Names where there is room for them: beside their points, or further off, with a line to the point."""
     axes.figure.canvas.draw()  # for the places of the points
     renderer = axes.figure.canvas.get_renderer()
-    points = axes.transData.transform(list(zip(xs, ys, strict=True)))
-    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in points]
+    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in axes.transData.transform(points)]
     angles = (0, 180, 90, 270, 30, 330, 150, 210)
-    for label, x, y in zip(labels, xs, ys, strict=True):
+    for label, point in zip(labels, points, strict=True):
         for distance, angle in itertools.product(range(9, 99, 6), angles):
             text = axes.annotate(
                 label,
-                (x, y),
+                point,
                 (distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))),
                 textcoords="offset points",
                 fontsize=7.5,
@@ -125,7 +125,7 @@ def _label_points(axes: Axes, labels: Sequence[str], xs: Sequence[float], ys: Se
                 break
             text.remove()
         else:
-            raise ValueError(f"{label} at {x:g}, {y:g}: no room for its name; draw fewer networks in one picture")
+            raise ValueError(f"{label} at {point}: no room for its name; draw fewer networks in one picture")
 
 
 def draw_training_memory(files: Sequence[dict[str, Any]]) -> Figure:
