@@ -24,9 +24,9 @@ from safetensors import safe_open
 
 import timm_tresnet  # noqa: F401  registers the variants
 from timm_tresnet.card import PLACEHOLDER
+from timm_tresnet.catalogue import PublicWeight, load_catalogue
 from timm_tresnet.checkpoint import find_misfits
-from timm_tresnet.images import is_multi_label
-from timm_tresnet.recipes import Recipe, load_recipes
+from timm_tresnet.labels import is_multi_label
 
 WEIGHTS, CONFIG, CARD = REQUIRED = ("model.safetensors", "config.json", "README.md")
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar")
@@ -128,14 +128,14 @@ def find_problems(folder: Path, shapes: Shapes, repo_id: str) -> list[str]:
             f"{CONFIG} needs architecture and pretrained_cfg, as timm writes them",
             *_check_card(folder / CARD, None, repo_id),
         ]
-    recipe = load_recipes().get(f"{config.get('architecture')}.{config['pretrained_cfg'].get('tag')}")
+    public = load_catalogue().get(f"{config.get('architecture')}.{config['pretrained_cfg'].get('tag')}")
     problems = _check_weights(folder, shapes)
     names = config.get("label_names")
     if names and len(names) != config.get("num_classes"):
         problems.append(f"{CONFIG} names {len(names)} classes but has num_classes {config.get('num_classes')}")
-    if recipe:
-        problems += _compare_with_recipe(config, recipe)
-    return problems + _check_card(folder / CARD, recipe, repo_id)
+    if public:
+        problems += _compare_with_catalogue(config, public)
+    return problems + _check_card(folder / CARD, public, repo_id)
 
 
 def _check_weights(folder: Path, shapes: Shapes) -> list[str]:
@@ -152,31 +152,31 @@ def _check_weights(folder: Path, shapes: Shapes) -> list[str]:
     ]
 
 
-def _compare_with_recipe(config: dict[str, Any], recipe: Recipe) -> list[str]:
+def _compare_with_catalogue(config: dict[str, Any], public: PublicWeight) -> list[str]:
     pretrained_cfg = config["pretrained_cfg"]
     expected = {
-        "input_size": recipe.input_size and [3, recipe.input_size, recipe.input_size],
-        "interpolation": recipe.interpolation,
-        "crop_pct": recipe.crop_pct,
-        "crop_mode": recipe.crop_mode,
-        "mean": list(recipe.mean),
-        "std": list(recipe.std),
-        "license": recipe.license,
+        "input_size": public.input_size and [3, public.input_size, public.input_size],
+        "interpolation": public.interpolation,
+        "crop_pct": public.crop_pct,
+        "crop_mode": public.crop_mode,
+        "mean": list(public.mean),
+        "std": list(public.std),
+        "license": public.license,
     }
     pairs = [(name, pretrained_cfg.get(name), value) for name, value in expected.items() if value is not None]
-    pairs.append(("num_classes", config.get("num_classes"), recipe.converted_classes))
-    multi_label = recipe.multi_label and recipe.converted_classes > 0
+    pairs.append(("num_classes", config.get("num_classes"), public.converted_classes))
+    multi_label = public.multi_label and public.converted_classes > 0
     pairs.append(("multi_label", is_multi_label(pretrained_cfg), multi_label))
     arguments = config.get("model_args", {})
-    pairs += [(name, arguments.get(name), value) for name, value in recipe.slopes.items()]
+    pairs += [(name, arguments.get(name), value) for name, value in public.slopes.items()]
     return [
-        f"{CONFIG} has {name} {actual!r}, recipe {recipe.name} has {value!r}"
+        f"{CONFIG} has {name} {actual!r}, public weight {public.name} has {value!r}"
         for name, actual, value in pairs
         if actual != value
     ]
 
 
-def _check_card(path: Path, recipe: Recipe | None, repo_id: str) -> list[str]:
+def _check_card(path: Path, public: PublicWeight | None, repo_id: str) -> list[str]:
     content = path.read_text(encoding="utf-8")
     if not content.startswith("---\n"):
         return [f"{CARD} has no metadata"]
@@ -185,17 +185,19 @@ def _check_card(path: Path, recipe: Recipe | None, repo_id: str) -> list[str]:
     except (TypeError, ValueError, yaml.YAMLError) as error:
         return [f"{CARD} has metadata that the Hub cannot read: {error}"]
     expected = {"library_name": "timm"}
-    if recipe and recipe.license:
-        expected["license"] = recipe.license
+    if public and public.license:
+        expected["license"] = public.license
     problems = [
         f"{CARD} has {name} {data.get(name)!r} instead of {value!r}"
         for name, value in expected.items()
         if data.get(name) != value
     ]
-    if recipe and data.eval_results:
+    if public and data.eval_results:
         values = {result.metric_value for result in data.eval_results}
-        if values != {recipe.metric.value}:
-            problems.append(f"{CARD} has results {sorted(values)}, recipe {recipe.name} has {recipe.metric.value}")
+        if values != {public.metric.value}:
+            problems.append(
+                f"{CARD} has results {sorted(values)}, public weight {public.name} has {public.metric.value}"
+            )
     named = set(re.findall(rf"{PLACEHOLDER}|hf-hub:[\w./-]+", content)) - {f"hf-hub:{repo_id}"}
     return problems + [f"{CARD} tells its readers to load {name}" for name in sorted(named)]
 

@@ -1,6 +1,6 @@
-"""Convert an original file by its recipe, prove the result equal, write the folder.
+"""Convert an original file by its public weight, prove the result equal, write the folder.
 
-python hub/convert.py MS_COCO_TRresNet_L_448_86.6.pth --recipe tresnet_l.asl_coco_448 --output FOLDER [--repo ORG/NAME]
+python hub/convert.py MS_COCO_TRresNet_L_448_86.6.pth --public-weight tresnet_l.asl_coco_448 --output FOLDER
 
 The folder is reloaded by timm, and its output compared with that of the file, computed from its own names by the plain
 implementation in tests/reference.py. If they differ, nothing is written.
@@ -34,15 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, or 1 if nothing was written.
     """
-    parser = argparse.ArgumentParser(description="Convert an original file by its recipe and prove the result equal.")
+    parser = argparse.ArgumentParser(
+        description="Convert an original file by its public weight and prove the result equal."
+    )
     parser.add_argument("file", type=Path, metavar="FILE")
-    parser.add_argument("--recipe", required=True, metavar="NAME", help="a name in hub/recipes.toml")
+    parser.add_argument("--public-weight", required=True, metavar="NAME", help="a name in timm_tresnet/catalogue.toml")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
     parser.add_argument("--repo", metavar="ORG/NAME", help="Hub repository that the model card is to name")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
     arguments = parser.parse_args(argv)
     try:
-        conversion = convert_checkpoint(arguments.file, recipe=arguments.recipe)
+        conversion = convert_checkpoint(arguments.file, public_weight=arguments.public_weight)
         source = unwrap(read_checkpoint(arguments.file))
         write_folder(
             conversion,
@@ -78,7 +80,7 @@ def compare(source: dict[str, torch.Tensor], conversion: Conversion, folder: Pat
         raise ValueError(f"cannot be compared: {'; '.join(conversion.warnings)}")
     source = {name: tensor.float() for name, tensor in source.items()}
     arguments = {"negative_slope": "slope", "stem_negative_slope": "stem_slope"}
-    slopes = {arguments[name]: slope for name, slope in conversion.recipe.slopes.items()}
+    slopes = {arguments[name]: slope for name, slope in conversion.public_weight.slopes.items()}
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     generator = torch.Generator().manual_seed(0)
     for size in _SIZES:

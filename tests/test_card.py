@@ -7,39 +7,39 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from timm_tresnet.card import PLACEHOLDER, make_card
-from timm_tresnet.recipes import load_recipes
+from timm_tresnet.catalogue import load_catalogue
 
-RECIPES = load_recipes()
-LINEAR = RECIPES["tresnet_m.miil_in21k_ft_in1k"]
-MULTI_LABEL = RECIPES["tresnet_l.asl_coco_448"]
-BACKBONE = RECIPES["tresnet_v2_l.ml_decoder_coco_448"]
-UNLICENSED = RECIPES["tresnet_v2_l.csl_openimages"]
+CATALOGUE = load_catalogue()
+LINEAR = CATALOGUE["tresnet_m.miil_in21k_ft_in1k"]
+MULTI_LABEL = CATALOGUE["tresnet_l.asl_coco_448"]
+BACKBONE = CATALOGUE["tresnet_v2_l.ml_decoder_coco_448"]
+UNLICENSED = CATALOGUE["tresnet_v2_l.csl_openimages"]
 
 
-def converted_classes(recipe):
-    return 0 if recipe.head == "ml_decoder" else recipe.num_classes
+def converted_classes(public):
+    return 0 if public.head == "ml_decoder" else public.num_classes
 
 
 def find_code(card):
     return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_card_of_every_recipe_has_metadata_that_the_hub_client_reads(recipe):
-    card = ModelCard(make_card(recipe, recipe.architecture, converted_classes(recipe), "owner/name"))
+@pytest.mark.parametrize("public", CATALOGUE.values(), ids=CATALOGUE)
+def test_card_of_every_public_weight_has_metadata_that_the_hub_client_reads(public):
+    card = ModelCard(make_card(public, public.architecture, converted_classes(public), "owner/name"))
     assert card.data.library_name == "timm"
-    assert card.data.license == recipe.license
-    assert ("multi-label" in card.data.tags) == recipe.multi_label
-    assert recipe.metric.published in card.text
-    assert recipe.paper.removeprefix("arXiv:") in card.text
-    if recipe.head == "ml_decoder":
+    assert card.data.license == public.license
+    assert ("multi-label" in card.data.tags) == public.multi_label
+    assert public.metric.published in card.text
+    assert public.paper.removeprefix("arXiv:") in card.text
+    if public.head == "ml_decoder":
         assert card.data.pipeline_tag == "image-feature-extraction"
         assert card.data.eval_results is None
     else:
         assert card.data.pipeline_tag == "image-classification"
         (result,) = card.data.eval_results
-        assert (result.metric_value, result.dataset_name) == (recipe.metric.value, recipe.dataset)
-        assert result.source_name == recipe.metric.published
+        assert (result.metric_value, result.dataset_name) == (public.metric.value, public.dataset)
+        assert result.source_name == public.metric.published
 
 
 def test_metadata_names_result_source_and_dataset():
@@ -63,7 +63,7 @@ def test_unknown_weights_get_a_card_that_claims_nothing():
     assert not re.search(r"## (Training data|Licence)|None|accuracy|mAP", card.text)
 
 
-def test_what_a_recipe_does_not_say_is_left_out():
+def test_what_a_public_weight_does_not_say_is_left_out():
     card = make_card(UNLICENSED, UNLICENSED.architecture, 9605)
     assert "None" not in card
     assert "license:" not in card
@@ -78,7 +78,7 @@ def test_result_of_a_head_that_is_not_converted_is_no_result_of_the_backbone():
     assert "### Classification" not in card
 
 
-def test_preprocessing_is_described_as_the_recipe_has_it():
+def test_preprocessing_is_described_as_the_public_weight_has_it():
     assert "shorter side resized to 256 pixels, then the central 224 × 224" in make_card(LINEAR, "tresnet_m", 1000)
     assert "resized to 448 × 448 pixels whatever its shape" in make_card(MULTI_LABEL, "tresnet_l", 80)
 
@@ -89,17 +89,17 @@ def test_examples_load_the_repository_or_a_placeholder():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "num_classes"),
+    ("public", "num_classes"),
     [(LINEAR, 7), (MULTI_LABEL, 3), (BACKBONE, 0), (None, 7)],
     ids=["classes", "labels", "no_classes", "unknown"],
 )
-def test_every_example_runs(recipe, num_classes, tmp_path, monkeypatch, capsys):
+def test_every_example_runs(public, num_classes, tmp_path, monkeypatch, capsys):
     model = timm.create_model("test_tresnet", num_classes=num_classes)
     model_config = {"label_names": [f"name {index}" for index in range(num_classes)]}
     save_for_hf(model, tmp_path / "FOLDER", model_config=model_config, safe_serialization=True)
     Image.new("RGB", (90, 70), (90, 120, 20)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    examples = find_code(make_card(recipe, "test_tresnet", num_classes))
+    examples = find_code(make_card(public, "test_tresnet", num_classes))
     assert len(examples) == (4 if num_classes else 3)
     for example in examples:
         exec(example, {})

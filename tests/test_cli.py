@@ -262,7 +262,9 @@ def test_convert_writes_a_folder_that_classify_loads(checkpoints, tmp_path, caps
     known += ["--interpolation", "bilinear", "--crop-mode", "squash", "--license", "mit", "--dataset", "Demo"]
     output = tmp_path / "new"
     assert cli.main(["convert", str(checkpoints / "a.pth"), "--output", str(output), "--multi-label", *known]) == 0
-    assert "test_tresnet, 10 classes, official names, no recipe\n  In-Place ABN weights" in capsys.readouterr().out
+    assert (
+        "test_tresnet, 10 classes, official names, no public weight\n  In-Place ABN weights" in capsys.readouterr().out
+    )
     assert cli.main(["classify", "--json", "--threshold", "0", "--model", f"local-dir:{output}"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert {len(result["predictions"]) for result in results} == {10}

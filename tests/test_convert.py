@@ -157,13 +157,13 @@ def test_architecture_is_that_of_the_tensors_not_of_the_name(tmp_path):
     tensors = reference.official_state_dict((3, 4, 23, 3), bottlenecks=(True,) * 4, num_classes=80, head="ml_decoder")
     conversion = convert_checkpoint(save({"model": tensors}, tmp_path / "tresnet_l.pth"))
     assert conversion.architecture == "tresnet_v2_l"
-    assert conversion.recipe is None
+    assert conversion.public_weight is None
     assert any("tresnet_l.miil_in1k" in note and "was not used" in note for note in conversion.notes)
-    known = convert_checkpoint(tmp_path / "tresnet_l.pth", recipe="tresnet_v2_l.ml_decoder_coco_448")
+    known = convert_checkpoint(tmp_path / "tresnet_l.pth", public_weight="tresnet_v2_l.ml_decoder_coco_448")
     assert known.pretrained_cfg["input_size"] == (3, 448, 448)
     assert "notes" not in known.pretrained_cfg  # the backbone has no labels
-    with pytest.raises(ValueError, match=r"recipe tresnet_l.miil_in1k is for .* the file holds .*tresnet_v2_l"):
-        convert_checkpoint(tmp_path / "tresnet_l.pth", recipe="tresnet_l.miil_in1k")
+    with pytest.raises(ValueError, match=r"public weight tresnet_l.miil_in1k is for .* the file holds .*tresnet_v2_l"):
+        convert_checkpoint(tmp_path / "tresnet_l.pth", public_weight="tresnet_l.miil_in1k")
 
 
 ABLATIONS = {
@@ -279,18 +279,18 @@ def test_given_values_arrive_in_the_model(tensors, tmp_path):
         assert relative_error(model(x), reference.official_forward(tensors, x, slope=0.2, stem_slope=0.3)) <= 1e-5
 
 
-def test_values_go_before_those_of_a_recipe(tmp_path):
+def test_values_go_before_those_of_a_public_weight(tmp_path):
     tensors = reference.official_state_dict((3, 4, 11, 3), num_classes=80)
     file = save({"model": tensors}, tmp_path / "MS_COCO_TRresNet_M_224_81.8.pth")
     conversion = convert_checkpoint(file, input_size=448, multi_label=False)
-    assert conversion.recipe.name == "tresnet_m.asl_in21k_ft_coco"
+    assert conversion.public_weight.name == "tresnet_m.asl_in21k_ft_coco"
     config = conversion.pretrained_cfg
     assert (config["input_size"], config["crop_mode"]) == ((3, 448, 448), "squash")
     assert "notes" not in config
     assert conversion.labels["label_names"][0] == "person"
-    assert convert_checkpoint(file, recipe="none").recipe is None
-    with pytest.raises(ValueError, match="no recipe is named 'coco'; there are tresnet_m.miil_in1k, "):
-        convert_checkpoint(file, recipe="coco")
+    assert convert_checkpoint(file, public_weight="none").public_weight is None
+    with pytest.raises(ValueError, match="no public weight is named 'coco'; there are tresnet_m.miil_in1k, "):
+        convert_checkpoint(file, public_weight="coco")
 
 
 @pytest.mark.parametrize(

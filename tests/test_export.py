@@ -19,7 +19,8 @@ from timm.utils import reparameterize_model
 import timm_tresnet
 from timm_tresnet import ExportedModel, cli, export, export_model, fold_batch_norms, optimize_for_inference
 from timm_tresnet.export import FORMATS
-from timm_tresnet.images import SAMPLES, is_multi_label
+from timm_tresnet.images import SAMPLES
+from timm_tresnet.labels import is_multi_label
 from timm_tresnet.layers import ConvNormAct
 
 SMALL = {"layers": (1, 1, 1, 1), "num_classes": 10}

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from timm_tresnet import checkpoint
-from timm_tresnet.recipes import load_recipes
+from timm_tresnet.catalogue import load_catalogue
 
 SCRIPT = Path(__file__).parents[1] / "hub" / "convert.py"
 NAME = "test_tresnet.demo"
@@ -25,13 +25,13 @@ def script():
 
 @pytest.fixture
 def convert(script, tmp_path, monkeypatch):
-    """Write a small file of the official code, register a recipe for it, run the script on it."""
+    """Write a small file of the official code, register a public weight for it, run the script on it."""
 
     def run(change=lambda tensors: tensors, slope=None, **official):
         tensors = reference.official_state_dict((2, 2, 3, 1), planes=16, num_classes=20, **official)
         torch.save({"model": change(tensors)}, tmp_path / "demo.pth")
-        recipe = dataclasses.replace(
-            load_recipes()["tresnet_xl.asl_voc_448"],
+        public = dataclasses.replace(
+            load_catalogue()["tresnet_xl.asl_voc_448"],
             architecture="test_tresnet",
             tag="demo",
             files=("demo.pth",),
@@ -39,8 +39,8 @@ def convert(script, tmp_path, monkeypatch):
             negative_slope=slope,
             stem_negative_slope=slope,
         )
-        monkeypatch.setattr("timm_tresnet.convert.load_recipes", lambda: {NAME: recipe})
-        arguments = [str(tmp_path / "demo.pth"), "--recipe", NAME, "--output", str(tmp_path / "folder")]
+        monkeypatch.setattr("timm_tresnet.convert.load_catalogue", lambda: {NAME: public})
+        arguments = [str(tmp_path / "demo.pth"), "--public-weight", NAME, "--output", str(tmp_path / "folder")]
         return script.main([*arguments, "--repo", "owner/demo"])
 
     return run

@@ -2,7 +2,8 @@ import pytest
 import timm
 from PIL import Image
 
-from timm_tresnet.images import SAMPLES, find_images, is_multi_label, label_lookup, read_image
+from timm_tresnet.images import SAMPLES, find_images, read_image
+from timm_tresnet.labels import is_multi_label, label_lookup
 
 
 def test_images_in_folders_are_found_in_order_and_named_files_as_they_are(tmp_path):

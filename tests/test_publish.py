@@ -19,14 +19,14 @@ from timm.models import save_for_hf
 
 from timm_tresnet import convert
 from timm_tresnet.card import PLACEHOLDER, make_card
-from timm_tresnet.recipes import Metric, Recipe, load_recipes
+from timm_tresnet.catalogue import Metric, PublicWeight, load_catalogue
 
 # huggingface_hub 2.4 uploads LFS files with an argument that its transport, httpx2, deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")
 
 HUB = Path(__file__).parents[1] / "hub"
 REPO = "owner/insects"
-RECIPE = Recipe(
+PUBLIC_WEIGHT = PublicWeight(
     architecture="test_tresnet",
     tag="insects",
     files=("insects.pth",),
@@ -55,7 +55,7 @@ def tools(monkeypatch, hub):
     monkeypatch.setattr(
         time, "sleep", lambda seconds: None
     )  # no variable shortens the waits between the client's tries
-    monkeypatch.setattr(scripts["checks"], "load_recipes", lambda: {RECIPE.name: RECIPE})
+    monkeypatch.setattr(scripts["checks"], "load_catalogue", lambda: {PUBLIC_WEIGHT.name: PUBLIC_WEIGHT})
     client = functools.partial(HfApi, endpoint=hub.url, token="hf_test")
     for name in ("publish", "verify"):
         monkeypatch.setattr(scripts[name], "HfApi", client)
@@ -73,10 +73,10 @@ def folder(tmp_path):
     model = timm.create_model("test_tresnet", num_classes=3)
     model_config = {
         "label_names": ["ant", "bee", "cicada"],
-        "pretrained_cfg": {"tag": RECIPE.tag, "crop_mode": "squash", "license": "mit"},
+        "pretrained_cfg": {"tag": PUBLIC_WEIGHT.tag, "crop_mode": "squash", "license": "mit"},
     }
     save_for_hf(model, tmp_path / "insects", model_config=model_config, safe_serialization=True)
-    card = make_card(RECIPE, "test_tresnet", 3)
+    card = make_card(PUBLIC_WEIGHT, "test_tresnet", 3)
     (tmp_path / "insects" / "README.md").write_text(card, encoding="utf-8")
     return tmp_path / "insects"
 
@@ -108,27 +108,33 @@ def test_official_files_of_every_kind_come_back_from_the_hub_with_the_official_l
     hub, tools, run_child, tmp_path, monkeypatch
 ):
     kinds = {  # one of those that differ in no more than the size of the network and in who published it
-        (recipe.num_classes, recipe.head, recipe.multi_label, *recipe.slopes.items()): dataclasses.replace(
-            recipe, architecture="test_tresnet", tag=name.replace(".", "_")
-        )
-        for name, recipe in load_recipes().items()
+        (
+            public.num_classes,
+            public.head,
+            public.multi_label,
+            *public.slopes.items(),
+        ): dataclasses.replace(public, architecture="test_tresnet", tag=name.replace(".", "_"))
+        for name, public in load_catalogue().items()
     }
-    recipes = {recipe.name: recipe for recipe in kinds.values()}
+    catalogue = {public.name: public for public in kinds.values()}
     for module in (convert, tools["checks"]):
-        monkeypatch.setattr(module, "load_recipes", lambda: recipes)
+        monkeypatch.setattr(module, "load_catalogue", lambda: catalogue)
     x = torch.rand(1, 3, 64, 64)
     expected = {"x": x}
-    for name, recipe in recipes.items():
+    for name, public in catalogue.items():
         tensors = reference.official_state_dict(
-            (2, 2, 3, 1), planes=16, num_classes=recipe.num_classes, head=recipe.head
+            (2, 2, 3, 1), planes=16, num_classes=public.num_classes, head=public.head
         )
         torch.save({"model": tensors}, tmp_path / "official.pth")
-        convert.write_folder(convert.convert_checkpoint(tmp_path / "official.pth", recipe=name), tmp_path / name)
-        slopes = {"slope": recipe.negative_slope or 1e-3, "stem_slope": recipe.stem_negative_slope or 1e-2}
+        convert.write_folder(convert.convert_checkpoint(tmp_path / "official.pth", public_weight=name), tmp_path / name)
+        slopes = {
+            "slope": public.negative_slope or 1e-3,
+            "stem_slope": public.stem_negative_slope or 1e-2,
+        }
         expected[f"owner/{name}"] = reference.official_forward(tensors, x, **slopes)
     save_file(expected, tmp_path / "expected")
 
-    by_script, *others = recipes
+    by_script, *others = catalogue
     for name in others:
         assert tools["publish"].main([str(tmp_path / name), "--repo", f"owner/{name}", "--push"]) == 0
     run_child(
@@ -326,7 +332,7 @@ def lengthen_header(folder):
 
 
 def name_other_repository(folder):
-    card = make_card(RECIPE, "test_tresnet", 3, "owner/birds")
+    card = make_card(PUBLIC_WEIGHT, "test_tresnet", 3, "owner/birds")
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -368,7 +374,7 @@ DAMAGES = {  # what is done to a folder, and what is said about it
     ),
     "preprocessing": (
         lambda folder: edit_config(folder, pretrained_cfg={"crop_mode": "center"}),
-        ["config.json has crop_mode 'center', recipe test_tresnet.insects has 'squash'"],
+        ["config.json has crop_mode 'center', public weight test_tresnet.insects has 'squash'"],
     ),
     "card_has_no_metadata": (
         lambda folder: (folder / "README.md").write_text("# insects\n"),
@@ -386,7 +392,7 @@ DAMAGES = {  # what is done to a folder, and what is said about it
         lambda folder: (folder / "README.md").write_text(
             (folder / "README.md").read_text(encoding="utf-8").replace("value: 61.5", "value: 99.9"), encoding="utf-8"
         ),
-        ["README.md has results [99.9], recipe test_tresnet.insects has 61.5"],
+        ["README.md has results [99.9], public weight test_tresnet.insects has 61.5"],
     ),
 }
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import EvalResult, ModelCardData
 
 if TYPE_CHECKING:
-    from timm_tresnet.recipes import Recipe
+    from timm_tresnet.catalogue import PublicWeight
 
 PLACEHOLDER = "local-dir:FOLDER"  # stands for the model's name in a card that is not for a repository yet
 
@@ -100,11 +100,11 @@ optimizer.step()
 ```"""
 
 
-def make_card(recipe: Recipe | None, architecture: str, num_classes: int, repo_id: str | None = None) -> str:
+def make_card(public: PublicWeight | None, architecture: str, num_classes: int, repo_id: str | None = None) -> str:
     """Write the model card of converted weights.
 
     Args:
-        recipe: what is known about the weights; None if they are not public ones. What it does not say, the card leaves
+        public: what is known about the weights; None if they are not public ones. What it does not say, the card leaves
             out.
         architecture: name of the variant.
         num_classes: outputs of the converted network; 0 if it has no classifier.
@@ -114,50 +114,50 @@ def make_card(recipe: Recipe | None, architecture: str, num_classes: int, repo_i
     Returns:
         Content of README.md: metadata as the Hub reads it, then Markdown.
     """
-    name = recipe.name if recipe else repo_id.partition("/")[2] if repo_id else architecture
-    sections = [f"# {name}", _introduce(recipe, architecture, num_classes)]
-    if table := _tabulate(recipe, num_classes):
+    name = public.name if public else repo_id.partition("/")[2] if repo_id else architecture
+    sections = [f"# {name}", _introduce(public, architecture, num_classes)]
+    if table := _tabulate(public, num_classes):
         sections.append(table)
-    sections += _explain_use(recipe, num_classes, f"hf-hub:{repo_id}" if repo_id else PLACEHOLDER)
-    if recipe:
-        sections += ["## Training data", _name_training_data(recipe)]
-        licence = f"{recipe.license}, as the [official code]({recipe.code})." if recipe.license else _UNLICENSED
+    sections += _explain_use(public, num_classes, f"hf-hub:{repo_id}" if repo_id else PLACEHOLDER)
+    if public:
+        sections += ["## Training data", _name_training_data(public)]
+        licence = f"{public.license}, as the [official code]({public.code})." if public.license else _UNLICENSED
         sections += ["## Licence", licence]
-    sections += ["## Citation", _cite(recipe)]
-    metadata = _describe(recipe, name, num_classes).to_yaml()
+    sections += ["## Citation", _cite(public)]
+    metadata = _describe(public, name, num_classes).to_yaml()
     return f"---\n{metadata}\n---\n" + "\n\n".join(sections) + "\n"
 
 
 _UNLICENSED = "Their authors name no licence for these weights; ask them before you use the weights."
 
 
-def _describe(recipe: Recipe | None, name: str, num_classes: int) -> ModelCardData:
+def _describe(public: PublicWeight | None, name: str, num_classes: int) -> ModelCardData:
     pipeline = "image-classification" if num_classes else "image-feature-extraction"
     tags = [pipeline, "timm", "tresnet"]
-    if recipe is None:
+    if public is None:
         return ModelCardData(library_name="timm", pipeline_tag=pipeline, tags=tags)
-    if recipe.multi_label:
+    if public.multi_label:
         tags.append("multi-label")
-    datasets = [_HUB_DATASETS[dataset] for dataset in (recipe.dataset, recipe.pretraining) if dataset in _HUB_DATASETS]
+    datasets = [_HUB_DATASETS[dataset] for dataset in (public.dataset, public.pretraining) if dataset in _HUB_DATASETS]
     results = None
-    if _has_published_head(recipe, num_classes):
-        repository = recipe.metric.published.partition(",")[0]
+    if _has_published_head(public, num_classes):
+        repository = public.metric.published.partition(",")[0]
         if repository == "timm":
             repository = "huggingface/pytorch-image-models"
         results = [
             EvalResult(
                 task_type=pipeline,
-                dataset_type=_HUB_DATASETS.get(recipe.dataset, _slug(recipe.dataset)),
-                dataset_name=recipe.dataset,
-                metric_type="accuracy" if recipe.metric.name == "top-1 accuracy" else _slug(recipe.metric.name),
-                metric_name=recipe.metric.name,
-                metric_value=recipe.metric.value,
-                source_name=recipe.metric.published,
+                dataset_type=_HUB_DATASETS.get(public.dataset, _slug(public.dataset)),
+                dataset_name=public.dataset,
+                metric_type="accuracy" if public.metric.name == "top-1 accuracy" else _slug(public.metric.name),
+                metric_name=public.metric.name,
+                metric_value=public.metric.value,
+                source_name=public.metric.published,
                 source_url=f"https://github.com/{repository}",
             )
         ]
     return ModelCardData(
-        license=recipe.license,
+        license=public.license,
         library_name="timm",
         pipeline_tag=pipeline,
         tags=tags,
@@ -167,47 +167,47 @@ def _describe(recipe: Recipe | None, name: str, num_classes: int) -> ModelCardDa
     )
 
 
-def _introduce(recipe: Recipe | None, architecture: str, num_classes: int) -> str:
-    kind = "A multi-label image classifier" if recipe and recipe.multi_label else "An image classifier"
+def _introduce(public: PublicWeight | None, architecture: str, num_classes: int) -> str:
+    kind = "A multi-label image classifier" if public and public.multi_label else "An image classifier"
     if not num_classes:
         kind = "An image feature extractor"
     text = f"{kind}: TResNet ({_link(_TRESNET)}), variant `{architecture}`, for timm with the plugin timm-tresnet."
-    if recipe is None:
+    if public is None:
         return f"{text} Converted from a checkpoint whose training is not known."
-    files = " or ".join(f"`{file}`" for file in recipe.files)
-    source = f"The weights are those of {_link(recipe.paper)}, converted from {files} of its [code]({recipe.code})."
-    if recipe.head == "ml_decoder" and not num_classes:
+    files = " or ".join(f"`{file}`" for file in public.files)
+    source = f"The weights are those of {_link(public.paper)}, converted from {files} of its [code]({public.code})."
+    if public.head == "ml_decoder" and not num_classes:
         source += " The ML-Decoder head is left out."
     return f"{text} {source}"
 
 
-def _tabulate(recipe: Recipe | None, num_classes: int) -> str:
+def _tabulate(public: PublicWeight | None, num_classes: int) -> str:
     rows = [("classes", num_classes)] if num_classes else []
-    if recipe:
-        if recipe.multi_label and num_classes:
+    if public:
+        if public.multi_label and num_classes:
             rows.append(("outputs", "one sigmoid a class; an image can have any number of the classes"))
-        if recipe.input_size:
-            rows.append(("image", _describe_preprocessing(recipe)))
-        metric = f"{recipe.metric.value} %, published in {recipe.metric.published}"
-        if not _has_published_head(recipe, num_classes):
+        if public.input_size:
+            rows.append(("image", _describe_preprocessing(public)))
+        metric = f"{public.metric.value} %, published in {public.metric.published}"
+        if not _has_published_head(public, num_classes):
             metric += "; that is with the published head, which is not part of these weights"
-        rows.append((f"{recipe.metric.name} on {recipe.dataset}", metric))
+        rows.append((f"{public.metric.name} on {public.dataset}", metric))
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]) if rows else ""
 
 
-def _describe_preprocessing(recipe: Recipe) -> str:
-    size = recipe.input_size
-    if recipe.crop_mode == "squash":
+def _describe_preprocessing(public: PublicWeight) -> str:
+    size = public.input_size
+    if public.crop_mode == "squash":
         resizing = f"resized to {size} × {size} pixels whatever its shape"
     else:
-        resizing = f"shorter side resized to {int(size / recipe.crop_pct)} pixels, then the central {size} × {size}"
-    return f"RGB, {resizing} ({recipe.interpolation}); mean {list(recipe.mean)}, std {list(recipe.std)}"
+        resizing = f"shorter side resized to {int(size / public.crop_pct)} pixels, then the central {size} × {size}"
+    return f"RGB, {resizing} ({public.interpolation}); mean {list(public.mean)}, std {list(public.std)}"
 
 
-def _explain_use(recipe: Recipe | None, num_classes: int, model: str) -> list[str]:
+def _explain_use(public: PublicWeight | None, num_classes: int, model: str) -> list[str]:
     sections = ["## Use", "With timm and timm-tresnet installed; the preprocessing comes with the weights."]
     if num_classes:
-        multi_label = recipe is not None and recipe.multi_label
+        multi_label = public is not None and public.multi_label
         activation = "sigmoid()" if multi_label else "softmax(-1)"
         sections += [
             "### Classification",
@@ -224,12 +224,12 @@ def _explain_use(recipe: Recipe | None, num_classes: int, model: str) -> list[st
     ]
 
 
-def _name_training_data(recipe: Recipe) -> str:
-    return f"{recipe.pretraining}, then {recipe.dataset}." if recipe.pretraining else f"{recipe.dataset}."
+def _name_training_data(public: PublicWeight) -> str:
+    return f"{public.pretraining}, then {public.dataset}." if public.pretraining else f"{public.dataset}."
 
 
-def _cite(recipe: Recipe | None) -> str:
-    papers = dict.fromkeys([recipe.paper, _TRESNET] if recipe else [_TRESNET])
+def _cite(public: PublicWeight | None) -> str:
+    papers = dict.fromkeys([public.paper, _TRESNET] if public else [_TRESNET])
     return "\n\n".join(_format_bibtex(paper) for paper in papers)
 
 
@@ -242,8 +242,8 @@ def _format_bibtex(paper: str) -> str:
     )
 
 
-def _has_published_head(recipe: Recipe, num_classes: int) -> bool:
-    return recipe.head != "ml_decoder" and num_classes == recipe.num_classes
+def _has_published_head(public: PublicWeight, num_classes: int) -> bool:
+    return public.head != "ml_decoder" and num_classes == public.num_classes
 
 
 def _link(paper: str) -> str:

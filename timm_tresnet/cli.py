@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_tresnet.images import SAMPLES, find_images, is_multi_label, label_lookup, read_image
+from timm_tresnet.images import SAMPLES, find_images, read_image
+from timm_tresnet.labels import is_multi_label, label_lookup
 from timm_tresnet.options import add_options, at_least, image_size
 
 _EMBEDDED = "test_tresnet"
@@ -356,15 +357,15 @@ def describe_weights() -> list[dict[str, Any]]:
     import timm
     from timm.models import get_pretrained_cfg
 
-    from timm_tresnet.recipes import load_recipes
-    from timm_tresnet.tresnet import IMAGENET_TOP1, recipe_arguments
+    from timm_tresnet.catalogue import load_catalogue
+    from timm_tresnet.tresnet import IMAGENET_TOP1, network_arguments
 
-    recipes = load_recipes()
+    catalogue = load_catalogue()
     rows = []
     for name in timm.list_models(module="tresnet", include_tags=True):
         config = get_pretrained_cfg(name)
-        recipe = recipes.get(name)
-        head_features = recipe_arguments(recipe).get("head_features") if recipe else None
+        public = catalogue.get(name)
+        head_features = network_arguments(public).get("head_features") if public else None
         params, macs = _measure_size(
             name.partition(".")[0], tuple(config.input_size), config.num_classes, head_features
         )
@@ -376,7 +377,7 @@ def describe_weights() -> list[dict[str, Any]]:
                 "input_size": config.input_size,
                 "num_classes": config.num_classes,
                 "imagenet_top1": IMAGENET_TOP1.get(name),
-                "weights": _locate_weights(config, recipe),
+                "weights": _locate_weights(config, public),
             }
         )
     return rows
@@ -405,13 +406,13 @@ def _measure_backbone(variant: str, input_size: tuple[int, ...]) -> tuple[int, i
     return params, counter.get_total_flops() // 2, model.num_features
 
 
-def _locate_weights(config: Any, recipe: Any) -> str:
+def _locate_weights(config: Any, public: Any) -> str:
     from huggingface_hub import try_to_load_from_cache
 
     if config.file:
         return "in the package"
     if not config.hf_hub_id:
-        return f"to convert from {recipe.files[0]}" if recipe else "none"
+        return f"to convert from {public.files[0]}" if public else "none"
     cached = try_to_load_from_cache(config.hf_hub_id, config.hf_hub_filename)
     return "cached" if isinstance(cached, str) else f"on the Hub: {config.hf_hub_id}"
 
@@ -425,7 +426,7 @@ def _add_convert(commands: Any) -> None:
         help="make old checkpoints loadable",
         description="Convert checkpoints of the official TResNet code and its descendants, or of timm, into folders "
         "that timm.create_model('local-dir:FOLDER', pretrained=True) loads. What a checkpoint is comes from its "
-        "tensors, what they cannot tell from its recipe or these options. Nothing in a checkpoint is executed.",
+        "tensors, what they cannot tell from its public weight or these options. Nothing in a checkpoint is executed.",
     )
     convert.add_argument(
         "files", nargs="+", type=Path, metavar="FILE", help="checkpoints: .pth, .pt, .safetensors, ..."
@@ -435,7 +436,10 @@ def _add_convert(commands: Any) -> None:
     )
     convert.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
     convert.add_argument(
-        "--recipe", metavar="NAME", help="a public weight, see `timm-tresnet list`; default: by the file's name"
+        "--public-weight",
+        "--recipe",
+        metavar="NAME",
+        help="a public weight, see `timm-tresnet list`; default: by the file's name",
     )
     convert.add_argument(
         "--norm-weights",
@@ -479,8 +483,8 @@ def _convert(arguments: argparse.Namespace) -> int:
             failed += 1
             continue
         classes = f"{conversion.num_classes} classes" if conversion.num_classes else "no classes"
-        recipe = f"recipe {conversion.recipe.name}" if conversion.recipe else "no recipe"
-        print(f"{folder}: {conversion.architecture}, {classes}, {conversion.layout} names, {recipe}")
+        public = f"public weight {conversion.public_weight.name}" if conversion.public_weight else "no public weight"
+        print(f"{folder}: {conversion.architecture}, {classes}, {conversion.layout} names, {public}")
         for note in conversion.notes:
             print(f"  {note}")
         for warning in conversion.warnings:

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from timm_tresnet.card import make_card
+from timm_tresnet.catalogue import PublicWeight, load_catalogue
 from timm_tresnet.checkpoint import OFFICIAL_STEM, batch_norm_weight, find_misfits, from_official, unwrap
-from timm_tresnet.labels import LABEL_SETS, label_config
-from timm_tresnet.recipes import Recipe, load_recipes
-from timm_tresnet.tresnet import ARCHITECTURES, MULTI_LABEL, TResNet
+from timm_tresnet.labels import LABEL_SETS, MULTI_LABEL, label_config
+from timm_tresnet.tresnet import ARCHITECTURES, TResNet
 
 _STEM = "body.conv1.conv.weight"
 _ML_DECODER_CLASSES = "head.decoder.duplicate_pooling_bias"
@@ -59,7 +59,7 @@ class Conversion:
         head: kind of head in the file: "linear", "bottleneck", "ml_decoder" (left out) or "none".
         layout: names in the file, "official" or "timm".
         pretrained_cfg: timm's pretrained config, as far as it is known.
-        recipe: what is known about the weights, if they are public ones.
+        public_weight: what is known about the weights, if they are public ones.
         labels: names of the classes as timm's config.json has them; empty if they are not known.
         notes: what was done that may matter.
         warnings: what may be wrong with the weights.
@@ -72,7 +72,7 @@ class Conversion:
     head: str
     layout: str
     pretrained_cfg: dict[str, Any]
-    recipe: Recipe | None = None
+    public_weight: PublicWeight | None = None
     labels: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -81,7 +81,7 @@ class Conversion:
 def convert_checkpoint(
     path: str | Path,
     *,
-    recipe: str | None = None,
+    public_weight: str | None = None,
     norm_weights: str | None = None,
     custom: bool = False,
     input_size: int | None = None,
@@ -99,12 +99,12 @@ def convert_checkpoint(
     """Convert a TResNet checkpoint of any origin; nothing in it is executed.
 
     The architecture, the number of classes and the kind of head come from the names and shapes of the tensors. What
-    they cannot tell comes from the recipe or from the other arguments, which go before it, and stays open otherwise.
+    they cannot tell comes from the public weight or from the other arguments, which go before it, or stays open.
 
     Args:
         path: a file of `torch.save` or safetensors, with weights of the official code (TResNet, ImageNet21K, ASL,
             ML_Decoder, PartialLabelingCSL, torch_tresnet, timm with In-Place ABN) or of timm.
-        recipe: name of a recipe; None for the one that has the file's name and fits, "none" for none.
+        public_weight: name of a public weight; None for the one that has the file's name and fits, "none" for none.
         norm_weights: "abn" if the norms are In-Place ABN, whose weights become |w| + 1e-5; "bn" if they are to be taken
             as they are; None for what the layout says: "abn" under the official names, "bn" under timm's.
         custom: take a network that is none of the variants too.
@@ -126,7 +126,7 @@ def convert_checkpoint(
     Raises:
         OSError: if the file cannot be read.
         ValueError: if it is damaged, wants to run code, is no TResNet, has tensors too few, too many or of a wrong
-            shape, which the message names, or does not fit the recipe.
+            shape, which the message names, or does not fit the public weight.
     """
     path = Path(path)
     if norm_weights not in (None, "abn", "bn"):
@@ -161,7 +161,7 @@ def convert_checkpoint(
         if head == "bottleneck":
             model_args["head_features"] = weights["head.embedding.weight"].shape[0]
         state_dict = _copy(weights, _check_fit(weights, architecture, model_args, num_classes))
-        known = _choose_recipe(path.name, recipe, architecture, model_args, head, head_classes, notes)
+        known = _choose_public_weight(path.name, public_weight, architecture, model_args, head, head_classes, notes)
     except ValueError as error:
         raise ValueError(f"cannot convert {path}: {error}") from error
 
@@ -242,7 +242,7 @@ def write_folder(
         (partial / "model.safetensors").write_bytes(save(conversion.state_dict, metadata={"format": "pt"}))
         config = json.dumps(_config(conversion), indent=2, ensure_ascii=False)
         (partial / "config.json").write_text(config + "\n", encoding="utf-8")
-        card = make_card(conversion.recipe, conversion.architecture, conversion.num_classes, repo_id)
+        card = make_card(conversion.public_weight, conversion.architecture, conversion.num_classes, repo_id)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if check is not None:
             check(partial)
@@ -279,7 +279,9 @@ def _config(conversion: Conversion) -> dict[str, Any]:
     return config | {"pretrained_cfg": conversion.pretrained_cfg} | conversion.labels
 
 
-def _pretrained_cfg(facts: dict[str, Any], recipe: Recipe | None, num_classes: int, in_chans: int) -> dict[str, Any]:
+def _pretrained_cfg(
+    facts: dict[str, Any], public: PublicWeight | None, num_classes: int, in_chans: int
+) -> dict[str, Any]:
     names = ("crop_pct", "crop_mode", "interpolation", "mean", "std", "license")
     config: dict[str, Any] = {name: facts[name] for name in names if name in facts}
     if "input_size" in facts:
@@ -287,8 +289,8 @@ def _pretrained_cfg(facts: dict[str, Any], recipe: Recipe | None, num_classes: i
         config["pool_size"] = (math.ceil(facts["input_size"] / 32),) * 2
     if "dataset" in facts:
         config["description"] = f"Trained on {facts['dataset']}"
-    if recipe:
-        config |= {"tag": recipe.tag, "origin_url": recipe.code, "paper_ids": recipe.paper}
+    if public:
+        config |= {"tag": public.tag, "origin_url": public.code, "paper_ids": public.paper}
     if facts.get("multi_label") and num_classes:
         config["notes"] = (MULTI_LABEL,)
     return {
@@ -386,15 +388,15 @@ def _take_tensors(weights: Mapping[Any, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _labels(checkpoint: Mapping[str, Any], recipe: Recipe | None, num_classes: int) -> dict[str, Any]:
-    """Names of the classes: those in the file, as ASL and ML-Decoder have them, else the recipe's list."""
+def _labels(checkpoint: Mapping[str, Any], public: PublicWeight | None, num_classes: int) -> dict[str, Any]:
+    """Names of the classes: those in the file, as ASL and ML-Decoder have them, else the public weight's list."""
     in_file = checkpoint.get("idx_to_class")
     if isinstance(in_file, Mapping) and len(in_file) == num_classes > 0:
         names = list(in_file.values())  # in order, as the official code reads them
         if all(isinstance(name, str) for name in names):
             return {"label_names": names}
-    if recipe and recipe.labels in LABEL_SETS and num_classes:
-        return label_config(recipe.labels)
+    if public and public.labels in LABEL_SETS and num_classes:
+        return label_config(public.labels)
     return {}
 
 
@@ -520,7 +522,7 @@ def _copy(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> di
     return state_dict
 
 
-def _choose_recipe(
+def _choose_public_weight(
     file_name: str,
     wanted: str | None,
     architecture: str,
@@ -528,20 +530,20 @@ def _choose_recipe(
     head: str,
     head_classes: int,
     notes: list[str],
-) -> Recipe | None:
-    recipes = load_recipes()
+) -> PublicWeight | None:
+    catalogue = load_catalogue()
     if wanted == "none":
         return None
-    if wanted is not None and wanted not in recipes:
-        raise ValueError(f"no recipe is named {wanted!r}; there are {', '.join(recipes)}, and 'none'")
+    if wanted is not None and wanted not in catalogue:
+        raise ValueError(f"no public weight is named {wanted!r}; there are {', '.join(catalogue)}, and 'none'")
     found = {"architecture": architecture, "head": head, "num_classes": head_classes}
     custom = sorted(model_args.keys() - {"head_features"})
-    named = [recipes[wanted]] if wanted else [recipe for recipe in recipes.values() if file_name in recipe.files]
-    for recipe in named:
-        needed = {name: getattr(recipe, name) for name in found}
+    named = [catalogue[wanted]] if wanted else [public for public in catalogue.values() if file_name in public.files]
+    for public in named:
+        needed = {name: getattr(public, name) for name in found}
         if needed == found and not custom:
-            return recipe
-        problem = f"the recipe {recipe.name} is for {needed}, the file holds {found}"
+            return public
+        problem = f"the public weight {public.name} is for {needed}, the file holds {found}"
         if custom:
             problem += f" with other {', '.join(custom)}"
         if wanted:

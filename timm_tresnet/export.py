@@ -21,9 +21,9 @@ from timm.layers import FrozenBatchNormAct2d
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from timm_tresnet.images import SAMPLES, find_images, is_multi_label, label_lookup, read_image
+from timm_tresnet.images import SAMPLES, find_images, read_image
+from timm_tresnet.labels import MULTI_LABEL, is_multi_label, label_lookup
 from timm_tresnet.layers import SpaceToDepth
-from timm_tresnet.tresnet import MULTI_LABEL
 
 OPSET = 18  # the exporter's own; every other is converted from it
 TOLERANCE = 1e-4  # relative L2 distance of an artifact's logits from PyTorch's, float32

@@ -1,6 +1,11 @@
-"""Names of the classes of public weights, in the order of their outputs."""
+"""What the classes of weights are called, in the order of their outputs, and whether an image can have several."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
+
+# Of timm's pretrained config, whose fields are fixed, only the notes can say it and reach `model.pretrained_cfg` from
+# the registry, the Hub and a folder alike.
+MULTI_LABEL = "multi-label"
 
 # MS-COCO's 80 "thing" categories by ascending category id, which is how ASL and ML-Decoder number them
 # (`CocoDetection.cat2cat` in their helper_functions.py); names from COCO's instances_val2014.json.
@@ -52,3 +57,23 @@ def label_config(labels: str) -> dict[str, Any]:
     if labels in _LISTS:
         return {"label_names": [name.strip() for name in _LISTS[labels].split(",")]}
     raise ValueError(f"label_config needs one of {', '.join(LABEL_SETS)}, got {labels!r}")
+
+
+def label_lookup(model: Any) -> Callable[[int], str]:
+    """Names of the classes: from the weights' config, else from timm's lists for ImageNet, else numbers."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    config = model.pretrained_cfg
+    names = config.get("label_names")
+    if names and len(names) == model.num_classes:  # else the classifier has been replaced
+        descriptions = config.get("label_descriptions") or {}
+        return lambda index: descriptions.get(names[index], names[index])
+    subset = infer_imagenet_subset(model)
+    if subset:
+        return ImageNetInfo(subset).index_to_description
+    return lambda index: f"class {index}"
+
+
+def is_multi_label(pretrained_cfg: Mapping[str, Any]) -> bool:
+    """Whether an image can have any number of the classes, each with a sigmoid, as the weights' config says."""
+    return MULTI_LABEL in (pretrained_cfg.get("notes") or ())

@@ -25,10 +25,11 @@ from timm.models import (
 from torch import Tensor, nn
 
 from timm_tresnet.blocks import BasicBlock, Bottleneck
+from timm_tresnet.catalogue import PublicWeight, load_catalogue
 from timm_tresnet.checkpoint import checkpoint_filter_fn
+from timm_tresnet.labels import MULTI_LABEL
 from timm_tresnet.layers import ActivatedBatchNorm2d, BlurPool2d, BottleneckHead, ConvNormAct, SpaceToDepth
 from timm_tresnet.rebuild import SETTINGS, current, forget_released, pausing, recording, repeating_convolutions
-from timm_tresnet.recipes import Recipe, load_recipes
 
 __all__ = ["TResNet"]  # timm adds each entrypoint
 
@@ -546,30 +547,26 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 _timm_hub = functools.partial(_cfg, hf_hub_id="timm/", hf_hub_filename="model.safetensors")
 _timm_hub_448 = functools.partial(_timm_hub, input_size=(3, 448, 448), pool_size=(14, 14))
 
-# Of timm's pretrained config, whose fields are fixed, only the notes can say it and reach `model.pretrained_cfg` from
-# the registry, the Hub and a folder alike.
-MULTI_LABEL = "multi-label"
-
 HEAD_FEATURES = 512  # of the official bottleneck heads (Alibaba-MIIL/ASL, `TResNet`)
 
 
-def _recipe_cfg(recipe: Recipe) -> dict[str, Any]:
+def _public_weight_cfg(public: PublicWeight) -> dict[str, Any]:
     """Config of a public weight that is on no Hub repository yet; of one with an ML-Decoder head, the backbone's."""
-    size = recipe.input_size or 224
+    size = public.input_size or 224
     return _cfg(
-        num_classes=recipe.converted_classes,
+        num_classes=public.converted_classes,
         input_size=(3, size, size),
         pool_size=(math.ceil(size / 32),) * 2,
-        crop_pct=recipe.crop_pct,
-        crop_mode=recipe.crop_mode,
-        interpolation=recipe.interpolation,
-        mean=recipe.mean,
-        std=recipe.std,
-        license=recipe.license,
-        description=f"Trained on {recipe.dataset}",
-        origin_url=recipe.code,
-        paper_ids=recipe.paper,
-        notes=(MULTI_LABEL,) if recipe.multi_label and recipe.converted_classes else None,
+        crop_pct=public.crop_pct,
+        crop_mode=public.crop_mode,
+        interpolation=public.interpolation,
+        mean=public.mean,
+        std=public.std,
+        license=public.license,
+        description=f"Trained on {public.dataset}",
+        origin_url=public.code,
+        paper_ids=public.paper,
+        notes=(MULTI_LABEL,) if public.multi_label and public.converted_classes else None,
     )
 
 
@@ -607,7 +604,7 @@ default_cfgs = generate_default_cfgs(
             ),
         ),
         # Behind the others, so that no default changes.
-        **{name: _recipe_cfg(recipe) for name, recipe in load_recipes().items() if not recipe.hf_hub_id},
+        **{name: _public_weight_cfg(public) for name, public in load_catalogue().items() if not public.hf_hub_id},
     }
 )
 
@@ -639,9 +636,9 @@ def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None,
     # it is told is the checkpoint's own number of channels. Newer timm takes that from the pretrained config.
     if not hasattr(sys.modules["timm.models"], "get_model_traits"):
         kwargs["in_chans"] = 3
-    recipe = _find_recipe(variant, kwargs.get("pretrained_cfg"))
-    if recipe and pretrained:
-        _check_source(recipe, kwargs)
+    public = _find_public_weight(variant, kwargs.get("pretrained_cfg"))
+    if public and pretrained:
+        _check_source(public, kwargs)
     try:
         return build_model_with_cfg(
             build,
@@ -649,7 +646,7 @@ def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg={"out_indices": (1, 2, 3, 4), "flatten_sequential": True},
-            **{**ARCHITECTURES[variant], **(recipe_arguments(recipe) if recipe else {}), **kwargs},
+            **{**ARCHITECTURES[variant], **(network_arguments(public) if public else {}), **kwargs},
         )
     except LocalEntryNotFoundError as error:
         reason = "it is not in the cache and the Hub cannot be reached"
@@ -666,29 +663,29 @@ def _log_takeover() -> None:
     _logger.info("TResNet comes from the timm_tresnet plugin, not from timm; TIMM_TRESNET_AUTOLOAD=0 turns that off")
 
 
-def _find_recipe(variant: str, config: Any) -> Recipe | None:
-    """Recipe of a registered tag; a config from the Hub or a folder comes with arguments of its own."""
+def _find_public_weight(variant: str, config: Any) -> PublicWeight | None:
+    """Public weight of a registered tag; a config from the Hub or a folder comes with arguments of its own."""
     if config is not None and not isinstance(config, str):  # timm's scripts resolve the tag before
         fields = config if isinstance(config, dict) else vars(config)
         config = None if fields.get("source") else fields.get("tag")
-    return load_recipes().get(f"{variant}.{config}")
+    return load_catalogue().get(f"{variant}.{config}")
 
 
-def recipe_arguments(recipe: Recipe) -> dict[str, Any]:
+def network_arguments(public: PublicWeight) -> dict[str, Any]:
     """Arguments of the network that hold a public weight, beyond those of its variant."""
-    head = {"head_features": HEAD_FEATURES} if recipe.head == "bottleneck" else {}
-    return {**recipe.slopes, **head}
+    head = {"head_features": HEAD_FEATURES} if public.head == "bottleneck" else {}
+    return {**public.slopes, **head}
 
 
-def _check_source(recipe: Recipe, kwargs: dict[str, Any]) -> None:
+def _check_source(public: PublicWeight, kwargs: dict[str, Any]) -> None:
     config = resolve_pretrained_cfg(
-        recipe.architecture, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
+        public.architecture, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
     )
     if config.has_weights or config.state_dict:
         return
     raise RuntimeError(
-        f"{recipe.name} is on no Hub repository yet. If you have the original file, {recipe.files[0]}, convert it with "
-        f"`timm-tresnet convert {recipe.files[0]} --recipe {recipe.name} --output FOLDER` and load it with "
+        f"{public.name} is on no Hub repository yet. If you have the original file, {public.files[0]}, convert it with "
+        f"`timm-tresnet convert {public.files[0]} --public-weight {public.name} --output FOLDER` and load it with "
         "timm.create_model('local-dir:FOLDER', pretrained=True)"
     )
 

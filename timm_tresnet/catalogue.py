@@ -1,4 +1,4 @@
-"""The public TResNet weights, one recipe each, from recipes.toml beside this file."""
+"""The public TResNet weights, one row each, from catalogue.toml beside this file."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ from importlib.resources.abc import Traversable
 from types import MappingProxyType
 from typing import Any
 
-_FILE = importlib.resources.files(__package__) / "recipes.toml"  # not a Path in a zip application
+_FILE = importlib.resources.files(__package__) / "catalogue.toml"  # not a Path in a zip application
 _CHOICES = {"crop_mode": ("center", "squash"), "head": ("linear", "bottleneck", "ml_decoder")}
 
 
@@ -29,12 +29,12 @@ class Metric:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
+class PublicWeight:
     """What is known about a public weight; None for what no source says.
 
     Args:
         architecture: name of the variant in this package.
-        tag: tag of the pretrained config; `architecture.tag` is the recipe's name.
+        tag: tag of the pretrained config; `architecture.tag` is the public weight's name.
         files: names under which the weights were published.
         dataset: what the classes are of.
         num_classes: how many classes the published head has.
@@ -82,7 +82,7 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """Key of the recipe, `architecture.tag`."""
+        """Key of the public weight, `architecture.tag`."""
         return f"{self.architecture}.{self.tag}"
 
     @property
@@ -98,36 +98,38 @@ class Recipe:
 
 
 @functools.cache
-def load_recipes(path: Traversable = _FILE) -> Mapping[str, Recipe]:
-    """Read the recipes.
+def load_catalogue(path: Traversable = _FILE) -> Mapping[str, PublicWeight]:
+    """Read the public weights.
 
     Args:
-        path: a TOML file with one table for each recipe; by default that of the package.
+        path: a TOML file with one table for each public weight; by default that of the package.
 
     Returns:
-        Recipes by name, `architecture.tag`; read-only.
+        Public weights by name, `architecture.tag`; read-only.
 
     Raises:
-        ValueError: if a recipe lacks a field, has one too many or a wrong value; the message names them.
+        ValueError: if a public weight lacks a field, has one too many or a wrong value; the message names them.
     """
     tables = tomllib.loads(path.read_text(encoding="utf-8"))
     return MappingProxyType({name: _parse(name, table) for name, table in tables.items()})
 
 
-def _parse(name: str, table: dict[str, Any]) -> Recipe:
-    _check_fields(f"recipe {name}", table, Recipe)
-    _check_fields(f"metric of recipe {name}", table["metric"], Metric)
+def _parse(name: str, table: dict[str, Any]) -> PublicWeight:
+    _check_fields(f"public weight {name}", table, PublicWeight)
+    _check_fields(f"metric of public weight {name}", table["metric"], Metric)
     for field, choices in _CHOICES.items():
         if table.get(field, choices[0]) not in choices:
-            raise ValueError(f"recipe {name} needs {field} to be one of {', '.join(choices)}, got {table[field]!r}")
+            raise ValueError(
+                f"public weight {name} needs {field} to be one of {', '.join(choices)}, got {table[field]!r}"
+            )
     lists = {field: tuple(value) for field, value in table.items() if isinstance(value, list)}
-    recipe = Recipe(**{**table, **lists, "metric": Metric(**table["metric"])})
-    if recipe.name != name:
-        raise ValueError(f"recipe {name} says that it is {recipe.name}; its key is architecture.tag")
-    return recipe
+    public = PublicWeight(**{**table, **lists, "metric": Metric(**table["metric"])})
+    if public.name != name:
+        raise ValueError(f"public weight {name} says that it is {public.name}; its key is architecture.tag")
+    return public
 
 
-def _check_fields(owner: str, table: dict[str, Any], cls: type[Recipe] | type[Metric]) -> None:
+def _check_fields(owner: str, table: dict[str, Any], cls: type[PublicWeight] | type[Metric]) -> None:
     fields = dataclasses.fields(cls)
     missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in table]
     unknown = sorted(table.keys() - {field.name for field in fields})

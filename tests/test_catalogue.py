@@ -1,0 +1,182 @@
+import dataclasses
+
+import pytest
+import reference
+import timm
+import torch
+from timm.models import get_pretrained_cfg, list_models
+
+from timm_tresnet.catalogue import load_catalogue
+from timm_tresnet.checkpoint import from_official
+from timm_tresnet.convert import _check_fit, _choose_public_weight, _detect, _find_blurs, _take_head
+from timm_tresnet.labels import MULTI_LABEL
+from timm_tresnet.tresnet import network_arguments
+
+CATALOGUE = load_catalogue()
+each_public_weight = pytest.mark.parametrize("public", CATALOGUE.values(), ids=CATALOGUE)
+OFFICIAL = {  # how the official code makes each architecture
+    "tresnet_m": {"layers": (3, 4, 11, 3)},
+    "tresnet_l": {"layers": (4, 5, 18, 3), "planes": 76},
+    "tresnet_xl": {"layers": (4, 5, 24, 3), "planes": 83},
+    "tresnet_v2_l": {"layers": (3, 4, 23, 3), "bottlenecks": (True,) * 4},
+    "tresnet_v2_xl": {"layers": (3, 8, 34, 5), "bottlenecks": (True,) * 4},
+}
+# Where the official code and timm prepare images differently, the catalogue has the former, the tag the latter.
+OTHER_CROP_IN_TIMM = {name for name in CATALOGUE if name.endswith(("_448", "miil_in21k"))}
+
+VALID = """["tresnet_m.tag"]
+architecture = "tresnet_m"
+tag = "tag"
+files = ["a.pth"]
+dataset = "D"
+num_classes = 2
+interpolation = "bilinear"
+crop_pct = 1.0
+crop_mode = "squash"
+mean = [0.0]
+std = [1.0]
+metric = { name = "mAP", value = 1.0, published = "P" }
+paper = "arXiv:1"
+code = "https://example.org"
+"""
+
+
+@each_public_weight
+def test_official_names_and_shapes_are_found_to_be_the_public_weights(public):
+    with torch.device("meta"):
+        tensors = reference.official_state_dict(
+            **OFFICIAL[public.architecture],
+            num_classes=public.num_classes,
+            head=public.head,
+            counters=True,
+        )
+    blurred = _find_blurs(tensors)
+    head, classes, weights = _take_head(from_official(tensors))
+    architecture, model_args = _detect(weights, blurred, custom=False)
+    if head == "bottleneck":
+        model_args["head_features"] = weights["head.embedding.weight"].shape[0]
+    _check_fit(weights, architecture, model_args, 0 if head == "ml_decoder" else classes)
+    for file in public.files:
+        notes = []
+        assert _choose_public_weight(file, None, architecture, model_args, head, classes, notes) == public
+        assert not notes
+
+
+@each_public_weight
+def test_registered_config_says_what_the_public_weight_says(public):
+    config = get_pretrained_cfg(public.name)
+    assert config.hf_hub_id == public.hf_hub_id
+    assert config.num_classes == (0 if public.head == "ml_decoder" else public.num_classes)
+    assert config.input_size == (3, public.input_size or 224, public.input_size or 224)
+    assert (config.mean, config.std, config.interpolation) == (
+        public.mean,
+        public.std,
+        public.interpolation,
+    )
+    crop = (config.crop_pct, config.crop_mode)
+    if public.hf_hub_id and public.name in OTHER_CROP_IN_TIMM:
+        assert crop == (0.875, "center") != (public.crop_pct, public.crop_mode)
+    else:
+        assert crop == (public.crop_pct, public.crop_mode)
+    if not public.hf_hub_id:
+        assert config.license == public.license
+        assert (config.notes == (MULTI_LABEL,)) == (public.multi_label and public.head != "ml_decoder")
+
+
+@each_public_weight
+def test_registered_tag_builds_the_network_of_the_public_weight(public):
+    model = timm.create_model(public.name, device="meta")
+    assert model.num_classes == (0 if public.head == "ml_decoder" else public.num_classes)
+    assert model.head_hidden_size == (512 if public.head == "bottleneck" else model.num_features)
+    slopes = {type(m): m.negative_slope for m in model.body.layer1.modules() if isinstance(m, torch.nn.LeakyReLU)}
+    assert slopes[torch.nn.LeakyReLU] == network_arguments(public).get("negative_slope", 1e-3)
+    assert model.body.conv1.bn.act.negative_slope == network_arguments(public).get("stem_negative_slope", 1e-2)
+
+
+@pytest.mark.parametrize("public", [r for r in CATALOGUE.values() if not r.hf_hub_id], ids=lambda r: r.name)
+def test_weights_that_are_nowhere_yet_say_how_to_make_them(public):
+    assert public.name not in list_models(pretrained=True)
+    with pytest.raises(RuntimeError) as caught:
+        timm.create_model(public.name, pretrained=True)
+    for part in (
+        public.name,
+        public.files[0],
+        "timm-tresnet convert",
+        "'local-dir:FOLDER', pretrained=True",
+    ):
+        assert part in str(caught.value)
+
+
+def test_arguments_go_before_those_of_the_public_weight():
+    model = timm.create_model("tresnet_v2_l.miil_stanford_cars_368", device="meta", negative_slope=0.5)
+    assert model.body.layer1[0].conv1.bn.act.negative_slope == 0.5
+    assert model.body.conv1.bn.act.negative_slope == 1e-6
+
+
+def test_a_config_that_timm_resolved_before_builds_the_same_network():
+    name, config = "tresnet_l.asl_openimages_448", get_pretrained_cfg("tresnet_l.asl_openimages_448")
+    for resolved in (config, config.to_dict()):
+        model = timm.create_model(name.partition(".")[0], pretrained_cfg=resolved, device="meta")
+        assert (model.num_classes, model.head_hidden_size) == (9605, 512)
+        with pytest.raises(RuntimeError, match=f"{name} is on no Hub repository yet"):
+            timm.create_model("tresnet_l", pretrained=True, pretrained_cfg=resolved)
+
+
+def test_the_original_file_loads_into_the_registered_tag(tmp_path):
+    tensors = reference.official_state_dict((1, 1, 1, 1), planes=76, num_classes=9, head="bottleneck")
+    torch.save({"model": tensors}, tmp_path / "Open_ImagesV6_TRresNet_L_448.pth")
+    overlay = {"file": str(tmp_path / "Open_ImagesV6_TRresNet_L_448.pth"), "num_classes": 9}
+    name = "tresnet_l.asl_openimages_448"
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, layers=(1, 1, 1, 1)).eval()
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), reference.official_forward(tensors, x), rtol=1e-4, atol=1e-4)
+
+
+def test_file_names_tell_public_weights_apart():
+    files = [file for public in CATALOGUE.values() for file in public.files]
+    assert len(files) == len(set(files))
+
+
+def test_catalogue_cannot_be_changed():
+    public = CATALOGUE["tresnet_m.miil_in1k"]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        public.tag = "other"
+    with pytest.raises(TypeError):
+        CATALOGUE["other"] = public
+
+
+def test_a_file_of_ones_own_is_read(tmp_path):
+    file = tmp_path / "catalogue.toml"
+    file.write_text(VALID)
+    (public,) = load_catalogue(file).values()
+    assert (public.name, public.input_size, public.license, public.multi_label) == (
+        "tresnet_m.tag",
+        None,
+        None,
+        False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ("dataset =", "datasets ="),
+            r"public weight tresnet_m.tag: missing fields \['dataset'\], unknown .* \['datasets'\]",
+        ),
+        (
+            ("value = 1.0", "worth = 1.0"),
+            r"metric of public weight tresnet_m.tag: missing fields \['value'\], .* \['worth'\]",
+        ),
+        (('"squash"', '"stretch"'), "crop_mode to be one of center, squash, got 'stretch'"),
+        (('tag = "tag"', 'tag = "other"'), "public weight tresnet_m.tag says that it is tresnet_m.other"),
+        (("num_classes = 2", "num_classes = "), "Invalid value"),
+    ],
+    ids=["field", "metric", "choice", "key", "toml"],
+)
+def test_mistakes_in_the_catalogue_are_named(change, message, tmp_path):
+    file = tmp_path / "catalogue.toml"
+    file.write_text(VALID.replace(*change))
+    with pytest.raises(ValueError, match=message):
+        load_catalogue(file)
