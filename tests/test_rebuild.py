@@ -500,7 +500,7 @@ def test_no_grad_and_inference_mode_record_nothing(setting):
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             torch.testing.assert_close(model(images()), plain(images()), rtol=0, atol=0)
-    assert rebuild.current() is None
+    assert rebuild.open_tape() is None
 
 
 @each_setting
@@ -589,7 +589,7 @@ def test_memory_returns_after_a_step_a_lost_forward_and_an_exception(setting):
         model(x)
         pytest.fail("the hook did not run")
     handle.remove()
-    assert rebuild.current() is None
+    assert rebuild.open_tape() is None
     assert live_bytes() == level
     assert count_recipes() == recipes == 0
     assert train_step(model, x)["loss"].isfinite()

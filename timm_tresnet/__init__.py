@@ -11,7 +11,7 @@ _PUBLIC = {  # name -> module; imported when first used, so that `import torch` 
     "Bottleneck": "blocks",
     "Conversion": "convert",
     "ExportedModel": "export",
-    "TResNet": "tresnet",
+    "TResNet": "network",
     "convert_checkpoint": "convert",
     "export_model": "export",
     "fold_batch_norms": "export",

@@ -1,5 +1,6 @@
-"""Batch norm and activation in one module, which says how its output is rebuilt from its input."""
+"""Batch norm and activation in one module, whose output is rebuilt from its input."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,11 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from timm.models import register_notrace_module
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
-from timm_tresnet import rebuild
-from timm_tresnet.layers.synchronized_norm import SynchronizedNorm, make_affine, reduce_statistics, scale_and_shift
-
-_Normalized = tuple[Tensor, Callable[..., Tensor], tuple[Tensor, ...]]
+from timm_tresnet.affine import make_normalization
+from timm_tresnet.layers.synchronized_norm import SynchronizedNorm, reduce_statistics
+from timm_tresnet.rebuild import Again, open_tape, record
 
 
 @register_notrace_module
@@ -64,85 +65,109 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
         running_mean = self.running_mean if known else None
         running_var = self.running_var if known else None
         if not torch.jit.is_scripting():
-            synchronized = self.training and self._is_distributed()
-            if synchronized or rebuild.current() is not None:
-                run = self._normalize_synchronized if synchronized else self._normalize
-                return self._activate_recorded(x, *run(x, running_mean, running_var, use_batch, momentum))
+            if self.training and self._is_distributed():
+                return self._forward_synchronized(x, running_mean, running_var, momentum)
+            if open_tape() is not None:
+                return self._forward_recorded(x, running_mean, running_var, use_batch, momentum)
         x = F.batch_norm(x, running_mean, running_var, self.weight, self.bias, use_batch, momentum, self.eps)
         return self.act(self.drop(x))
 
     @torch.jit.unused
     def _is_distributed(self) -> bool:
-        return self.synchronized and _has_process_group() and torch.distributed.get_world_size(self.process_group) > 1
+        distributed = torch.distributed
+        if not (self.synchronized and distributed.is_available() and distributed.is_initialized()):
+            return False
+        return distributed.get_world_size(self.process_group) > 1
 
     @torch.jit.unused
-    def _normalize(
-        self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, use_batch: bool, momentum: float
-    ) -> _Normalized:
-        """Output of batch norm, and the function and values that make it from x."""
-        if use_batch and x.numel() == x.shape[1]:
-            raise ValueError(f"Batch norm needs more than one value per channel when training, got {tuple(x.shape)}")
-        # What torch.batch_norm calls, for the statistics that torch.batch_norm does not return.
-        y, mean, rstd, *_ = torch._batch_norm_impl_index(
-            x,
-            self.weight,
-            self.bias,
-            running_mean,
-            running_var,
-            use_batch,
-            momentum,
-            self.eps,
-            torch.backends.cudnn.enabled,
-        )
-        with torch.no_grad():
-            if not use_batch:
-                mean, rstd = running_mean, 1 / (running_var + self.eps).sqrt()
-            if x.is_cuda:
-                affine = () if self.weight is None else (self.weight, self.bias)
-                if _has_process_group():
-                    affine = tuple(each.clone() for each in affine)  # sharded training frees them after the forward
-                return y, _normalize_on_cuda, (mean, rstd, *affine)
-            return y, scale_and_shift, make_affine(mean, rstd, self.weight, self.bias)
-
-    @torch.jit.unused
-    def _normalize_synchronized(
-        self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, use_batch: bool, momentum: float
-    ) -> _Normalized:
+    def _forward_synchronized(
+        self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+    ) -> Tensor:
         mean, var, count = reduce_statistics(x, self.process_group)
         if running_mean is not None and running_var is not None:
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var * count / (count - 1).clamp(min=1)).to(running_var.dtype), momentum)
         y = SynchronizedNorm.apply(x, self.weight, self.bias, mean, var, count, self.eps, self.process_group)
-        with torch.no_grad():
-            return y, scale_and_shift, make_affine(mean, (var + self.eps).rsqrt(), self.weight, self.bias)
+        record(x, y)
+        return self.act(self.drop(y))
 
     @torch.jit.unused
-    def _activate_recorded(
-        self, x: Tensor, y: Tensor, normalize: Callable[..., Tensor], values: tuple[Tensor, ...]
+    def _forward_recorded(
+        self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, use_batch: bool, momentum: float
     ) -> Tensor:
-        rebuildable = isinstance(self.drop, nn.Identity) and rebuild.is_plain(self.drop) and rebuild.is_plain(self.act)
-        if rebuildable and isinstance(self.act, nn.LeakyReLU | nn.ReLU) and self.act.inplace:
-            # These keep their output for backward, so its recipe has to be there before they run.
-            rebuild.record(y, lambda *inputs: self.act(normalize(*inputs)), x, *values, edits=1)
-            return self.act(y)
-        rebuild.record(y, normalize, x, *values)
-        activated = self.act(self.drop(y))
-        if rebuildable and not isinstance(self.act, nn.RReLU | nn.PReLU):
-            rebuild.record(activated, self.act, y)  # not if random or trained
-        return activated
+        if use_batch and x.numel() == x.shape[1]:
+            raise ValueError(f"Batch norm needs more than one value per channel when training, got {tuple(x.shape)}")
+        fused = type(self.act) is nn.LeakyReLU and self.act.inplace and type(self.drop) is nn.Identity
+        slope = self.act.negative_slope if fused else None
+        statistics = (running_mean, running_var, use_batch, momentum, self.eps)
+        y = _ActivatedNorm.apply(x, self.weight, self.bias, *statistics, slope)
+        record(x, y)
+        return y if fused else self.act(self.drop(y))
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", synchronized" if self.synchronized else "")
 
 
-def _normalize_on_cuda(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
-    """Batch norm with known statistics, in one kernel; at most one rounding from cuDNN's."""
-    if not x.numel():  # which the kernel cannot take
-        return x.clone()
-    return torch.batch_norm_elemt(x, weight, bias, mean, rstd, 0.0)  # the last one is in rstd already
+class _ActivatedNorm(torch.autograd.Function):
+    """Batch norm, and leaky ReLU unless slope is None: one node for both, which keeps the input alone.
+
+    The forward and the backward are those that PyTorch runs. Backward makes the output, whose sign leaky ReLU needs,
+    from the input again, or shares what a tape has made of it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        use_batch: bool,
+        momentum: float,
+        eps: float,
+        slope: float | None,
+    ) -> Tensor:
+        # What torch.batch_norm calls, for the statistics that torch.batch_norm does not return.
+        y, mean, rstd, reserve, implementation = torch._batch_norm_impl_index(
+            x, weight, bias, running_mean, running_var, use_batch, momentum, eps, torch.backends.cudnn.enabled
+        )
+        ctx.save_for_backward(x, weight, bias, mean, rstd, reserve, *(() if use_batch else (running_mean, running_var)))
+        ctx.use_batch, ctx.eps, ctx.slope, ctx.implementation = use_batch, eps, slope, implementation
+        if not use_batch:
+            mean, rstd = running_mean, 1 / (running_var + eps).sqrt()
+        ctx.again = Again(functools.partial(_normalize, make_normalization(x, mean, rstd, weight, bias), slope))
+        ctx.rebuilt = None
+        return y if slope is None else F.leaky_relu_(y, slope)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd, reserve, *running = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            y = F.batch_norm(x, *(running or (None, None)), weight, bias, ctx.use_batch, 0.0, ctx.eps)
+            y = y if ctx.slope is None else F.leaky_relu(y, ctx.slope)
+            needed = [each for each, is_needed in zip((x, weight, bias), ctx.needs_input_grad) if is_needed]
+            grads = iter(torch.autograd.grad(y, needed, grad_y, create_graph=True))
+            return *(next(grads) if is_needed else None for is_needed in ctx.needs_input_grad[:3]), *[None] * 6
+        if ctx.slope is not None:
+            y = ctx.again.function(x) if ctx.rebuilt is None else ctx.rebuilt.take()
+            grad_y = torch.ops.aten.leaky_relu_backward.default(grad_y, y, ctx.slope, True)
+        grads = torch.ops.aten._batch_norm_impl_index_backward.default(
+            ctx.implementation,
+            x,
+            grad_y,
+            weight,
+            *(running or (None, None)),
+            mean,
+            rstd,
+            ctx.use_batch,
+            ctx.eps,
+            ctx.needs_input_grad[:3],
+            reserve,
+        )
+        return *grads, None, None, None, None, None, None
 
 
-def _has_process_group() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+def _normalize(normalization: Callable[[Tensor], Tensor], slope: float | None, x: Tensor) -> Tensor:
+    y = normalization(x)
+    return y if slope is None else F.leaky_relu_(y, slope)

@@ -1,12 +1,14 @@
 """Anti-aliased downsampling: the blur of the main path, the average pool of the shortcut."""
 
+import functools
+
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from timm_tresnet import rebuild
+from timm_tresnet.rebuild import Again, open_tape
 
 
 @torch.fx.wrap
@@ -23,8 +25,8 @@ def blur_pool(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
     if kernel.dtype != x.dtype:  # as in FSDP's mixed precision, which casts no buffers; exact, and no node if traced
         kernel = kernel.to(x.dtype)
     if not torch.jit.is_scripting():
-        if rebuild.current() is not None:
-            return _blur_recorded(x, kernel, stride, dilation)
+        if open_tape() is not None and not kernel.requires_grad:
+            return _BlurPool.apply(x, kernel, stride, dilation)
         x = _pad(x, dilation)
     else:
         x = F.pad(x, [dilation, dilation, dilation, dilation], mode="reflect")
@@ -40,21 +42,18 @@ def _pad(x: Tensor, width: int) -> Tensor:
     return F.pad(x, [width, width, width, width], mode="reflect")
 
 
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 def _is_channels_last_on_cuda(x: Tensor) -> bool:
-    return x.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return x.is_cuda and _is_channels_last(x)
 
 
-@torch.jit.unused
-def _blur_recorded(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
-    y = _BlurPool.apply(x, kernel, stride, dilation)
-    if rebuild.current().repeats_convolutions:
-
-        def blur(x: Tensor, kernel: Tensor) -> Tensor:  # as under autocast, which converts both
-            return _BlurPool.apply(x.to(y_dtype), kernel.to(y_dtype), stride, dilation)
-
-        y_dtype = y.dtype
-        rebuild.record(y, blur, x, kernel)
-    return y
+def _blur(x: Tensor, kernel: Tensor, stride: int, dilation: int, dtype: torch.dtype) -> Tensor:
+    """blur_pool in a dtype: that of its output under autocast, which converts both."""
+    padded = _pad(x.to(dtype), dilation)
+    return F.conv2d(padded, kernel.to(dtype), stride=stride, dilation=dilation, groups=kernel.shape[0])
 
 
 class _BlurPool(torch.autograd.Function):
@@ -63,10 +62,14 @@ class _BlurPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
         padded = _pad(x, dilation)
+        y = F.conv2d(padded, kernel, stride=stride, dilation=dilation, groups=kernel.shape[0])
+        blur = functools.partial(_blur, kernel=kernel, stride=stride, dilation=dilation, dtype=y.dtype)
+        ctx.again = Again(blur, is_convolution=True)
         ctx.stride, ctx.dilation = stride, dilation
+        ctx.memory_format = torch.channels_last if _is_channels_last(padded) else torch.contiguous_format
         ctx.input_shape, ctx.input_dtype, ctx.padded_dtype = x.shape, x.dtype, padded.dtype  # autocast pads in single
         ctx.save_for_backward(kernel)
-        return F.conv2d(padded, kernel, stride=stride, dilation=dilation, groups=kernel.shape[0])
+        return y
 
     @staticmethod
     @once_differentiable
@@ -76,12 +79,11 @@ class _BlurPool(torch.autograd.Function):
         padding = [ctx.dilation] * 4
         # What autograd calls, with an input that has the right shape and layout but no values: those do not matter, but
         # torch.nn.grad.conv2d_input's expanded one gets a slower kernel, which sums in half precision where grad_y is.
-        channels_last = grad_y.is_contiguous(memory_format=torch.channels_last)
         padded = torch.empty(
             (batch, channels, height + 2 * ctx.dilation, width + 2 * ctx.dilation),
             dtype=grad_y.dtype,
             device=grad_y.device,
-            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+            memory_format=ctx.memory_format,
         )
         grad_padded, _, _ = torch.ops.aten.convolution_backward(
             grad_y,
@@ -180,12 +182,10 @@ class ShortcutPool2d(nn.AvgPool2d):
 
     @torch.jit.unused
     def _pool_recorded(self, x: Tensor) -> Tensor:
-        if rebuild.current() is None:
-            return _shortcut_pool(x)
         even = x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
-        y = _EvenPool.apply(x) if even and _is_channels_last_on_cuda(x) else _shortcut_pool(x)
-        rebuild.record(y, _shortcut_pool, x)
-        return y
+        if even and open_tape() is not None and _is_channels_last_on_cuda(x):
+            return _EvenPool.apply(x)
+        return _shortcut_pool(x)
 
 
 def _shortcut_pool(x: Tensor) -> Tensor:
@@ -197,6 +197,7 @@ class _EvenPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        ctx.again = Again(_shortcut_pool)
         return _shortcut_pool(x)
 
     @staticmethod

@@ -4,7 +4,6 @@ import copy
 import functools
 
 import torch
-import torch.nn.functional as F
 from timm.layers import (
     BatchNormAct2d,
     FrozenBatchNormAct2d,
@@ -16,8 +15,8 @@ from timm.layers import (
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
-from timm_tresnet import rebuild
 from timm_tresnet.layers.activated_batch_norm import ActivatedBatchNorm2d
+from timm_tresnet.rebuild import record_expansion
 
 # Affine in eval mode, each known by name: a subclass may compute something else.
 _FOLDABLE_NORMS = (
@@ -135,8 +134,8 @@ class ConvNormAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
-        if not torch.jit.is_scripting():
-            self._record_convolution(x, y)
+        if self.expands and not torch.jit.is_scripting():
+            self._record_expansion(y)
         return self.aa(self.bn(y))
 
     @torch.jit.ignore
@@ -179,17 +178,5 @@ class ConvNormAct(nn.Module):
         return FoldedConvNormAct(conv, act, copy.deepcopy(self.aa)).train(self.training)
 
     @torch.jit.unused
-    def _record_convolution(self, x: Tensor, y: Tensor) -> None:
-        tape, conv = rebuild.current(), self.conv
-        if tape is None or not (tape.repeats_convolutions or (self.expands and tape.setting == "expansions")):
-            return
-        weight = conv._parameters.get("weight")  # not there if something computes it
-        if type(conv) is nn.Conv2d and rebuild.is_plain(conv) and weight is not None and conv.bias is None:
-
-            def convolve(x: Tensor, weight: Tensor) -> Tensor:  # as under autocast, which converts both
-                x, weight = x.to(y_dtype), weight.to(y_dtype)
-                return F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-            y_dtype = y.dtype
-            rebuild.record(y, convolve, x, weight)
-            tape.weights.append(weight)
+    def _record_expansion(self, y: Tensor) -> None:
+        record_expansion(y)

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from timm_tresnet import rebuild
-
 
 class SqueezeExcite(nn.Module):
     """Scale every channel by a gate computed from the channel means (arXiv:1709.01507).
@@ -39,7 +37,4 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate = x.mean((2, 3), keepdim=True)
         gate = self.gate(self.fc2(self.act(self.fc1(gate))))
-        y = x * gate
-        if not torch.jit.is_scripting():
-            rebuild.record(y, torch.mul, x, gate)
-        return y
+        return x * gate

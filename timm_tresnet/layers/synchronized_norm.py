@@ -1,11 +1,15 @@
 """Batch norm over the batches of several processes, from which only the input need be kept for backward."""
 
+import functools
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+
+from timm_tresnet.affine import make_affine, scale_and_shift
+from timm_tresnet.rebuild import Again
 
 
 @torch.no_grad()
@@ -20,8 +24,12 @@ def reduce_statistics(x: Tensor, process_group: Any) -> tuple[Tensor, Tensor, Te
         Mean (C,) and variance (C,), in single precision or better, and the number of values a channel, (1,).
     """
     channels, count = x.shape[1], x.numel() // x.shape[1]
-    var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), dim=(0, 2, 3), correction=0)
-    own = torch.cat([mean, var, mean.new_tensor([count])]).nan_to_num_()  # an empty batch has none
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if count:
+        var, mean = torch.var_mean(x.to(dtype), dim=(0, 2, 3), correction=0)
+    else:  # which has neither
+        var = mean = x.new_zeros(channels, dtype=dtype)
+    own = torch.cat([mean, var, mean.new_tensor([count])])
     gathered = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(process_group))]
     torch.distributed.all_gather(gathered, own, process_group)
     means, variances, counts = torch.stack(gathered).split([channels, channels, 1], dim=1)
@@ -52,7 +60,9 @@ class SynchronizedNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, var, count)
         ctx.eps, ctx.process_group = eps, process_group
-        return scale_and_shift(x, *make_affine(mean, (var + eps).rsqrt(), weight, bias))
+        scale, shift = make_affine(mean, (var + eps).rsqrt(), weight, bias)
+        ctx.again = Again(functools.partial(scale_and_shift, scale=scale, shift=shift))
+        return ctx.again.function(x)
 
     @staticmethod
     @once_differentiable
@@ -76,21 +86,3 @@ class SynchronizedNorm(torch.autograd.Function):
             return grad_x, None, None, None, None, None, None, None
         grad_weight, grad_bias = sum_grad_x_hat.to(weight.dtype), sum_grad.to(weight.dtype)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
-
-
-def make_affine(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scale and shift (C,) of each channel that do what batch norm does."""
-    # Single precision or better, and one rounding in the product-sum, as in batch norm's kernel on the CPU.
-    dtype = torch.promote_types(mean.dtype, torch.float32)
-    mean, rstd = mean.to(dtype), rstd.to(dtype)
-    scale = rstd.clone() if weight is None else rstd * weight.to(dtype)
-    shift = torch.addcmul(torch.zeros_like(mean) if bias is None else bias.to(dtype), mean, scale, value=-1)
-    return scale, shift
-
-
-def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Affine map of each channel, x * scale + shift, by batch norm's own kernel and so in its arithmetic."""
-    if not x.numel():  # which the kernel cannot take
-        return x.clone()
-    mean, var = torch.zeros_like(scale), torch.ones_like(scale)
-    return torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, 0.0)[0]

@@ -1,0 +1,410 @@
+"""The network of arXiv:2003.13630, each of whose ingredients is an argument."""
+
+import functools
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead, LayerType, calculate_drop_path_rates, get_act_layer
+from torch import Tensor, nn
+
+from timm_tresnet.blocks import BasicBlock, Bottleneck
+from timm_tresnet.layers import BlurPool2d, BottleneckHead, ConvNormAct, SpaceToDepth
+from timm_tresnet.rebuild import SETTINGS
+from timm_tresnet.stages import Recorded, Stage
+
+_BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
+
+
+class TResNet(nn.Module):
+    """TResNet, a ResNet designed for what GPUs are good at (arXiv:2003.13630).
+
+    The defaults are TResNet-M. Every ingredient of the paper is an argument, so that its ablation can be repeated.
+    With the same seed, the paper's variants start from the same weights as timm's built-in ones.
+
+    Args:
+        layers: blocks per stage.
+        in_chans: channels of the image.
+        num_classes: number of classes; 0 for no classifier.
+        width_factor: multiplies the 64 channels of the first stage.
+        v2: TResNet-V2 ("ImageNet-21K Pretraining for the Masses", arXiv:2104.10972): bottlenecks in every stage unless
+            `block` says otherwise, and widths rounded down to a multiple of 8.
+        block: "basic" or "bottleneck", for all stages or for each; default: basic in the first two
+            ("Block-Type Selection").
+        stem: "space_to_depth" ("SpaceToDepth Stem"), or "conv7x7" for ResNet's 7x7 convolution and max pool.
+        use_se: squeeze-and-excitation, for all stages or for each ("Optimized SE Layers").
+        aa_layer: "blur" or True for blur-pooled downsampling ("Anti-Alias Downsampling"), False or "" for strided
+            convolutions.
+        act_layer: activation after the norms, a name or class that timm knows; the sum of a block keeps its ReLU.
+        negative_slope: slope of "leaky_relu" in the blocks.
+        stem_negative_slope: slope of "leaky_relu" in the stem.
+        norm_layer: normalisation, a name or class that timm knows.
+        output_stride: 32, or 16 or 8 to dilate the last one or two stages instead of striding.
+        global_pool: pooling before the classifier, as `timm.layers.SelectAdaptivePool2d` takes it; "" for none.
+        head_features: width of an embedding between the pooling and the classifier, see
+            `timm_tresnet.layers.BottleneckHead`; None for a single linear layer.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: probability of dropping a block, rising linearly from 0 to this over the blocks.
+        rebuild: what backward rebuilds instead of keeping it in training, see `set_rebuild`.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Shape:
+        - input: (N, in_chans, H, W); with the space-to-depth stem, H and W multiples of 4
+        - output: (N, num_classes)
+
+    Raises:
+        ValueError: if an argument is not one of the above; in `forward`, if H or W does not fit the stem.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int] = (3, 4, 11, 3),
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        width_factor: float = 1.0,
+        v2: bool = False,
+        block: str | Sequence[str] | None = None,
+        stem: str = "space_to_depth",
+        use_se: bool | Sequence[bool] = (True, True, True, False),
+        aa_layer: str | bool = "blur",
+        act_layer: LayerType = "leaky_relu",
+        negative_slope: float = 1e-3,
+        stem_negative_slope: float = 1e-2,
+        norm_layer: LayerType = "batchnorm2d",
+        output_stride: int = 32,
+        global_pool: str = "fast",
+        head_features: int | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        rebuild: str = "activations",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory_kwargs = {"device": device, "dtype": dtype}
+        if block is None:
+            block = "bottleneck" if v2 else ("basic", "basic", "bottleneck", "bottleneck")
+        layers = _per_stage("layers", layers)
+        blocks = [_choose("block", name, _BLOCKS) for name in _per_stage("block", block)]
+        use_se = _per_stage("use_se", use_se)
+        anti_alias = _choose("aa_layer", aa_layer, {"blur": True, True: True, False: False, "": False})
+        strides, dilations = _choose("output_stride", output_stride, _STRIDES_AND_DILATIONS)
+        _choose("stem", stem, dict.fromkeys(("space_to_depth", "conv7x7")))
+        planes = int(64 * width_factor)
+        if v2:
+            planes = planes // 8 * 8
+        if planes < 1:
+            raise ValueError(f"TResNet needs a width_factor that leaves a channel, got {width_factor} (v2={v2})")
+        if head_features is not None and head_features < 1:
+            raise ValueError(f"TResNet needs head_features to be at least 1 or None, got {head_features}")
+
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        # The order of construction is the built-in's, and with it the random numbers each weight draws.
+        act_layer_of_stem = _resolve_activation(act_layer, stem_negative_slope)
+        self.body = _make_stem(
+            stem, in_chans, planes, act_layer=act_layer_of_stem, norm_layer=norm_layer, **factory_kwargs
+        )
+        reduction = 4 if stem == "space_to_depth" else 2
+        self.feature_info = [{"num_chs": planes, "reduction": reduction, "module": "body.conv1"}]
+        self._feature_positions = [1 if stem == "space_to_depth" else 0, 2, 3, 4, 5]  # in body
+        drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, layers))
+        in_channels, reduction = planes, 4
+        for index in range(4):
+            stage = _make_stage(
+                blocks[index],
+                [next(drop_path_rates) for _ in range(layers[index])],
+                in_channels,
+                planes * 2**index,
+                strides[index],
+                dilations[index],
+                use_se=use_se[index],
+                act_layer=_resolve_activation(act_layer, negative_slope),
+                norm_layer=norm_layer,
+                anti_alias=anti_alias,
+                **factory_kwargs,
+            )
+            in_channels = planes * 2**index * blocks[index].expansion
+            reduction *= strides[index]
+            self.body.add_module(f"layer{index + 1}", stage)
+            self.feature_info.append(
+                {"num_chs": in_channels, "reduction": reduction, "module": f"body.layer{index + 1}"}
+            )
+        self.set_rebuild(rebuild)
+        if stem == "space_to_depth":
+            self.body.s2d.min_size = _smallest_side(self.body)
+
+        self.num_features = in_channels
+        if head_features is None:
+            self.head = ClassifierHead(in_channels, num_classes, global_pool, drop_rate, **factory_kwargs)
+        else:
+            self.head = BottleneckHead(
+                in_channels, head_features, num_classes, global_pool, drop_rate, **factory_kwargs
+            )
+        self.head_hidden_size = self._head_hidden_size()
+        self._draw_weights()
+
+    def _head_hidden_size(self) -> int:
+        if isinstance(self.head, BottleneckHead):
+            return self.head.num_features
+        return self.num_features * self.head.global_pool.feat_mult()
+
+    def _draw_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.01)
+        for module in self.modules():
+            if isinstance(module, BasicBlock):
+                nn.init.zeros_(module.conv2.bn.weight)
+            elif isinstance(module, Bottleneck):
+                nn.init.zeros_(module.conv3.bn.weight)
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Draw every parameter and reset every buffer, as the official code does for a new model.
+
+        For a model made on the meta device, after `to_empty()`: convolutions from a normal distribution (He et al.,
+        fan-out, leaky ReLU), classifier from N(0, 0.01), batch norms 1 and 0, but 0 for the last one of each block.
+        """
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        self._draw_weights()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Regular expressions that group parameters for layer decay, one group a stage (coarse) or a block."""
+        return {"stem": r"^body\.conv1", "blocks": r"^body\.layer(\d+)" if coarse else r"^body\.layer(\d+)\.(\d+)"}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only every second block's output for backward and run the blocks again there.
+
+        Running statistics are updated once a step all the same.
+        """
+        for module in self.body.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def set_rebuild(self, setting: str) -> None:
+        """Choose what backward rebuilds in training; loss and running statistics are the same with every setting.
+
+        Args:
+            setting: "none" keeps what autograd keeps; "activations" (the default) keeps the convolutions' outputs and
+                rebuilds what is pointwise or pooling work from them; "expansions" also repeats the last 1x1 convolution
+                of each bottleneck. See `timm_tresnet.rebuild`.
+
+        Raises:
+            ValueError: if setting is none of these.
+        """
+        _choose("rebuild", setting, dict.fromkeys(SETTINGS))
+        self.rebuild = setting
+        for module in self.modules():
+            if isinstance(module, Recorded):
+                module.rebuild = setting
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer, or an identity without classes."""
+        return self.head.fc
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put in a new classifier, drawn from N(0, 0.01), on the device and in the dtype of the network.
+
+        The embedding of a bottleneck head stays while the pooling does.
+
+        Args:
+            num_classes: number of classes; 0 for no classifier.
+            global_pool: pooling before the classifier; None to leave it as it is, "" for none.
+        """
+        weight = self.body.conv1.conv.weight
+        self.num_classes = num_classes
+        self.head.in_features = self.num_features  # pruning changes it
+        kept = set(self.head.modules())
+        self.head.reset(num_classes, global_pool)
+        self.head.to(device=weight.device, dtype=weight.dtype)
+        self.head.train(self.training)
+        self.head_hidden_size = self._head_hidden_size()
+        for module in self.head.modules():
+            if isinstance(module, nn.Linear) and module not in kept:
+                nn.init.normal_(module.weight, std=0.01)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features of the stem and of the stages.
+
+        Args:
+            x: images, (N, in_chans, H, W).
+            indices: which of the five features to return (negative ones count from the end), the last n for a number
+                n, all for None.
+            norm: here for timm's interface; TResNet has no norm after its stages.
+            stop_early: do not run the stages behind the last feature asked for.
+            output_fmt: "NCHW", the only layout there is.
+            intermediates_only: return the features alone.
+
+        Returns:
+            The features asked for, each (N, C, H / reduction, W / reduction) with C and reduction as in
+            `feature_info`; unless intermediates_only, a pair of the last feature and those.
+
+        Raises:
+            ValueError: if an index is out of range or output_fmt is not "NCHW".
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"forward_intermediates returns NCHW only, got output_fmt={output_fmt}")
+        taken = _take_indices(indices, len(self._feature_positions))
+        positions = [self._feature_positions[index] for index in taken]
+        last = max(positions)
+        intermediates: list[Tensor] = []
+        for position, module in enumerate(self.body):
+            if not stop_early or position <= last:
+                x = module(x)
+                if position in positions:
+                    intermediates.append(x)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages behind the last feature asked for, and the classifier.
+
+        Args:
+            indices: as in `forward_intermediates`.
+            prune_norm: here for timm's interface; TResNet has no norm after its stages.
+            prune_head: drop the classifier and the pooling even if every stage stays.
+
+        Returns:
+            The indices, counted from the front.
+        """
+        taken = _take_indices(indices, len(self._feature_positions))
+        end = self._feature_positions[max(taken)] + 1
+        pruned = end < len(self.body)
+        self.body = self.body[:end]
+        self.set_rebuild(self.rebuild)
+        if pruned:
+            self.num_features = self.feature_info[max(taken)]["num_chs"]
+        if prune_head or pruned:
+            self.reset_classifier(0, "")
+        return taken
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _make_stem(stem: str, in_chans: int, planes: int, **kwargs: Any) -> Recorded:
+    """What comes before the stages, at a quarter of the image's resolution; kwargs are those of `ConvNormAct`."""
+    modules: OrderedDict[str, nn.Module] = OrderedDict()
+    if stem == "space_to_depth":
+        modules["s2d"] = SpaceToDepth(block_size=4)
+        modules["conv1"] = ConvNormAct(in_chans * 16, planes, 3, **kwargs)
+    else:
+        modules["conv1"] = ConvNormAct(in_chans, planes, 7, stride=2, **kwargs)
+        modules["maxpool"] = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+    return Recorded(modules)
+
+
+def _make_stage(
+    block: type[BasicBlock | Bottleneck],
+    drop_path_rates: Sequence[float],
+    in_channels: int,
+    planes: int,
+    stride: int,
+    dilation: tuple[int, int],
+    **kwargs: Any,
+) -> Stage:
+    """A block for each of drop_path_rates, the first of which downsamples; kwargs are those of `ResidualBlock`."""
+    stage = Stage()
+    for rate in drop_path_rates:
+        stage.append(block(in_channels, planes, stride, dilation, drop_path_rate=rate, **kwargs))
+        in_channels, stride, dilation = planes * block.expansion, 1, (dilation[1],) * 2
+    return stage
+
+
+_STRIDES_AND_DILATIONS = {  # by output stride: strides of the stages, dilations before and after their downsampling
+    32: ((1, 2, 2, 2), ((1, 1), (1, 1), (1, 1), (1, 1))),
+    16: ((1, 2, 2, 1), ((1, 1), (1, 1), (1, 1), (1, 2))),
+    8: ((1, 2, 1, 1), ((1, 1), (1, 1), (1, 2), (2, 4))),
+}
+
+
+def _choose(argument: str, value: Any, choices: dict[Any, Any]) -> Any:
+    if value not in choices:
+        names = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"TResNet needs {argument} to be one of {names}, got {value!r}")
+    return choices[value]
+
+
+def _per_stage(argument: str, value: Any) -> list[Any]:
+    if isinstance(value, str | bool):
+        return [value] * 4
+    if not isinstance(value, Sequence) or len(value) != 4:
+        raise ValueError(f"TResNet needs {argument} to have one entry for each of its 4 stages, got {value!r}")
+    if argument == "layers" and any(not isinstance(count, int) or count < 1 for count in value):
+        raise ValueError(f"TResNet needs at least one block a stage, got layers={value!r}")
+    return list(value)
+
+
+def _resolve_activation(act_layer: LayerType, negative_slope: float) -> LayerType:
+    if act_layer == "leaky_relu":
+        return functools.partial(nn.LeakyReLU, negative_slope=negative_slope)
+    try:
+        resolved = get_act_layer(act_layer)
+    except KeyError:
+        resolved = None
+    if resolved is None:
+        raise ValueError(f"TResNet needs act_layer to name an activation that timm knows, got {act_layer!r}")
+    return resolved
+
+
+def _smallest_side(body: nn.Module) -> int:
+    """Smallest H and W, in pixels, whose feature maps every blur of a space-to-depth network can reflect."""
+    blurs = [module for module in body.modules() if isinstance(module, BlurPool2d)]
+    side = 4
+    while True:
+        grid = side // 4
+        for blur in blurs:
+            if grid <= blur.dilation:
+                break
+            grid = math.ceil(grid / blur.stride)
+        else:
+            return side
+        side += 4
+
+
+def _take_indices(indices: int | list[int] | None, num_features: int) -> list[int]:
+    if indices is None:
+        return list(range(num_features))
+    taken: list[int] = []
+    if isinstance(indices, int):
+        if indices < 1 or indices > num_features:
+            raise ValueError(f"TResNet has {num_features} features, cannot take the last {indices}")
+        for index in range(num_features - indices, num_features):
+            taken.append(index)
+    else:
+        for index in indices:
+            if index < -num_features or index >= num_features:
+                raise ValueError(f"TResNet has {num_features} features, cannot take index {index}")
+            taken.append(index + num_features if index < 0 else index)
+    return taken

@@ -1,0 +1,155 @@
+"""Blocks in order, and which of their outputs are kept for backward: settings, grad checkpointing, compiling."""
+
+import functools
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from timm_tresnet.blocks import BasicBlock, Bottleneck
+from timm_tresnet.layers import ActivatedBatchNorm2d, ConvNormAct
+from timm_tresnet.rebuild import is_foreign, open_tape, pausing, recording, repeating_convolutions
+
+
+class Recorded(nn.Sequential):
+    """Modules in order; `timm_tresnet.rebuild` decides what they keep for backward in training."""
+
+    def __init__(self, *modules: Any) -> None:
+        super().__init__(*modules)
+        self.rebuild = "activations"
+
+    def __getitem__(self, index: slice | int) -> nn.Module:
+        part = super().__getitem__(index)
+        if isinstance(index, slice):
+            self._pass_settings(part)
+        return part
+
+    def _pass_settings(self, part: "Recorded") -> None:
+        part.rebuild = self.rebuild
+        part.training = self.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            for module in self:
+                x = module(x)
+            return x
+        return self._forward_eager(x)
+
+    @torch.jit.unused
+    def _forward_eager(self, x: Tensor) -> Tensor:
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor)
+        with nullcontext() if traced or not self.training else recording(self.rebuild, x):
+            for position, module in enumerate(self):
+                x = self._run(position, module, x)
+        return x
+
+    def _run(self, position: int, module: nn.Module, x: Tensor) -> Tensor:
+        tape = open_tape()
+        if tape is None:
+            return self._run_plainly(module, x)
+        seen = is_foreign(module, deep=not isinstance(module, Stage))
+        if seen:
+            tape.add_kept(x)
+            if isinstance(module, Stage):
+                x = module(x)
+            else:
+                with pausing():
+                    x = module(x)
+            tape.add_kept(x)
+            return x
+        x = self._run_recorded(position, module, x)
+        if tape.lost_weights():
+            tape.add_kept(x)
+        return x
+
+    def _run_plainly(self, module: nn.Module, x: Tensor) -> Tensor:
+        return module(x)
+
+    def _run_recorded(self, position: int, module: nn.Module, x: Tensor) -> Tensor:
+        return module(x)
+
+
+class Stage(Recorded):
+    """Residual blocks in order; with grad_checkpointing on, every second one keeps its output and all run again."""
+
+    def __init__(self, *blocks: Any) -> None:
+        super().__init__(*blocks)
+        self.grad_checkpointing = False
+
+    def _pass_settings(self, part: "Stage") -> None:
+        super()._pass_settings(part)
+        part.grad_checkpointing = self.grad_checkpointing
+
+    def _run_plainly(self, block: nn.Module, x: Tensor) -> Tensor:
+        return _checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_tracing() else block(x)
+
+    def _run_recorded(self, position: int, block: nn.Module, x: Tensor) -> Tensor:
+        tape = open_tape()
+        if not self.grad_checkpointing:
+            x = block(x)
+            keeps = position in _kept_outputs(len(self))
+        elif _can_repeat(block):
+            with repeating_convolutions():
+                x = block(x)
+            # Longer chains keep less, but more of them is alive at once.
+            keeps = (len(self) - position) % 2 == 1
+        else:
+            tape.add_kept(x)
+            with pausing():
+                x = _checkpoint(block, x)
+            keeps = True
+        tape.add_kept(x) if keeps else tape.add_output(x)
+        return x
+
+
+@functools.cache
+def _kept_outputs(blocks: int) -> tuple[int, ...]:
+    """Positions of the blocks in a stage whose output is kept for backward.
+
+    Rebuilding an output needs the one before it, so between two kept ones a chain of tensors is alive for a moment. It
+    is short at the end of the stage, where backward begins with everything else still in memory, and grows towards the
+    front: 2, 3, 4, ... A stage of up to 4 blocks is one chain.
+    """
+    kept = []
+    position, chain = blocks - 3, 3
+    while blocks > 4 and position > 0:
+        kept.append(position)
+        position -= chain + 1
+        chain += 1
+    return tuple(kept)
+
+
+def _can_repeat(block: nn.Module) -> bool:
+    """Whether `timm_tresnet.rebuild` can make all that a block keeps from the block's input."""
+    units = [module for module in block.modules() if isinstance(module, ConvNormAct)]
+    return isinstance(block, BasicBlock | Bottleneck) and all(isinstance(u.bn, ActivatedBatchNorm2d) for u in units)
+
+
+def _checkpoint(block: nn.Module, x: Tensor) -> Tensor:
+    kwargs: dict[str, Any] = {"use_reentrant": False}
+    if not torch.compiler.is_compiling():  # the compiler updates running statistics once by itself
+        kwargs["context_fn"] = lambda: (nullcontext(), _KeepRunningStatistics(block))
+    return torch.utils.checkpoint.checkpoint(block, x, **kwargs)
+
+
+class _KeepRunningStatistics:
+    """Give a block that runs again copies of its running statistics to update, so that no batch counts twice."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+
+    def __enter__(self) -> None:
+        self._originals = [
+            (module, name, buffer)
+            for module in self._block.modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.training
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+        for module, name, buffer in self._originals:
+            setattr(module, name, buffer.clone())
+
+    def __exit__(self, *exception: object) -> None:
+        for module, name, buffer in self._originals:
+            setattr(module, name, buffer)
