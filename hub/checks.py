@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import re
 from collections.abc import Mapping
@@ -65,15 +66,10 @@ def hash_file(content: bytes | Path) -> LocalFile:
         The file with its hashes.
     """
     size = len(content) if isinstance(content, bytes) else content.stat().st_size
-    sha256, git_blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    if isinstance(content, bytes):
-        sha256.update(content)
-        git_blob.update(content)
-    else:
-        with content.open("rb") as file:
-            while chunk := file.read(2**20):
-                sha256.update(chunk)
-                git_blob.update(chunk)
+    with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256")
+        file.seek(0)
+        git_blob = hashlib.file_digest(file, lambda: hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False))
     return LocalFile(content, size, sha256.hexdigest(), git_blob.hexdigest())
 
 
