@@ -24,9 +24,9 @@ from huggingface_hub.hf_api import RepoFile
 from safetensors import safe_open
 
 import timm_tresnet  # noqa: F401  registers the variants
-from timm_tresnet.card import PLACEHOLDER
 from timm_tresnet.catalogue import PublicWeight, load_catalogue, make_pretrained_cfg
 from timm_tresnet.checkpoint import find_misfits
+from timm_tresnet.conversion.card import PLACEHOLDER
 from timm_tresnet.labels import is_multi_label
 
 WEIGHTS, CONFIG, CARD = REQUIRED = ("model.safetensors", "config.json", "README.md")

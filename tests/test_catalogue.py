@@ -9,7 +9,8 @@ from timm.models import get_pretrained_cfg, list_models
 
 from timm_tresnet.catalogue import NOTHING_KNOWN, Facts, load_catalogue, make_pretrained_cfg
 from timm_tresnet.checkpoint import from_official
-from timm_tresnet.convert import _check_fit, _choose_public_weight, _detect, _find_blurs, _take_head
+from timm_tresnet.conversion.description import _choose_public_weight
+from timm_tresnet.conversion.recognition import Recognised, _check_fit, _detect, _find_blurs, _take_head
 from timm_tresnet.labels import MULTI_LABEL
 
 CATALOGUE = load_catalogue()
@@ -56,10 +57,17 @@ def test_official_names_and_shapes_are_found_to_be_the_public_weights(public):
     if head == "bottleneck":
         model_args["head_features"] = weights["head.embedding.weight"].shape[0]
     _check_fit(weights, architecture, model_args, 0 if head == "ml_decoder" else classes)
+    found = Recognised(
+        architecture=architecture,
+        model_args=model_args,
+        state_dict=weights,
+        head=head,
+        head_classes=classes,
+        layout="official",
+        inplace_abn=True,
+    )
     for file in public.files:
-        notes = []
-        assert _choose_public_weight(file, None, architecture, model_args, head, classes, notes) == public
-        assert not notes
+        assert _choose_public_weight(found, file, None) == (public, [])
 
 
 @each_public_weight

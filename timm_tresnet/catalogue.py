@@ -1,11 +1,11 @@
 """What there is to know about a weight, and the public TResNet weights, one row each in catalogue.toml beside this."""
 
-import argparse
 import dataclasses
 import functools
 import importlib.resources
 import math
 import tomllib
+from argparse import BooleanOptionalAction
 from collections.abc import Mapping
 from importlib.resources.abc import Traversable
 from types import MappingProxyType
@@ -55,7 +55,7 @@ class Facts:
     license: str | None = _field(None, help="as the Hub names it, such as apache-2.0", metavar="NAME")
     dataset: str | None = _field(help="what the weights were trained on", metavar="NAME")
     multi_label: bool | None = _field(
-        False, help="an image has any number of the classes", action=argparse.BooleanOptionalAction
+        False, help="an image has any number of the classes", action=BooleanOptionalAction
     )
 
     @property

@@ -464,7 +464,7 @@ def _add_convert(commands: Any) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from timm_tresnet.convert import convert_checkpoint, write_folder
+    from timm_tresnet.conversion import convert_checkpoint, write_folder
 
     folders = {
         file: arguments.output / file.stem if len(arguments.files) > 1 else arguments.output for file in arguments.files
