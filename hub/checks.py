@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import re
 from collections.abc import Mapping
@@ -23,9 +24,9 @@ from huggingface_hub.hf_api import RepoFile
 from safetensors import safe_open
 
 import timm_tresnet  # noqa: F401  registers the variants
-from timm_tresnet.card import PLACEHOLDER
-from timm_tresnet.catalogue import PublicWeight, load_catalogue
+from timm_tresnet.catalogue import PublicWeight, load_catalogue, make_pretrained_cfg
 from timm_tresnet.checkpoint import find_misfits
+from timm_tresnet.conversion.card import PLACEHOLDER
 from timm_tresnet.labels import is_multi_label
 
 WEIGHTS, CONFIG, CARD = REQUIRED = ("model.safetensors", "config.json", "README.md")
@@ -65,15 +66,10 @@ def hash_file(content: bytes | Path) -> LocalFile:
         The file with its hashes.
     """
     size = len(content) if isinstance(content, bytes) else content.stat().st_size
-    sha256, git_blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    if isinstance(content, bytes):
-        sha256.update(content)
-        git_blob.update(content)
-    else:
-        with content.open("rb") as file:
-            while chunk := file.read(2**20):
-                sha256.update(chunk)
-                git_blob.update(chunk)
+    with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256")
+        file.seek(0)
+        git_blob = hashlib.file_digest(file, lambda: hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False))
     return LocalFile(content, size, sha256.hexdigest(), git_blob.hexdigest())
 
 
@@ -154,19 +150,10 @@ def _check_weights(folder: Path, shapes: Shapes) -> list[str]:
 
 def _compare_with_catalogue(config: dict[str, Any], public: PublicWeight) -> list[str]:
     pretrained_cfg = config["pretrained_cfg"]
-    expected = {
-        "input_size": public.input_size and [3, public.input_size, public.input_size],
-        "interpolation": public.interpolation,
-        "crop_pct": public.crop_pct,
-        "crop_mode": public.crop_mode,
-        "mean": list(public.mean),
-        "std": list(public.std),
-        "license": public.license,
-    }
-    pairs = [(name, pretrained_cfg.get(name), value) for name, value in expected.items() if value is not None]
+    expected = json.loads(json.dumps(make_pretrained_cfg(public, public.converted_classes)))
+    pairs = [(name, pretrained_cfg.get(name), expected[name]) for name in public.known if name in expected]
     pairs.append(("num_classes", config.get("num_classes"), public.converted_classes))
-    multi_label = public.multi_label and public.converted_classes > 0
-    pairs.append(("multi_label", is_multi_label(pretrained_cfg), multi_label))
+    pairs.append(("multi_label", is_multi_label(pretrained_cfg), is_multi_label(expected)))
     arguments = config.get("model_args", {})
     pairs += [(name, arguments.get(name), value) for name, value in public.slopes.items()]
     return [

@@ -16,7 +16,7 @@ import torch
 
 import timm_tresnet  # noqa: F401  registers the variants
 from timm_tresnet.checkpoint import OFFICIAL_STEM, unwrap
-from timm_tresnet.convert import Conversion, convert_checkpoint, read_checkpoint, write_folder
+from timm_tresnet.conversion import Conversion, convert_checkpoint, read_checkpoint, write_folder
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import reference

@@ -33,7 +33,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.errors import HTTPError as ClientError  # base of what its transport raises, whichever that is
 from safetensors import SafetensorError
 
-from timm_tresnet.card import PLACEHOLDER
+from timm_tresnet.conversion.card import PLACEHOLDER
 
 _SHOWN_LINES = 60  # of a difference; label lists are long
 

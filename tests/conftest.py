@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 from hub_server import HubServer
 
 # For an interpreter in which no warning may pass, but what PyTorch 2.5 itself says of a folder that it made.
 STRICTLY = ["-W", "error", "-W", "ignore:Implicitly cleaning up:ResourceWarning"]
+SMALL = {"layers": (2, 2, 3, 1), "planes": 16}  # test_tresnet, as the official code makes it
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several of them share the cores
@@ -102,3 +104,30 @@ def run_child(hub: HubServer, tmp_path: Path) -> Callable[..., str]:
         return child.stdout
 
     return run
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    """Weights of a small network under the official names."""
+    return reference.official_state_dict(**SMALL, counters=True)
+
+
+def save_checkpoint(content: object, path: Path) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def load_folder(folder: Path, **kwargs: object) -> torch.nn.Module:
+    import timm
+
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@torch.no_grad()
+def assert_gives(folder: Path, expected: torch.Tensor, x: torch.Tensor) -> None:
+    """The network in a folder of converted weights gives the expected output for x."""
+    assert relative_error(load_folder(folder)(x), expected) <= 1e-5

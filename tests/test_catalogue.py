@@ -1,3 +1,4 @@
+import argparse
 import dataclasses
 
 import pytest
@@ -6,11 +7,11 @@ import timm
 import torch
 from timm.models import get_pretrained_cfg, list_models
 
-from timm_tresnet.catalogue import load_catalogue
+from timm_tresnet.catalogue import NOTHING_KNOWN, Facts, load_catalogue, make_pretrained_cfg
 from timm_tresnet.checkpoint import from_official
-from timm_tresnet.convert import _check_fit, _choose_public_weight, _detect, _find_blurs, _take_head
+from timm_tresnet.conversion.description import _choose_public_weight
+from timm_tresnet.conversion.recognition import Recognised, _check_fit, _detect, _find_blurs, _take_head
 from timm_tresnet.labels import MULTI_LABEL
-from timm_tresnet.tresnet import network_arguments
 
 CATALOGUE = load_catalogue()
 each_public_weight = pytest.mark.parametrize("public", CATALOGUE.values(), ids=CATALOGUE)
@@ -56,10 +57,17 @@ def test_official_names_and_shapes_are_found_to_be_the_public_weights(public):
     if head == "bottleneck":
         model_args["head_features"] = weights["head.embedding.weight"].shape[0]
     _check_fit(weights, architecture, model_args, 0 if head == "ml_decoder" else classes)
+    found = Recognised(
+        architecture=architecture,
+        model_args=model_args,
+        state_dict=weights,
+        head=head,
+        head_classes=classes,
+        layout="official",
+        inplace_abn=True,
+    )
     for file in public.files:
-        notes = []
-        assert _choose_public_weight(file, None, architecture, model_args, head, classes, notes) == public
-        assert not notes
+        assert _choose_public_weight(found, file, None) == (public, [])
 
 
 @each_public_weight
@@ -89,8 +97,8 @@ def test_registered_tag_builds_the_network_of_the_public_weight(public):
     assert model.num_classes == (0 if public.head == "ml_decoder" else public.num_classes)
     assert model.head_hidden_size == (512 if public.head == "bottleneck" else model.num_features)
     slopes = {type(m): m.negative_slope for m in model.body.layer1.modules() if isinstance(m, torch.nn.LeakyReLU)}
-    assert slopes[torch.nn.LeakyReLU] == network_arguments(public).get("negative_slope", 1e-3)
-    assert model.body.conv1.bn.act.negative_slope == network_arguments(public).get("stem_negative_slope", 1e-2)
+    assert slopes[torch.nn.LeakyReLU] == public.network_arguments.get("negative_slope", 1e-3)
+    assert model.body.conv1.bn.act.negative_slope == public.network_arguments.get("stem_negative_slope", 1e-2)
 
 
 @pytest.mark.parametrize("public", [r for r in CATALOGUE.values() if not r.hf_hub_id], ids=lambda r: r.name)
@@ -180,3 +188,39 @@ def test_mistakes_in_the_catalogue_are_named(change, message, tmp_path):
     file.write_text(VALID.replace(*change))
     with pytest.raises(ValueError, match=message):
         load_catalogue(file)
+
+
+def test_every_fact_has_an_option_and_nothing_is_known_of_what_is_not_given():
+    parser = argparse.ArgumentParser()
+    for field in dataclasses.fields(Facts):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **field.metadata)
+    assert Facts(**vars(parser.parse_args([]))) == NOTHING_KNOWN
+    assert NOTHING_KNOWN.known == {}
+    words = "--input-size 448 --mean 0.5 0.4 0.3 --crop-mode squash --no-multi-label --stem-negative-slope 0.1".split()
+    assert Facts(**vars(parser.parse_args(words))).known == {
+        "input_size": 448,
+        "mean": [0.5, 0.4, 0.3],
+        "crop_mode": "squash",
+        "multi_label": False,
+        "stem_negative_slope": 0.1,
+    }
+
+
+def test_config_says_what_is_known_and_no_more():
+    config = make_pretrained_cfg(NOTHING_KNOWN, 5)
+    known = dataclasses.replace(NOTHING_KNOWN, input_size=368, crop_pct=0.9, multi_label=True)
+    assert make_pretrained_cfg(known, 5, in_chans=1) == {
+        **config,
+        "input_size": (1, 368, 368),
+        "pool_size": (12, 12),
+        "crop_pct": 0.9,
+        "notes": (MULTI_LABEL,),
+    }
+    assert "notes" not in make_pretrained_cfg(known, 0)  # a backbone has no labels
+    assert config == {
+        "custom_load": False,
+        "fixed_input_size": False,
+        "num_classes": 5,
+        "first_conv": "body.conv1.conv",
+        "classifier": "head.fc",
+    }

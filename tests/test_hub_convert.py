@@ -39,7 +39,7 @@ def convert(script, tmp_path, monkeypatch):
             negative_slope=slope,
             stem_negative_slope=slope,
         )
-        monkeypatch.setattr("timm_tresnet.convert.load_catalogue", lambda: {NAME: public})
+        monkeypatch.setattr("timm_tresnet.conversion.description.load_catalogue", lambda: {NAME: public})
         arguments = [str(tmp_path / "demo.pth"), "--public-weight", NAME, "--output", str(tmp_path / "folder")]
         return script.main([*arguments, "--repo", "owner/demo"])
 

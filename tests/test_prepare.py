@@ -1,6 +1,9 @@
 import importlib.util
+import os
+import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 SCRIPT = Path(__file__).parents[1] / "hub" / "test_tresnet" / "prepare.py"
@@ -16,11 +19,37 @@ class Photographs:
             yield Image.new("RGB", (32, 32), (40 * index, 0, 0)), index % 2
 
 
-def test_photographs_are_written_into_numbered_files_of_their_class(tmp_path):
+@pytest.fixture
+def prepare():
     spec = importlib.util.spec_from_file_location("prepare", SCRIPT)
-    prepare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(prepare)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_photographs_are_written_into_numbered_files_of_their_class(prepare, tmp_path):
     assert prepare.write_class_folders(Photographs(), tmp_path) == {"cat": 3, "dog": 3}
     files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.jpg"))
     assert files == [f"{name}/000{index}.jpg" for name in ("cat", "dog") for index in range(3)]
     assert abs(Image.open(tmp_path / "dog" / "0002.jpg").getpixel((5, 5))[0] - 200) < 5
+
+
+def test_the_script_writes_both_splits_whole_and_never_over_anything(prepare, tmp_path, monkeypatch):
+    def load(cache, train, download):
+        if not train and (tmp_path / "offline").exists():
+            raise RuntimeError("no network")
+        return Photographs()
+
+    monkeypatch.setattr(prepare.torchvision.datasets, "CIFAR10", load)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", str(tmp_path / "new" / "cifar10")])
+    (tmp_path / "offline").touch()
+    with pytest.raises(RuntimeError, match="no network"):
+        prepare.main()
+    assert os.listdir(tmp_path / "new") == []
+    (tmp_path / "offline").unlink()
+    prepare.main()
+    assert os.listdir(tmp_path / "new") == ["cifar10"]
+    files = [path for path in (tmp_path / "new" / "cifar10").rglob("*.jpg") if path.parts[-3] in ("train", "test")]
+    assert len(files) == 12
+    with pytest.raises(SystemExit, match="exists already; name a new folder"):
+        prepare.main()

@@ -17,9 +17,10 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
-from timm_tresnet import convert
-from timm_tresnet.card import PLACEHOLDER, make_card
+from timm_tresnet import convert_checkpoint, write_folder
 from timm_tresnet.catalogue import Metric, PublicWeight, load_catalogue
+from timm_tresnet.conversion import description
+from timm_tresnet.conversion.card import PLACEHOLDER, make_card
 
 # huggingface_hub 2.4 uploads LFS files with an argument that its transport, httpx2, deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")
@@ -117,7 +118,7 @@ def test_official_files_of_every_kind_come_back_from_the_hub_with_the_official_l
         for name, public in load_catalogue().items()
     }
     catalogue = {public.name: public for public in kinds.values()}
-    for module in (convert, tools["checks"]):
+    for module in (description, tools["checks"]):
         monkeypatch.setattr(module, "load_catalogue", lambda: catalogue)
     x = torch.rand(1, 3, 64, 64)
     expected = {"x": x}
@@ -126,7 +127,7 @@ def test_official_files_of_every_kind_come_back_from_the_hub_with_the_official_l
             (2, 2, 3, 1), planes=16, num_classes=public.num_classes, head=public.head
         )
         torch.save({"model": tensors}, tmp_path / "official.pth")
-        convert.write_folder(convert.convert_checkpoint(tmp_path / "official.pth", public_weight=name), tmp_path / name)
+        write_folder(convert_checkpoint(tmp_path / "official.pth", public_weight=name), tmp_path / name)
         slopes = {
             "slope": public.negative_slope or 1e-3,
             "stem_slope": public.stem_negative_slope or 1e-2,

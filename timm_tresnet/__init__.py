@@ -9,14 +9,14 @@ from typing import Any
 _PUBLIC = {  # name -> module; imported when first used, so that `import torch` can afford to import this package
     "BasicBlock": "blocks",
     "Bottleneck": "blocks",
-    "Conversion": "convert",
+    "Conversion": "conversion",
     "ExportedModel": "export",
     "TResNet": "network",
-    "convert_checkpoint": "convert",
+    "convert_checkpoint": "conversion",
     "export_model": "export",
     "fold_batch_norms": "export",
     "optimize_for_inference": "export",
-    "write_folder": "convert",
+    "write_folder": "conversion",
 }
 __all__ = list(_PUBLIC)
 

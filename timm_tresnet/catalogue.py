@@ -1,16 +1,20 @@
-"""The public TResNet weights, one row each, from catalogue.toml beside this file."""
+"""What there is to know about a weight, and the public TResNet weights, one row each in catalogue.toml beside this."""
 
 import dataclasses
 import functools
 import importlib.resources
+import math
 import tomllib
+from argparse import BooleanOptionalAction
 from collections.abc import Mapping
 from importlib.resources.abc import Traversable
 from types import MappingProxyType
 from typing import Any
 
+from timm_tresnet.labels import MULTI_LABEL
+
 _FILE = importlib.resources.files(__package__) / "catalogue.toml"  # not a Path in a zip application
-_CHOICES = {"crop_mode": ("center", "squash"), "head": ("linear", "bottleneck", "ml_decoder")}
+_HEAD_FEATURES = 512  # of the official bottleneck heads (Alibaba-MIIL/ASL, `TResNet`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,57 +32,76 @@ class Metric:
     published: str
 
 
+def _field(default: Any = dataclasses.MISSING, **option: Any) -> Any:
+    return dataclasses.field(default=default, metadata=option)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PublicWeight:
+class Facts:
+    """What the tensors of a weight cannot tell; None for what is not known.
+
+    A field's metadata is its option in `timm-tresnet convert`, as `argparse.ArgumentParser.add_argument` takes it, and
+    says what the field means. The catalogue has to give the fields without a default.
+    """
+
+    input_size: int | None = _field(None, help="side of the images", type=int, metavar="PIXELS")
+    crop_pct: float | None = _field(help="side of the crop over the resized image's", type=float, metavar="FRACTION")
+    crop_mode: str | None = _field(help="crop the centre, or resize to a square", choices=("center", "squash"))
+    interpolation: str | None = _field(choices=("nearest", "bilinear", "bicubic", "lanczos"))
+    mean: tuple[float, ...] | None = _field(help="of each channel", nargs="+", type=float, metavar="M")
+    std: tuple[float, ...] | None = _field(help="of each channel", nargs="+", type=float, metavar="S")
+    negative_slope: float | None = _field(None, help="of the activations in the blocks", type=float, metavar="SLOPE")
+    stem_negative_slope: float | None = _field(None, help="of the activation in the stem", type=float, metavar="SLOPE")
+    license: str | None = _field(None, help="as the Hub names it, such as apache-2.0", metavar="NAME")
+    dataset: str | None = _field(help="what the weights were trained on", metavar="NAME")
+    multi_label: bool | None = _field(
+        False, help="an image has any number of the classes", action=BooleanOptionalAction
+    )
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """The facts that are known, by name."""
+        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(Facts)}
+        return {name: value for name, value in facts.items() if value is not None}
+
+    @property
+    def slopes(self) -> dict[str, float]:
+        """Slopes that are not the defaults, as arguments of `TResNet`."""
+        return {name: slope for name, slope in self.known.items() if name in ("negative_slope", "stem_negative_slope")}
+
+
+NOTHING_KNOWN = Facts(**dict.fromkeys(field.name for field in dataclasses.fields(Facts)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PublicWeight(Facts):
     """What is known about a public weight; None for what no source says.
 
     Args:
         architecture: name of the variant in this package.
         tag: tag of the pretrained config; `architecture.tag` is the public weight's name.
         files: names under which the weights were published.
-        dataset: what the classes are of.
         num_classes: how many classes the published head has.
-        interpolation: how images are resized.
-        crop_pct: side of the crop, or of the squashed image, over that of the resized image.
-        crop_mode: "center" crops the centre of the image, "squash" resizes it to a square.
-        mean: of the normalisation, by channel.
-        std: of the normalisation, by channel.
         metric: the published result.
         paper: "arXiv:" and its number.
         code: address of the official code.
         head: "linear", "bottleneck" (two linear layers) or "ml_decoder" (only the backbone can be converted).
-        multi_label: an image has any number of the classes, each with a sigmoid.
-        input_size: side of the image in pixels.
-        license: of the weights, as the Hub names it.
         pretraining: data set of the training before that on `dataset`.
         labels: name of the list of classes, such as "imagenet-1k" or "coco".
         hf_hub_id: Hub repository that holds the weights.
-        negative_slope: of the activations in the blocks, where it is not the default.
-        stem_negative_slope: of the activation in the stem, where it is not the default.
     """
 
     architecture: str
     tag: str
     files: tuple[str, ...]
-    dataset: str
     num_classes: int
-    interpolation: str
-    crop_pct: float
-    crop_mode: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     metric: Metric
     paper: str
     code: str
-    head: str = "linear"
-    multi_label: bool = False
-    input_size: int | None = None
-    license: str | None = None
+    head: str = _field("linear", choices=("linear", "bottleneck", "ml_decoder"))
     pretraining: str | None = None
     labels: str | None = None
     hf_hub_id: str | None = None
-    negative_slope: float | None = None
-    stem_negative_slope: float | None = None
 
     @property
     def name(self) -> str:
@@ -91,10 +114,41 @@ class PublicWeight:
         return 0 if self.head == "ml_decoder" else self.num_classes
 
     @property
-    def slopes(self) -> dict[str, float]:
-        """Slopes that are not the defaults, as arguments of `TResNet`."""
-        slopes = {"negative_slope": self.negative_slope, "stem_negative_slope": self.stem_negative_slope}
-        return {argument: slope for argument, slope in slopes.items() if slope is not None}
+    def network_arguments(self) -> dict[str, Any]:
+        """Arguments of the network that hold the weight, beyond those of its variant."""
+        return {**self.slopes, **({"head_features": _HEAD_FEATURES} if self.head == "bottleneck" else {})}
+
+
+def make_pretrained_cfg(facts: Facts, num_classes: int, in_chans: int = 3) -> dict[str, Any]:
+    """Say what is known about a weight as timm's pretrained config does.
+
+    Args:
+        facts: what is known; of a public weight also its tag and source.
+        num_classes: outputs of the network; 0 for a backbone.
+        in_chans: channels of the image.
+
+    Returns:
+        Fields of timm's `PretrainedCfg`; what is not known is left out.
+    """
+    names = ("crop_pct", "crop_mode", "interpolation", "mean", "std", "license")
+    config: dict[str, Any] = {name: facts.known[name] for name in names if name in facts.known}
+    if facts.input_size is not None:
+        config["input_size"] = (in_chans, facts.input_size, facts.input_size)
+        config["pool_size"] = (math.ceil(facts.input_size / 32),) * 2
+    if facts.dataset is not None:
+        config["description"] = f"Trained on {facts.dataset}"
+    if isinstance(facts, PublicWeight):
+        config |= {"tag": facts.tag, "origin_url": facts.code, "paper_ids": facts.paper}
+    if facts.multi_label and num_classes:
+        config["notes"] = (MULTI_LABEL,)
+    return {
+        **config,
+        "custom_load": False,
+        "fixed_input_size": False,
+        "num_classes": num_classes,
+        "first_conv": "body.conv1.conv",
+        "classifier": "head.fc",
+    }
 
 
 @functools.cache
@@ -117,10 +171,11 @@ def load_catalogue(path: Traversable = _FILE) -> Mapping[str, PublicWeight]:
 def _parse(name: str, table: dict[str, Any]) -> PublicWeight:
     _check_fields(f"public weight {name}", table, PublicWeight)
     _check_fields(f"metric of public weight {name}", table["metric"], Metric)
-    for field, choices in _CHOICES.items():
-        if table.get(field, choices[0]) not in choices:
+    for field in dataclasses.fields(PublicWeight):
+        choices = field.metadata.get("choices", ())
+        if choices and field.name in table and table[field.name] not in choices:
             raise ValueError(
-                f"public weight {name} needs {field} to be one of {', '.join(choices)}, got {table[field]!r}"
+                f"public weight {name} needs {field.name} to be one of {', '.join(choices)}, got {table[field.name]!r}"
             )
     lists = {field: tuple(value) for field, value in table.items() if isinstance(value, list)}
     public = PublicWeight(**{**table, **lists, "metric": Metric(**table["metric"])})

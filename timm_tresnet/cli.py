@@ -358,14 +358,14 @@ def describe_weights() -> list[dict[str, Any]]:
     from timm.models import get_pretrained_cfg
 
     from timm_tresnet.catalogue import load_catalogue
-    from timm_tresnet.tresnet import IMAGENET_TOP1, network_arguments
+    from timm_tresnet.tresnet import IMAGENET_TOP1
 
     catalogue = load_catalogue()
     rows = []
     for name in timm.list_models(module="tresnet", include_tags=True):
         config = get_pretrained_cfg(name)
         public = catalogue.get(name)
-        head_features = network_arguments(public).get("head_features") if public else None
+        head_features = public.network_arguments.get("head_features") if public else None
         params, macs = _measure_size(
             name.partition(".")[0], tuple(config.input_size), config.num_classes, head_features
         )
@@ -464,7 +464,7 @@ def _add_convert(commands: Any) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from timm_tresnet.convert import convert_checkpoint, write_folder
+    from timm_tresnet.conversion import convert_checkpoint, write_folder
 
     folders = {
         file: arguments.output / file.stem if len(arguments.files) > 1 else arguments.output for file in arguments.files

@@ -1,17 +1,18 @@
-"""Tables in text."""
+"""Tables in text, whose rows may end early; no line end behind them."""
 
 import itertools
 from collections.abc import Sequence
 
 
 def format_markdown(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in Markdown, without a line end behind it."""
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    """A table in Markdown."""
+    lines = [titles, ["---"] * len(titles), *([*row, *[""] * (len(titles) - len(row))] for row in rows)]
+    cells = ([str(cell).replace("|", r"\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def format_columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows, which may end early, with their columns aligned."""
+    """Rows with their columns aligned."""
     widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows

@@ -20,9 +20,8 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 
-from timm_tresnet.catalogue import PublicWeight, load_catalogue
+from timm_tresnet.catalogue import PublicWeight, load_catalogue, make_pretrained_cfg
 from timm_tresnet.checkpoint import checkpoint_filter_fn
-from timm_tresnet.labels import MULTI_LABEL
 from timm_tresnet.network import TResNet
 
 __all__ = ["TResNet"]  # timm adds each entrypoint
@@ -60,27 +59,10 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 _timm_hub = functools.partial(_cfg, hf_hub_id="timm/", hf_hub_filename="model.safetensors")
 _timm_hub_448 = functools.partial(_timm_hub, input_size=(3, 448, 448), pool_size=(14, 14))
 
-HEAD_FEATURES = 512  # of the official bottleneck heads (Alibaba-MIIL/ASL, `TResNet`)
-
 
 def _public_weight_cfg(public: PublicWeight) -> dict[str, Any]:
     """Config of a public weight that is on no Hub repository yet; of one with an ML-Decoder head, the backbone's."""
-    size = public.input_size or 224
-    return _cfg(
-        num_classes=public.converted_classes,
-        input_size=(3, size, size),
-        pool_size=(math.ceil(size / 32),) * 2,
-        crop_pct=public.crop_pct,
-        crop_mode=public.crop_mode,
-        interpolation=public.interpolation,
-        mean=public.mean,
-        std=public.std,
-        license=public.license,
-        description=f"Trained on {public.dataset}",
-        origin_url=public.code,
-        paper_ids=public.paper,
-        notes=(MULTI_LABEL,) if public.multi_label and public.converted_classes else None,
-    )
+    return _cfg(**{"license": None, **make_pretrained_cfg(public, public.converted_classes)})
 
 
 default_cfgs = generate_default_cfgs(
@@ -159,7 +141,7 @@ def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg={"out_indices": (1, 2, 3, 4), "flatten_sequential": True},
-            **{**ARCHITECTURES[variant], **(network_arguments(public) if public else {}), **kwargs},
+            **{**ARCHITECTURES[variant], **(public.network_arguments if public else {}), **kwargs},
         )
     except LocalEntryNotFoundError as error:
         reason = "it is not in the cache and the Hub cannot be reached"
@@ -182,12 +164,6 @@ def _find_public_weight(variant: str, config: Any) -> PublicWeight | None:
         fields = config if isinstance(config, dict) else vars(config)
         config = None if fields.get("source") else fields.get("tag")
     return load_catalogue().get(f"{variant}.{config}")
-
-
-def network_arguments(public: PublicWeight) -> dict[str, Any]:
-    """Arguments of the network that hold a public weight, beyond those of its variant."""
-    head = {"head_features": HEAD_FEATURES} if public.head == "bottleneck" else {}
-    return {**public.slopes, **head}
 
 
 def _check_source(public: PublicWeight, kwargs: dict[str, Any]) -> None:

@@ -4,13 +4,14 @@ python hub/test_tresnet/pack.py CHECKPOINT.pth.tar timm_tresnet/weights/test_tre
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import load_state_dict
+
+from timm_tresnet.files import whole
 
 
 def pack(checkpoint: Path, output: Path) -> None:
@@ -32,11 +33,9 @@ def pack(checkpoint: Path, output: Path) -> None:
     for name, tensor in halves.items():
         if not torch.isfinite(tensor).all():
             raise RuntimeError(f"{name} of {checkpoint} does not fit float16; train with less extreme weights")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_suffix(".unfinished")
-    save_file(halves, unfinished, metadata={"format": "pt"})
-    os.chmod(unfinished, 0o644)  # save_file leaves 0600
-    os.replace(unfinished, output)
+    with whole(output) as unfinished:
+        save_file(halves, unfinished, metadata={"format": "pt"})
+        unfinished.chmod(0o644)  # save_file leaves 0600
 
 
 if __name__ == "__main__":

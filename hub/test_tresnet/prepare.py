@@ -8,13 +8,13 @@ The weights in the package were trained on JPEG copies of the same photographs (
 """
 
 import argparse
-import os
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 
 import torchvision
+
+from timm_tresnet.files import whole
 
 QUALITY = 95  # of the JPEG files
 
@@ -46,14 +46,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.folder.exists():
         sys.exit(f"{arguments.folder} exists already; name a new folder")
-    arguments.folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=arguments.folder.parent) as unfinished:
-        result = Path(unfinished) / "cifar10"
+    with whole(arguments.folder, overwrite=False) as unfinished:
         for split, train in (("train", True), ("test", False)):
             dataset = torchvision.datasets.CIFAR10(arguments.cache, train=train, download=True)
-            counts = write_class_folders(dataset, result / split)
+            counts = write_class_folders(dataset, unfinished / split)
             print(f"{split}: {dict(counts)}")
-        os.rename(result, arguments.folder)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from timm_tresnet.tables import format_markdown
+
 if TYPE_CHECKING:
     from timm_tresnet.catalogue import PublicWeight
 
@@ -120,7 +122,7 @@ def make_card(public: PublicWeight | None, architecture: str, num_classes: int, 
         sections.append(table)
     sections += _explain_use(public, num_classes, f"hf-hub:{repo_id}" if repo_id else PLACEHOLDER)
     if public:
-        sections += ["## Training data", _name_training_data(public)]
+        sections += ["## Training data", f"{', then '.join(filter(None, (public.pretraining, public.dataset)))}."]
         licence = f"{public.license}, as the [official code]({public.code})." if public.license else _UNLICENSED
         sections += ["## Licence", licence]
     sections += ["## Citation", _cite(public)]
@@ -192,7 +194,7 @@ def _tabulate(public: PublicWeight | None, num_classes: int) -> str:
         if not _has_published_head(public, num_classes):
             metric += "; that is with the published head, which is not part of these weights"
         rows.append((f"{public.metric.name} on {public.dataset}", metric))
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]) if rows else ""
+    return format_markdown(["", ""], rows) if rows else ""
 
 
 def _describe_preprocessing(public: PublicWeight) -> str:
@@ -205,27 +207,14 @@ def _describe_preprocessing(public: PublicWeight) -> str:
 
 
 def _explain_use(public: PublicWeight | None, num_classes: int, model: str) -> list[str]:
-    sections = ["## Use", "With timm and timm-tresnet installed; the preprocessing comes with the weights."]
+    examples = {"Feature maps": _FEATURES, "Embeddings": _EMBED, "Fine-tuning": _FINE_TUNE}
     if num_classes:
-        multi_label = public is not None and public.multi_label
-        activation = "sigmoid()" if multi_label else "softmax(-1)"
-        sections += [
-            "### Classification",
-            _CLASSIFY.format(model=model, activation=activation, top=min(5, num_classes)),
-        ]
-    return [
-        *sections,
-        "### Feature maps",
-        _FEATURES.format(model=model),
-        "### Embeddings",
-        _EMBED.format(model=model),
-        "### Fine-tuning",
-        _FINE_TUNE.format(model=model),
-    ]
-
-
-def _name_training_data(public: PublicWeight) -> str:
-    return f"{public.pretraining}, then {public.dataset}." if public.pretraining else f"{public.dataset}."
+        examples = {"Classification": _CLASSIFY, **examples}
+    activation = "sigmoid()" if public and public.multi_label else "softmax(-1)"
+    sections = ["## Use", "With timm and timm-tresnet installed; the preprocessing comes with the weights."]
+    for title, example in examples.items():
+        sections += [f"### {title}", example.format(model=model, activation=activation, top=min(5, num_classes))]
+    return sections
 
 
 def _cite(public: PublicWeight | None) -> str:

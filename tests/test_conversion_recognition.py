@@ -1,0 +1,273 @@
+import argparse
+
+import pytest
+import reference
+import timm
+import torch
+from conftest import SMALL, assert_gives, load_folder, save_checkpoint
+from safetensors.torch import save_file
+
+from timm_tresnet import TResNet, convert_checkpoint, write_folder
+
+CUSTOM = (1, 1, 2, 1)
+
+
+def half(tensors):
+    return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+LAYOUTS = {
+    "bare": lambda tensors: tensors,
+    "official": lambda tensors: {"model": tensors, "num_classes": 10},
+    "module": lambda tensors: {"state_dict": {f"module.{name}": t for name, t in tensors.items()}, "epoch": 7},
+    "compiled": lambda tensors: {f"_orig_mod.module.{name}": tensor for name, tensor in tensors.items()},
+    "ema": lambda tensors: {"model": half(tensors), "ema": {f"module.{name}": t for name, t in tensors.items()}},
+    "nested": lambda tensors: {"model": {"state_dict": tensors}},
+    "train": lambda tensors: {
+        "state_dict": half(tensors),
+        "state_dict_ema": tensors,
+        "args": argparse.Namespace(lr=0.1),
+        "optimizer": {"state": {0: {"step": 3}}},
+    },
+    "parameters": lambda tensors: {
+        name: torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point()) for name, tensor in tensors.items()
+    },
+    "without_counters": lambda tensors: {n: t for n, t in tensors.items() if not n.endswith("num_batches_tracked")},
+    "one_storage": lambda tensors: dict(zip(tensors, share_storage(tensors.values()), strict=True)),
+}
+
+
+def share_storage(tensors):
+    """The same numbers as views of one tensor, as a flattened optimizer leaves them; counters stay."""
+    tensors = list(tensors)
+    numbers = torch.cat([tensor.flatten() for tensor in tensors if tensor.is_floating_point()])
+    position = 0
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            yield tensor
+            continue
+        yield numbers[position : position + tensor.numel()].view(tensor.shape)
+        position += tensor.numel()
+
+
+@pytest.mark.parametrize("wrap", LAYOUTS.values(), ids=LAYOUTS)
+def test_official_checkpoints_give_the_official_logits(wrap, tensors, tmp_path):
+    conversion = convert_checkpoint(save_checkpoint(wrap(tensors), tmp_path / "tresnet_l.pth"))
+    assert (conversion.architecture, conversion.layout, conversion.head) == ("test_tresnet", "official", "linear")
+    assert conversion.model_args == {}
+    assert conversion.num_classes == 10
+    write_folder(conversion, tmp_path / "folder")
+    x = torch.rand(2, 3, 64, 96)
+    assert_gives(tmp_path / "folder", reference.official_forward(tensors, x), x)
+
+
+def test_blur_kernels_and_safetensors_files_are_taken(tmp_path):
+    tensors = reference.official_state_dict(**SMALL, blur_buffers=True)
+    save_file(tensors, tmp_path / "m.safetensors")
+    write_folder(convert_checkpoint(tmp_path / "m.safetensors"), tmp_path / "folder")
+    x = torch.rand(1, 3, 64, 64)
+    assert_gives(tmp_path / "folder", reference.official_forward(tensors, x), x)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda w: w, lambda w: {"state_dict": {f"module.{n}": t for n, t in w.items()}}], ids=["bare", "train"]
+)
+def test_timm_checkpoints_stay_as_they_are(wrap, tmp_path):
+    model = timm.create_model("test_tresnet", pretrained=True)
+    torch.nn.init.normal_(model.body.layer1[0].conv1.bn.weight)
+    conversion = convert_checkpoint(save_checkpoint(wrap(model.state_dict()), tmp_path / "a.pth"))
+    assert (conversion.layout, conversion.architecture) == ("timm", "test_tresnet")
+    torch.testing.assert_close(conversion.state_dict, dict(model.state_dict()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_precisions_become_single_before_the_norm_weights_are_rebuilt(dtype, tmp_path):
+    name = "body.conv1.1.weight"
+    tensors = reference.official_state_dict(**SMALL)
+    cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    conversion = convert_checkpoint(save_checkpoint(cast, tmp_path / "a.pth"))
+    assert {tensor.dtype for tensor in conversion.state_dict.values()} == {torch.float32, torch.int64}
+    expected = (cast[name].double().abs() + 1e-5).float()
+    torch.testing.assert_close(conversion.state_dict["body.conv1.bn.weight"], expected, rtol=1e-6, atol=0)
+    assert f"weights were cast from {dtype} to torch.float32" in conversion.notes
+
+
+HEADS = {
+    "bottleneck": ({"head": "bottleneck", "head_features": 24}, 10, {"head_features": 24}),
+    "ml_decoder": ({"head": "ml_decoder"}, 0, {}),
+    "none": ({"head": "none"}, 0, {}),
+}
+
+
+@pytest.mark.parametrize(("official", "num_classes", "model_args"), HEADS.values(), ids=HEADS)
+def test_kind_of_head_is_found(official, num_classes, model_args, tmp_path):
+    tensors = reference.official_state_dict(**SMALL, **official)
+    conversion = convert_checkpoint(save_checkpoint({"model": tensors}, tmp_path / "a.pth"))
+    assert (conversion.head, conversion.num_classes) == (official["head"], num_classes)
+    assert conversion.model_args == model_args
+    assert any("ML-Decoder head (10 classes) was left out" in n for n in conversion.notes) == (
+        official["head"] == "ml_decoder"
+    )
+    write_folder(conversion, tmp_path / "folder")
+    x = torch.rand(2, 3, 64, 64)
+    assert_gives(tmp_path / "folder", reference.official_forward(tensors, x), x)
+    assert load_folder(tmp_path / "folder", num_classes=3)(x).shape == (2, 3)
+
+
+def test_architecture_is_that_of_the_tensors_not_of_the_name(tmp_path):
+    tensors = reference.official_state_dict((3, 4, 23, 3), bottlenecks=(True,) * 4, num_classes=80, head="ml_decoder")
+    conversion = convert_checkpoint(save_checkpoint({"model": tensors}, tmp_path / "tresnet_l.pth"))
+    assert conversion.architecture == "tresnet_v2_l"
+    assert conversion.public_weight is None
+    assert any("tresnet_l.miil_in1k" in note and "was not used" in note for note in conversion.notes)
+    known = convert_checkpoint(tmp_path / "tresnet_l.pth", public_weight="tresnet_v2_l.ml_decoder_coco_448")
+    assert known.pretrained_cfg["input_size"] == (3, 448, 448)
+    assert "notes" not in known.pretrained_cfg  # the backbone has no labels
+    with pytest.raises(ValueError, match=r"public weight tresnet_l.miil_in1k is for .* the file holds .*tresnet_v2_l"):
+        convert_checkpoint(tmp_path / "tresnet_l.pth", public_weight="tresnet_l.miil_in1k")
+
+
+ABLATIONS = {
+    "shallow": {"layers": CUSTOM},
+    "wide": {"layers": CUSTOM, "width_factor": 1.3},
+    "bottlenecks": {"layers": CUSTOM, "block": "bottleneck"},
+    "without_gates": {"layers": CUSTOM, "use_se": False},
+    "classic_stem": {"layers": CUSTOM, "stem": "conv7x7"},
+    "grey": {"layers": CUSTOM, "in_chans": 1},
+}
+
+
+@pytest.mark.parametrize("arguments", ABLATIONS.values(), ids=ABLATIONS)
+def test_networks_that_are_no_variant_are_taken_on_demand(arguments, tmp_path):
+    model = TResNet(**arguments, num_classes=5).eval()
+    file = save_checkpoint(model.state_dict(), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"is none of the variants.*(1, 1, 2, 1).*tresnet_xl.*incomplete.*custom"):
+        convert_checkpoint(file)
+    write_folder(convert_checkpoint(file, custom=True), tmp_path / "folder")
+    x = torch.rand(1, arguments.get("in_chans", 3), 64, 64)
+    with torch.no_grad():
+        assert_gives(tmp_path / "folder", model(x), x)
+
+
+def test_strided_convolutions_of_the_official_code_are_told_from_blurred_ones(tmp_path):
+    tensors = reference.official_state_dict(CUSTOM, blurred=False)
+    conversion = convert_checkpoint(save_checkpoint(tensors, tmp_path / "a.pth"), custom=True)
+    assert conversion.model_args["aa_layer"] is False
+    write_folder(conversion, tmp_path / "folder")
+    x = torch.rand(1, 3, 64, 64)
+    assert_gives(tmp_path / "folder", reference.official_forward(tensors, x), x)
+
+
+def test_other_image_channels_are_found(tmp_path):
+    model = TResNet(layers=(2, 2, 3, 1), width_factor=0.25, in_chans=6, num_classes=5).eval()
+    conversion = convert_checkpoint(save_checkpoint(model.state_dict(), tmp_path / "a.pth"), input_size=64)
+    assert conversion.model_args == {"in_chans": 6}
+    assert conversion.pretrained_cfg["input_size"] == (6, 64, 64)
+    write_folder(conversion, tmp_path / "folder")
+    x = torch.rand(1, 6, 64, 64)
+    with torch.no_grad():
+        assert_gives(tmp_path / "folder", model(x), x)
+
+
+def test_norm_weights_follow_the_flag_where_the_names_mislead(tensors, tmp_path):
+    official, renamed = tmp_path / "official.pth", tmp_path / "renamed.pth"
+    plain = {n: t.abs() + 1e-5 if n.endswith(".1.weight") else t for n, t in tensors.items()}
+    save_checkpoint(plain, official)  # as the official code's InplacABN_to_ABN leaves it
+    model = timm.create_model("test_tresnet")
+    torch.nn.init.normal_(model.body.conv1.bn.weight)
+    save_checkpoint(model.state_dict(), renamed)  # names changed, values not
+    expected = plain["body.conv1.1.weight"]
+
+    def convert(file, norm_weights):
+        conversion = convert_checkpoint(file, norm_weights=norm_weights)
+        return conversion.state_dict["body.conv1.bn.weight"], conversion.notes
+
+    weight, notes = convert(official, None)
+    torch.testing.assert_close(weight, expected + 1e-5, rtol=0, atol=0)
+    assert any("norm_weights='bn' leaves them" in note for note in notes)
+    weight, notes = convert(official, "bn")
+    torch.testing.assert_close(weight, expected, rtol=0, atol=0)
+    assert not any("norm" in note for note in notes)
+    weight, notes = convert(renamed, "abn")
+    torch.testing.assert_close(weight, model.body.conv1.bn.weight.detach().abs() + 1e-5, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="norm_weights needs to be 'abn', 'bn' or None, got 'iabn'"):
+        convert(official, "iabn")
+
+
+def test_partly_matching_checkpoints_are_refused_by_name(tensors, tmp_path):
+    tensors["body.layer4.0.extra"] = tensors.pop("body.layer4.0.conv3.0.weight")
+    tensors["head.fc.bias"] = torch.zeros(11)
+    with pytest.raises(ValueError, match=r"cannot convert .*a.pth: does not fit test_tresnet") as caught:
+        convert_checkpoint(save_checkpoint({"model": tensors}, tmp_path / "a.pth"))
+    for part in (
+        "missing body.layer4.0.conv3.conv.weight",
+        "unexpected body.layer4.0.extra",
+        "head.fc.bias (11,) instead of (10,)",
+    ):
+        assert part in str(caught.value)
+
+
+def make_cyclic():
+    wrapper = {}
+    wrapper["model"] = wrapper
+    return wrapper
+
+
+REFUSED = {
+    "resnet": (
+        lambda tensors: {"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1)},
+        "no TResNet: neither body.conv1.0.weight nor body.conv1.conv.weight among conv1.weight, fc.weight",
+    ),
+    "empty": (lambda tensors: {}, "no TResNet: .* among nothing"),
+    "list": (lambda tensors: list(tensors.values()), "needs a dict of tensors, got list"),
+    "cyclic": (lambda tensors: make_cyclic(), "unexpected, no tensors: model"),
+    "mixed": (lambda tensors: {**tensors, "epoch": 7, 3: 4}, "unexpected, no tensors: epoch, 3"),
+    "truncated": (
+        lambda tensors: {name: t for name, t in tensors.items() if not name.startswith(("body.layer3", "body.layer4"))},
+        r"no tensors of body.layer3: missing body.layer3.\*, body.layer4.\*",
+    ),
+    "one_block_lost": (
+        lambda tensors: {name: t for name, t in tensors.items() if not name.startswith("body.layer3.2")},
+        r"is none of the variants: .*\(2, 2, 2, 1\)",
+    ),
+    "twice": (
+        lambda tensors: {**{f"module.{name}": t for name, t in tensors.items()}, "head.fc.bias": torch.zeros(10)},
+        "two tensors for head.fc.bias: with and without 'module.'",
+    ),
+    "two_names": (
+        lambda tensors: {**tensors, "body.layer1.0.conv1.0.0.weight": tensors["body.layer1.0.conv1.0.weight"]},
+        "one behind .*body.layer1.0.conv1",
+    ),
+    "some_blurred": (
+        lambda tensors: {name.replace("layer3.0.conv2.0.", "layer3.0.conv2."): t for name, t in tensors.items()},
+        "missing body.layer3.0.conv2.0.0.weight",
+    ),
+    "deep_block": (
+        lambda tensors: {**tensors, "body.layer3.99999999.conv1.0.weight": torch.zeros(1)},
+        "unexpected body.layer3.99999999.conv1.conv.weight",
+    ),
+    "stem": (lambda tensors: {**tensors, "body.conv1.0.weight": torch.zeros(16, 50, 3, 3)}, "fits no stem"),
+    "classifier": (lambda tensors: {**tensors, "head.fc.weight": torch.zeros(10)}, "needs two dimensions"),
+    "repeated": (
+        lambda tensors: {**tensors, "head.fc.weight": torch.zeros(1, 1).expand(10**7, 10**7)},
+        "head.fc.weight of shape .* is larger than what the file holds",
+    ),
+    "sparse": (
+        lambda tensors: {**tensors, "head.fc.bias": torch.zeros(10).to_sparse()},
+        "head.fc.bias needs to hold plain floating-point numbers, got torch.float32, torch.sparse_coo",
+    ),
+    "integers": (
+        lambda tensors: {**tensors, "head.fc.bias": torch.zeros(10, dtype=torch.int8)},
+        "head.fc.bias needs to hold plain floating-point numbers, got torch.int8",
+    ),
+    "nowhere": (
+        lambda tensors: {**tensors, "head.fc.bias": torch.zeros(10, device="meta")},
+        "head.fc.bias needs to hold plain floating-point numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_no_tresnet_is_refused(change, message, tensors, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(save_checkpoint(change(tensors), tmp_path / "a.pth"))

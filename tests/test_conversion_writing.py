@@ -1,0 +1,109 @@
+import errno
+import json
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import load_folder, save_checkpoint
+
+from timm_tresnet import convert_checkpoint, write_folder
+
+
+@pytest.fixture
+def conversion(tensors, tmp_path):
+    return convert_checkpoint(save_checkpoint(tensors, tmp_path / "a.pth"))
+
+
+def test_folder_holds_weights_config_and_card_and_nothing_else(conversion, tmp_path):
+    write_folder(conversion, tmp_path / "new" / "folder", repo_id="owner/name")
+    folder = tmp_path / "new" / "folder"
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert os.listdir(folder.parent) == ["folder"]
+    assert json.loads((folder / "config.json").read_text())["architecture"] == "test_tresnet"
+    assert "owner/name" in (folder / "README.md").read_text()
+    (tmp_path / "probe").touch()
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert modes == {stat.S_IMODE((tmp_path / "probe").stat().st_mode)}
+
+
+def test_only_an_earlier_conversion_is_overwritten_and_only_on_demand(conversion, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_folder(conversion, folder)  # empty is as good as new
+    (folder / "README.md").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds README.md, config.json, model.safetensors; .* or overwrite it"):
+        write_folder(conversion, folder)
+    assert (folder / "README.md").read_text() == "mine"
+    write_folder(conversion, folder, overwrite=True)
+    assert (folder / "README.md").read_text() != "mine"
+    (folder / "thesis.tex").touch()
+    with pytest.raises(FileExistsError, match="holds thesis.tex, which no conversion writes"):
+        write_folder(conversion, folder, overwrite=True)
+    with pytest.raises(FileExistsError, match="is a file"):
+        write_folder(conversion, folder / "thesis.tex")
+    assert sorted(os.listdir(tmp_path)) == ["a.pth", "folder"]
+
+
+def test_a_failed_check_leaves_what_was_there(conversion, tmp_path):
+    write_folder(conversion, tmp_path / "folder")
+    before = (tmp_path / "folder" / "model.safetensors").stat().st_ino
+
+    def check(folder):
+        assert load_folder(folder).num_classes == 10
+        raise ValueError("logits differ")
+
+    with pytest.raises(ValueError, match="logits differ"):
+        write_folder(conversion, tmp_path / "folder", overwrite=True, check=check)
+    assert (tmp_path / "folder" / "model.safetensors").stat().st_ino == before
+    assert sorted(os.listdir(tmp_path)) == ["a.pth", "folder"]
+
+
+def test_a_full_disk_leaves_nothing_and_a_later_run_works(conversion, tmp_path, monkeypatch):
+    write_bytes = Path.write_bytes
+
+    def fail(path, data):
+        write_bytes(path, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fail)
+        with pytest.raises(OSError, match="No space left on device"):
+            write_folder(conversion, tmp_path / "folder")
+    assert os.listdir(tmp_path) == ["a.pth"]
+    write_folder(conversion, tmp_path / "folder")
+    assert load_folder(tmp_path / "folder").num_classes == 10
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_limit_on_the_size_of_files_is_an_error_without_a_traceback(conversion, tmp_path, run_python):
+    process = run_python(
+        "-c",
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "from timm_tresnet.cli import main; sys.exit(main(sys.argv[1:]))",
+        "convert",
+        "a.pth",
+        "--output",
+        "folder",
+        check=False,
+    )
+    assert process.returncode == 1
+    assert "File too large" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+def test_a_killed_run_leaves_nothing_under_the_name_and_a_later_run_works(conversion, tmp_path, run_python):
+    process = run_python(
+        "-c",
+        "import os, signal, sys; from timm_tresnet import convert_checkpoint, write_folder\n"
+        "write_folder(convert_checkpoint('a.pth'), 'folder', check=lambda _: os.kill(os.getpid(), signal.SIGKILL))",
+        check=False,
+    )
+    assert process.returncode < 0
+    (left,) = set(os.listdir(tmp_path)) - {"a.pth"}
+    assert left.startswith(".folder.")
+    assert left.endswith(".partial")
+    write_folder(conversion, tmp_path / "folder")
+    assert load_folder(tmp_path / "folder").num_classes == 10

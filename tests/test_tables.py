@@ -1,0 +1,41 @@
+import pytest
+
+from timm_tresnet.tables import format_columns, format_markdown
+
+
+def test_markdown_has_titles_a_rule_and_a_line_for_each_row():
+    assert format_markdown(["model", "ms"], [["tresnet_m", 7], ["resnet50", None]]) == (
+        "| model | ms |\n| --- | --- |\n| tresnet_m | 7 |\n| resnet50 | None |"
+    )
+
+
+@pytest.mark.parametrize(("row", "line"), [(["a"], "| a |  |"), ([], "|  |  |"), (["", "b"], "|  | b |")])
+def test_a_row_of_markdown_has_every_column_even_if_it_ends_early(row, line):
+    assert format_markdown(["x", "y"], [row]).splitlines()[2:] == [line]
+
+
+def test_markdown_without_rows_is_its_head():
+    assert format_markdown(["x", "y"], []) == "| x | y |\n| --- | --- |"
+
+
+def test_a_bar_in_a_cell_of_markdown_starts_no_column():
+    assert format_markdown(["|w|"], [["a|b"]]).splitlines() == [r"| \|w\| |", "| --- |", r"| a\|b |"]
+
+
+def test_columns_are_as_wide_as_their_widest_cell():
+    rows = [["model", "ms", "on"], ["tresnet_m", "7", "cpu"], ["r", "10.25", "cuda"]]
+    assert format_columns(rows).splitlines() == [
+        "model      ms     on",
+        "tresnet_m  7      cpu",
+        "r          10.25  cuda",
+    ]
+
+
+def test_rows_may_end_early_and_no_line_ends_in_spaces():
+    rows = [["a"], ["long", "b", "c"], [], ["d", "", ""]]
+    assert format_columns(rows).split("\n") == ["a", "long  b  c", "", "d"]
+
+
+@pytest.mark.parametrize("rows", [[], [[]], [[""]]], ids=["no_row", "no_cell", "empty_cell"])
+def test_nothing_in_columns_is_an_empty_text(rows):
+    assert format_columns(rows) == ""

@@ -1,0 +1,229 @@
+"""What a checkpoint is, from the names and shapes of its tensors."""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timm_tresnet.checkpoint import OFFICIAL_STEM, batch_norm_weight, find_misfits, from_official
+from timm_tresnet.conversion.reading import name_some, take_tensors
+from timm_tresnet.tresnet import ARCHITECTURES, TResNet
+
+_STEM = "body.conv1.conv.weight"
+_ML_DECODER_CLASSES = "head.decoder.duplicate_pooling_bias"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recognised:
+    """A checkpoint as its tensors show it.
+
+    Args:
+        architecture: name of the variant.
+        model_args: arguments of `TResNet` that are not the variant's own.
+        state_dict: the weights under this package's names, in single precision.
+        head: kind of head in the file: "linear", "bottleneck", "ml_decoder" (left out) or "none".
+        head_classes: classes of that head.
+        layout: names in the file, "official" or "timm".
+        inplace_abn: whether norm weights were taken for In-Place ABN's and became |w| + 1e-5.
+        least_norm_weight: smallest norm weight in the file, where only its names say that they are In-Place ABN's.
+        dtypes: floating-point types in the file other than single precision.
+        class_names: those in the file, as ASL and ML-Decoder have them; empty if it has none.
+    """
+
+    architecture: str
+    model_args: dict[str, Any]
+    state_dict: dict[str, Tensor]
+    head: str
+    head_classes: int
+    layout: str
+    inplace_abn: bool
+    least_norm_weight: float | None = None
+    dtypes: frozenset[torch.dtype] = frozenset()
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 for a backbone."""
+        return 0 if self.head == "ml_decoder" else self.head_classes
+
+
+def recognise(checkpoint: Mapping[str, Any], norm_weights: str | None = None, custom: bool = False) -> Recognised:
+    """Find out what a checkpoint holds and bring it under this package's names.
+
+    Args:
+        checkpoint: what the file holds.
+        norm_weights: "abn" or "bn" for what the norm weights are; None for what the names say.
+        custom: take a network that is none of the variants too.
+
+    Returns:
+        The weights and what they are of.
+
+    Raises:
+        ValueError: if they are of no TResNet; the message names what is missing, too much or of a wrong shape.
+    """
+    tensors = take_tensors(checkpoint)
+    official = OFFICIAL_STEM in tensors
+    if not official and _STEM not in tensors:
+        raise ValueError(f"no TResNet: neither {OFFICIAL_STEM} nor {_STEM} among {name_some(tensors)}")
+    blurred = not official or _find_blurs(tensors)
+    inplace_abn = official if norm_weights is None else norm_weights == "abn"
+    head, head_classes, weights = _take_head(_rename(tensors, official, inplace_abn))
+    architecture, model_args = _detect(weights, blurred, custom)
+    if head == "bottleneck":
+        model_args["head_features"] = weights["head.embedding.weight"].shape[0]
+    num_classes = 0 if head == "ml_decoder" else head_classes
+    norms = [tensor for name, tensor in tensors.items() if name.endswith(".1.weight") and tensor.numel()]
+    least = min((norm.min().item() for norm in norms), default=0.0) if official and norm_weights is None else None
+    return Recognised(
+        architecture=architecture,
+        model_args=model_args,
+        state_dict=_copy(weights, _check_fit(weights, architecture, model_args, num_classes)),
+        head=head,
+        head_classes=head_classes,
+        layout="official" if official else "timm",
+        inplace_abn=inplace_abn,
+        least_norm_weight=least,
+        dtypes=frozenset(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()) - {torch.float32},
+        class_names=_find_class_names(checkpoint, num_classes),
+    )
+
+
+def _rename(tensors: dict[str, Tensor], official: bool, inplace_abn: bool) -> dict[str, Tensor]:
+    if official:
+        return from_official(tensors, inplace_abn)
+    return {
+        name: batch_norm_weight(tensor) if inplace_abn and name.endswith("bn.weight") else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _find_class_names(checkpoint: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
+    in_file = checkpoint.get("idx_to_class")
+    if not isinstance(in_file, Mapping) or len(in_file) != num_classes:
+        return ()
+    names = tuple(in_file.values())  # in order, as the official code reads them
+    return names if all(isinstance(name, str) for name in names) else ()
+
+
+def _find_blurs(weights: Mapping[str, Tensor]) -> bool:
+    """Whether the strided convolutions are blur-pooled: only then their names have one more level."""
+    nested = {match[1] for name in weights if (match := re.match(r"(body\..*\.conv\d)\.0\.[01]\.\w+$", name))}
+    if not nested:
+        return False
+    expected = set()
+    for block in ("body.layer2.0", "body.layer3.0", "body.layer4.0"):
+        if any(name.startswith(f"{block}.") for name in weights):
+            bottleneck = any(name.startswith(f"{block}.conv3.") for name in weights)
+            expected.add(f"{block}.conv{2 if bottleneck else 1}")
+    if nested != expected:
+        raise ValueError(
+            f"needs a blur behind {name_some(expected)} or behind none, got one behind {name_some(nested)}: missing "
+            f"{name_some(f'{name}.0.0.weight' for name in expected - nested)}, unexpected "
+            f"{name_some(f'{name}.0.0.weight' for name in nested - expected)}"
+        )
+    return True
+
+
+def _take_head(weights: dict[str, Tensor]) -> tuple[str, int, dict[str, Tensor]]:
+    """Kind of the head, its number of classes, and the weights without what has no place in a TResNet."""
+    if _ML_DECODER_CLASSES in weights:
+        classes = weights[_ML_DECODER_CLASSES].numel()
+        backbone = {name: weight for name, weight in weights.items() if not name.startswith("head.decoder.")}
+        return "ml_decoder", classes, backbone
+    if "head.fc.weight" not in weights:
+        return "none", 0, weights
+    classifier = weights["head.fc.weight"]
+    embedding = weights.get("head.embedding.weight")
+    for name, weight in (("head.fc.weight", classifier), ("head.embedding.weight", embedding)):
+        if weight is not None and (weight.ndim != 2 or 0 in weight.shape):
+            raise ValueError(f"{name} needs two dimensions, got shape {tuple(weight.shape)}")
+    return "linear" if embedding is None else "bottleneck", classifier.shape[0], weights
+
+
+def _detect(weights: Mapping[str, Tensor], blurred: bool, custom: bool) -> tuple[str, dict[str, Any]]:
+    """Name of the variant and the arguments in which the network differs from it, from names and shapes."""
+    stem = weights[_STEM].shape
+    pixels, kind = {(3, 3): (16, "space_to_depth"), (7, 7): (1, "conv7x7")}.get(tuple(stem[2:]), (0, ""))
+    if not pixels or stem[0] == 0 or stem[1] == 0 or stem[1] % pixels:
+        raise ValueError(f"{_STEM} fits no stem of a TResNet, its shape is {tuple(stem)}")
+    layers, blocks, use_se = [], [], []
+    for stage in range(1, 5):
+        # Two digits: the deepest published stage has 34 blocks, and a hostile name could ask for any number.
+        prefix = re.compile(rf"body\.layer{stage}\.(\d\d?)\.(.*)")
+        names = [match for name in weights if (match := prefix.match(name))]
+        if not names:
+            raise ValueError(f"no tensors of body.layer{stage}: missing {', '.join(_missing_stages(weights))}")
+        layers.append(max(int(match[1]) for match in names) + 1)
+        blocks.append("bottleneck" if any(match[2].startswith("conv3.") for match in names) else "basic")
+        use_se.append(any(match[2].startswith("se.") for match in names))
+
+    found = {"layers": tuple(layers), "planes": stem[0], "block": tuple(blocks)}
+    variant = next((name for name in ARCHITECTURES if _outline(name) == found), None)
+    model_args: dict[str, Any] = {}
+    if variant is None:
+        model_args = {"layers": layers, "width_factor": stem[0] / 64, "block": blocks}
+    if use_se != [True, True, True, False]:
+        model_args["use_se"] = use_se
+    if not blurred:
+        model_args["aa_layer"] = False
+    if kind != "space_to_depth":
+        model_args["stem"] = kind
+    if model_args and not custom:
+        variants = "; ".join(f"{name} {_outline(name)}" for name in ARCHITECTURES)
+        raise ValueError(
+            f"is none of the variants: {found}, use_se={use_se}, aa_layer={blurred}, stem={kind}. The variants are "
+            f"{variants}; all have use_se={[True, True, True, False]}, aa_layer=True, stem=space_to_depth. If tensors "
+            "are missing, the file is incomplete; if the network was made so, convert it as a custom one"
+        )
+    if stem[1] != 3 * pixels:
+        model_args["in_chans"] = stem[1] // pixels
+    return variant or "tresnet_m", model_args
+
+
+def _missing_stages(weights: Mapping[str, Tensor]) -> list[str]:
+    return [f"body.layer{i}.*" for i in range(1, 5) if not any(name.startswith(f"body.layer{i}.") for name in weights)]
+
+
+def _outline(architecture: str) -> dict[str, Any]:
+    arguments = ARCHITECTURES[architecture]
+    v2 = arguments.get("v2", False)
+    planes = int(64 * arguments.get("width_factor", 1.0))
+    block = ("bottleneck",) * 4 if v2 else ("basic", "basic", "bottleneck", "bottleneck")
+    return {"layers": arguments["layers"], "planes": planes // 8 * 8 if v2 else planes, "block": block}
+
+
+def _check_fit(
+    weights: Mapping[str, Tensor], architecture: str, model_args: dict[str, Any], num_classes: int
+) -> dict[str, torch.Size]:
+    """Names and shapes of the network, in its order, once the weights are found to have them."""
+    expected = _shapes(json.dumps({**ARCHITECTURES[architecture], **model_args, "num_classes": num_classes}))
+    missing, unexpected, misshapen = find_misfits({name: weight.shape for name, weight in weights.items()}, expected)
+    if missing or unexpected or misshapen:
+        raise ValueError(
+            f"does not fit {architecture} {model_args or ''} with {num_classes} classes: missing {name_some(missing)}; "
+            f"unexpected {name_some(unexpected)}; wrong shape {name_some(misshapen)}"
+        )
+    return expected
+
+
+@functools.lru_cache(maxsize=8)  # checkpoints often come in several of a kind
+def _shapes(arguments: str) -> dict[str, torch.Size]:
+    with torch.random.fork_rng(devices=[]):  # a network on the meta device draws its weights, too
+        network = TResNet(**json.loads(arguments), device="meta")
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}
+
+
+def _copy(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """The weights in single precision, each with its own memory; counters that In-Place ABN lacks are zero."""
+    state_dict = {}
+    for name, shape in shapes.items():
+        dtype = torch.int64 if name.endswith("num_batches_tracked") else torch.float32
+        state_dict[name] = torch.zeros(shape, dtype=dtype)
+        if name in weights:
+            state_dict[name].copy_(weights[name])
+    return state_dict
