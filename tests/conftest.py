@@ -1,3 +1,4 @@
+import functools
 import os
 import subprocess
 import sys
@@ -102,3 +103,44 @@ def run_child(hub: HubServer, tmp_path: Path) -> Callable[..., str]:
         return child.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """The network in the package, with its weights."""
+    import timm
+
+    return timm.create_model("test_tresnet", pretrained=True).eval()
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory, embedded):
+    """A function that gives the embedded network in a format, exported once."""
+    from exporting import SUFFIXES
+
+    from timm_tresnet import export_model
+
+    @functools.cache
+    def export_once(format):
+        path = tmp_path_factory.mktemp(format) / f"network{SUFFIXES[format]}"
+        export_model(embedded, path, format)
+        return path
+
+    return export_once
+
+
+@pytest.fixture
+def crops(tmp_path):
+    """Crops of the package's photographs, the size of its network's images."""
+    from PIL import Image
+
+    from timm_tresnet.images import SAMPLES
+
+    folder = tmp_path / "crops"
+    folder.mkdir()
+    for path in SAMPLES.glob("*.jpg"):
+        with Image.open(path) as image:
+            for index in range(16):
+                left, top = (int(torch.randint(0, side - 64, ())) for side in image.size)
+                image.crop((left, top, left + 64, top + 64)).save(folder / f"{path.stem}{index}.png")
+    return folder

@@ -10,12 +10,12 @@ _PUBLIC = {  # name -> module; imported when first used, so that `import torch` 
     "BasicBlock": "blocks",
     "Bottleneck": "blocks",
     "Conversion": "convert",
-    "ExportedModel": "export",
+    "ExportedModel": "deployment",
     "TResNet": "tresnet",
     "convert_checkpoint": "convert",
-    "export_model": "export",
-    "fold_batch_norms": "export",
-    "optimize_for_inference": "export",
+    "export_model": "deployment",
+    "fold_batch_norms": "deployment",
+    "optimize_for_inference": "deployment",
     "write_folder": "convert",
 }
 __all__ = list(_PUBLIC)
