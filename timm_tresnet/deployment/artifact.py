@@ -120,14 +120,12 @@ def _describe(
 ) -> Description:
     config = model.pretrained_cfg
     input_size = (model.in_chans, *(image_size or config["input_size"][1:]))
-    multiple, minimum = _size_limits(model, FORMATS[format])
     return Description(
         model=".".join(filter(None, (config.get("architecture"), config.get("tag")))),
         format=format,
         precision=precision,
         shape=(batch_size, model.in_chans, *(image_size or (None, None))),
-        size_multiple=multiple,
-        size_minimum=minimum,
+        size_limits=_size_limits(model, FORMATS[format]),
         num_classes=model.num_classes,
         preprocessing=timm.data.resolve_data_config({"input_size": input_size}, model=model),
         class_names=list(map(label_lookup(model), range(model.num_classes))),
@@ -140,7 +138,7 @@ def _compare(model: nn.Module, exported: Callable[[Tensor], Tensor], description
     channels, height, width = description.preprocessing["input_size"]
     batches = [torch.rand(3, channels, height, width)]
     if not description.shape[2]:
-        multiple, minimum = description.size_multiple, description.size_minimum
+        multiple, minimum = description.size_limits
         batches.append(torch.rand(1, channels, minimum, 2 * minimum + multiple))
     if channels == 3:
         transform = timm.data.create_transform(**description.preprocessing)

@@ -21,8 +21,7 @@ class Description:
         format: one of `FORMATS`.
         precision: "float32" or "int8".
         shape: of a batch of images, (N, C, H, W); None for what is free.
-        size_multiple: what free sides are multiples of, in pixels.
-        size_minimum: the least of free sides, in pixels.
+        size_limits: what free sides are multiples of, and the least that they can be, in pixels.
         num_classes: logits of an image.
         preprocessing: of an image file, as timm means it.
         class_names: one for each logit.
@@ -33,8 +32,7 @@ class Description:
     format: str
     precision: str
     shape: tuple[int | None, int, int | None, int | None]
-    size_multiple: int
-    size_minimum: int
+    size_limits: tuple[int, int]
     num_classes: int
     preprocessing: dict[str, Any]
     class_names: list[str]
@@ -45,7 +43,7 @@ class Description:
         shape = [side or name for side, name in zip(self.shape, AXES, strict=True)]
         image = {"name": "image", "shape": shape, "dtype": "float32"}
         if "height" in shape:
-            image |= {"size_multiple": self.size_multiple, "size_minimum": self.size_minimum}
+            image["size_multiple"], image["size_minimum"] = self.size_limits
         return {
             "model": self.model,
             "format": self.format,
@@ -64,8 +62,7 @@ class Description:
         as_they_are = ("model", "format", "precision", "preprocessing", "class_names", "multi_label")
         return cls(
             shape=tuple(None if side in AXES else side for side in image["shape"]),
-            size_multiple=image.get("size_multiple", 1),
-            size_minimum=image.get("size_minimum", 1),
+            size_limits=(image.get("size_multiple", 1), image.get("size_minimum", 1)),
             num_classes=described["output"]["shape"][1],
             **{name: described[name] for name in as_they_are},
         )
