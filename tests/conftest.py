@@ -1,3 +1,4 @@
+import functools
 import os
 import subprocess
 import sys
@@ -7,11 +8,11 @@ from pathlib import Path
 import pytest
 import reference
 import torch
+from converting import SMALL
 from hub_server import HubServer
 
 # For an interpreter in which no warning may pass, but what PyTorch 2.5 itself says of a folder that it made.
 STRICTLY = ["-W", "error", "-W", "ignore:Implicitly cleaning up:ResourceWarning"]
-SMALL = {"layers": (2, 2, 3, 1), "planes": 16}  # test_tresnet, as the official code makes it
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several of them share the cores
@@ -112,22 +113,42 @@ def tensors() -> dict[str, torch.Tensor]:
     return reference.official_state_dict(**SMALL, counters=True)
 
 
-def save_checkpoint(content: object, path: Path) -> Path:
-    torch.save(content, path)
-    return path
-
-
-def load_folder(folder: Path, **kwargs: object) -> torch.nn.Module:
+@pytest.fixture(scope="session")
+def embedded():
+    """The network in the package, with its weights."""
     import timm
 
-    return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
+    return timm.create_model("test_tresnet", pretrained=True).eval()
 
 
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm()).item()
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory, embedded):
+    """A function that gives the embedded network in a format, exported once."""
+    from exporting import SUFFIXES
+
+    from timm_tresnet import export_model
+
+    @functools.cache
+    def export_once(format):
+        path = tmp_path_factory.mktemp(format) / f"network{SUFFIXES[format]}"
+        export_model(embedded, path, format)
+        return path
+
+    return export_once
 
 
-@torch.no_grad()
-def assert_gives(folder: Path, expected: torch.Tensor, x: torch.Tensor) -> None:
-    """The network in a folder of converted weights gives the expected output for x."""
-    assert relative_error(load_folder(folder)(x), expected) <= 1e-5
+@pytest.fixture
+def crops(tmp_path):
+    """Crops of the package's photographs, the size of its network's images."""
+    from PIL import Image
+
+    from timm_tresnet.images import SAMPLES
+
+    folder = tmp_path / "crops"
+    folder.mkdir()
+    for path in SAMPLES.glob("*.jpg"):
+        with Image.open(path) as image:
+            for index in range(16):
+                left, top = (int(torch.randint(0, side - 64, ())) for side in image.size)
+                image.crop((left, top, left + 64, top + 64)).save(folder / f"{path.stem}{index}.png")
+    return folder

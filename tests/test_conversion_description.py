@@ -2,7 +2,8 @@ import pytest
 import reference
 import timm
 import torch
-from conftest import load_folder, relative_error, save_checkpoint
+from converting import load_folder, save_checkpoint
+from reference import relative_error
 
 import timm_tresnet
 from timm_tresnet import convert_checkpoint, write_folder

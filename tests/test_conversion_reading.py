@@ -6,7 +6,7 @@ import struct
 import pytest
 import reference
 import torch
-from conftest import SMALL, save_checkpoint
+from converting import SMALL, save_checkpoint
 from safetensors.torch import save_file
 
 from timm_tresnet import convert_checkpoint

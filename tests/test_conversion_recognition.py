@@ -4,7 +4,7 @@ import pytest
 import reference
 import timm
 import torch
-from conftest import SMALL, assert_gives, load_folder, save_checkpoint
+from converting import SMALL, assert_gives, load_folder, save_checkpoint
 from safetensors.torch import save_file
 
 from timm_tresnet import TResNet, convert_checkpoint, write_folder

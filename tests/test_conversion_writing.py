@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import load_folder, save_checkpoint
+from converting import load_folder, save_checkpoint
 
 from timm_tresnet import convert_checkpoint, write_folder
 

@@ -10,12 +10,12 @@ _PUBLIC = {  # name -> module; imported when first used, so that `import torch` 
     "BasicBlock": "blocks",
     "Bottleneck": "blocks",
     "Conversion": "conversion",
-    "ExportedModel": "export",
+    "ExportedModel": "deployment",
     "TResNet": "network",
     "convert_checkpoint": "conversion",
-    "export_model": "export",
-    "fold_batch_norms": "export",
-    "optimize_for_inference": "export",
+    "export_model": "deployment",
+    "fold_batch_norms": "deployment",
+    "optimize_for_inference": "deployment",
     "write_folder": "conversion",
 }
 __all__ = list(_PUBLIC)

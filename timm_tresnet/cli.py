@@ -141,7 +141,7 @@ def _load_model(name: str) -> Any:
 
 
 def _load_artifact(engine: str, artifact: str) -> Any:
-    from timm_tresnet.export import ExportedModel
+    from timm_tresnet.deployment import ExportedModel
 
     try:
         return ExportedModel(engine, artifact)
@@ -282,7 +282,7 @@ def _add_export(commands: Any) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from timm_tresnet.export import description_path, export_model
+    from timm_tresnet.deployment import description_path, export_model
 
     if arguments.int8 != bool(arguments.calibration):
         return _fail("--int8 and --calibration FOLDER go together")

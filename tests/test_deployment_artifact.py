@@ -1,0 +1,112 @@
+import pytest
+import timm
+import torch
+from exporting import ENGINES, SUFFIXES, each_format, exporters_warn, make_small, needs
+from reference import relative_error
+
+from timm_tresnet import ExportedModel, export_model, optimize_for_inference
+from timm_tresnet.labels import is_multi_label
+
+pytestmark = exporters_warn
+
+
+@each_format
+@pytest.mark.parametrize("variant", ["test_tresnet", "tresnet_m"])
+def test_artifact_computes_the_network_for_any_batch_and_size(variant, format, tmp_path, embedded, artifact):
+    if variant == "test_tresnet":
+        model, path = embedded, artifact(format)
+    else:
+        model, path = make_small(variant), tmp_path / f"network{SUFFIXES[format]}"
+        export_model(model, path, format)
+    exported = ExportedModel(ENGINES[format], path)
+    assert exported.description["check"]["max_relative_error"] <= 1e-4
+    for shape in [(1, 3, 64, 64), (3, 3, 68, 100), (2, 3, 36, 128)]:
+        x = torch.rand(shape)
+        with torch.no_grad():
+            assert relative_error(exported(x), model(x)) <= 1e-4
+    names = {path.name, f"{path.name}.json"} | ({"network.bin"} if format == "openvino" else set())
+    assert {file.name for file in path.parent.iterdir()} == names
+
+
+@each_format
+def test_fixed_batch_and_size_are_in_the_description_and_short_batches_are_padded(format, tmp_path, embedded):
+    path = tmp_path / f"network{SUFFIXES[format]}"
+    description = export_model(embedded, path, format, batch_size=2, image_size=(32, 48))
+    assert description["input"] == {"name": "image", "shape": [2, 3, 32, 48], "dtype": "float32"}
+    assert description["preprocessing"]["input_size"] == (3, 32, 48)
+    x = torch.rand(5, 3, 32, 48)
+    with torch.no_grad():
+        assert relative_error(ExportedModel(ENGINES[format], path)(x), embedded(x)) <= 1e-4
+
+
+@each_format
+def test_network_without_space_to_depth_exports(format, tmp_path):
+    path = tmp_path / f"network{SUFFIXES[format]}"
+    description = export_model(make_small(stem="conv7x7", in_chans=1), path, format)
+    assert description["input"]["shape"] == ["batch", 1, "height", "width"]
+
+
+def test_networks_without_batch_norm_are_exported_and_optimized_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda network, **kwargs: network)
+    model = timm.create_model("test_tresnet", norm_layer="groupnorm1").eval()
+    x = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(optimize_for_inference(model)(x), model(x).detach(), rtol=1e-4, atol=1e-5)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    path = tmp_path / "network.pt"
+    export_model(model, path, "torchscript")
+    torch.testing.assert_close(ExportedModel("torch", path)(x), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_artifact_of_a_multi_label_network_says_so(tmp_path):
+    model = timm.create_model("test_tresnet", pretrained_cfg_overlay={"notes": ("multi-label",)}).eval()
+    output = tmp_path / "network.pt"
+    assert export_model(model, output, "torchscript")["multi_label"]
+    assert is_multi_label(ExportedModel("torch", output).pretrained_cfg)
+
+
+def test_wrong_artifact_is_not_written(tmp_path, embedded, monkeypatch):
+    (tmp_path / "network.pt2").write_text("the one before")
+    monkeypatch.setattr("timm_tresnet.deployment.artifact.TOLERANCE", -1.0)
+    with pytest.raises(RuntimeError, match="nothing was written"):
+        export_model(embedded, tmp_path / "network.pt2", "torch-export")
+    assert (tmp_path / "network.pt2").read_text() == "the one before"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("format", [pytest.param("openvino", marks=needs("openvino")), "torchscript"])
+def test_files_of_an_earlier_export_stay_until_the_new_ones_are_checked(format, tmp_path, embedded, monkeypatch):
+    path = tmp_path / f"network{SUFFIXES[format]}"
+    files = [path, path.with_suffix(".bin"), tmp_path / f"{path.name}.json"]
+    for file in files:
+        file.write_text("the one before")
+    with monkeypatch.context() as patch:
+        patch.setattr("timm_tresnet.deployment.artifact.TOLERANCE", -1.0)
+        with pytest.raises(RuntimeError, match="nothing was written"):
+            export_model(embedded, path, format)
+    assert {file: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(files, "the one before")
+    export_model(embedded, path, format)
+    replaced = {file for file in tmp_path.iterdir() if file.read_bytes() != b"the one before"}
+    assert replaced == set(files if format == "openvino" else files[::2])
+
+
+@pytest.mark.parametrize(
+    ("format", "suffix", "kwargs", "message"),
+    [
+        ("tensorrt", ".onnx", {}, "format to be one of"),
+        ("onnx", ".pt", {}, r"ends in \.onnx"),
+        ("torchscript", ".pt", {"calibration": "."}, "int8 for onnx and openvino"),
+        ("torch-export", ".pt2", {"image_size": (62, 64)}, "multiples of 4"),
+        ("torch-export", ".pt2", {"image_size": (64, 12)}, "at least"),
+    ],
+)
+def test_mistakes_in_arguments_are_named(format, suffix, kwargs, message, tmp_path, embedded):
+    with pytest.raises(ValueError, match=message):
+        export_model(embedded, tmp_path / f"network{suffix}", format, **kwargs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_networks_that_cannot_be_exported_are_named(tmp_path):
+    with pytest.raises(ValueError, match="eval mode"):
+        export_model(make_small().train(), tmp_path / "network.pt2", "torch-export")
+    with pytest.raises(ValueError, match="float32"):
+        export_model(make_small().half(), tmp_path / "network.pt2", "torch-export")

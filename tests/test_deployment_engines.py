@@ -1,0 +1,76 @@
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from exporting import SUFFIXES, exporters_warn, needs
+from reference import relative_error
+
+import timm_tresnet
+from timm_tresnet import cli
+from timm_tresnet.deployment.engines import OPSET
+
+pytestmark = exporters_warn
+
+
+@needs("onnx")
+def test_onnx_file_has_standard_operators_and_no_path_of_this_machine(artifact):
+    import onnx
+
+    path = artifact("onnx")
+    network = onnx.load(path, load_external_data=False)
+    assert [(opset.domain, opset.version) for opset in network.opset_import] == [("", OPSET)]
+    assert {node.op_type for node in network.graph.node} <= {
+        "Add", "AveragePool", "Concat", "Conv", "Div", "Gemm", "LeakyRelu", "Mul", "Pad", "ReduceMean", "Relu",
+        "Reshape", "Shape", "Sigmoid", "Squeeze", "Transpose",
+    }  # fmt: skip
+    constants = {tensor.name for tensor in network.graph.initializer}
+    for node in network.graph.node:  # what TensorRT's parser asks of these
+        axes = {"ReduceMean": node.input[1:2], "Squeeze": node.input[1:2], "Pad": node.input[3:4]}
+        assert {name for name in axes.get(node.op_type, ()) if name} <= constants
+    assert str(Path(timm_tresnet.__file__).parent).encode() not in path.read_bytes()
+
+
+ALONE = {
+    "onnx": "import onnxruntime; run = onnxruntime.InferenceSession(path).run; y = run(None, {'image': x})[0]",
+    "openvino": "import openvino; y = openvino.Core().compile_model(path, 'CPU')(x)[0]",
+}
+
+
+@pytest.mark.parametrize("format", [pytest.param(format, marks=needs(format)) for format in ALONE])
+def test_artifact_runs_where_neither_torch_nor_timm_is_imported(format, tmp_path, embedded, artifact, run_python):
+    import numpy
+
+    path = artifact(format)
+    x = torch.rand(2, 3, 64, 64)
+    numpy.save(tmp_path / "x.npy", x.numpy())
+    run_python(
+        "-c",
+        f"import sys, numpy\npath = {str(path)!r}\nx = numpy.load('x.npy')\n{ALONE[format]}\nnumpy.save('y.npy', y)\n"
+        "assert not {'torch', 'timm', 'timm_tresnet'} & set(sys.modules), sorted(sys.modules)",
+    )
+    with torch.no_grad():
+        assert relative_error(torch.from_numpy(numpy.load(tmp_path / "y.npy")), embedded(x)) <= 1e-2
+
+
+@pytest.mark.parametrize(("format", "extra"), [("onnx", "export"), ("openvino", "openvino")])
+def test_missing_packages_are_named_with_their_extra(format, extra, tmp_path, embedded, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
+    output = tmp_path / f"network{SUFFIXES[format]}"
+    assert cli.main(["export", "test_tresnet", "--format", format, "--output", str(output)]) == 2
+    assert (
+        f"needs onnxscript, which is not installed; run pip install 'timm-tresnet[{extra}]'" in capsys.readouterr().err
+    )
+
+
+def test_broken_package_is_named_with_what_it_says(tmp_path, embedded, monkeypatch, capsys):
+    (tmp_path / "packages" / "onnx").mkdir(parents=True)
+    (tmp_path / "packages" / "onnx" / "__init__.py").write_text("raise OSError('libprotobuf.so.32 is missing')\n")
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.delitem(sys.modules, "onnx", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    output = tmp_path / "network.onnx"
+    assert cli.main(["export", "test_tresnet", "--format", "onnx", "--output", str(output)]) == 2
+    assert "onnx, which is installed but cannot be imported (OSError: libprotobuf.so.32 is" in capsys.readouterr().err
+    assert not output.exists()

@@ -1,0 +1,105 @@
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import timm
+import torch
+from exporting import make_small
+from reference import randomise, relative_error
+from timm.utils import reparameterize_model
+
+from timm_tresnet import fold_batch_norms, optimize_for_inference
+from timm_tresnet.layers import ConvNormAct
+
+
+@pytest.mark.parametrize("variant", ["tresnet_m", "tresnet_v2_l", "test_tresnet"])
+@pytest.mark.parametrize("kwargs", [{}, {"act_layer": "relu", "aa_layer": False, "stem": "conv7x7"}], ids=str)
+def test_folded_network_has_the_same_logits_and_no_batch_norm(variant, kwargs):
+    model = make_small(variant, **kwargs)
+    state_dict = copy.deepcopy(model.state_dict())
+    folded = fold_batch_norms(model)
+    x = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        assert relative_error(folded(x), model(x)) <= 1e-5
+    assert not any("bn" in name for name in folded.state_dict())
+    torch.testing.assert_close(model.state_dict(), state_dict, rtol=0, atol=0)
+
+
+def test_whole_tresnet_m_folds_within_the_tolerance():
+    model = randomise(timm.create_model("tresnet_m")).eval()
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert relative_error(fold_batch_norms(model)(x), model(x)) <= 1e-4
+
+
+def test_timm_folds_in_training_mode_and_eval_makes_it_run():
+    model = make_small()
+    folded = reparameterize_model(copy.deepcopy(model).train())  # as validate.py does
+    x = torch.rand(2, 3, 64, 64)
+    with pytest.raises(ValueError, match=r"call eval\(\)"):
+        folded(x)
+    with torch.no_grad():
+        assert relative_error(folded.eval()(x), model(x)) <= 1e-5
+
+
+def test_folding_refuses_training_mode_and_norms_that_it_does_not_know():
+    with pytest.raises(ValueError, match="eval mode"):
+        fold_batch_norms(make_small().train())
+    half = make_small()
+    half.body.layer2[0].conv1.bn = torch.nn.GroupNorm(8, 128).eval()
+    with pytest.raises(ValueError, match="GroupNorm"):
+        fold_batch_norms(half)
+    assert isinstance(half.body.conv1, ConvNormAct)
+
+
+def test_folding_a_folded_network_changes_nothing():
+    once = fold_batch_norms(make_small())
+    torch.testing.assert_close(fold_batch_norms(once).state_dict(), once.state_dict(), rtol=0, atol=0)
+
+
+def test_folded_network_can_be_pickled_copied_scripted_traced_and_moved():
+    folded = fold_batch_norms(make_small())
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = folded(x)
+        for copied in (pickle.loads(pickle.dumps(folded)), copy.deepcopy(folded)):
+            torch.testing.assert_close(copied(x), expected)
+        with warnings.catch_warnings():  # PyTorch announces the end of TorchScript
+            warnings.filterwarnings("ignore", message="`torch.jit.* is deprecated")
+            torch.testing.assert_close(torch.jit.script(folded)(x), expected)
+            torch.testing.assert_close(torch.jit.trace(folded, x)(x), expected)
+        torch.testing.assert_close(torch.fx.symbolic_trace(folded.body.layer1)(torch.rand(1, 64, 8, 8)).shape[1], 64)
+        assert relative_error(folded.double()(x.double()).float(), expected) <= 1e-5
+        assert folded.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+        assert folded.to("meta")(x.bfloat16().to("meta")).shape == (2, 10)
+
+
+def test_state_dict_of_a_folded_network_loads_into_another():
+    folded, other = fold_batch_norms(make_small()), fold_batch_norms(make_small())
+    buffer = io.BytesIO()
+    torch.save(folded.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    x = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(other(x), folded(x))
+    assert "FoldedConvNormAct(\n" in repr(folded)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_optimized_network_computes_the_same(dynamic, monkeypatch):
+    model = make_small()
+    compiler = torch.compile
+
+    def compile_without_code(network, fullgraph, dynamic, mode):
+        assert mode is None  # on the CPU
+        return compiler(network, fullgraph=fullgraph, dynamic=dynamic, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compile_without_code)
+    optimized = optimize_for_inference(model, dynamic=dynamic)
+    for shape in [(2, 3, 64, 64), (3, 3, 64, 96)]:
+        x = torch.rand(shape)
+        y = optimized(x)
+        assert not y.requires_grad
+        assert relative_error(y, model(x).detach()) <= 1e-5

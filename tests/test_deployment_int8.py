@@ -1,0 +1,49 @@
+import importlib
+
+import pytest
+import torch
+from exporting import ENGINES, SUFFIXES, each_int8_format, exporters_warn, needs
+from reference import relative_error
+
+from timm_tresnet import ExportedModel, export_model
+from timm_tresnet.images import SAMPLES
+
+pytestmark = exporters_warn
+
+
+@each_int8_format
+def test_int8_artifact_agrees_with_float32_and_keeps_gates_in_float(format, tmp_path, crops, embedded):
+    (crops / "broken.jpg").write_bytes((SAMPLES / "cat.jpg").read_bytes()[:2000])
+    path = tmp_path / f"network{SUFFIXES[format]}"
+    description = export_model(embedded, path, format, calibration=crops)
+    check = description["check"]
+    # Of 23 crops, harder than photographs; benchmarks/int8_accuracy.py counts 10,000 of those: 98 % for both.
+    assert check["top1_agreement"] >= 0.8
+    assert check["held_out_images"] + check["calibration_images"] == 48
+    assert check["skipped_images"] == 1
+    assert "body.layer1.0.se" in description["kept_in_float"]
+    x = torch.rand(3, 3, 64, 64)
+    with torch.no_grad():
+        assert relative_error(ExportedModel(ENGINES[format], path)(x), embedded(x)) <= 0.3
+    weights = path.with_suffix(".bin") if format == "openvino" else path
+    parameters = sum(parameter.numel() for parameter in embedded.parameters())
+    assert weights.stat().st_size < 1.5 * parameters
+    if format == "onnx":  # else CPUs without VNNI overflow
+        onnx = importlib.import_module("onnx")
+        int8, to_array = onnx.TensorProto.INT8, onnx.numpy_helper.to_array
+        kernels = [to_array(each) for each in onnx.load(path).graph.initializer if each.data_type == int8]
+        largest = max(abs(kernel.astype(int)).max() for kernel in kernels)
+        assert 60 <= largest <= 64
+
+
+@needs("onnx")
+def test_folders_that_cannot_calibrate_are_named(tmp_path, embedded):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        with pytest.raises(ValueError, match=f"{folder} has [01], and [01] of those"):
+            export_model(embedded, tmp_path / "network.onnx", "onnx", calibration=folder)
+        (folder / name).write_bytes(b"not an image")
+    with pytest.raises(ValueError, match="missing has 0"):
+        export_model(embedded, tmp_path / "network.onnx", "onnx", calibration=tmp_path / "missing")
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]

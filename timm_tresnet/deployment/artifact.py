@@ -1,0 +1,208 @@
+"""A network written for another engine and checked against PyTorch, and how to run what was written."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+from torch import Tensor, nn
+
+from timm_tresnet.deployment.description import Description, description_path
+from timm_tresnet.deployment.engines import ENGINES, FORMATS, Format, require
+from timm_tresnet.deployment.folding import copy_folded
+from timm_tresnet.deployment.int8 import CalibrationImages
+from timm_tresnet.files import whole
+from timm_tresnet.images import SAMPLES, find_images, read_image
+from timm_tresnet.labels import MULTI_LABEL, is_multi_label, label_lookup
+from timm_tresnet.layers import SpaceToDepth
+
+TOLERANCE = 1e-4  # relative L2 distance of an artifact's logits from PyTorch's, float32
+
+
+def export_model(
+    model: nn.Module,
+    output: str | Path,
+    format: str,
+    batch_size: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    calibration: str | Path | None = None,
+) -> dict[str, Any]:
+    """Write a network as one self-contained artifact, and a JSON file beside it that says how to feed it.
+
+    Batch norms are folded. The artifact is run in its engine and compared with PyTorch, on random images and on the
+    package's photographs, before the files get their names.
+
+    Args:
+        model: a network with a `pretrained_cfg`, in eval mode and float32.
+        output: the artifact, FILE.onnx, FILE.xml (for "openvino", with FILE.bin beside it), FILE.pt2 (for
+            "torch-export") or FILE.pt (for "torchscript"). Files of these names are replaced.
+        format: one of `FORMATS`.
+        batch_size: images in a batch; None for any number.
+        image_size: height and width of the images, in pixels; None for any that the network takes.
+        calibration: folder of images like those that the network will see, to quantise to int8 with, for "onnx" and
+            "openvino". Part of them is held out to compare with float32.
+
+    Returns:
+        What the JSON file, FILE.onnx.json and so on, says: "input" (name, shape, dtype, and for a dynamic size its
+        multiple and minimum), "output", "preprocessing" as timm means it, "class_names", "multi_label", "precision",
+        "check" and versions.
+
+    Raises:
+        ValueError: if an argument is not one of the above, or the folder has too few images.
+        ImportError: if the format needs packages that are not installed (then a ModuleNotFoundError) or broken.
+        RuntimeError: if the artifact does not compute what PyTorch does.
+    """
+    output = Path(output)
+    kind = _check_arguments(model, output, format, image_size, calibration)
+    folded = copy_folded(model).cpu()
+    precision = "int8" if calibration else "float32"
+    description = _describe(model, format, precision, batch_size, image_size)
+    images = CalibrationImages(Path(calibration), description.preprocessing, batch_size) if calibration else None
+    report = description.to_json()
+    with whole(output) as unfinished:
+        kind.write(folded, unfinished, description)
+        if images:
+            kept = kind.quantise(unfinished, images.calibration_batches())
+            report["kept_in_float"] = sorted({name.partition(".se.")[0] + ".se" for name in kept})
+        exported = ExportedModel(kind.engine, unfinished, report)
+        if images:
+            report["check"] = images.compare(folded, exported)
+        else:
+            report["check"] = {"max_relative_error": _compare(folded, exported, description)}
+        del exported  # it may have the files open
+        report["versions"] = _versions(kind)
+        description_path(unfinished).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def _check_arguments(
+    model: nn.Module, output: Path, format: str, image_size: tuple[int, int] | None, calibration: str | Path | None
+) -> Format:
+    if format not in FORMATS:
+        raise ValueError(f"export_model needs format to be one of {', '.join(FORMATS)}, got {format!r}")
+    kind = FORMATS[format]
+    if output.suffix != kind.suffix:
+        raise ValueError(f"export_model needs an output that ends in {kind.suffix} for {format}, got {output}")
+    if calibration and not kind.quantise:
+        int8 = " and ".join(name for name, each in FORMATS.items() if each.quantise)
+        raise ValueError(f"export_model quantises to int8 for {int8}, not for {format}")
+    if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        raise ValueError("export_model needs a network in float32; call float() on it")
+    if any(module.training for module in model.modules()):
+        raise ValueError("export_model needs a network in eval mode, got one in training mode; call eval() first")
+    multiple, minimum = _size_limits(model)
+    if image_size and any(side % multiple or side < minimum for side in image_size):
+        raise ValueError(
+            f"{type(model).__name__} needs image sizes in multiples of {multiple}, at least {minimum}, got "
+            f"{image_size[0]}x{image_size[1]}"
+        )
+    engine = ENGINES[kind.engine]
+    packages = (*kind.packages, *engine.packages, *(kind.packages_int8 if calibration else ()))
+    require(f"exporting to {format}", engine.extra, packages)
+    return kind
+
+
+def _size_limits(model: nn.Module, kind: Format | None = None) -> tuple[int, int]:
+    """Multiple and minimum of the sides of images, in pixels; with a format, of those that are not fixed in it."""
+    for module in model.modules():
+        if isinstance(module, SpaceToDepth):
+            return module.block_size, max(module.min_size, kind.size_minimum if kind else 0)
+    # torch.export cannot tell for which other sizes max pool, blur and average pool agree
+    return (32, 64) if kind else (1, 1)
+
+
+def _describe(
+    model: nn.Module, format: str, precision: str, batch_size: int | None, image_size: tuple[int, int] | None
+) -> Description:
+    config = model.pretrained_cfg
+    input_size = (model.in_chans, *(image_size or config["input_size"][1:]))
+    return Description(
+        model=".".join(filter(None, (config.get("architecture"), config.get("tag")))),
+        format=format,
+        precision=precision,
+        shape=(batch_size, model.in_chans, *(image_size or (None, None))),
+        size_limits=_size_limits(model, FORMATS[format]),
+        num_classes=model.num_classes,
+        preprocessing=timm.data.resolve_data_config({"input_size": input_size}, model=model),
+        class_names=list(map(label_lookup(model), range(model.num_classes))),
+        multi_label=is_multi_label(config),
+    )
+
+
+def _compare(model: nn.Module, exported: Callable[[Tensor], Tensor], description: Description) -> float:
+    """Largest relative L2 distance of an artifact's logits from PyTorch's, on random images and on photographs."""
+    channels, height, width = description.preprocessing["input_size"]
+    batches = [torch.rand(3, channels, height, width)]
+    if not description.shape[2]:
+        multiple, minimum = description.size_limits
+        batches.append(torch.rand(1, channels, minimum, 2 * minimum + multiple))
+    if channels == 3:
+        transform = timm.data.create_transform(**description.preprocessing)
+        batches.append(torch.stack([transform(read_image(path)) for path in find_images([SAMPLES])]))
+    largest = 0.0
+    for images in batches:
+        with torch.no_grad():
+            expected = model(images)
+        error = ((exported(images) - expected).norm() / expected.norm()).item()
+        if not error <= TOLERANCE:  # nan neither
+            raise RuntimeError(
+                f"the exported network's logits differ from PyTorch's by {error:.1e} (relative L2) on images of "
+                f"{tuple(images.shape)}, more than {TOLERANCE}; nothing was written"
+            )
+        largest = max(largest, error)
+    return largest
+
+
+def _versions(kind: Format) -> dict[str, str]:
+    others = (*kind.packages, *ENGINES[kind.engine].packages, *kind.packages_int8)
+    installed = (package for package in others if importlib.util.find_spec(package))
+    return {package: version(package) for package in ("timm-tresnet", "timm", "torch", *installed)}
+
+
+class ExportedModel:
+    """What `export_model` wrote, behind the interface of a network; `timm-tresnet classify` runs it.
+
+    Args:
+        engine: "torch", "onnx" (ONNX Runtime) or "openvino" (takes .onnx as well).
+        artifact: the file.
+        description: what the JSON file beside it says; None to read that.
+
+    Raises:
+        ValueError: if the engine is unknown or does not run the artifact's format.
+        ImportError: if the engine is not installed (then a ModuleNotFoundError) or broken.
+        OSError: if a file is missing.
+    """
+
+    def __init__(self, engine: str, artifact: str | Path, description: dict[str, Any] | None = None) -> None:
+        artifact = Path(artifact)
+        if engine not in ENGINES:
+            raise ValueError(f"ExportedModel needs engine to be one of {', '.join(ENGINES)}, got {engine!r}")
+        if description is None:
+            description = json.loads(description_path(artifact).read_text(encoding="utf-8"))
+        described = Description.from_json(description)
+        kind = FORMATS[described.format]
+        if engine not in kind.load:
+            raise ValueError(f"{artifact} is for the engine {kind.engine}, not for {engine}")
+        if not artifact.exists():
+            raise FileNotFoundError(f"no file {artifact}")
+        self.description = description
+        self.num_classes = described.num_classes
+        self.pretrained_cfg = {
+            **described.preprocessing,
+            "label_names": described.class_names,
+            "notes": (MULTI_LABEL,) if described.multi_label else (),
+        }
+        self._batch_size = described.shape[0]
+        require(f"the engine {engine}", ENGINES[engine].extra, ENGINES[engine].packages)
+        self._run = kind.load[engine](artifact)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits of images, (N, C, H, W) -> (N, num_classes); N is any, the last batch of a fixed size is padded."""
+        size = self._batch_size or max(len(images), 1)
+        padded = torch.cat([images, images[:1].expand(-len(images) % size, -1, -1, -1)])
+        return torch.cat([self._run(batch) for batch in padded.split(size)])[: len(images)]
