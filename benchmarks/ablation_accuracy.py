@@ -23,7 +23,7 @@ from typing import Any
 from ablation import VARIATIONS
 
 from timm_tresnet.benchmark import start_results, write_new
-from timm_tresnet.options import at_least, new_file
+from timm_tresnet.commands.options import at_least, new_file
 
 # The others compute the same network.
 ACCURACY_VARIATIONS = {name: kwargs for name, kwargs in VARIATIONS.items() if "rebuild" not in kwargs}

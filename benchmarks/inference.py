@@ -44,7 +44,7 @@ from timm_tresnet.benchmark import (
     start_results,
     write_new,
 )
-from timm_tresnet.options import at_least, new_file
+from timm_tresnet.commands.options import at_least, new_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONVOLUTIONS = ((64, 56), (128, 28), (256, 14))  # channels and side of 3x3 convolutions at 224 px, for the peak

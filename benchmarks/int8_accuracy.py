@@ -21,8 +21,8 @@ import torch
 
 import timm_tresnet
 from timm_tresnet.benchmark import Progress, start_results, write_new
+from timm_tresnet.commands.options import new_file
 from timm_tresnet.images import find_images, read_image
-from timm_tresnet.options import new_file
 
 ENGINES = {"onnx": "int8.onnx", "openvino": "int8.xml"}  # format and engine -> artifact
 BATCH_SIZE = 100

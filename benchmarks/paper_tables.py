@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from timm_tresnet.benchmark import Candidate, make_network, parse_options, run_comparison
-from timm_tresnet.options import image_size
+from timm_tresnet.commands.options import image_size
 
 _PAPER = "arXiv:2003.13630"
 _TIMM = "timm, results/results-imagenet.csv"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from timm_tresnet.benchmark import BUILTIN_PREFIX, Candidate, make_network, parse_options, run_comparison
-from timm_tresnet.options import image_size
+from timm_tresnet.commands.options import image_size
 from timm_tresnet.tresnet import ARCHITECTURES
 
 REFERENCE = "resnet50"

@@ -51,7 +51,7 @@ from timm_tresnet.benchmark import (
     start_results,
     write_new,
 )
-from timm_tresnet.options import at_least, new_file
+from timm_tresnet.commands.options import at_least, new_file
 
 MODELS = ("tresnet_m", "tresnet_l", "tresnet_xl", "tresnet_v2_l", "test_tresnet")
 BUILTIN = "built-in"

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_tresnet.options import add_options
+from timm_tresnet.commands.options import add_comparison_options
 from timm_tresnet.tresnet import ARCHITECTURES  # the built-in takes the same layers, width_factor and v2
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -337,7 +337,7 @@ def compare(candidates: Sequence[Candidate], settings: argparse.Namespace) -> tu
 
     Args:
         candidates: at least one; each one's reference is among them.
-        settings: what `add_options` adds.
+        settings: what `add_comparison_options` adds.
 
     Returns:
         A dict for each candidate, with the fields that benchmarks/README.md describes, and whether all of it was done:
@@ -516,7 +516,7 @@ def check_options(settings: argparse.Namespace) -> None:
 
 def parse_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
     """Add the options to those of a script, parse and check them; a mistake ends the process."""
-    add_options(parser)
+    add_comparison_options(parser)
     settings = parser.parse_args(words)
     try:
         check_options(settings)
@@ -535,7 +535,7 @@ def run_comparison(
 
     Args:
         candidates: as for `compare`.
-        settings: what `add_options` adds, checked; all but `json` stands in the results.
+        settings: what `add_comparison_options` adds, checked; all but `json` stands in the results.
         command: that makes these results.
         annotate: returns more fields for a row.
 
