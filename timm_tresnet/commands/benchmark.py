@@ -32,7 +32,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(words: Sequence[str], *, models: Sequence[str], image_size: int, **comparison: Any) -> int:
     """Compare the models with the options of a comparison; the words stand in the results."""
-    from timm_tresnet.benchmark import Candidate, check_options, make_network, run_comparison
+    from timm_tresnet.benchmark import Candidate, check_options, run_comparison
+    from timm_tresnet.measuring import make_network
 
     names = list(dict.fromkeys(models))
     candidates = [Candidate(name, functools.partial(make_network, name), names[0], image_size) for name in names]

@@ -85,7 +85,7 @@ def _measure_size(variant: str, image_size: int, num_classes: int, head_features
 def _measure_backbone(variant: str, image_size: int) -> tuple[int, int, int]:
     import timm
 
-    from timm_tresnet.benchmark import count_flops
+    from timm_tresnet.measuring import count_flops
 
     model = timm.create_model(variant, num_classes=0, device="meta").eval()
     params = sum(parameter.numel() for parameter in model.parameters())
