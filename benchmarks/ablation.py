@@ -7,14 +7,16 @@ ablation_accuracy.py does that, at a small scale.
 """
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from timm_tresnet.benchmark import Candidate, make_network, parse_options, run_comparison
-from timm_tresnet.options import image_size
+from command_line import format_command, parse_comparison
+
+from timm_tresnet.benchmark import Candidate, run_comparison
+from timm_tresnet.commands.options import image_size
+from timm_tresnet.measuring import make_network
 from timm_tresnet.tresnet import ARCHITECTURES
 
 FULL = "as published"
@@ -39,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="What each of TResNet's ingredients costs.")
     parser.add_argument("--model", choices=list(ARCHITECTURES), default="tresnet_m")
     parser.add_argument("--image-size", type=image_size, default=224)
-    settings = parse_options(parser, words)
+    settings = parse_comparison(parser, words)
     candidates = [
         Candidate(name, partial(make_network, settings.model, **arguments), FULL, settings.image_size)
         for name, arguments in VARIATIONS.items()
     ]
-    return run_comparison(candidates, settings, shlex.join(["python", "benchmarks/ablation.py", *words]))
+    return run_comparison(candidates, settings, format_command(__file__, words))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ files, train/CLASS/ and test/CLASS/. The first `--images-per-class` training ima
 
 import argparse
 import csv
-import json
 import os
 import shlex
 import statistics
@@ -21,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from ablation import VARIATIONS
+from command_line import format_command
 
-from timm_tresnet.benchmark import start_results, write_new
-from timm_tresnet.options import at_least, new_file
+from timm_tresnet.commands.options import at_least, new_file
+from timm_tresnet.results import start_results, write_results
+from timm_tresnet.tables import format_markdown
 
 # The others compute the same network.
 ACCURACY_VARIATIONS = {name: kwargs for name, kwargs in VARIATIONS.items() if "rebuild" not in kwargs}
@@ -90,13 +91,13 @@ def measure(images: Path, settings: argparse.Namespace) -> Iterator[dict[str, An
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """Mean, standard deviation and range of each variation's seeds, as a Markdown table."""
-    lines = ["| | top-1, %: mean | standard deviation | range | seeds |", "|---|---|---|---|---|"]
+    table = []
     for name in dict.fromkeys(row["row"] for row in rows):
         values = [row["top1"] for row in rows if row["row"] == name]
         spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""
         extent = f"{min(values):.2f}-{max(values):.2f}"
-        lines.append(f"| {name} | {statistics.mean(values):.2f} | {spread} | {extent} | {len(values)} |")
-    return "\n".join(lines)
+        table.append([name, f"{statistics.mean(values):.2f}", spread, extent, len(values)])
+    return format_markdown(["", "top-1, %: mean", "standard deviation", "range", "seeds"], table)
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, print a table and write the results, also those that Ctrl-C leaves."""
     words = list(sys.argv[1:] if argv is None else argv)
     settings = _parse(words)
-    command = shlex.join(["python", "benchmarks/ablation_accuracy.py", *words])
+    command = format_command(__file__, words)
     results = start_results(command, settings.device, settings, unrecorded=("data", "scripts", "rows"))
     status = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if results["rows"]:
         print(format_table(results["rows"]))
         if settings.json:
-            write_new(settings.json, json.dumps(results, indent=2) + "\n")
+            write_results(results, settings.json)
     return status
 
 

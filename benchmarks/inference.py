@@ -17,8 +17,6 @@ are left out.
 
 import argparse
 import importlib.util
-import json
-import shlex
 import statistics
 import sys
 import tempfile
@@ -29,22 +27,18 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from command_line import format_command
 from PIL import Image
+from profiles import profile
 from torch import Tensor, nn
 from training_memory import BUILTIN, MODELS, make_builtin
 
 from timm_tresnet import ExportedModel, export_model, fold_batch_norms, optimize_for_inference
-from timm_tresnet.benchmark import (
-    REPEATS,
-    choose_memory_format,
-    count_flops,
-    format_spread,
-    profile,
-    read_clock,
-    start_results,
-    write_new,
-)
-from timm_tresnet.options import at_least, new_file
+from timm_tresnet.benchmark import REPEATS
+from timm_tresnet.commands.options import at_least, new_file
+from timm_tresnet.measuring import choose_memory_format, count_flops, read_clock
+from timm_tresnet.results import format_spread, start_results, write_results
+from timm_tresnet.tables import format_markdown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONVOLUTIONS = ((64, 56), (128, 28), (256, 14))  # channels and side of 3x3 convolutions at 224 px, for the peak
@@ -280,7 +274,7 @@ def find_largest_batch(settings: argparse.Namespace) -> int:
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of the results as a Markdown table."""
-    lines = ["| | batch | images/s | to the built-in | share of the convolution peak |", "|---|---|---|---|---|"]
+    table = []
     for row in rows:
         ratios = row.get("ratios")
         spread = format_spread(ratios or [])
@@ -288,8 +282,8 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
         if "share_of_peak" in row:
             share = f"{row['share_of_peak']:.0%} of {row['peak_gflop_per_s']:.0f} GFLOP/s, {row['precision']}"
         speed = statistics.median(row["images_per_s"])
-        lines.append(f"| {row['row']} | {row['batch_size']} | {speed:.2f} | {spread} | {share} |")
-    return "\n".join(lines)
+        table.append([row["row"], row["batch_size"], f"{speed:.2f}", spread, share])
+    return format_markdown(["", "batch", "images/s", "to the built-in", "share of the convolution peak"], table)
 
 
 def _batch(text: str) -> int | str:
@@ -334,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "openvino, bfloat16" in settings.rows and not _openvino_has_bfloat16():
         print("left out openvino, bfloat16: OpenVINO would compute in float32 on this CPU", file=sys.stderr)
         settings.rows.remove("openvino, bfloat16")
-    command = shlex.join(["python", "benchmarks/inference.py", *words])
+    command = format_command(__file__, words)
     engines = ("onnxruntime", "openvino", "nncf")
     results = start_results(command, settings.device, settings, unrecorded=["rows"], packages=engines)
     for batch in settings.batch_sizes:
@@ -348,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     print(format_table(results["rows"]))
     if settings.json:
-        write_new(settings.json, json.dumps(results, indent=2) + "\n")
+        write_results(results, settings.json)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ test images are then classified by it and by PyTorch in float32.
 """
 
 import argparse
-import json
-import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,11 +16,14 @@ from typing import Any
 
 import timm
 import torch
+from command_line import format_command
+from tqdm import tqdm
 
 import timm_tresnet
-from timm_tresnet.benchmark import Progress, start_results, write_new
+from timm_tresnet.commands.options import new_file
 from timm_tresnet.images import find_images, read_image
-from timm_tresnet.options import new_file
+from timm_tresnet.results import start_results, write_results
+from timm_tresnet.tables import format_markdown
 
 ENGINES = {"onnx": "int8.onnx", "openvino": "int8.xml"}  # format and engine -> artifact
 BATCH_SIZE = 100
@@ -56,10 +57,7 @@ def measure(settings: argparse.Namespace) -> list[dict[str, Any]]:
             networks[engine] = timm_tresnet.ExportedModel(engine, artifact)
         transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
         right, same = dict.fromkeys(["float32", *networks], 0), dict.fromkeys(networks, 0)
-        starts = range(0, len(test_images), BATCH_SIZE)
-        progress = Progress(len(starts))
-        for start in starts:
-            progress.advance(f"{start} of {len(test_images)} images")
+        for start in tqdm(range(0, len(test_images), BATCH_SIZE), unit="batch", disable=None):
             batch = test_images[start : start + BATCH_SIZE]
             images = torch.stack([transform(read_image(path)) for path, _ in batch])
             classes = torch.tensor([index for _, index in batch])
@@ -70,7 +68,6 @@ def measure(settings: argparse.Namespace) -> list[dict[str, Any]]:
                 predicted = network(images).argmax(-1)
                 right[engine] += int((predicted == classes).sum())
                 same[engine] += int((predicted == expected).sum())
-        progress.end()
     percent = 100 / len(test_images)
     common = {"images": len(test_images)}
     rows = [{"row": "float32", "top1": percent * right["float32"], "agreement": 100.0, **common}]
@@ -83,9 +80,8 @@ def measure(settings: argparse.Namespace) -> list[dict[str, Any]]:
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of the results as a Markdown table."""
-    lines = ["| | top-1, % | same class as float32, % |", "|---|---|---|"]
-    lines += [f"| {row['row']} | {row['top1']:.2f} | {row['agreement']:.2f} |" for row in rows]
-    return "\n".join(lines)
+    table = [[row["row"], f"{row['top1']:.2f}", f"{row['agreement']:.2f}"] for row in rows]
+    return format_markdown(["", "top-1, %", "same class as float32, %"], table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES))
     parser.add_argument("--json", type=new_file, metavar="FILE", help="file for the results, must not exist yet")
     settings = parser.parse_args(words)
-    command = shlex.join(["python", "benchmarks/int8_accuracy.py", *words])
+    command = format_command(__file__, words)
     packages = ("onnxruntime", "openvino", "nncf")
     results = start_results(command, "cpu", settings, unrecorded=["data"], packages=packages)
     try:
@@ -106,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(format_table(results["rows"]))
     if settings.json:
-        write_new(settings.json, json.dumps(results, indent=2) + "\n")
+        write_results(results, settings.json)
     return 0
 
 

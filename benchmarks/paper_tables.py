@@ -9,14 +9,16 @@ are published ones, for the training that each source describes; nothing is trai
 """
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from timm_tresnet.benchmark import Candidate, make_network, parse_options, run_comparison
-from timm_tresnet.options import image_size
+from command_line import format_command, parse_comparison
+
+from timm_tresnet.benchmark import Candidate, run_comparison
+from timm_tresnet.commands.options import image_size
+from timm_tresnet.measuring import make_network
 
 _PAPER = "arXiv:2003.13630"
 _TIMM = "timm, results/results-imagenet.csv"
@@ -54,13 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="TResNet beside the networks that its paper compares it with.")
     parser.add_argument("--models", nargs="+", choices=list(PUBLISHED), default=DEFAULT, help="resnet50 is added")
     parser.add_argument("--image-size", type=image_size, help="for all (default: 224; efficientnet_b1 240)")
-    settings = parse_options(parser, words)
+    settings = parse_comparison(parser, words)
     settings.models = list(dict.fromkeys(["resnet50", *settings.models]))
     candidates = [
         Candidate(name, partial(make_network, name), "resnet50", settings.image_size or PUBLISHED[name][0] or 224)
         for name in settings.models
     ]
-    return run_comparison(candidates, settings, shlex.join(["python", "benchmarks/paper_tables.py", *words]), annotate)
+    return run_comparison(candidates, settings, format_command(__file__, words), annotate)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ an SVG with its command and hardware under it. Needs matplotlib (the extra `plot
 import argparse
 import itertools
 import math
-import os
 import statistics
 import sys
 import textwrap
@@ -26,6 +25,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from matplotlib.transforms import Bbox
 from schema import load_results, script_of
+
+from timm_tresnet.files import whole
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, and a marker for each
 _COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
@@ -255,13 +256,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             figures = draw(arguments.files)
         except (OSError, ValueError) as error:
             sys.exit(f"plots.py: {error}")
-        arguments.output.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             path = arguments.output / f"{name}.svg"
-            unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-            figure.savefig(unfinished, format="svg", metadata={"Date": None})
+            with whole(path) as unfinished:
+                figure.savefig(unfinished, format="svg", metadata={"Date": None})
             plt.close(figure)
-            unfinished.replace(path)
             print(path)
 
 

@@ -6,13 +6,15 @@ Ratios are to ResNet-50 at the same resolution, in the same rounds.
 """
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
 
-from timm_tresnet.benchmark import BUILTIN_PREFIX, Candidate, make_network, parse_options, run_comparison
-from timm_tresnet.options import image_size
+from command_line import format_command, parse_comparison
+
+from timm_tresnet.benchmark import Candidate, run_comparison
+from timm_tresnet.commands.options import image_size
+from timm_tresnet.measuring import BUILTIN_PREFIX, make_network
 from timm_tresnet.tresnet import ARCHITECTURES
 
 REFERENCE = "resnet50"
@@ -31,14 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="N",
         help="in pixels",
     )
-    settings = parse_options(parser, words)
+    settings = parse_comparison(parser, words)
     makers = {
         name: partial(make_network, name) for name in (REFERENCE, BUILTIN_PREFIX + settings.model, settings.model)
     }
     candidates = [
         Candidate(name, make, REFERENCE, size) for size in settings.image_sizes for name, make in makers.items()
     ]
-    return run_comparison(candidates, settings, shlex.join(["python", "benchmarks/resolution.py", *words]))
+    return run_comparison(candidates, settings, format_command(__file__, words))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import functools
 import gc
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -31,27 +30,26 @@ from typing import Any
 
 import torch
 import torch._functorch.config
+from command_line import check_or_exit, format_command
+from profiles import profile
 from timm.layers import convert_splitbn_model, freeze_batch_norm_2d
 from torch import Tensor, nn
 
-from timm_tresnet.benchmark import (
+from timm_tresnet.benchmark import REPEATS
+from timm_tresnet.commands.options import at_least, new_file
+from timm_tresnet.measuring import (
     BUILTIN_PREFIX,
     DTYPES,
-    REPEATS,
-    check_options,
     choose_memory_format,
     compute_loss,
     find_largest_batch,
-    format_spread,
     make_batch,
     make_network,
     measure_kept,
-    profile,
     read_clock,
-    start_results,
-    write_new,
 )
-from timm_tresnet.options import at_least, new_file
+from timm_tresnet.results import format_spread, start_results, write_results
+from timm_tresnet.tables import format_markdown
 
 MODELS = ("tresnet_m", "tresnet_l", "tresnet_xl", "tresnet_v2_l", "test_tresnet")
 BUILTIN = "built-in"
@@ -203,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(measure_memory(settings.memory_of, settings)))
         return
 
-    command = shlex.join(["python", "benchmarks/training_memory.py", *words])
+    command = format_command(__file__, words)
     results = start_results(command, settings.device, settings, unrecorded=("memory_of", "rows"))
     if settings.device == "cpu" and not _CLEAR_REFS.exists():
         print(f"the peak needs {_CLEAR_REFS} of Linux, which is not here: its column stays empty", file=sys.stderr)
@@ -219,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results["rows"] = summarize(memory, step_ms, settings.batch_size)
     print(format_table(results["rows"]))
     if settings.json:
-        write_new(settings.json, json.dumps(results, indent=2) + "\n")
+        write_results(results, settings.json)
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
@@ -252,10 +250,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         parser.error("--profile prints a table and has nothing for --json")
     if settings.image_size < 64 or settings.image_size % 4:
         parser.error(f"--image-size needs a multiple of 4 from 64 on, got {settings.image_size}")
-    try:
-        check_options(settings)
-    except ValueError as error:
-        parser.error(str(error))
+    check_or_exit(parser, settings)
     settings.rows = list(dict.fromkeys([*settings.rows, *(COMPILED_ROWS if settings.compile else ())]))
     return settings
 
@@ -303,8 +298,8 @@ def summarize(
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of the results as a Markdown table."""
-    columns = ["", "kept for backward, MB an image", "peak of a step, MB an image", "time of a step", "largest batch"]
-    table = [columns]
+    titles = ["", "kept for backward, MB an image", "peak of a step, MB an image", "time of a step", "largest batch"]
+    table = []
     for row in rows:
         cells = [row["row"]]
         for quantity in ("kept", "peak"):
@@ -317,10 +312,8 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
             cells.append(f"{statistics.median(row['step_ms']):.0f} ms" if "step_ms" in row else "")
         cells.append(str(row.get("largest_batch", "")))
         table.append(cells)
-    if not any("largest_batch" in row for row in rows):
-        table = [cells[:-1] for cells in table]
-    table.insert(1, ["---"] * len(table[0]))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    columns = len(titles) if any("largest_batch" in row for row in rows) else -1
+    return format_markdown(titles[:columns], [cells[:columns] for cells in table])
 
 
 if __name__ == "__main__":

@@ -677,6 +677,8 @@ def format_page(folder: Path, rows: Sequence[Row], results: dict[str, dict[str, 
         rows: which rows to show.
         results: what `Sides.run` returned, by name of row.
     """
+    from timm_tresnet.tables import format_markdown  # not above: timm's own side runs without this package
+
     packages = ["timm-tresnet", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "pandas", "fvcore"]
     versions = [f"{name} {version}" for name in packages if (version := _find_version(name))]
     relations = [compare(results[row.name])[0] for row in rows]
@@ -706,8 +708,8 @@ def format_page(folder: Path, rows: Sequence[Row], results: dict[str, dict[str, 
         if _COMMON[script]:
             lines += [f"With `{_COMMON[script]}`.", ""]
         lines += [f"Compared: {_COMPARED[script]}.", ""]
-        lines += ["| row | flags | ours | built-in | compared | |", "|---|---|---|---|---|---|"]
-        lines += [_format_row(row, results[row.name]) for row in shown]
+        titles = ["row", "flags", "ours", "built-in", "compared", ""]
+        lines.append(format_markdown(titles, [_format_row(row, results[row.name]) for row in shown]))
     return "\n".join(lines) + "\n"
 
 
@@ -724,7 +726,7 @@ def _hash_blob(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def _format_row(row: Row, results: dict[str, Result]) -> str:
+def _format_row(row: Row, results: dict[str, Result]) -> list[str]:
     relation, largest = compare(results)
     cells = [_describe(results[side]) for side in SIDES]
     word = _WORDS.get(relation, relation)
@@ -736,7 +738,7 @@ def _format_row(row: Row, results: dict[str, Result]) -> str:
     if row.processes > 1:
         notes.append(f"{row.processes} processes, gloo" + (", `device_ids` dropped" if row.drop_device_ids else ""))
     flags = f"`{row.flags}`" if row.flags else "none"
-    return f"| {row.name} | {flags} | {cells[0]} | {cells[1]} | {word} | {'; '.join(notes)} |"
+    return [row.name, flags, *cells, word, "; ".join(notes)]
 
 
 def _describe(result: Result) -> str:
@@ -769,9 +771,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.rows:
         print(page)
     else:
-        temporary = options.output.with_name(f".{options.output.name}.tmp")
-        temporary.write_text(page)
-        temporary.replace(options.output)
+        from timm_tresnet.files import whole
+
+        with whole(options.output) as unfinished:
+            unfinished.write_text(page)
     if not all(meets(row, compare(results[row.name])[0]) for row in rows):
         sys.exit(1)
 

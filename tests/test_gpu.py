@@ -15,8 +15,8 @@ from test_rebuild import REBUILDING, collect, each_setting, make_model
 from torch import nn
 
 from timm_tresnet import optimize_for_inference, rebuild
-from timm_tresnet.benchmark import find_largest_batch, measure_kept
 from timm_tresnet.layers import BlurPool2d
+from timm_tresnet.measuring import find_largest_batch, measure_kept
 
 pytestmark = [
     pytest.mark.gpu,

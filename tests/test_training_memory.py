@@ -19,7 +19,9 @@ LOSS = 4 * 8 * 4 + 4 * 8 + 4 + 4  # of cross entropy: log-probabilities, labels,
 def training_memory():
     spec = importlib.util.spec_from_file_location("training_memory", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)  # as for a script
+        spec.loader.exec_module(module)
     return module
 
 
@@ -165,8 +167,8 @@ def test_an_existing_file_is_not_overwritten(training_memory, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         training_memory.main(["--json", str(results)])
     assert "never overwritten" in capsys.readouterr().err
-    with pytest.raises(FileExistsError, match="the results are in"):  # it came while measuring
-        training_memory.write_new(results, "new")
+    with pytest.raises(FileExistsError, match="what was made is in"):  # it came while measuring
+        training_memory.write_results({}, results)
     assert results.read_text() == "precious"
 
 

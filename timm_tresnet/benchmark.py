@@ -5,41 +5,36 @@ each time becomes a ratio to the reference's in the same round.
 """
 
 import argparse
-import copy
-import datetime
 import functools
-import gc
-import importlib.metadata
-import importlib.util
-import json
-import os
-import platform
+import itertools
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import timm
-import timm.models.tresnet
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
-from timm_tresnet.options import add_options
-from timm_tresnet.tresnet import ARCHITECTURES  # the built-in takes the same layers, width_factor and v2
+from timm_tresnet.measuring import (
+    autocast,
+    choose_memory_format,
+    compute_largest_batch,
+    compute_loss,
+    find_largest_batch,
+    make_batch,
+    measure_kept,
+    measure_size,
+    read_clock,
+)
+from timm_tresnet.results import format_spread, start_results, write_results
+from timm_tresnet.tables import format_markdown
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-BUILTIN_PREFIX = "built-in:"
 REPEATS = {"cpu": 1, "cuda": 4}  # steps in a row, for the CPU to run ahead of a GPU as in training
-_CLASSES = 1000
 _DEFAULT_GB = 16.0
 _DEFAULT_MAX_BATCH = 8192
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would log when it starts and stops; read at its first use
 
 
 @dataclass(frozen=True)
@@ -57,187 +52,6 @@ class Candidate:
     make: Callable[[], nn.Module]
     reference: str
     image_size: int = 224
-
-
-def make_network(name: str, **kwargs: Any) -> nn.Module:
-    """A network with random weights for 1000 classes.
-
-    Args:
-        name: a name for `timm.create_model`; behind "built-in:", a TResNet as timm itself has it.
-        kwargs: more arguments of the model.
-
-    Raises:
-        ValueError: if timm knows no such model, or has no such TResNet.
-    """
-    variant = name.removeprefix(BUILTIN_PREFIX)
-    if variant != name:
-        if variant not in ARCHITECTURES:
-            raise ValueError(f"{name}: built-in models to compare with are {', '.join(ARCHITECTURES)}, got {variant!r}")
-        return timm.models.tresnet.TResNet(num_classes=_CLASSES, **ARCHITECTURES[variant], **kwargs)
-    if not timm.is_model(name.partition(".")[0]):
-        raise ValueError(f"timm knows no model {name!r}; `timm.list_models()` names those that it knows")
-    return timm.create_model(name, num_classes=_CLASSES, **kwargs)
-
-
-# ---- what is measured
-
-
-def choose_memory_format(channels_last: bool) -> torch.memory_format:
-    """What `--channels-last` stands for, with and without it."""
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def read_clock(device: str) -> float:
-    """Seconds, at a moment when the device has done all that it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def make_batch(
-    size: int, image_size: int, device: str, memory_format: torch.memory_format = torch.contiguous_format
-) -> tuple[Tensor, Tensor]:
-    """Seeded images (N, 3, H, W) and labels (N,), made where they are used."""
-    generator = torch.Generator(device).manual_seed(0)
-    images = torch.randn(size, 3, image_size, image_size, generator=generator, device=device)
-    labels = torch.randint(0, _CLASSES, (size,), generator=generator, device=device)
-    return images.contiguous(memory_format=memory_format), labels
-
-
-def compute_loss(network: nn.Module, images: Tensor, labels: Tensor, amp: str | None = None) -> Tensor:
-    """Loss of a forward, under autocast to the dtype `amp` names, if any."""
-    with torch.autocast(images.device.type, dtype=DTYPES.get(amp, torch.bfloat16), enabled=amp is not None):
-        return F.cross_entropy(network(images).float(), labels)
-
-
-def measure_kept(network: nn.Module, images: Tensor, labels: Tensor, amp: str | None = None) -> int:
-    """Bytes that a training forward keeps while its loss is held, the loss itself among them.
-
-    Args:
-        network: takes images, returns logits (N, classes); in training mode, and warmed up if it is compiled.
-        images: (N, 3, H, W); the forward gets a copy.
-        labels: (N,); the forward gets a copy.
-        amp: dtype of autocast, a key of DTYPES; None for no autocast.
-    """
-    gc.collect()
-    if images.is_cuda:
-        before = torch.cuda.memory_allocated()
-        loss = compute_loss(network, images.clone(), labels.clone(), amp)
-        gc.collect()
-        kept = torch.cuda.memory_allocated() - before
-        del loss
-        return kept
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        loss = compute_loss(network, images.clone(), labels.clone(), amp)
-        gc.collect()
-    del loss  # not before the profile ends: what backward needs must not be freed in it
-    return sum(event.self_cpu_memory_usage for event in profile.events())
-
-
-def count_flops(network: nn.Module, image_size: int) -> int:
-    """Floating-point operations for one image; a multiply-add is two. Moves the network to the meta device."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.to("meta")(torch.empty(1, 3, image_size, image_size, device="meta"))
-    return counter.get_total_flops()
-
-
-def measure_size(network: nn.Module, image_size: int) -> dict[str, float]:
-    """Millions of parameters, and for one image billions of multiply-adds and millions of activations.
-
-    Activations are what convolutions and linear layers put out, as in timm's tables.
-    """
-    network = copy.deepcopy(network).eval()
-    activations = 0
-
-    def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        nonlocal activations
-        activations += output.numel()
-
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(count)
-    flops = count_flops(network, image_size)
-    return {
-        "params_m": sum(parameter.numel() for parameter in network.parameters()) / 1e6,
-        "gmacs": flops / 2e9,
-        "activations_m": activations / 1e6,
-    }
-
-
-def profile(run: Callable[[], object], title: str, device: str, repeats: int = 10) -> str:
-    """Milliseconds of a run on the device, and the operations that take the most of them, as a Markdown table."""
-    for _ in range(3):
-        run()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(repeats):
-            run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-    own = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    # A GPU's kernels stand there by themselves too, besides the operations that they belong to.
-    events = [event for event in profiler.key_averages() if event.key.startswith("aten::") or device == "cpu"]
-    times = {event.key: getattr(event, own) / 1e3 / repeats for event in events}  # us to ms
-    total = sum(times.values())
-    lines = [f"| {title} | ms of {total:.1f} | share |", "|---|---|---|"]
-    for key, time_ms in sorted(times.items(), key=lambda item: -item[1])[:10]:
-        lines.append(f"| {key} | {time_ms:.2f} | {time_ms / total:.1%} |")
-    return "\n".join(lines)
-
-
-def find_largest_batch(
-    step: Callable[[int], object], max_batch: int, memory_gb: float | None = None, guess: int | None = None
-) -> int:
-    """The largest batch with which `step(batch)` does not run out of a GPU's memory, by bisection, to one percent.
-
-    cuDNN does not try several algorithms meanwhile, which would take minutes for each size.
-
-    Args:
-        step: runs with a batch of that size.
-        max_batch: where to end.
-        memory_gb: what PyTorch may allocate, in gigabytes (1e9 bytes); None for what the GPU has.
-        guess: where to begin; every new size takes cuDNN seconds.
-    """
-    if memory_gb is not None:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gb * 1e9 / torch.cuda.mem_get_info()[1]))
-    tries_algorithms, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    fits, fails = 0, max_batch + 1
-    size, stride = (fits + fails) // 2 if guess is None else guess, 0.03
-    try:
-        while fails - fits > max(1, fits // 100):
-            size = min(max(size, fits + 1), fails - 1)
-            gc.collect()
-            torch.cuda.empty_cache()
-            try:
-                step(size)
-                fits = size
-            except torch.cuda.OutOfMemoryError:
-                fails = size
-            if guess is None or (fits and fails <= max_batch):
-                size = (fits + fails) // 2
-            else:  # away from the guess, faster and faster
-                size = int(fits * (1 + stride)) if fits else int(fails * (1 - stride))
-                stride = min(2 * stride, 0.5)
-    finally:
-        torch.backends.cudnn.benchmark = tries_algorithms
-        if memory_gb is not None:
-            torch.cuda.set_per_process_memory_fraction(1.0)
-    return fits
-
-
-def compute_largest_batch(params_m: float, kept_mb: float, memory_gb: float) -> int:
-    """Images for which what a training step keeps fits, beside float32 weights, gradients and momentum (12 bytes each).
-
-    An upper bound: the peak of a step is above what is kept.
-
-    Args:
-        params_m: millions of parameters.
-        kept_mb: kept for backward, in megabytes (1e6 bytes) an image.
-        memory_gb: the limit, in gigabytes (1e9 bytes).
-    """
-    return max(0, int((memory_gb * 1e3 - 12 * params_m) / kept_mb))
 
 
 class _Bench:
@@ -277,9 +91,7 @@ class _Bench:
         _, running, _ = self.network(candidate)
         running.eval()
         images, _ = self.batch(size, candidate.image_size)
-        amp = self.settings.amp
-        dtype = DTYPES.get(amp, torch.bfloat16)
-        with torch.inference_mode(), torch.autocast(images.device.type, dtype=dtype, enabled=amp is not None):
+        with torch.inference_mode(), autocast(self.settings.device, self.settings.amp):
             start = read_clock(self.settings.device)
             for _ in range(repeats):
                 running(images)
@@ -300,36 +112,11 @@ class _Bench:
             largest = find_largest_batch(step, self.settings.max_batch, limit, guess)
             self.networks.clear()  # each has the memory for itself
             how = "measured" if limit is None else f"measured in {limit:g} GB"
-            return {"kept_mb": kept_mb, "largest_batch": largest, "largest_batch_how": how}
-        limit = _DEFAULT_GB if self.settings.memory_gb is None else self.settings.memory_gb
-        largest = compute_largest_batch(params_m, kept_mb, limit)
-        how = f"computed for {limit:g} GB from kept bytes"
+        else:
+            limit = _DEFAULT_GB if self.settings.memory_gb is None else self.settings.memory_gb
+            largest = compute_largest_batch(params_m, kept_mb, limit)
+            how = f"computed for {limit:g} GB from kept bytes"
         return {"kept_mb": kept_mb, "largest_batch": largest, "largest_batch_how": how}
-
-
-class Progress:
-    """A bar on stderr.
-
-    Args:
-        total: steps there will be.
-        visible: whether to draw; None for where stderr is a terminal.
-    """
-
-    def __init__(self, total: int, visible: bool | None = None) -> None:
-        self.total, self.done = total, 0
-        self.visible = sys.stderr.isatty() if visible is None else visible
-
-    def advance(self, doing: str) -> None:
-        """Say what is done next, one step further."""
-        if self.visible:
-            filled = "#" * (30 * self.done // self.total)
-            print(f"\r[{filled:<30}] {self.done}/{self.total} {doing:<40.40}", end="", file=sys.stderr, flush=True)
-        self.done += 1
-
-    def end(self) -> None:
-        """Leave the bar's line."""
-        if self.visible:
-            print(file=sys.stderr)
 
 
 def compare(candidates: Sequence[Candidate], settings: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
@@ -337,38 +124,40 @@ def compare(candidates: Sequence[Candidate], settings: argparse.Namespace) -> tu
 
     Args:
         candidates: at least one; each one's reference is among them.
-        settings: what `add_options` adds.
+        settings: what `timm_tresnet.commands.options.add_comparison_options` adds.
 
     Returns:
         A dict for each candidate, with the fields that benchmarks/README.md describes, and whether all of it was done:
         with Ctrl-C, what is complete stays, the rest is None or missing from the lists.
     """
     bench = _Bench(settings)
-    seconds: dict[str, list[list[float]]] = {"train": [], "inference": []}  # for each round, those of every candidate
+    measures = {"train": bench.train, "inference": bench.infer}
+    seconds: dict[str, list[list[float]]] = {name: [] for name in measures}  # for each round, those of every candidate
     memory: list[dict[str, Any]] = []
-    progress = Progress(len(candidates) * (2 * settings.rounds + 4))
     sizes = []
-    complete = True
-    try:
+    complete = False
+    total = len(candidates) * (2 * settings.rounds + 4)
+    bar_format = "[{bar:30}] {n_fmt}/{total_fmt} {desc}"
+    with tqdm(total=total, disable=None, bar_format=bar_format, ascii=" #") as bar, suppress(KeyboardInterrupt):
         for candidate in candidates:
-            progress.advance(f"size of {candidate.name}")
+            bar.set_description_str(f"size of {candidate.name}")
             sizes.append(measure_size(candidate.make(), candidate.image_size))
+            bar.update()
         for candidate in candidates:
-            progress.advance(f"memory of {candidate.name}, {candidate.image_size} px")
+            bar.set_description_str(f"memory of {candidate.name}, {candidate.image_size} px")
             memory.append(bench.memory(candidate))
+            bar.update()
         for turn in range(settings.rounds + 1):
-            measured: dict[str, list[float]] = {"train": [], "inference": []}
-            for candidate in candidates:
-                for quantity, measure in (("train", bench.train), ("inference", bench.infer)):
-                    progress.advance(f"round {turn}: {quantity}, {candidate.name}, {candidate.image_size} px")
-                    repeats = REPEATS[settings.device] if turn else 1
-                    measured[quantity].append(measure(candidate, settings.batch_size, repeats))
+            measured: dict[str, list[float]] = {name: [] for name in measures}
+            for candidate, (quantity, measure) in itertools.product(candidates, measures.items()):
+                bar.set_description_str(f"round {turn}: {quantity}, {candidate.name}, {candidate.image_size} px")
+                repeats = REPEATS[settings.device] if turn else 1
+                measured[quantity].append(measure(candidate, settings.batch_size, repeats))
+                bar.update()
             if turn:  # round 0 is for warming up
                 for quantity, values in measured.items():
                     seconds[quantity].append(values)
-    except KeyboardInterrupt:
-        complete = False
-    progress.end()
+        complete = True
     return _summarize(candidates[: len(sizes)], sizes, memory, seconds, settings.batch_size), complete
 
 
@@ -398,76 +187,11 @@ def _find_reference(candidate: Candidate, candidates: Sequence[Candidate]) -> in
     return (same or named)[0]
 
 
-# ---- where it ran, and what is printed and written
-
-
-def describe_machine(device: str) -> dict[str, dict[str, Any]]:
-    """Hardware and versions, as they stand in the results."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    return {
-        "hardware": {
-            "cpu": cpu,
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,  # with the build, which the package's metadata leave out
-            "timm": timm.__version__,
-            "timm-tresnet": importlib.metadata.version("timm-tresnet"),
-        },
-    }
-
-
-def start_results(
-    command: str,
-    device: str,
-    settings: argparse.Namespace,
-    unrecorded: Sequence[str] = (),
-    packages: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Results without rows: what makes them, when and on what; printed too.
-
-    Args:
-        command: that makes these results.
-        device: as for `describe_machine`.
-        settings: every option.
-        unrecorded: options that are left out beside `json`, such as folders of the machine.
-        packages: whose versions are recorded too, where they are installed.
-    """
-    machine = describe_machine(device)
-    machine["versions"] |= {
-        name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)
-    }
-    recorded = {name: value for name, value in vars(settings).items() if name not in ("json", *unrecorded)}
-    today = datetime.date.today().isoformat()
-    results = {"command": command, "date": today, **machine, "settings": recorded, "rows": []}
-    print(format_machine(results), flush=True)
-    return results
-
-
-def format_machine(results: dict[str, Any]) -> str:
-    """The command, and where it ran."""
-    machine = ", ".join(f"{name} {value}" for name, value in {**results["hardware"], **results["versions"]}.items())
-    return f"{results['date']}: {results['command']}\n{machine}\n"
-
-
-def format_spread(values: Sequence[float]) -> str:
-    """Median and range of ratios, empty for none."""
-    return f"{statistics.median(values):.2f}x ({min(values):.2f}-{max(values):.2f})" if values else ""
-
-
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of `compare` as a Markdown table; speeds are medians, with their ratios' spread."""
     titles = ["", "px", "M params", "GMACs", "M activations", "kept, MB an image", "largest batch"]
     titles += ["training, images/s", "inference, images/s"]
-    table = [titles, ["---"] * len(titles)]
+    table = []
     for row in rows:
         cells = [row["row"], str(row["image_size"])]
         cells += [f"{row['params_m']:.1f}", f"{row['gmacs']:.2f}", f"{row['activations_m']:.1f}"]
@@ -478,23 +202,8 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{statistics.median(speeds):.1f}, {format_spread(row[f'{quantity}_ratios'])}" if speeds else ""
             )
         table.append(cells)
-    lines = [f"| {' | '.join(cells)} |" for cells in table]
     how = {row["largest_batch_how"]: None for row in rows if row["largest_batch_how"]}
-    return "\n".join([*lines, "", *(f"Largest batch: {each}." for each in how)])
-
-
-def write_new(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all.
-
-    Raises:
-        FileExistsError: if there is one of that name; the text is then beside it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    unfinished.write_text(text)
-    if path.exists():
-        raise FileExistsError(f"{path} came to exist meanwhile and is left as it is; the results are in {unfinished}")
-    unfinished.rename(path)
+    return "\n".join([format_markdown(titles, table), "", *(f"Largest batch: {each}." for each in how)])
 
 
 def check_options(settings: argparse.Namespace) -> None:
@@ -514,17 +223,6 @@ def check_options(settings: argparse.Namespace) -> None:
         raise ValueError("--amp float16 and --max-batch need --device cuda")
 
 
-def parse_options(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """Add the options to those of a script, parse and check them; a mistake ends the process."""
-    add_options(parser)
-    settings = parser.parse_args(words)
-    try:
-        check_options(settings)
-    except ValueError as error:
-        parser.error(str(error))
-    return settings
-
-
 def run_comparison(
     candidates: Sequence[Candidate],
     settings: argparse.Namespace,
@@ -535,7 +233,7 @@ def run_comparison(
 
     Args:
         candidates: as for `compare`.
-        settings: what `add_options` adds, checked; all but `json` stands in the results.
+        settings: as for `compare`, checked; all but `json` stands in the results.
         command: that makes these results.
         annotate: returns more fields for a row.
 
@@ -548,7 +246,7 @@ def run_comparison(
     results["rows"] = [{**row, **annotate(row)} for row in rows]
     print(format_table(results["rows"]))
     if settings.json:
-        write_new(settings.json, json.dumps(results, indent=2) + "\n")
+        write_results(results, settings.json)
     if not complete:
         print("interrupted: these are the measurements that were complete", file=sys.stderr)
     return 0 if complete else 130

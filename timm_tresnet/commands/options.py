@@ -1,4 +1,4 @@
-"""Command-line options of benchmarks and types of arguments, in a module whose import does not need torch."""
+"""Types of arguments, for `add_argument(type=...)`, and the options of comparisons."""
 
 import argparse
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def new_file(text: str) -> Path:
-    """A file for results from an argument: for `add_argument(type=...)`."""
+    """A file for results that is not there yet."""
     path = Path(text)
     if path.exists():
         raise argparse.ArgumentTypeError(f"{path} exists already; results are never overwritten, name a new file")
@@ -14,7 +14,7 @@ def new_file(text: str) -> Path:
 
 
 def at_least(least: int, kind: type = int) -> Callable[[str], float]:
-    """What makes a number from an argument, for `add_argument(type=...)`, and refuses smaller ones."""
+    """What makes a number and refuses smaller ones."""
 
     def number(text: str) -> float:
         value = kind(text)
@@ -26,14 +26,14 @@ def at_least(least: int, kind: type = int) -> Callable[[str], float]:
 
 
 def image_size(text: str) -> int:
-    """The side of images from an argument, in pixels: for `add_argument(type=...)`."""
+    """The side of images, in pixels."""
     size = int(text)
     if size < 32 or size % 4:
         raise argparse.ArgumentTypeError(f"needs a multiple of 4 from 32 on, got {size}")
     return size
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_comparison_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that every comparison of `timm_tresnet.benchmark` has."""
     parser.add_argument("--batch-size", type=at_least(1), default=8)
     parser.add_argument("--rounds", type=at_least(1), default=5, help="default: %(default)s")

@@ -3,7 +3,7 @@ import argparse
 import pytest
 
 from timm_tresnet import cli
-from timm_tresnet.options import add_options, at_least, image_size, new_file
+from timm_tresnet.commands.options import add_comparison_options, at_least, image_size, new_file
 
 
 def test_image_sizes_that_the_stem_cannot_take_are_refused(capsys):
@@ -36,7 +36,7 @@ def test_files_of_results_are_new(tmp_path):
 
 def test_options_stand_at_a_measurement_on_the_cpu_that_writes_nothing():
     parser = argparse.ArgumentParser()
-    add_options(parser)
+    add_comparison_options(parser)
     settings = vars(parser.parse_args([]))
     assert settings == {
         "batch_size": 8,

@@ -1,0 +1,57 @@
+import json
+import os
+import shutil
+
+import pytest
+import reference
+import torch
+
+from timm_tresnet import cli
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    folder = tmp_path / "old"
+    folder.mkdir()
+    for name in ("a", "b"):
+        torch.save({"model": reference.official_state_dict((2, 2, 3, 1), planes=16)}, folder / f"{name}.pth")
+    return folder
+
+
+def test_convert_writes_a_folder_that_classify_loads(checkpoints, tmp_path, capsys):
+    known = ["--input-size", "64", "--mean", "0", "0", "0", "--std", "1", "1", "1", "--crop-pct", "1"]
+    known += ["--interpolation", "bilinear", "--crop-mode", "squash", "--license", "mit", "--dataset", "Demo"]
+    output = tmp_path / "new"
+    assert cli.main(["convert", str(checkpoints / "a.pth"), "--output", str(output), "--multi-label", *known]) == 0
+    assert (
+        "test_tresnet, 10 classes, official names, no public weight\n  In-Place ABN weights" in capsys.readouterr().out
+    )
+    assert cli.main(["classify", "--json", "--threshold", "0", "--model", f"local-dir:{output}"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert {len(result["predictions"]) for result in results} == {10}
+
+
+def test_convert_writes_a_subfolder_for_each_of_several_files(checkpoints, tmp_path, capsys):
+    (checkpoints / "c.pth").write_text("<html>403 Forbidden</html>")
+    files = [str(checkpoints / f"{name}.pth") for name in ("a", "c", "b")]
+    assert cli.main(["convert", *files, "--output", str(tmp_path / "new")]) == 1
+    captured = capsys.readouterr()
+    assert f"timm-tresnet: cannot read {files[1]}" in captured.err
+    assert sorted(os.listdir(tmp_path / "new")) == ["a", "b"]
+    assert cli.main(["convert", *files[::2], "--output", str(tmp_path / "new")]) == 1
+    assert "or overwrite it" in capsys.readouterr().err
+    assert cli.main(["convert", *files[::2], "--output", str(tmp_path / "new"), "--overwrite"]) == 0
+
+
+def test_convert_refuses_files_that_would_share_a_subfolder(checkpoints, tmp_path, capsys):
+    shutil.copy(checkpoints / "a.pth", tmp_path / "a.pt")
+    assert cli.main(["convert", str(checkpoints / "a.pth"), str(tmp_path / "a.pt"), "--output", str(tmp_path)]) == 2
+    assert "two of the files have the same name" in capsys.readouterr().err
+
+
+def test_convert_warns_of_bad_numbers(checkpoints, tmp_path, capsys):
+    tensors = reference.official_state_dict((2, 2, 3, 1), planes=16)
+    tensors["head.fc.bias"][0] = float("nan")
+    torch.save(tensors, checkpoints / "nan.pth")
+    assert cli.main(["convert", str(checkpoints / "nan.pth"), "--output", str(tmp_path / "new")]) == 0
+    assert "nan.pth: NaN or infinite values in head.fc.bias" in capsys.readouterr().err

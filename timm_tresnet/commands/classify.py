@@ -1,0 +1,195 @@
+"""`timm-tresnet classify` says what is on images."""
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from timm_tresnet.commands import CommandError, load_model
+from timm_tresnet.commands.options import at_least
+from timm_tresnet.images import SAMPLES, find_images, read_image
+from timm_tresnet.labels import is_multi_label, label_lookup
+from timm_tresnet.tables import format_columns
+
+ABOUT = {
+    "help": "say what is on images",
+    "description": "Say what is on images. Without IMAGE, classifies the sample photographs in the package.",
+}
+_EMBEDDED = "test_tresnet"
+_BATCH_SIZE = 32
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to its parser."""
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image files, or folders of them")
+    parser.add_argument(
+        "--model",
+        default=_EMBEDDED,
+        metavar="NAME",
+        help="a model with weights: a name from `timm-tresnet list`, hf-hub:ORG/NAME or local-dir:FOLDER "
+        "(default: %(default)s, ten CIFAR-10 classes, works offline)",
+    )
+    parser.add_argument(
+        "--engine",
+        nargs=2,
+        metavar=("ENGINE", "ARTIFACT"),
+        help="run a file that `timm-tresnet export` wrote, in the engine torch, onnx or openvino, instead of a model",
+    )
+    parser.add_argument("--top-k", default=3, type=at_least(1), metavar="K", help="how many classes (default: 3)")
+    parser.add_argument(
+        "--threshold",
+        default=0.5,
+        type=_probability,
+        metavar="P",
+        help="for models with any number of labels an image: print every label at least this probable, instead of the "
+        "top K (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
+
+
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"needs a number from 0 to 1, got {value}")
+    return value
+
+
+def run(
+    words: Sequence[str],
+    *,
+    images: Sequence[Path],
+    model: str,
+    engine: tuple[str, str] | None,
+    top_k: int,
+    threshold: float,
+    as_json: bool,
+) -> int:
+    """Classify, print what was found, and name the files that cannot be read."""
+    from tqdm import tqdm
+
+    paths = list(find_images(images or [SAMPLES]))
+    if not paths:
+        raise CommandError(f"no images in {', '.join(map(str, images))}")
+    network = _load_artifact(*engine) if engine else load_model(model)
+    if network.num_classes == 0:
+        raise CommandError(f"{engine[1] if engine else model} is a backbone without classes")
+
+    few = len(paths) <= _BATCH_SIZE
+    bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} images"
+    with tqdm(total=len(paths), disable=few or None, mininterval=0, bar_format=bar_format) as bar:  # None: on terminals
+        results = classify_images(network, paths, top_k, bar.update, threshold)
+    if as_json:
+        print(json.dumps(results, indent=2))
+    else:
+        _print_predictions(results)
+        if not images and not engine:
+            print(
+                f"\nThese are the photographs in the package; {_EMBEDDED} knows the ten classes of CIFAR-10 and takes "
+                "everything for one of them.\nFor the 1000 classes of ImageNet, with weights from the Hugging Face "
+                "Hub:\n    timm-tresnet classify --model tresnet_m.miil_in21k_ft_in1k IMAGE..."
+            )
+    unreadable = [result for result in results if "error" in result]
+    for result in unreadable:
+        print(f"timm-tresnet: skipped {result['image']}: {result['error']}", file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+def _load_artifact(engine: str, artifact: str) -> Any:
+    from timm_tresnet import ExportedModel
+
+    try:
+        return ExportedModel(engine, artifact)
+    except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
+        raise CommandError(f"cannot load {artifact}: {error}") from error
+
+
+def classify_images(
+    model: Any,
+    paths: Sequence[Path],
+    top_k: int,
+    advance: Callable[[int], None] = lambda count: None,
+    threshold: float = 0.5,
+) -> list[dict[str, Any]]:
+    """Classify image files with the preprocessing that the model's weights were made for.
+
+    Args:
+        model: a model from `timm.create_model`, in eval mode, or a `timm_tresnet.ExportedModel`.
+        paths: image files.
+        top_k: how many classes to report for each.
+        advance: is told after each batch how many images that were.
+        threshold: of a model whose images have any number of labels, every label at least this probable is reported.
+
+    Returns:
+        For each path, in order, a dict with "image" and either "predictions", a list of dicts with "label", "index" and
+        "probability", most probable first, or, where the file cannot be read, "error".
+    """
+    import timm.data
+
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    describe = label_lookup(model)
+    if is_multi_label(model.pretrained_cfg):
+        choose = functools.partial(_choose_probable, threshold=threshold)
+    else:
+        choose = functools.partial(_choose_top, count=top_k)
+    results = []
+    for start in range(0, len(paths), _BATCH_SIZE):
+        batch = paths[start : start + _BATCH_SIZE]
+        results += _classify_batch(model, batch, choose, transform, describe)
+        advance(len(batch))
+    return results
+
+
+def _choose_top(logits: Any, count: int) -> list[tuple[int, float]]:
+    """Index and probability of the most probable classes of one image, of which one is right."""
+    top = logits.softmax(-1).topk(min(count, len(logits)))
+    return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+
+
+def _choose_probable(logits: Any, threshold: float) -> list[tuple[int, float]]:
+    """Index and probability of every label of one image that is probable enough."""
+    probabilities, indices = logits.sigmoid().sort(descending=True)
+    count = int((probabilities >= threshold).sum())
+    return list(zip(indices[:count].tolist(), probabilities[:count].tolist(), strict=True))
+
+
+def _classify_batch(
+    model: Any,
+    paths: Sequence[Path],
+    choose: Callable[[Any], list[tuple[int, float]]],
+    transform: Callable[..., Any],
+    describe: Callable[[int], str],
+) -> list[dict[str, Any]]:
+    import torch
+
+    results: list[dict[str, Any]] = []
+    inputs = []
+    for path in paths:
+        result: dict[str, Any] = {"image": str(path)}
+        try:
+            inputs.append(transform(read_image(path)))
+        except ValueError as error:
+            result["error"] = str(error)
+        results.append(result)
+    if inputs:
+        with torch.inference_mode():
+            rows = iter(model(torch.stack(inputs)))
+        for result in results:
+            if "error" not in result:
+                result["predictions"] = [
+                    {"label": describe(index), "index": index, "probability": probability}
+                    for index, probability in choose(next(rows))
+                ]
+    return results
+
+
+def _print_predictions(results: list[dict[str, Any]]) -> None:
+    rows = [
+        [result["image"], *(f"{entry['label']} {entry['probability']:.1%}" for entry in result["predictions"])]
+        for result in results
+        if "predictions" in result
+    ]
+    if rows:
+        print(format_columns(rows))

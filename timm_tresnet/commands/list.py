@@ -1,0 +1,103 @@
+"""`timm-tresnet list` shows the variants and their weights."""
+
+import argparse
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from timm_tresnet.tables import format_columns
+
+ABOUT = {"help": "list the variants and their weights"}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to its parser."""
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
+
+
+def run(words: Sequence[str], *, as_json: bool) -> int:
+    """Print a line for every variant and weight tag."""
+    rows = describe_weights()
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    header = ["model", "params (M)", "GMACs", "input", "ImageNet top-1", "weights"]
+    table = [
+        [
+            row["model"],
+            f"{row['params_m']:.2f}",
+            f"{row['gmacs']:.2f}",
+            "x".join(map(str, row["input_size"][1:])),
+            "" if row["imagenet_top1"] is None else f"{row['imagenet_top1']:.2f}",
+            row["weights"],
+        ]
+        for row in rows
+    ]
+    print(format_columns([header, *table]))
+    return 0
+
+
+def describe_weights() -> list[dict[str, Any]]:
+    """Describe every variant and weight tag of the plugin.
+
+    Returns:
+        For each a dict with "model" (variant.tag), "params_m" (millions), "gmacs" (billions of multiply-adds for one
+        image of "input_size", (C, H, W)), "num_classes", "imagenet_top1" (percent; None where unknown) and "weights":
+        "in the package", "cached", "on the Hub: ORG/NAME", "to convert from FILE" or "none".
+    """
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    from timm_tresnet.catalogue import load_catalogue
+    from timm_tresnet.tresnet import IMAGENET_TOP1
+
+    catalogue = load_catalogue()
+    rows = []
+    for name in timm.list_models(module="tresnet", include_tags=True):
+        config = get_pretrained_cfg(name)
+        public = catalogue.get(name)
+        head_features = public.network_arguments.get("head_features") if public else None
+        params, macs = _measure_size(name.partition(".")[0], config.input_size[-1], config.num_classes, head_features)
+        rows.append(
+            {
+                "model": name,
+                "params_m": params / 1e6,
+                "gmacs": macs / 1e9,
+                "input_size": config.input_size,
+                "num_classes": config.num_classes,
+                "imagenet_top1": IMAGENET_TOP1.get(name),
+                "weights": _locate_weights(config, public),
+            }
+        )
+    return rows
+
+
+def _measure_size(variant: str, image_size: int, num_classes: int, head_features: int | None) -> tuple[int, int]:
+    params, macs, width = _measure_backbone(variant, image_size)
+    for features in (head_features, num_classes):
+        if features:
+            params, macs, width = params + width * features + features, macs + width * features, features
+    return params, macs
+
+
+@functools.cache  # most weights share theirs with another one, and each takes half a second
+def _measure_backbone(variant: str, image_size: int) -> tuple[int, int, int]:
+    import timm
+
+    from timm_tresnet.measuring import count_flops
+
+    model = timm.create_model(variant, num_classes=0, device="meta").eval()
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return params, count_flops(model, image_size) // 2, model.num_features
+
+
+def _locate_weights(config: Any, public: Any) -> str:
+    from huggingface_hub import try_to_load_from_cache
+
+    if config.file:
+        return "in the package"
+    if not config.hf_hub_id:
+        return f"to convert from {public.files[0]}" if public else "none"
+    cached = try_to_load_from_cache(config.hf_hub_id, config.hf_hub_filename)
+    return "cached" if isinstance(cached, str) else f"on the Hub: {config.hf_hub_id}"

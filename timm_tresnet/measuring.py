@@ -1,0 +1,199 @@
+"""Quantities of one network: size, operations, memory kept for backward, the largest batch that fits."""
+
+import copy
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import timm
+import timm.models.tresnet
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_tresnet.tresnet import ARCHITECTURES  # the built-in takes the same layers, width_factor and v2
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+BUILTIN_PREFIX = "built-in:"
+_CLASSES = 1000
+
+
+def make_network(name: str, **kwargs: Any) -> nn.Module:
+    """A network with random weights for 1000 classes.
+
+    Args:
+        name: a name for `timm.create_model`; behind "built-in:", a TResNet as timm itself has it.
+        kwargs: more arguments of the model.
+
+    Raises:
+        ValueError: if timm knows no such model, or has no such TResNet.
+    """
+    variant = name.removeprefix(BUILTIN_PREFIX)
+    if variant != name:
+        if variant not in ARCHITECTURES:
+            raise ValueError(f"{name}: built-in models to compare with are {', '.join(ARCHITECTURES)}, got {variant!r}")
+        return timm.models.tresnet.TResNet(num_classes=_CLASSES, **ARCHITECTURES[variant], **kwargs)
+    if not timm.is_model(name.partition(".")[0]):
+        raise ValueError(f"timm knows no model {name!r}; `timm.list_models()` names those that it knows")
+    return timm.create_model(name, num_classes=_CLASSES, **kwargs)
+
+
+def choose_memory_format(channels_last: bool) -> torch.memory_format:
+    """What `--channels-last` stands for, with and without it."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def read_clock(device: str) -> float:
+    """Seconds, at a moment when the device has done all that it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def make_batch(
+    size: int, image_size: int, device: str, memory_format: torch.memory_format = torch.contiguous_format
+) -> tuple[Tensor, Tensor]:
+    """Seeded images (N, 3, H, W) and labels (N,), made where they are used."""
+    generator = torch.Generator(device).manual_seed(0)
+    images = torch.randn(size, 3, image_size, image_size, generator=generator, device=device)
+    labels = torch.randint(0, _CLASSES, (size,), generator=generator, device=device)
+    return images.contiguous(memory_format=memory_format), labels
+
+
+def autocast(device: str, amp: str | None) -> torch.autocast:
+    """Autocast to the dtype that `amp` names, a key of DTYPES, or none."""
+    return torch.autocast(device, dtype=DTYPES.get(amp, torch.bfloat16), enabled=amp is not None)
+
+
+def compute_loss(network: nn.Module, images: Tensor, labels: Tensor, amp: str | None = None) -> Tensor:
+    """Loss of a forward, under autocast to the dtype `amp` names, if any."""
+    with autocast(images.device.type, amp):
+        return F.cross_entropy(network(images).float(), labels)
+
+
+@contextmanager
+def run_profiler(**kwargs: Any) -> Iterator[torch.profiler.profile]:
+    """PyTorch's profiler, without what it logs to stderr when it starts and stops.
+
+    Args:
+        kwargs: arguments of `torch.profiler.profile`.
+    """
+    chosen = os.environ.get("KINETO_LOG_LEVEL")
+    os.environ["KINETO_LOG_LEVEL"] = chosen or "6"  # read when the first profiler of the process starts
+    try:
+        with torch.profiler.profile(**kwargs) as profiler:
+            yield profiler
+    finally:
+        if chosen is None:
+            del os.environ["KINETO_LOG_LEVEL"]
+
+
+def measure_kept(network: nn.Module, images: Tensor, labels: Tensor, amp: str | None = None) -> int:
+    """Bytes that a training forward keeps while its loss is held, the loss itself among them.
+
+    Args:
+        network: takes images, returns logits (N, classes); in training mode, and warmed up if it is compiled.
+        images: (N, 3, H, W); the forward gets a copy.
+        labels: (N,); the forward gets a copy.
+        amp: dtype of autocast, a key of DTYPES; None for no autocast.
+    """
+    gc.collect()
+    if images.is_cuda:
+        before = torch.cuda.memory_allocated()
+        loss = compute_loss(network, images.clone(), labels.clone(), amp)
+        gc.collect()
+        kept = torch.cuda.memory_allocated() - before
+        del loss
+        return kept
+    with run_profiler(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss = compute_loss(network, images.clone(), labels.clone(), amp)
+        gc.collect()
+    del loss  # not before the profile ends: what backward needs must not be freed in it
+    return sum(event.self_cpu_memory_usage for event in profiler.events())
+
+
+def count_flops(network: nn.Module, image_size: int) -> int:
+    """Floating-point operations for one image; a multiply-add is two. Moves the network to the meta device."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.to("meta")(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return counter.get_total_flops()
+
+
+def measure_size(network: nn.Module, image_size: int) -> dict[str, float]:
+    """Millions of parameters, and for one image billions of multiply-adds and millions of activations.
+
+    Activations are what convolutions and linear layers put out, as in timm's tables.
+    """
+    network = copy.deepcopy(network).eval()
+    activations = 0
+
+    def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        nonlocal activations
+        activations += output.numel()
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    flops = count_flops(network, image_size)
+    return {
+        "params_m": sum(parameter.numel() for parameter in network.parameters()) / 1e6,
+        "gmacs": flops / 2e9,
+        "activations_m": activations / 1e6,
+    }
+
+
+def find_largest_batch(
+    step: Callable[[int], object], max_batch: int, memory_gb: float | None = None, guess: int | None = None
+) -> int:
+    """The largest batch with which `step(batch)` does not run out of a GPU's memory, by bisection, to one percent.
+
+    cuDNN does not try several algorithms meanwhile, which would take minutes for each size.
+
+    Args:
+        step: runs with a batch of that size.
+        max_batch: where to end.
+        memory_gb: what PyTorch may allocate, in gigabytes (1e9 bytes); None for what the GPU has.
+        guess: where to begin; every new size takes cuDNN seconds.
+    """
+    if memory_gb is not None:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gb * 1e9 / torch.cuda.mem_get_info()[1]))
+    tries_algorithms, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    fits, fails = 0, max_batch + 1
+    size, stride = (fits + fails) // 2 if guess is None else guess, 0.03
+    try:
+        while fails - fits > max(1, fits // 100):
+            size = min(max(size, fits + 1), fails - 1)
+            gc.collect()
+            torch.cuda.empty_cache()
+            try:
+                step(size)
+                fits = size
+            except torch.cuda.OutOfMemoryError:
+                fails = size
+            if guess is None or (fits and fails <= max_batch):
+                size = (fits + fails) // 2
+            else:  # away from the guess, faster and faster
+                size = int(fits * (1 + stride)) if fits else int(fails * (1 - stride))
+                stride = min(2 * stride, 0.5)
+    finally:
+        torch.backends.cudnn.benchmark = tries_algorithms
+        if memory_gb is not None:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    return fits
+
+
+def compute_largest_batch(params_m: float, kept_mb: float, memory_gb: float) -> int:
+    """Images for which what a training step keeps fits, beside float32 weights, gradients and momentum (12 bytes each).
+
+    An upper bound: the peak of a step is above what is kept.
+
+    Args:
+        params_m: millions of parameters.
+        kept_mb: kept for backward, in megabytes (1e6 bytes) an image.
+        memory_gb: the limit, in gigabytes (1e9 bytes).
+    """
+    return max(0, int((memory_gb * 1e3 - 12 * params_m) / kept_mb))
