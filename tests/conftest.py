@@ -11,7 +11,7 @@ from hub_server import HubServer
 # For an interpreter in which no warning may pass, but what PyTorch 2.5 itself says of a folder that it made.
 STRICTLY = ["-W", "error", "-W", "ignore:Implicitly cleaning up:ResourceWarning"]
 
-
+pytest.register_assert_rewrite("comparing")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several of them share the cores
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 
 def space_to_depth(x, block=4):
@@ -178,3 +179,19 @@ def official_forward(tensors, x, slope=1e-3, stem_slope=1e-2):
         if f"{name}.weight" in tensors:
             x = x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
     return x
+
+
+def randomise(model):
+    """Give every batch norm weights of both signs, some near zero, and statistics of a trained network."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, std=0.5)
+            module.weight.data[::8] = 1e-6
+            nn.init.normal_(module.bias, std=0.2)
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+def relative_error(actual, expected):
+    return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()

@@ -11,7 +11,7 @@ import pytest
 import timm
 import timm.models.tresnet
 import torch
-from test_rebuild import REBUILDING, collect, each_setting, make_model
+from comparing import REBUILDING, collect, each_setting, make_model
 from torch import nn
 
 from timm_tresnet import optimize_for_inference, rebuild

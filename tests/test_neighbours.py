@@ -12,8 +12,8 @@ import timm
 import timm.models.tresnet
 import torch
 import torch.nn.functional as F
+from comparing import assert_same, collect, images, make_model, saved_bytes, train_step
 from PIL import Image
-from test_rebuild import assert_same, collect, images, make_model, saved_bytes, train_step
 from torch import nn
 from torch.nn.utils import prune
 
