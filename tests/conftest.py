@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import HubServer
-
-# For an interpreter in which no warning may pass, but what PyTorch 2.5 itself says of a folder that it made.
-STRICTLY = ["-W", "error", "-W", "ignore:Implicitly cleaning up:ResourceWarning"]
+from interpreters import STRICTLY
 
 pytest.register_assert_rewrite("comparing")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several of them share the cores
