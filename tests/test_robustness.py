@@ -114,9 +114,6 @@ def environment(tmp_path, dependencies):
     return Environment(tmp_path / "environment", dependencies)
 
 
-# ---- ways to be installed
-
-
 def test_new_version_replaces_the_old_one_and_uninstalling_gives_timm_its_own_back(environment, tmp_path):
     who = f"import timm_tresnet; print(timm_tresnet.__version__); {WHO_BUILDS}"
     environment.pip("install", "--no-deps", make_wheel(tmp_path, "0.0.1", extra=["removed_later"]))
@@ -181,9 +178,6 @@ except FileNotFoundError:
     assert f"{application}/timm_tresnet/weights/test_tresnet.r64_cifar10.safetensors" in process.stderr  # timm's log
 
 
-# ---- faults
-
-
 @pytest.mark.parametrize(
     ("module", "text"),
     [
@@ -214,9 +208,6 @@ def test_missing_dependency_is_one_warning_and_timm_keeps_its_own(environment, t
     (line,) = process.stderr.splitlines()
     assert "timm keeps its own" in line
     assert "huggingface_hub" in line
-
-
-# ---- processes
 
 
 def test_workers_build_and_run_ours_however_they_start(environment, tmp_path):
