@@ -10,11 +10,9 @@ import reference
 import torch
 from converting import SMALL
 from hub_server import HubServer
+from interpreters import STRICTLY
 
-# For an interpreter in which no warning may pass, but what PyTorch 2.5 itself says of a folder that it made.
-STRICTLY = ["-W", "error", "-W", "ignore:Implicitly cleaning up:ResourceWarning"]
-
-
+pytest.register_assert_rewrite("comparing")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several of them share the cores
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)

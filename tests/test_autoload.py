@@ -1,8 +1,13 @@
-import pytest
-from conftest import STRICTLY
+import importlib.machinery
+import sys
+import threading
+import types
 
-OURS, BUILTIN = "timm_tresnet.tresnet", "timm.models.tresnet"
-WHO_BUILDS = "import timm; print(type(timm.create_model('tresnet_m', device='meta')).__module__)"
+import pytest
+from interpreters import BUILTIN, OURS, STRICTLY, WHO_BUILDS
+
+import timm_tresnet
+from timm_tresnet import autoload
 
 
 @pytest.mark.parametrize(
@@ -46,18 +51,6 @@ def test_timm_builds_ours_whatever_was_imported_first(run_python, code):
     assert process.stderr == ""
 
 
-def test_import_of_torch_arms_the_hook_without_importing_timm(run_python):
-    code = "import sys, torch; print(sorted(name for name in sys.modules if name.startswith(('timm', 'huggingface'))))"
-    assert run_python("-c", code).stdout.strip() == "['timm_tresnet', 'timm_tresnet.autoload']"
-
-
-@pytest.mark.parametrize("switch", ["TIMM_TRESNET_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
-def test_switch_leaves_timm_alone_until_the_plugin_is_imported(run_python, switch):
-    code = WHO_BUILDS + "; import timm_tresnet; " + WHO_BUILDS
-    assert run_python("-c", code, **{switch: "0"}).stdout.split() == [BUILTIN, OURS]
-    assert run_python("-c", "import timm_tresnet; " + WHO_BUILDS, **{switch: "0"}).stdout.strip() == OURS
-
-
 @pytest.mark.parametrize("module", ["tresnet", "blocks", "autoload"])
 def test_broken_plugin_warns_once_and_leaves_timm_its_own_models(run_python, module):
     code = f"""
@@ -85,39 +78,43 @@ def test_modules_keep_their_own_loaders(run_python):
     assert run_python("-c", code).stdout.split() == ["SourceFileLoader"] * 2
 
 
-def test_script_runs_with_the_plugin_and_its_own_arguments(run_python, tmp_path):
-    (tmp_path / "beside.py").write_text("VALUE = 3\n")
-    script = tmp_path / "script.py"
-    script.write_text(f"import sys, beside\nprint(__name__, sys.argv[1:], beside.VALUE)\n{WHO_BUILDS}\n")
-    process = run_python("-m", "timm_tresnet", script, "--model", "x", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
-    assert process.stdout.split("\n")[:2] == ["__main__ ['--model', 'x'] 3", OURS]
+def test_finders_that_python_passes_over_are_passed_over(monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [object(), autoload._Finder(), importlib.machinery.PathFinder])
+    spec = sys.meta_path[1].find_spec("timm_tresnet.layers", timm_tresnet.__path__)
+    assert spec.origin.endswith("__init__.py")
 
 
-def test_script_runs_in_every_process_of_torchrun(run_python, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(f"import os\nprint(os.environ['WORLD_SIZE'])\n{WHO_BUILDS}\n")
-    process = run_python(
-        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-addr", "localhost", "--master-port", "29511",
-        "-m", "timm_tresnet", script, TORCH_DEVICE_BACKEND_AUTOLOAD="0",
-    )  # fmt: skip
-    assert sorted(process.stdout.split()) == ["2", "2", OURS, OURS]
+def test_of_two_threads_whose_modules_finish_together_one_registers(monkeypatch):
+    registered = []
+    monkeypatch.setattr(autoload, "_register", lambda: registered.append(threading.current_thread().name))
 
+    class Lock:
+        """Lets neither thread count itself out before both have run their module."""
 
-def test_missing_script_is_named(run_python):
-    process = run_python("-m", "timm_tresnet", "missing.py", check=False)
-    assert process.returncode == 1
-    assert "no file missing.py" in process.stderr
+        lock, visits, both_ran = threading.Lock(), threading.local(), threading.Barrier(2)
 
+        def __enter__(self):
+            self.visits.count = getattr(self.visits, "count", 0) + 1
+            if self.visits.count == 2:
+                self.both_ran.wait(60)
+            self.lock.acquire()
 
-def test_without_a_script_the_module_is_the_command(run_python):
-    assert "classify" in run_python("-m", "timm_tresnet", "--help").stdout
+        def __exit__(self, *exception):
+            self.lock.release()
 
+    both_started = threading.Barrier(2)
+    monkeypatch.setattr(autoload._Loader, "_lock", Lock())
+    monkeypatch.setitem(sys.modules, "timm.models", types.ModuleType("timm.models"))
 
-def test_package_lists_its_public_names():
-    import timm_tresnet
+    def load(name):
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        loader = types.SimpleNamespace(exec_module=lambda module: both_started.wait(60))
+        autoload._Loader(loader).exec_module(module)
 
-    assert set(timm_tresnet.__all__) <= set(dir(timm_tresnet))
-    assert timm_tresnet.__version__
-    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
-        timm_tresnet.nonsense  # noqa: B018
-    assert all(getattr(timm_tresnet, name).__module__.startswith("timm_tresnet.") for name in timm_tresnet.__all__)
+    threads = [threading.Thread(target=load, args=(name,)) for name in ("first", "second")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(registered) == 1

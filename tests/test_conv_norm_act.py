@@ -68,7 +68,11 @@ def test_conv_norm_act_takes_another_norm():
     assert layer(torch.randn(1, 3, 2, 2)).min() >= 0
 
 
-# ---- folding
+def test_conv_norm_act_takes_a_norm_that_knows_neither_device_nor_dtype():
+    def make_norm(num_features, apply_act):
+        return nn.BatchNorm2d(num_features) if apply_act else nn.InstanceNorm2d(num_features)
+
+    assert type(ConvNormAct(3, 4, 1, norm_layer=make_norm).bn) is nn.InstanceNorm2d
 
 
 def make_trained(**kwargs):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm.layers
 import torch
-from test_rebuild import HIDES_SAVED, REBUILDING, SHOWS_SAVED, images, make_model, saved_bytes
+from comparing import HIDES_SAVED, REBUILDING, SHOWS_SAVED, images, make_model, saved_bytes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

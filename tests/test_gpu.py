@@ -11,7 +11,7 @@ import pytest
 import timm
 import timm.models.tresnet
 import torch
-from test_rebuild import REBUILDING, collect, each_setting, make_model
+from comparing import REBUILDING, collect, each_setting, make_model
 from torch import nn
 
 from timm_tresnet import optimize_for_inference, rebuild
@@ -66,9 +66,6 @@ def train_step(model, x, amp=None):
         loss = model(x).float().square().mean()
     loss.backward()
     return collect(model, loss)
-
-
-# ---- the same numbers
 
 
 @each_setting
@@ -247,9 +244,6 @@ def test_empty_batch_and_single_value_fail_or_pass_as_without_rebuilding():
             model(images(batch=1, size=32))
 
 
-# ---- memory
-
-
 @pytest.mark.parametrize(
     ("setting", "kept", "peak"),
     [("activations", 0.52, 0.56), ("expansions", 0.39, 0.48), ("checkpointing", 0.18, 0.32)],
@@ -315,9 +309,6 @@ def test_largest_batch_is_found_by_running_out_of_memory():
     assert find_largest_batch(step, 1024, memory_gb=4.5) in (3, 4)
 
 
-# ---- compiled
-
-
 @pytest.mark.filterwarnings("default")  # the compiler warns about itself
 @pytest.mark.parametrize("amp", [None, torch.bfloat16], ids=str)
 def test_compiled_training_is_one_graph_with_the_same_loss(amp):
@@ -345,9 +336,6 @@ def test_optimized_network_computes_the_network(dynamic, dtype):
             y = optimized(x).float().clone()
             expected = model(x).float()
             assert (y - expected).norm() <= (1e-3 if dtype == torch.float32 else 3e-2) * expected.norm()
-
-
-# ---- benchmarks
 
 
 @pytest.mark.parametrize(

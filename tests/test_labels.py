@@ -1,7 +1,7 @@
 import pytest
 import timm
 
-from timm_tresnet.labels import LABEL_SETS, label_config
+from timm_tresnet.labels import LABEL_SETS, is_multi_label, label_config, label_lookup
 
 COUNTS = {"imagenet-1k": 1000, "imagenet-21k-p": 11221, "coco": 80, "voc": 20}
 
@@ -58,3 +58,27 @@ def test_names_and_order_are_those_that_torchvision_has(labels, module, weights)
 def test_unknown_label_set_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match=r"imagenet-1k, imagenet-21k-p, coco, voc, got 'openimages'"):
         label_config("openimages")
+
+
+def test_classes_are_named_by_config_then_imagenet_then_number():
+    named = timm.create_model("test_tresnet", pretrained_cfg_overlay={"label_names": ["a", "b"]}, num_classes=2)
+    assert label_lookup(named)(1) == "b"
+    named.reset_classifier(3)
+    assert label_lookup(named)(1) == "class 1"
+    described = timm.create_model(
+        "test_tresnet",
+        pretrained_cfg_overlay={"label_names": ["a", "b"], "label_descriptions": {"b": "the letter b"}},
+        num_classes=2,
+    )
+    assert [label_lookup(described)(index) for index in range(2)] == ["a", "the letter b"]
+    assert label_lookup(timm.create_model("tresnet_m", device="meta"))(281) == "tabby, tabby cat"
+    assert label_lookup(timm.create_model("tresnet_m", num_classes=17, device="meta"))(4) == "class 4"
+
+
+@pytest.mark.parametrize(
+    ("config", "multi_label"),
+    [({}, False), ({"notes": None}, False), ({"notes": ["other"]}, False), ({"notes": ("multi-label",)}, True)],
+    ids=["nothing", "none", "other_notes", "multi_label"],
+)
+def test_config_says_whether_an_image_has_any_number_of_labels(config, multi_label):
+    assert is_multi_label(config) == multi_label

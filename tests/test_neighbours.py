@@ -12,8 +12,8 @@ import timm
 import timm.models.tresnet
 import torch
 import torch.nn.functional as F
+from comparing import assert_same, collect, images, make_model, saved_bytes, train_step
 from PIL import Image
-from test_rebuild import assert_same, collect, images, make_model, saved_bytes, train_step
 from torch import nn
 from torch.nn.utils import prune
 
@@ -42,9 +42,6 @@ def make_builtin(model=None, **kwargs):
     builtin = timm.models.tresnet.TResNet(**{**ARCHITECTURES["test_tresnet"], "num_classes": 10, **kwargs})
     builtin.load_state_dict((make_network() if model is None else model).state_dict())
     return builtin
-
-
-# ---- segmentation_models_pytorch
 
 
 @pytest.mark.parametrize(
@@ -80,9 +77,6 @@ def test_segmentation_models_train_on_our_features_with_less_memory(decoder, set
     assert encoder.out_channels == [channels, 0, 16, 32, 256, 512]
     expected = make_network(in_chans=channels, output_stride=encoder.output_stride).eval()
     assert all(map(torch.equal, encoder(x)[2:], expected.forward_intermediates(x, 4, intermediates_only=True)))
-
-
-# ---- transformers
 
 
 @pytest.mark.parametrize("written_by", ["timm", "timm_tresnet", "transformers"])
@@ -131,9 +125,6 @@ def test_transformers_read_a_folder_and_classify_and_train_as_timm_does(written_
     assert_same(collect(wrapper.timm_model, loss), collect(plain, expected))
 
 
-# ---- fastai
-
-
 @scripting_when_imported
 @each_setting
 def test_fastai_learner_trains_to_the_same_weights(setting, tmp_path):
@@ -161,9 +152,6 @@ def test_fastai_learner_trains_to_the_same_weights(setting, tmp_path):
         torch.testing.assert_close(actual.state_dict()[name], value, msg=name)
     assert loss == pytest.approx(expected_loss, rel=1e-4)
     assert accuracy == 1
-
-
-# ---- Lightning
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
@@ -218,9 +206,6 @@ def test_lightning_module_trains_in_bfloat16_as_a_plain_loop_does(setting, preci
         torch.testing.assert_close(module.net.state_dict()[name], value, msg=name)
 
 
-# ---- torchmetrics
-
-
 @scripting_when_imported
 def test_torchmetrics_of_our_logits_are_those_of_the_definition_and_of_the_builtin_network():
     classification = need("torchmetrics.classification")
@@ -237,9 +222,6 @@ def test_torchmetrics_of_our_logits_are_those_of_the_definition_and_of_the_built
         hits = target[scores.argsort(descending=True)].double()
         precision = hits.cumsum(0) / torch.arange(1, 25)
         torch.testing.assert_close(value.double(), (precision * hits).sum() / hits.sum(), rtol=1e-6, atol=0)
-
-
-# ---- huggingface_hub
 
 
 def test_mixin_of_the_hub_pushes_and_loads_a_module_with_ours_inside(hub, run_child, tmp_path):
@@ -285,9 +267,6 @@ def run():
     }
 
 
-# ---- timm
-
-
 @pytest.mark.parametrize("wrapper", ["list", "dict", "hook", "getter", "fx"])
 @each_setting
 def test_feature_wrappers_of_timm_train_as_without_rebuilding_and_keep_no_more(wrapper, setting):
@@ -322,9 +301,6 @@ def test_attention_extract_of_timm_takes_the_gates_and_finds_no_attention(method
         gates[name] = timm.utils.AttentionExtract(model, names, method=method)(images())
     assert len(gates["ours"]) == 7  # a block each in the first three stages
     torch.testing.assert_close(list(gates["ours"].values()), list(gates["builtin"].values()))
-
-
-# ---- captum, torchcam
 
 
 def explain(model, layer, x, classes):
@@ -371,9 +347,6 @@ def test_captum_attributes_to_pixels_as_with_the_builtin_network(method):
         for each in (model, builtin)
     )
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-
-
-# ---- pruning
 
 
 def give_channels_nothing_to_do(model, share=0.5):
@@ -448,9 +421,6 @@ def test_masks_of_pytorch_prune_hold_in_training_whatever_is_rebuilt(setting):
     zeros = sum((weight == 0).sum().item() for weight in convolutions)
     assert zeros / sum(map(torch.numel, convolutions)) == pytest.approx(0.6, abs=1e-3)
     torch.testing.assert_close(model(images()), make_builtin(model).eval()(images()))
-
-
-# ---- quantisation-aware training
 
 
 @each_setting

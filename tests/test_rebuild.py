@@ -8,105 +8,22 @@ import warnings
 import pytest
 import timm
 import torch
+from comparing import (
+    REBUILDING,
+    assert_same,
+    collect,
+    compare,
+    each_setting,
+    images,
+    make_model,
+    saved_bytes,
+    train_step,
+)
 from torch import nn
 
-from timm_tresnet import TResNet, rebuild
+from timm_tresnet import rebuild
 from timm_tresnet.layers import ActivatedBatchNorm2d, BlurPool2d
 from timm_tresnet.layers.anti_alias import _BlurPool
-
-SMALL = {"layers": (2, 2, 6, 1), "num_classes": 10, "width_factor": 0.25}
-REBUILDING = ["activations", "expansions", "checkpointing"]
-each_setting = pytest.mark.parametrize("setting", REBUILDING)
-
-
-def make_model(setting="none", seed=0, **kwargs):
-    """Small network whose batch norm weights are positive, negative and zero."""
-    torch.manual_seed(seed)
-    model = TResNet(**{**SMALL, **kwargs}, rebuild="activations" if setting == "checkpointing" else setting)
-    if setting == "checkpointing":
-        model.set_grad_checkpointing()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.affine:
-            nn.init.normal_(module.weight, std=0.5)
-            module.weight.data[::8] = 0
-            nn.init.normal_(module.bias, std=0.2)
-    return model
-
-
-def images(batch=2, size=64, **kwargs):
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1), **kwargs)
-
-
-def collect(model, loss):
-    """Loss, gradients and running statistics, by name, after backward."""
-    result = {"loss": loss.detach().clone()}
-    for name, parameter in model.named_parameters():
-        result[f"grad of {name}"] = None if parameter.grad is None else parameter.grad.clone()
-    return {**result, **{name: buffer.clone() for name, buffer in model.named_buffers()}}
-
-
-def train_step(model, x):
-    loss = model(x).square().mean()
-    loss.backward()
-    return collect(model, loss)
-
-
-def assert_same(actual, expected):
-    """Equal loss and statistics; gradients as close as rounding in their own precision."""
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        if value is None:
-            assert actual[name] is None, name
-        elif name.startswith("grad"):
-            tolerance = {torch.float64: 1e-10, torch.float32: 1e-5}.get(value.dtype, 1e-2)
-            assert (actual[name] - value).norm() <= tolerance * value.norm() + 1e-30, name
-        else:
-            assert torch.equal(actual[name], value), name
-
-
-def compare(run, setting, **kwargs):
-    """Assert that run, from a model to what `collect` returns, gives the same with and without rebuilding."""
-    results = []
-    for each in (setting, "none"):
-        torch.manual_seed(2)
-        results.append(run(make_model(each, **kwargs)))
-    assert_same(*results)
-
-
-SHOWS_SAVED = hasattr(torch._C._autograd.SavedTensor, "data")
-HIDES_SAVED = "this PyTorch does not show what hooks have kept"
-
-
-def saved_bytes(model, x):
-    """Bytes kept for backward: unique storages reachable from the graph, without the model's own."""
-    if not SHOWS_SAVED:
-        pytest.skip(HIDES_SAVED)
-    nodes, seen, storages = [model(x).sum().grad_fn], set(), {}
-
-    def visit(saved):
-        for source in getattr(saved, "inputs", ()):
-            visit(source)
-        tensor = getattr(saved, "tensor", saved)
-        if isinstance(tensor, torch.Tensor):
-            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        nodes += [following for following, _ in node.next_functions]
-        for name in dir(node):
-            if name.startswith("_raw_saved_"):
-                raw = getattr(node, name)
-                for each in raw if isinstance(raw, tuple | list) else [raw]:
-                    try:
-                        visit(each.data)
-                    except RuntimeError:  # saved outside of a tape
-                        visit(getattr(node, name.removeprefix("_raw")))
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    return sum(size for storage, size in storages.items() if storage not in own)
-
 
 # ---- how much is kept
 

@@ -6,26 +6,19 @@ made here, and finds all else where the running one has it.
 
 import base64
 import hashlib
-import importlib.machinery
 import os
 import shutil
 import subprocess
 import sys
-import threading
 import tomllib
-import types
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import STRICTLY
-
-from timm_tresnet import autoload
+from interpreters import BUILTIN, OURS, STRICTLY, WHO_BUILDS
 
 ROOT = Path(__file__).parent.parent
-OURS, BUILTIN = "timm_tresnet.tresnet", "timm.models.tresnet"
-WHO_BUILDS = "import timm; print(type(timm.create_model('tresnet_m', device='meta')).__module__)"
 
 
 def make_wheel(folder, version="0.1.0", extra=()):
@@ -121,9 +114,6 @@ def environment(tmp_path, dependencies):
     return Environment(tmp_path / "environment", dependencies)
 
 
-# ---- ways to be installed
-
-
 def test_new_version_replaces_the_old_one_and_uninstalling_gives_timm_its_own_back(environment, tmp_path):
     who = f"import timm_tresnet; print(timm_tresnet.__version__); {WHO_BUILDS}"
     environment.pip("install", "--no-deps", make_wheel(tmp_path, "0.0.1", extra=["removed_later"]))
@@ -188,9 +178,6 @@ except FileNotFoundError:
     assert f"{application}/timm_tresnet/weights/test_tresnet.r64_cifar10.safetensors" in process.stderr  # timm's log
 
 
-# ---- faults
-
-
 @pytest.mark.parametrize(
     ("module", "text"),
     [
@@ -223,9 +210,6 @@ def test_missing_dependency_is_one_warning_and_timm_keeps_its_own(environment, t
     assert "huggingface_hub" in line
 
 
-# ---- processes, threads, finders of others
-
-
 def test_workers_build_and_run_ours_however_they_start(environment, tmp_path):
     environment.install(make_wheel(tmp_path))
     script = tmp_path / "script.py"
@@ -253,46 +237,3 @@ if __name__ == "__main__":
     assert sorted(words[::3]) == ["fork", "forkserver", "spawn"]
     assert words[1::3] == [OURS] * 3
     assert words[2::3] == ["True"] * 3
-
-
-def test_finders_that_python_passes_over_are_passed_over(monkeypatch):
-    monkeypatch.setattr(sys, "meta_path", [object(), autoload._Finder(), importlib.machinery.PathFinder])
-    assert (
-        sys.meta_path[1].find_spec("timm_tresnet.layers", [str(ROOT / "timm_tresnet")]).origin.endswith("__init__.py")
-    )
-
-
-def test_of_two_threads_whose_modules_finish_together_one_registers(monkeypatch):
-    registered = []
-    monkeypatch.setattr(autoload, "_register", lambda: registered.append(threading.current_thread().name))
-
-    class Lock:
-        """Lets neither thread count itself out before both have run their module."""
-
-        lock, visits, both_ran = threading.Lock(), threading.local(), threading.Barrier(2)
-
-        def __enter__(self):
-            self.visits.count = getattr(self.visits, "count", 0) + 1
-            if self.visits.count == 2:
-                self.both_ran.wait(60)
-            self.lock.acquire()
-
-        def __exit__(self, *exception):
-            self.lock.release()
-
-    both_started = threading.Barrier(2)
-    monkeypatch.setattr(autoload._Loader, "_lock", Lock())
-    monkeypatch.setitem(sys.modules, "timm.models", types.ModuleType("timm.models"))
-
-    def load(name):
-        module = types.ModuleType(name)
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        loader = types.SimpleNamespace(exec_module=lambda module: both_started.wait(60))
-        autoload._Loader(loader).exec_module(module)
-
-    threads = [threading.Thread(target=load, args=(name,)) for name in ("first", "second")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(registered) == 1

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import timm.layers
 import torch
-from test_rebuild import SHOWS_SAVED, images, make_model, saved_bytes, train_step
+from comparing import SHOWS_SAVED, images, make_model, saved_bytes, train_step
 from torch import nn
 
 from timm_tresnet.layers.synchronized_norm import SynchronizedNorm, reduce_statistics

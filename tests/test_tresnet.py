@@ -9,6 +9,7 @@ import pytest
 import timm
 import timm.models.tresnet
 import torch
+from reference import randomise, relative_error
 from timm.models import (
     get_deprecated_models,
     get_pretrained_cfg,
@@ -56,28 +57,12 @@ each_variant = pytest.mark.parametrize("variant", VARIANTS)
 each_paper_variant = pytest.mark.parametrize("variant", PAPER_VARIANTS)
 
 
-def randomise(model):
-    """Give every batch norm weights of both signs, some near zero, and statistics of a trained network."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.weight, std=0.5)
-            module.weight.data[::8] = 1e-6
-            nn.init.normal_(module.bias, std=0.2)
-            nn.init.normal_(module.running_mean, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return model
-
-
 def make_pair(variant, **kwargs):
     """Ours and timm's built-in network with the same randomised weights."""
     kwargs = {**PAPER_VARIANTS[variant], **kwargs}
     ours, builtin = TResNet(**kwargs), randomise(BuiltinTResNet(**kwargs))
     ours.load_state_dict(builtin.state_dict())
     return ours, builtin
-
-
-def relative_error(actual, expected):
-    return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
 # ---- parity with timm's built-in network

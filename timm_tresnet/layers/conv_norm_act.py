@@ -119,7 +119,7 @@ class ConvNormAct(nn.Module):
         else:
             norm_act = get_norm_act_layer(norm_layer, act_layer)
         given = {name: value for name, value in factory_kwargs.items() if value is not None}
-        self.bn = norm_act(out_channels, apply_act=act_layer is not None, **given)  # unknown to some norms of old timm
+        self.bn = norm_act(out_channels, apply_act=act_layer is not None, **given)  # some norms know no device
         self.aa = nn.Identity() if aa is None else aa
         self.expands = expands
 

@@ -1,0 +1,24 @@
+import pytest
+from interpreters import BUILTIN, OURS, WHO_BUILDS
+
+import timm_tresnet
+
+
+def test_import_of_torch_arms_the_hook_without_importing_timm(run_python):
+    code = "import sys, torch; print(sorted(name for name in sys.modules if name.startswith(('timm', 'huggingface'))))"
+    assert run_python("-c", code).stdout.strip() == "['timm_tresnet', 'timm_tresnet.autoload']"
+
+
+@pytest.mark.parametrize("switch", ["TIMM_TRESNET_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
+def test_switch_leaves_timm_alone_until_the_plugin_is_imported(run_python, switch):
+    code = WHO_BUILDS + "; import timm_tresnet; " + WHO_BUILDS
+    assert run_python("-c", code, **{switch: "0"}).stdout.split() == [BUILTIN, OURS]
+    assert run_python("-c", "import timm_tresnet; " + WHO_BUILDS, **{switch: "0"}).stdout.strip() == OURS
+
+
+def test_package_lists_its_public_names():
+    assert set(timm_tresnet.__all__) <= set(dir(timm_tresnet))
+    assert timm_tresnet.__version__
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        timm_tresnet.nonsense  # noqa: B018
+    assert all(getattr(timm_tresnet, name).__module__.startswith("timm_tresnet.") for name in timm_tresnet.__all__)

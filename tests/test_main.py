@@ -1,0 +1,29 @@
+from interpreters import OURS, WHO_BUILDS
+
+
+def test_script_runs_with_the_plugin_and_its_own_arguments(run_python, tmp_path):
+    (tmp_path / "beside.py").write_text("VALUE = 3\n")
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys, beside\nprint(__name__, sys.argv[1:], beside.VALUE)\n{WHO_BUILDS}\n")
+    process = run_python("-m", "timm_tresnet", script, "--model", "x", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert process.stdout.split("\n")[:2] == ["__main__ ['--model', 'x'] 3", OURS]
+
+
+def test_script_runs_in_every_process_of_torchrun(run_python, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import os\nprint(os.environ['WORLD_SIZE'])\n{WHO_BUILDS}\n")
+    process = run_python(
+        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-addr", "localhost", "--master-port", "29511",
+        "-m", "timm_tresnet", script, TORCH_DEVICE_BACKEND_AUTOLOAD="0",
+    )  # fmt: skip
+    assert sorted(process.stdout.split()) == ["2", "2", OURS, OURS]
+
+
+def test_missing_script_is_named(run_python):
+    process = run_python("-m", "timm_tresnet", "missing.py", check=False)
+    assert process.returncode == 1
+    assert "no file missing.py" in process.stderr
+
+
+def test_without_a_script_the_module_is_the_command(run_python):
+    assert "classify" in run_python("-m", "timm_tresnet", "--help").stdout

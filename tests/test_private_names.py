@@ -1,0 +1,281 @@
+"""Names of PyTorch that are not public, each with what it does for us: one list, one test a name.
+
+Where a release of PyTorch drops or changes one, its test fails, and `private` above it says who uses it and what else
+there is.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from comparing import HIDES_SAVED, SHOWS_SAVED
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+ROOT = Path(__file__).parent.parent
+LISTED = set()
+
+
+def private(*names, used_by, instead):
+    """List the names that a test is about; used_by and instead are for who reads it when it fails."""
+    LISTED.update(names)
+    return lambda test: test
+
+
+@private(
+    "_version",
+    used_by="rebuild.py, to see that a tensor was modified after it was recorded",
+    instead="nothing public counts edits; autograd itself checks what it saves without hooks",
+)
+def test_version_counts_the_edits_of_a_tensor_and_all_its_views():
+    tensor = torch.zeros(4)
+    views = [tensor, tensor.detach(), tensor[1:]]
+    before = [view._version for view in views]
+    tensor.add_(1)
+    views[2].mul_(2)
+    assert [view._version for view in views] == [version + 2 for version in before]
+
+
+@private(
+    "_cdata",
+    used_by="rebuild.py, to find a tensor by its storage; tests/comparing.py, to count storages once",
+    instead="untyped_storage().data_ptr(), which is 0 for all of the meta device",
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_cdata_is_the_same_for_tensors_of_one_storage_only(device):
+    tensor, other = torch.empty(4, device=device), torch.empty(4, device=device)
+    same = {each.untyped_storage()._cdata for each in (tensor, tensor.detach(), tensor.view(2, 2), tensor[2:])}
+    assert len(same) == 1
+    assert other.untyped_storage()._cdata not in same
+
+
+@private(
+    "StorageWeakRef",
+    used_by="rebuild.py, so that no later storage gets the _cdata of one that was freed",
+    instead="a detached tensor, which also keeps the memory until the forward is over",
+)
+def test_weak_reference_lets_memory_go_and_keeps_its_cdata_from_being_used_again():
+    tensor = torch.empty(1000)
+    cdata, reference = tensor.untyped_storage()._cdata, StorageWeakRef(tensor.untyped_storage())
+    assert not reference.expired()
+    del tensor
+    assert reference.expired()
+    assert all(torch.empty(1000).untyped_storage()._cdata != cdata for _ in range(100))
+
+
+@private(
+    "_raw_saved_result",
+    used_by="rebuild.py (_others_hook), to see whether someone else's saved_tensors_hooks are open",
+    instead="torch._C._autograd._top_saved_tensors_default_hooks, which is private too",
+)
+def test_saved_tensor_refuses_hooks_where_others_are_open():
+    def register():
+        node = torch.ones((), requires_grad=True).exp().grad_fn  # which has to live as long as what it has saved
+        node._raw_saved_result.register_hooks(torch.neg, torch.neg)
+
+    register()
+    with torch.autograd.graph.saved_tensors_hooks(torch.neg, torch.neg), pytest.raises(RuntimeError, match="hooks"):
+        register()
+
+
+@private(
+    "SavedTensor",
+    used_by="tests/comparing.py (saved_bytes), to measure what is kept",
+    instead="saved_bytes skips without it, as with PyTorch 2.5; benchmark.measure_kept weighs by other means",
+)
+@pytest.mark.skipif(not SHOWS_SAVED, reason=HIDES_SAVED)
+def test_saved_tensor_shows_what_hooks_have_kept():
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: ("kept", tensor.shape), lambda kept: None):
+        y = torch.ones(3, requires_grad=True).exp()
+    assert y.grad_fn._raw_saved_result.data == ("kept", (3,))
+    assert torch.ones(3, requires_grad=True).exp().grad_fn._saved_result.shape == (3,)
+
+
+@private(
+    "_batch_norm_impl_index",
+    used_by="layers/activated_batch_norm.py, for the batch's statistics, with cuDNN's kernel where F.batch_norm has it",
+    instead="torch.native_batch_norm returns them too, but never by cuDNN",
+)
+def test_batch_norm_returns_the_statistics_that_the_public_one_keeps_to_itself():
+    x, weight, bias = torch.randn(4, 3, 5, 5), torch.randn(3), torch.randn(3)
+    y, mean, rstd, *_ = torch._batch_norm_impl_index(x, weight, bias, None, None, True, 0.1, 1e-5, True)
+    assert torch.equal(y, F.batch_norm(x, None, None, weight, bias, True, 0.1, 1e-5))
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(rstd, 1 / (x.var((0, 2, 3), correction=0) + 1e-5).sqrt())
+
+
+@private(
+    "native_batch_norm",
+    "native_batch_norm_backward",
+    used_by="layers/synchronized_norm.py, for batch norm's arithmetic with statistics that are given",
+    instead="F.batch_norm in eval mode, and torch.autograd.grad of it",
+)
+def test_native_batch_norm_takes_statistics_and_sums_gradients():
+    x, grad_y, scale, shift = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.randn(3), torch.randn(3)
+    mean, var = torch.randn(3), torch.rand(3) + 0.5
+    y = torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, 1e-5)[0]
+    assert torch.equal(y, F.batch_norm(x, mean, var, scale, shift, False, 0.0, 1e-5))
+    grad_x, sum_grad_x_hat, sum_grad = torch.ops.aten.native_batch_norm_backward(
+        grad_y, x, scale, mean, var, None, None, False, 1e-5, [True, True, True]
+    )
+    rstd = (var + 1e-5).rsqrt()
+    torch.testing.assert_close(grad_x, grad_y * (scale * rstd)[:, None, None])
+    torch.testing.assert_close(sum_grad, grad_y.sum((0, 2, 3)))
+
+
+@private(
+    "convolution_backward",
+    "reflection_pad2d_backward",
+    used_by="layers/anti_alias.py, for the blur's gradient without the blurred image",
+    instead="torch.autograd.grad of F.conv2d and F.pad, which run the forward again",
+)
+def test_gradients_of_padding_and_convolution_need_only_the_shape_of_their_input():
+    x, kernel = torch.randn(2, 3, 5, 6, requires_grad=True), torch.randn(3, 1, 3, 3)
+    padded = F.pad(x, [1, 1, 1, 1], mode="reflect")
+    y = F.conv2d(padded, kernel, stride=2, groups=3)
+    grad_y = torch.randn_like(y)
+    settings = [None, [2, 2], [0, 0], [1, 1], False, [0, 0], 3, [True, False, False]]
+    grad_padded = torch.ops.aten.convolution_backward(grad_y, torch.empty_like(padded), kernel, *settings)[0]
+    shape_only = grad_y.new_empty(()).expand(x.shape)
+    grad_x = torch.ops.aten.reflection_pad2d_backward(grad_padded, shape_only, [1, 1, 1, 1])
+    torch.testing.assert_close(grad_x, torch.autograd.grad(y, x, grad_y)[0])
+
+
+@private(
+    "batch_norm_elemt",
+    used_by="layers/activated_batch_norm.py, for batch norm in one kernel on CUDA",
+    instead="scale_and_shift of layers/synchronized_norm.py, as on the CPU",
+)
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batch_norm_elemt_normalises_with_a_given_mean_and_rstd():
+    x, mean, rstd, weight, bias = (torch.randn(size).cuda() for size in ((2, 3, 4, 4), (3,), (3,), (3,), (3,)))
+    expected = (x - mean[:, None, None]) * (rstd * weight)[:, None, None] + bias[:, None, None]
+    torch.testing.assert_close(torch.batch_norm_elemt(x, weight, bias, mean, rstd, 0.0), expected)
+
+
+@private(
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    used_by="rebuild.py (is_plain), since a hook may change what a module returns",
+    instead="nothing public lists hooks; without it, no module counts as plain and everything is kept",
+)
+@pytest.mark.parametrize("which", ["forward_hook", "forward_pre_hook"])
+def test_hooks_of_a_module_and_of_all_modules_are_in_dictionaries(which):
+    module, everywhere = nn.ReLU(), nn.modules.module
+    held = getattr(module, f"_{which}s"), getattr(everywhere, f"_global_{which}s")
+    assert not any(held)
+    handles = [
+        getattr(module, f"register_{which}")(lambda *_: None),
+        getattr(everywhere, f"register_module_{which}")(lambda *_: None),
+    ]
+    assert all(held)
+    for handle in handles:
+        handle.remove()
+    assert not any(held)
+
+
+@private(
+    "_parameters",
+    used_by="layers/conv_norm_act.py, to see whether a weight is a parameter or computed from others",
+    instead="dict(module.named_parameters(recurse=False)), which is slower",
+)
+def test_parameters_lack_a_weight_that_is_computed():
+    conv = nn.Conv2d(3, 4, 1)
+    assert conv._parameters["weight"] is conv.weight
+    nn.utils.parametrizations.weight_norm(conv)
+    assert "weight" not in conv._parameters
+
+
+@private(
+    "_modules",
+    used_by="layers/conv_norm_act.py (add_module), to see which child is replaced",
+    instead="dict(module.named_children())",
+)
+def test_modules_are_the_children_that_conversions_replace():
+    unit = nn.Sequential(nn.BatchNorm2d(3))
+    assert unit._modules["0"] is unit[0]
+    added = []
+    unit.add_module = lambda name, module: added.append((name, type(module)))
+    nn.SyncBatchNorm.convert_sync_batchnorm(unit)
+    assert added == [("0", nn.SyncBatchNorm)]
+
+
+@private(
+    "_NormBase",
+    used_by="the compiled grad checkpointing, to find running statistics",
+    instead="modules that have a running_mean",
+)
+def test_norm_base_is_every_norm_with_running_statistics():
+    norms = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm2d]
+    assert all(issubclass(norm, nn.modules.batchnorm._NormBase) for norm in norms)
+    assert {name for name, _ in nn.BatchNorm2d(3).named_buffers()} == {
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    }
+
+
+@private(
+    "_functorch",
+    "_inductor",
+    used_by="benchmarks/training_memory.py, to give the compiler a budget of memory for one network alone",
+    instead="torch.compile(options=...), where a release takes activation_memory_budget there",
+)
+def test_compiler_takes_a_budget_of_memory():
+    import torch._functorch.config
+    from torch._inductor.compile_fx import compile_fx
+
+    assert callable(compile_fx)
+    with torch._functorch.config.patch(activation_memory_budget=0.5):
+        assert torch._functorch.config.activation_memory_budget == 0.5
+    assert torch._functorch.config.activation_memory_budget == 1
+
+
+def find_private_names(folder):
+    """Names with a leading underscore that are used in a folder's files and that none of them defines.
+
+    It looks at the names alone, not at what they are read from. So it passes over a private name of PyTorch that is
+    also one of ours, and over one in a string, as for getattr; and it finds those of other packages too. What is
+    private without an underscore, such as StorageWeakRef, is listed by hand.
+    """
+    used, ours = set(), set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+                    ours.add(name)
+                case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
+                    ours.add(name)
+                case ast.Attribute(attr=name):
+                    used.add(name)
+                case ast.Import(names=names):
+                    used.update(word for each in names for word in each.name.split("."))
+                case ast.ImportFrom(module=module, names=names):
+                    used.update([*(module or "").split("."), *(each.name for each in names)])
+    return {name for name in used - ours if name.startswith("_") and not name.startswith("__")}
+
+
+@pytest.mark.parametrize("folder", ["timm_tresnet", "benchmarks"])
+def test_every_private_name_is_listed(folder):
+    unlisted = find_private_names(ROOT / folder) - LISTED
+    assert not unlisted, "list them here, each with a test of what it does for us, or use what is public"
+
+
+def test_every_listed_name_is_used():
+    folders = ("timm_tresnet", "benchmarks", "tests")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py") if path != Path(__file__)]
+    source = "\n".join(path.read_text() for path in paths)
+    assert not [name for name in LISTED if name not in source]
+
+
+def test_scan_finds_attributes_and_imports_and_passes_over_our_own(tmp_path):
+    (tmp_path / "a.py").write_text(
+        "import torch._one\nfrom torch._two import _three\ntorch.nn._four.x\ndef _ours(x): self._mine = x._five\n"
+        "_ours(self._mine).__six__"
+    )
+    assert find_private_names(tmp_path) == {"_one", "_two", "_three", "_four", "_five"}
