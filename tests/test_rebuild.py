@@ -95,7 +95,7 @@ def test_layer_keeps_its_input_and_two_numbers_a_channel():
     kept = []
     with rebuild.recording("activations"):
         y = layer(x)
-        tape = rebuild.current()
+        tape = rebuild.open_tape()
         recipe = tape.pack(y)
     for source in recipe.inputs:
         kept.append(tuple(source.tensor.shape))
@@ -452,7 +452,7 @@ def test_empty_batch_and_single_value_fail_or_pass_as_without_rebuilding():
 def test_recycled_memory_is_never_mistaken_for_a_recorded_tensor():
     tape_hits = []
     with rebuild.recording("activations"):
-        tape = rebuild.current()
+        tape = rebuild.open_tape()
         for _ in range(50):
             recorded = torch.randn(1000)
             pointer = recorded.data_ptr()
@@ -466,7 +466,7 @@ def test_recycled_memory_is_never_mistaken_for_a_recorded_tensor():
 
 def test_edited_view_or_retyped_tensor_is_kept_as_it_is():
     with rebuild.recording("activations"):
-        pack = rebuild.current().pack
+        pack = rebuild.open_tape().pack
         tensor = torch.randn(4, 6)
         rebuild.record(tensor, torch.neg, -tensor.clone())
         assert hasattr(pack(tensor), "function")

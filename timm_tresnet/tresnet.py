@@ -5,7 +5,6 @@ timm lists models by the last name of their module, and `register_model` looks f
 
 import functools
 import logging
-import math
 import sys
 import warnings
 from pathlib import Path

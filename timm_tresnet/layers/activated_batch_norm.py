@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx
 
 from timm_tresnet.affine import make_normalization
 from timm_tresnet.layers.synchronized_norm import SynchronizedNorm, reduce_statistics
-from timm_tresnet.rebuild import Again, open_tape, record
+from timm_tresnet.rebuild import Again, open_tape, record_function
 
 
 @register_notrace_module
@@ -88,7 +88,7 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var * count / (count - 1).clamp(min=1)).to(running_var.dtype), momentum)
         y = SynchronizedNorm.apply(x, self.weight, self.bias, mean, var, count, self.eps, self.process_group)
-        record(x, y)
+        record_function(x, y)
         return self.act(self.drop(y))
 
     @torch.jit.unused
@@ -101,7 +101,7 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
         slope = self.act.negative_slope if fused else None
         statistics = (running_mean, running_var, use_batch, momentum, self.eps)
         y = _ActivatedNorm.apply(x, self.weight, self.bias, *statistics, slope)
-        record(x, y)
+        record_function(x, y)
         return y if fused else self.act(self.drop(y))
 
     def extra_repr(self) -> str:
@@ -146,7 +146,7 @@ class _ActivatedNorm(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated again
             y = F.batch_norm(x, *(running or (None, None)), weight, bias, ctx.use_batch, 0.0, ctx.eps)
             y = y if ctx.slope is None else F.leaky_relu(y, ctx.slope)
-            needed = [each for each, is_needed in zip((x, weight, bias), ctx.needs_input_grad) if is_needed]
+            needed = [each for each in (x, weight, bias) if each is not None and each.requires_grad]
             grads = iter(torch.autograd.grad(y, needed, grad_y, create_graph=True))
             return *(next(grads) if is_needed else None for is_needed in ctx.needs_input_grad[:3]), *[None] * 6
         if ctx.slope is not None:

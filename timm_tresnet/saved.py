@@ -1,0 +1,140 @@
+"""What stands for a tensor that autograd has saved: the tensor itself, or how it is made again."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Kept:
+    """A tensor as it is, with the version it must still have when it is used."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # with its graph it could be part of a cycle through autograd, never to be freed
+        self.version = tensor._version
+
+    def use(self) -> None:
+        """Say that one more will ask, which does not matter here."""
+
+    def take(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"A tensor of shape {tuple(self.tensor.shape)} that backward needs has been modified by an inplace "
+                f"operation after it was used (version {self.tensor._version}, needed {self.version}); modify a clone "
+                "of it instead"
+            )
+        return self.tensor
+
+
+class Rebuilt:
+    """A tensor as the function and the inputs that make it.
+
+    Args:
+        function: makes the tensor from inputs.
+        inputs: what function takes.
+        values: what backward passes have made, by pass; shared by a tape.
+        version: that of the tensor, once it has been made; None for that of the first one packed.
+        in_place: whether function overwrites the first of its inputs.
+    """
+
+    __slots__ = ("function", "inputs", "values", "version", "in_place", "uses", "stride")
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        inputs: tuple["Kept | Rebuilt", ...],
+        values: dict[int, dict["Rebuilt", list[Any]]],
+        version: int | None = 0,
+        in_place: bool = False,
+    ) -> None:
+        self.function = function
+        self.inputs = inputs
+        self.values = values
+        self.version = version
+        self.in_place = in_place
+        self.uses = 0  # how many ask for it in one backward pass
+        self.stride: tuple[int, ...] | None = None
+
+    def use(self) -> None:
+        """Say that one more will ask."""
+        self.uses += 1
+        if self.uses == 1:
+            for source in self.inputs:
+                source.use()
+
+    def pack(self, tensor: Tensor) -> "Kept | Rebuilt":
+        """What stands for a saved tensor: this, if the tensor is still what function makes."""
+        if self.version is None:
+            self.version = tensor._version
+        if self.version != tensor._version:
+            return Kept(tensor)
+        self.stride = tensor.stride()
+        self.use()
+        return self
+
+    def take(self) -> Tensor:
+        backward = torch._C._current_graph_task_id()
+        if self.uses == 1 or backward < 0:
+            return self._make()
+        values = self.values.get(backward)
+        if values is None:
+            values = self.values[backward] = {}
+            # Not all who could ask do where not every gradient is wanted; the graph may live on.
+            drop = functools.partial(self.values.pop, backward, None)
+            torch.autograd.Variable._execution_engine.queue_callback(drop)
+        held = values.get(self)
+        if held is None:
+            value = self._make()
+            values[self] = [value, self.uses - 1]
+            return value
+        held[1] -= 1
+        if not held[1]:
+            del values[self]
+        return held[0]
+
+    def _make(self) -> Tensor:
+        values = [source.take() for source in self.inputs]
+        if self.in_place and not (type(self.inputs[0]) is Rebuilt and self.inputs[0].uses == 1):
+            values[0] = values[0].clone()  # others have it too
+        value = self.function(*values)
+        if self.stride is not None and value.stride() != self.stride:
+            value = torch.empty_strided(value.shape, self.stride, dtype=value.dtype, device=value.device).copy_(value)
+        return value
+
+
+def release(saved: Any, source: Rebuilt) -> bool:
+    """Let go of what an autograd node has saved, to be rebuilt; False if it is nothing, or others have hooks there."""
+    try:
+        saved.register_hooks(source.pack, _unpack)
+    except RuntimeError:
+        return False
+    return True
+
+
+def keep(saved: Any) -> Kept | None:
+    """What an autograd node has saved, for others to be made from it too; None as in `release`."""
+    kept: list[Kept] = []
+
+    def pack(tensor: Tensor) -> Kept:
+        kept.append(Kept(tensor))
+        return kept[0]
+
+    try:
+        saved.register_hooks(pack, _unpack)
+    except RuntimeError:
+        return None
+    return kept[0]
+
+
+def _unpack(packed: Kept | Rebuilt) -> Tensor:
+    if not torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():  # as in nearly every backward
+        return packed.take()
+    source = packed
+    while type(source) is Rebuilt:
+        source = source.inputs[0]
+    with torch.no_grad(), torch.autocast(source.tensor.device.type, enabled=False):
+        return packed.take()
