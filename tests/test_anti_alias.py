@@ -31,7 +31,7 @@ def test_blur_pool_blurs_however_many_channels_pruning_left(channels, run):
     x = torch.randn(2, channels, 6, 7, dtype=torch.float64, requires_grad=True)
     if run == "scripted":
         layer = torch.jit.script(layer)
-    with rebuild.recording("activations" if run == "recorded" else "none"):
+    with rebuild.recording("activations" if run == "recorded" else "none", x):
         y = layer(x)
     expected = reference.blur_pool(x)
     torch.testing.assert_close(y, expected)
@@ -46,7 +46,7 @@ def test_ways_for_channels_last_on_cuda_compute_the_same(size, stride, recorded,
     def run(layer):
         x = torch.randn(2, 8, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         x = x.to(memory_format=torch.channels_last).requires_grad_()
-        with rebuild.recording("activations" if recorded else "none"):
+        with rebuild.recording("activations" if recorded else "none", x):
             y = layer(x)
         assert y.is_contiguous(memory_format=torch.channels_last)
         grad_y = torch.arange(y.numel(), dtype=y.dtype).reshape(y.shape).to(memory_format=torch.channels_last)
@@ -111,3 +111,12 @@ def test_blur_computes_in_the_dtype_of_its_input(dtype):
     # FSDP's mixed precision casts weights and inputs, but no buffers.
     x = torch.randn(2, 3, 8, 6).to(dtype)
     assert torch.equal(BlurPool2d(3)(x), BlurPool2d(3, dtype=dtype)(x))
+
+
+def test_gradients_of_the_blur_are_those_of_its_output():
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64, requires_grad=True)
+    for stride, dilation in ((2, 1), (1, 1), (1, 2)):
+        kernel = BlurPool2d(3, dtype=torch.float64).kernel
+        assert torch.autograd.gradcheck(
+            lambda x, k=kernel, s=stride, d=dilation: anti_alias._BlurPool.apply(x, k, s, d), x
+        )

@@ -24,7 +24,7 @@ from timm_tresnet import autoload
         "import timm_tresnet.layers.conv_norm_act; " + WHO_BUILDS,
         "import timm_tresnet.cli; " + WHO_BUILDS,
         "import timm, importlib; importlib.reload(timm.models); "
-        "print(timm.models.tresnet_m.__module__, end=' '); " + WHO_BUILDS.replace("import timm; ", ""),
+        "assert timm.models.tresnet_m.__module__ == 'timm_tresnet.tresnet'; " + WHO_BUILDS.replace("import timm; ", ""),
         "import threading; import torch\n"
         "names = ('timm', 'timm_tresnet.blocks') * 4\n"
         "threads = [threading.Thread(target=__import__, args=(name,)) for name in names]\n"

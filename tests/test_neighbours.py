@@ -260,7 +260,7 @@ def run():
     )
     lines = run_child("import sys; sys.path.insert(0, '.'); import tagger; tagger.run()").splitlines()
     lines = [line for line in lines if not line.startswith("Loading weights")]  # as the client says
-    assert lines[:2] == ["timm_tresnet.tresnet", "expansions"]
+    assert lines[:2] == ["timm_tresnet.network", "expansions"]
     assert lines[:3] == lines[3:6] == lines[6:9]
     assert {"config.json", "model.safetensors"} <= {
         path.name for path in list(hub.repositories["owner/tagger"].revisions.values())[-1].iterdir()

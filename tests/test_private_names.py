@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from comparing import HIDES_SAVED, SHOWS_SAVED
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 ROOT = Path(__file__).parent.parent
 LISTED = set()
@@ -26,7 +25,7 @@ def private(*names, used_by, instead):
 
 @private(
     "_version",
-    used_by="rebuild.py, to see that a tensor was modified after it was recorded",
+    used_by="saved.py, to see that a tensor was modified after it was made or used",
     instead="nothing public counts edits; autograd itself checks what it saves without hooks",
 )
 def test_version_counts_the_edits_of_a_tensor_and_all_its_views():
@@ -40,7 +39,7 @@ def test_version_counts_the_edits_of_a_tensor_and_all_its_views():
 
 @private(
     "_cdata",
-    used_by="rebuild.py, to find a tensor by its storage; tests/comparing.py, to count storages once",
+    used_by="tests/comparing.py, to count storages once",
     instead="untyped_storage().data_ptr(), which is 0 for all of the meta device",
 )
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -52,22 +51,8 @@ def test_cdata_is_the_same_for_tensors_of_one_storage_only(device):
 
 
 @private(
-    "StorageWeakRef",
-    used_by="rebuild.py, so that no later storage gets the _cdata of one that was freed",
-    instead="a detached tensor, which also keeps the memory until the forward is over",
-)
-def test_weak_reference_lets_memory_go_and_keeps_its_cdata_from_being_used_again():
-    tensor = torch.empty(1000)
-    cdata, reference = tensor.untyped_storage()._cdata, StorageWeakRef(tensor.untyped_storage())
-    assert not reference.expired()
-    del tensor
-    assert reference.expired()
-    assert all(torch.empty(1000).untyped_storage()._cdata != cdata for _ in range(100))
-
-
-@private(
     "_raw_saved_result",
-    used_by="rebuild.py (_others_hook), to see whether someone else's saved_tensors_hooks are open",
+    used_by="rebuild.py (_must_step_aside), to see whether someone else's saved_tensors_hooks are open",
     instead="torch._C._autograd._top_saved_tensors_default_hooks, which is private too",
 )
 def test_saved_tensor_refuses_hooks_where_others_are_open():
@@ -107,9 +92,121 @@ def test_batch_norm_returns_the_statistics_that_the_public_one_keeps_to_itself()
 
 
 @private(
+    "_batch_norm_impl_index_backward",
+    "leaky_relu_backward",
+    used_by="layers/activated_batch_norm.py, for the gradients that autograd computes",
+    instead="torch.autograd.grad of F.batch_norm and F.leaky_relu, which run the forward again",
+)
+def test_gradients_of_batch_norm_and_leaky_relu_are_those_of_autograd():
+    x, weight, bias = torch.randn(4, 3, 5, 5, requires_grad=True), torch.randn(3), torch.randn(3)
+    y = F.leaky_relu(F.batch_norm(x, None, None, weight, bias, True, 0.1, 1e-5), 0.1)
+    grad_y = torch.randn_like(y)
+    _, mean, rstd, reserve, index = torch._batch_norm_impl_index(x, weight, bias, None, None, True, 0.1, 1e-5, True)
+    grad = torch.ops.aten.leaky_relu_backward(grad_y, y, 0.1, True)
+    grad_x, *_ = torch.ops.aten._batch_norm_impl_index_backward(
+        index, x, grad, weight, None, None, mean, rstd, True, 1e-5, [True, True, True], reserve
+    )
+    assert torch.equal(grad_x, torch.autograd.grad(y, x, grad_y)[0])
+
+
+@private(
+    "_raw_saved_input",
+    "_raw_saved_other",
+    "_raw_saved_self",
+    "_raw_saved_tensors",
+    "_saved_alpha",
+    "_saved_bias_sym_sizes_opt",
+    "_saved_transposed",
+    "_saved_weight",
+    used_by="rebuild.py, which lets go of what nodes have saved, and reads how they made their outputs",
+    instead="hooks on everything saved (torch.autograd.graph.saved_tensors_hooks), which cost half a step of launches",
+)
+def test_nodes_have_names_and_show_what_they_saved():
+    x, kernel = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(5, 3, 1, 1, requires_grad=True)
+    conv = F.conv2d(x, kernel).grad_fn
+    assert conv.name() == "ConvolutionBackward0"
+    assert (conv._saved_weight is kernel, conv._saved_transposed, conv._saved_bias_sym_sizes_opt) == (True, False, (0,))
+    assert F.conv2d(x, kernel, torch.zeros(5)).grad_fn._saved_bias_sym_sizes_opt == (5,)
+    product, total = (x * x).grad_fn, torch.add(x, x, alpha=3).grad_fn
+    assert (product.name(), total.name(), total._saved_alpha) == ("MulBackward0", "AddBackward0", 3)
+    seen = []
+    for saved in (conv._raw_saved_input, product._raw_saved_self, product._raw_saved_other):
+        saved.register_hooks(lambda tensor: seen.append(tensor.data_ptr()) or tensor, lambda tensor: tensor)
+    assert seen == [x.data_ptr()] * 3
+
+
+def test_names_of_pointwise_nodes_are_those_that_rebuilding_knows():
+    from timm_tresnet.rebuild import _POINTWISE
+
+    x = torch.randn(2, 3, requires_grad=True)
+    functions = [F.celu, F.elu, F.gelu, F.hardsigmoid, F.hardswish, F.relu6, F.leaky_relu, F.mish, F.relu, F.silu]
+    nodes = [function(x).grad_fn for function in (*functions, F.selu, torch.sigmoid, torch.tanh)]
+    nodes.append(F.leaky_relu_(x * 1, 0.1).grad_fn)
+    assert {node.name() for node in nodes} == set(_POINTWISE)
+    for node in nodes:
+        saved, _, constants = _POINTWISE[node.name()]
+        assert hasattr(node, f"_raw_saved_{saved}")
+        assert all(hasattr(node, f"_saved_{name}") for name in constants)
+
+
+@private(
+    "_current_graph_task_id",
+    "_execution_engine",
+    used_by="saved.py, to share values within one backward pass and to drop them at its end",
+    instead="torch.utils.checkpoint asks for the former too; without both, values are made as often as needed",
+)
+def test_a_backward_pass_has_a_number_and_calls_back_at_its_end():
+    numbers = []
+
+    def note(grad):
+        numbers.append(torch._C._current_graph_task_id())
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: numbers.append("end"))
+
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(note)
+    assert torch._C._current_graph_task_id() == -1
+    for _ in range(2):
+        y.sum().backward(retain_graph=True)
+    assert numbers[1::2] == ["end", "end"]
+    assert -1 not in numbers
+    assert numbers[0] != numbers[2]
+
+
+@private(
+    "_C",
+    "_current_level",
+    "_functorch",
+    "_is_any_autocast_enabled",
+    used_by="rebuild.py, to step aside for torch.func and forward mode; saved.py, to rebuild outside of autocast",
+    instead="torch.is_autocast_enabled(device_type) for the last; nothing public tells of the others",
+)
+def test_transforms_forward_mode_and_autocast_can_be_seen():
+    def look(x=None):
+        from torch.autograd import forward_ad
+
+        seen = (
+            torch._C._functorch.peek_interpreter_stack() is not None,
+            forward_ad._current_level >= 0,
+            torch._C._is_any_autocast_enabled(),
+        )
+        looks.append(seen)
+        return torch.zeros(())
+
+    looks = []
+    look()
+    torch.func.grad(lambda x: look() + x.sum())(torch.ones(2))
+    with torch.autograd.forward_ad.dual_level():
+        look()
+    with torch.autocast("cpu"):
+        look()
+    assert looks == [(False,) * 3, (True, False, False), (False, True, False), (False, False, True)]
+
+
+@private(
     "native_batch_norm",
     "native_batch_norm_backward",
-    used_by="layers/synchronized_norm.py, for batch norm's arithmetic with statistics that are given",
+    used_by="affine.py and layers/synchronized_norm.py, for batch norm's arithmetic with statistics that are given",
     instead="F.batch_norm in eval mode, and torch.autograd.grad of it",
 )
 def test_native_batch_norm_takes_statistics_and_sums_gradients():
@@ -145,8 +242,8 @@ def test_gradients_of_padding_and_convolution_need_only_the_shape_of_their_input
 
 @private(
     "batch_norm_elemt",
-    used_by="layers/activated_batch_norm.py, for batch norm in one kernel on CUDA",
-    instead="scale_and_shift of layers/synchronized_norm.py, as on the CPU",
+    used_by="affine.py, for batch norm in one kernel on CUDA",
+    instead="scale_and_shift, as on the CPU",
 )
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -161,8 +258,8 @@ def test_batch_norm_elemt_normalises_with_a_given_mean_and_rstd():
     "_forward_pre_hooks",
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
-    used_by="rebuild.py (is_plain), since a hook may change what a module returns",
-    instead="nothing public lists hooks; without it, no module counts as plain and everything is kept",
+    used_by="rebuild.py (is_foreign), since a hook may see and edit what a module returns",
+    instead="nothing public lists hooks; without it, every module counts as foreign and everything is kept",
 )
 @pytest.mark.parametrize("which", ["forward_hook", "forward_pre_hook"])
 def test_hooks_of_a_module_and_of_all_modules_are_in_dictionaries(which):
@@ -180,20 +277,8 @@ def test_hooks_of_a_module_and_of_all_modules_are_in_dictionaries(which):
 
 
 @private(
-    "_parameters",
-    used_by="layers/conv_norm_act.py, to see whether a weight is a parameter or computed from others",
-    instead="dict(module.named_parameters(recurse=False)), which is slower",
-)
-def test_parameters_lack_a_weight_that_is_computed():
-    conv = nn.Conv2d(3, 4, 1)
-    assert conv._parameters["weight"] is conv.weight
-    nn.utils.parametrizations.weight_norm(conv)
-    assert "weight" not in conv._parameters
-
-
-@private(
     "_modules",
-    used_by="layers/conv_norm_act.py (add_module), to see which child is replaced",
+    used_by="layers/conv_norm_act.py (add_module), to see which child is replaced; rebuild.py (is_foreign)",
     instead="dict(module.named_children())",
 )
 def test_modules_are_the_children_that_conversions_replace():
@@ -207,7 +292,7 @@ def test_modules_are_the_children_that_conversions_replace():
 
 @private(
     "_NormBase",
-    used_by="the compiled grad checkpointing, to find running statistics",
+    used_by="stages.py, to find running statistics of blocks that run again",
     instead="modules that have a running_mean",
 )
 def test_norm_base_is_every_norm_with_running_statistics():
@@ -221,7 +306,6 @@ def test_norm_base_is_every_norm_with_running_statistics():
 
 
 @private(
-    "_functorch",
     "_inductor",
     used_by="benchmarks/training_memory.py, to give the compiler a budget of memory for one network alone",
     instead="torch.compile(options=...), where a release takes activation_memory_budget there",

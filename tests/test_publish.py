@@ -167,7 +167,7 @@ x = expected.pop("x")
 expected[f"{sys.argv[2]}@v1"] = expected[sys.argv[2]]
 for name, logits in expected.items():
     model = timm.create_model(f"hf-hub:{name}", pretrained=True).eval()
-    assert type(model).__module__ == "timm_tresnet.tresnet"
+    assert type(model).__module__ == "timm_tresnet.network"
     with torch.no_grad():
         assert (model(x) - logits).norm() <= 1e-5 * logits.norm(), name
 """,

@@ -6,7 +6,6 @@ import threading
 import warnings
 
 import pytest
-import timm
 import torch
 from comparing import (
     REBUILDING,
@@ -22,99 +21,22 @@ from comparing import (
 from torch import nn
 
 from timm_tresnet import rebuild
-from timm_tresnet.layers import ActivatedBatchNorm2d, BlurPool2d
-from timm_tresnet.layers.anti_alias import _BlurPool
-
-# ---- how much is kept
+from timm_tresnet.layers import ActivatedBatchNorm2d
+from timm_tresnet.saved import Rebuilt
 
 
-@pytest.mark.parametrize(
-    ("variant", "bounds"),
-    [
-        ("tresnet_m", {"activations": 0.49, "expansions": 0.34}),
-        ("tresnet_l", {"activations": 0.49, "expansions": 0.34}),
-        ("tresnet_xl", {"activations": 0.50, "expansions": 0.34}),
-        ("tresnet_v2_l", {"activations": 0.52, "expansions": 0.34}),
-    ],
-)
-def test_variant_keeps_a_fraction_of_what_the_builtin_network_keeps(variant, bounds):
-    import timm.models.tresnet
-
-    x = torch.empty(1, 3, 224, 224, device="meta")
-    with torch.device("meta"):
-        model = timm.create_model(variant)
-        builtin = getattr(timm.models.tresnet, variant)()
-    whole = saved_bytes(builtin, x)
-    for setting, bound in bounds.items():
-        model.set_rebuild(setting)
-        assert saved_bytes(model, x) <= bound * whole
-    model.set_rebuild("none")
-    assert saved_bytes(model, x) == whole
-
-
-def test_paper_network_keeps_less_than_half_in_megabytes():
-    with torch.device("meta"):
-        model = timm.create_model("tresnet_m")
-    x = torch.empty(2, 3, 224, 224, device="meta")
-    assert saved_bytes(model, x) / 2e6 <= 34.5
-    model.set_rebuild("expansions")
-    assert saved_bytes(model, x) / 2e6 <= 26
-
-
-@pytest.mark.parametrize("variant", ["tresnet_m", "tresnet_l", "tresnet_xl", "tresnet_v2_l"])
-def test_checkpointing_keeps_the_output_of_every_second_block_and_little_else(variant):
-    x = torch.empty(1, 3, 224, 224, device="meta")
-    with torch.device("meta"):
-        model = timm.create_model(variant, rebuild="none")
-    whole = saved_bytes(model, x)
-    outputs = []
-    for stage in model.body[-4:]:
-        for block in list(stage)[::-2]:
-            block.register_forward_hook(lambda module, inputs, y: outputs.append(y.untyped_storage().nbytes()))
-    model(x)
-    least = sum(outputs)
-    model.set_rebuild("activations")
-    model.set_grad_checkpointing()
-    assert least <= saved_bytes(model, x) <= 0.17 * whole
-
-
-@each_setting
-def test_stochastic_depth_keeps_no_more(setting):
-    plain = saved_bytes(make_model(setting), images())
-    assert saved_bytes(make_model(setting, drop_path_rate=0.2), images()) <= 1.01 * plain
-
-
-def test_checkpointing_runs_blocks_with_other_norms_again():
-    model = make_model("checkpointing", norm_layer="groupnorm1")
-    assert saved_bytes(model, images()) < saved_bytes(make_model(norm_layer="groupnorm1"), images()) / 3
-
-
-def test_layer_keeps_its_input_and_two_numbers_a_channel():
+def test_norm_and_activation_keep_their_input_and_numbers_a_channel():
     layer = ActivatedBatchNorm2d(4, act_layer=nn.LeakyReLU)
     x = torch.randn(2, 4, 8, 8, requires_grad=True)
-    kept = []
-    with rebuild.recording("activations"):
+    with rebuild.recording("activations", x):
         y = layer(x)
-        tape = rebuild.open_tape()
-        recipe = tape.pack(y)
-    for source in recipe.inputs:
-        kept.append(tuple(source.tensor.shape))
-    assert kept == [(2, 4, 8, 8), (4,), (4,)]
-    assert recipe.inputs[0].tensor.data_ptr() == x.data_ptr()
-    torch.testing.assert_close(recipe.take(), y.detach(), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("blocks", [1, 3, 4, 5, 11, 18, 24])
-def test_chains_between_kept_outputs_grow_away_from_the_end(blocks):
-    from timm_tresnet.tresnet import _kept_outputs
-
-    kept = _kept_outputs(blocks)
-    ends = [blocks, *kept]
-    chains = [later - earlier - 1 for later, earlier in zip(ends, kept, strict=False)]
-    assert chains == list(range(2, 2 + len(kept)))
-
-
-# ---- the same numbers
+        z = nn.functional.conv2d(y, torch.ones(1, 4, 1, 1, requires_grad=True))
+        rebuild.open_tape().add_kept(z.relu())
+    kept = [tensor for tensor in y.grad_fn.saved_tensors if tensor is not None and tensor.numel()]
+    assert [tuple(tensor.shape) for tensor in kept] == [(2, 4, 8, 8), (4,), (4,), (4,), (4,)]
+    assert kept[0].data_ptr() == x.data_ptr()
+    assert z.grad_fn._saved_input.data_ptr() != y.data_ptr()
+    torch.testing.assert_close(z.grad_fn._saved_input.detach(), y.detach(), rtol=0, atol=0)
 
 
 @each_setting
@@ -157,16 +79,6 @@ def test_any_activation_can_be_rebuilt(act_layer):
     compare(lambda model: train_step(model, images()), "activations", act_layer=act_layer)
 
 
-@pytest.mark.parametrize("setting", ["activations", "expansions"])
-def test_grad_checkpointing_composes_with_rebuilding(setting):
-    def run(model):
-        if model.rebuild == setting:
-            model.set_grad_checkpointing()
-        return train_step(model, images())
-
-    compare(run, setting)
-
-
 def test_channels_last_and_half_precision_change_no_loss():
     for make in (
         lambda model: model.to(memory_format=torch.channels_last),
@@ -187,13 +99,6 @@ def test_autocast_changes_no_loss(setting):
 
     results = [run(make_model(each)) for each in (setting, "none")]
     assert_same(*results)
-
-
-def test_gradients_of_the_blur_are_those_of_its_output():
-    x = torch.randn(2, 3, 6, 5, dtype=torch.float64, requires_grad=True)
-    for stride, dilation in ((2, 1), (1, 1), (1, 2)):
-        kernel = BlurPool2d(3, dtype=torch.float64).kernel
-        assert torch.autograd.gradcheck(lambda x, k=kernel, s=stride, d=dilation: _BlurPool.apply(x, k, s, d), x)
 
 
 @pytest.fixture
@@ -221,9 +126,6 @@ def test_seeded_training_with_deterministic_algorithms_gives_identical_weights()
     assert not torch.equal(first["head.fc.weight"], make_model().state_dict()["head.fc.weight"])
     for other in others:
         torch.testing.assert_close(other, first, rtol=0, atol=0)
-
-
-# ---- cases that are easily forgotten
 
 
 @each_setting
@@ -292,7 +194,7 @@ def test_edit_of_a_needed_activation_is_an_error(setting):
     kept[0].data.add_(0)  # unseen by autograd
     with torch.no_grad():
         kept[0].add_(1)
-    with pytest.raises(RuntimeError, match="modified in.?place"):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
@@ -449,45 +351,14 @@ def test_empty_batch_and_single_value_fail_or_pass_as_without_rebuilding():
         assert outcomes[0] == outcomes[1]
 
 
-def test_recycled_memory_is_never_mistaken_for_a_recorded_tensor():
-    tape_hits = []
-    with rebuild.recording("activations"):
-        tape = rebuild.open_tape()
-        for _ in range(50):
-            recorded = torch.randn(1000)
-            pointer = recorded.data_ptr()
-            rebuild.record(recorded, torch.neg, torch.zeros(1000))
-            del recorded
-            recycled = torch.zeros(1000)  # allocators hand out the freed block again
-            tape_hits.append(recycled.data_ptr() == pointer)
-            assert not hasattr(tape.pack(recycled), "function")
-    assert any(tape_hits)
-
-
-def test_edited_view_or_retyped_tensor_is_kept_as_it_is():
-    with rebuild.recording("activations"):
-        pack = rebuild.open_tape().pack
-        tensor = torch.randn(4, 6)
-        rebuild.record(tensor, torch.neg, -tensor.clone())
-        assert hasattr(pack(tensor), "function")
-        assert hasattr(pack(tensor.detach()), "function")
-        for other in (tensor[1:], tensor.T, tensor.view(24), tensor.view(torch.int32)):
-            assert not hasattr(pack(other), "function")
-        tensor.add_(1)
-        assert not hasattr(pack(tensor), "function")
-
-
-# ---- nothing leaks
-
-
 def live_bytes():
     gc.collect()
     tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
     return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-def count_recipes():
-    return sum(type(thing) in (rebuild._Recipe, rebuild._Tape) for thing in gc.get_objects())
+def count_rebuilt():
+    return sum(type(thing) in (Rebuilt, rebuild.Tape) for thing in gc.get_objects())
 
 
 @each_setting
@@ -496,7 +367,7 @@ def test_memory_returns_after_a_step_a_lost_forward_and_an_exception(setting):
     x = images()
     train_step(model, x)
     level = live_bytes()
-    recipes = count_recipes()
+    rebuilt = count_rebuilt()
     train_step(model, x)
     assert live_bytes() == level
     model(x)  # no backward
@@ -508,11 +379,8 @@ def test_memory_returns_after_a_step_a_lost_forward_and_an_exception(setting):
     handle.remove()
     assert rebuild.open_tape() is None
     assert live_bytes() == level
-    assert count_recipes() == recipes == 0
+    assert count_rebuilt() == rebuilt == 0
     assert train_step(model, x)["loss"].isfinite()
-
-
-# ---- derivatives of derivatives
 
 
 def test_double_backward_is_right_without_blur_and_a_clear_error_with_it():
@@ -528,7 +396,8 @@ def test_double_backward_is_right_without_blur_and_a_clear_error_with_it():
         run(make_model("activations"))
 
 
-def test_forward_mode_is_right_without_blur_and_a_clear_error_with_it():
+@pytest.mark.parametrize("aa_layer", [True, False])
+def test_forward_mode_is_right(aa_layer):
     from torch.autograd import forward_ad
 
     def run(model):
@@ -539,53 +408,8 @@ def test_forward_mode_is_right_without_blur_and_a_clear_error_with_it():
             output = model(forward_ad.make_dual(images(), torch.ones(2, 3, 64, 64)))
             return forward_ad.unpack_dual(output).tangent
 
-    torch.testing.assert_close(
-        run(make_model("activations", aa_layer=False)), run(make_model("none", aa_layer=False)), rtol=0, atol=0
-    )
-    with pytest.raises(RuntimeError, match="(?i)forward.mode|jvp"):
-        run(make_model("activations"))
-
-
-# ---- compilers and split batch norm
-
-
-@pytest.mark.parametrize("setting", ["activations", "expansions"])
-def test_compiled_training_is_one_graph_without_hooks(setting):
-    model = make_model(setting)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    result = train_step(compiled, images())
-    assert len(graphs) == 1
-    assert "hooks" not in graphs[0].code
-    assert torch.equal(result["loss"], train_step(make_model("none"), images())["loss"])
-
-
-@pytest.mark.xfail(
-    torch.__version__.startswith("2.5."), reason="PyTorch 2.5 updates running statistics again", strict=True
-)
-def test_compiled_checkpointing_gives_the_same_numbers():
-    def run(model):
-        if model.rebuild != "none":
-            model.compile(backend="aot_eager", fullgraph=True)
-        return train_step(model, images())
-
-    compare(run, "checkpointing", layers=(1, 1, 2, 1))
-
-
-@each_setting
-def test_training_traced_by_torchscript_gives_the_same_numbers(setting):
-    def run(model):
-        with warnings.catch_warnings():  # PyTorch announces the end of TorchScript
-            warnings.filterwarnings("ignore", message="`torch.jit.* is deprecated")
-            warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # of torch.nn.functional.batch_norm
-            return train_step(torch.jit.trace(model, images(), check_trace=False), images())
-
-    compare(run, setting, layers=(1, 1, 2, 1))
+    models = [make_model(setting, aa_layer=aa_layer) for setting in ("activations", "none")]
+    torch.testing.assert_close(*map(run, models), rtol=0, atol=0)
 
 
 @each_setting

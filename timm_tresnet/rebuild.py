@@ -147,7 +147,7 @@ class Tape:
         self._last = y
 
     def add_kept(self, y: Tensor) -> None:
-        """Take up what others see or the policy keeps: it stays as PyTorch keeps it, what follows can be made from it."""
+        """Take up what others see or the policy keeps: it stays as PyTorch keeps it, others can be made from it."""
         if self._last is not y:
             self._let_go()
         self._last = None

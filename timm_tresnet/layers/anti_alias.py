@@ -182,8 +182,7 @@ class ShortcutPool2d(nn.AvgPool2d):
 
     @torch.jit.unused
     def _pool_recorded(self, x: Tensor) -> Tensor:
-        even = x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
-        if even and open_tape() is not None and _is_channels_last_on_cuda(x):
+        if open_tape() is not None and _is_channels_last_on_cuda(x) and x.shape[2] % 2 == x.shape[3] % 2 == 0:
             return _EvenPool.apply(x)
         return _shortcut_pool(x)
 

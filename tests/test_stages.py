@@ -1,0 +1,137 @@
+import warnings
+
+import pytest
+import timm
+import torch
+from comparing import (
+    compare,
+    each_setting,
+    images,
+    make_model,
+    saved_bytes,
+    train_step,
+)
+
+
+@pytest.mark.parametrize(
+    ("variant", "bounds"),
+    [
+        ("tresnet_m", {"activations": 0.49, "expansions": 0.34}),
+        ("tresnet_l", {"activations": 0.49, "expansions": 0.34}),
+        ("tresnet_xl", {"activations": 0.50, "expansions": 0.34}),
+        ("tresnet_v2_l", {"activations": 0.52, "expansions": 0.34}),
+    ],
+)
+def test_variant_keeps_a_fraction_of_what_the_builtin_network_keeps(variant, bounds):
+    import timm.models.tresnet
+
+    x = torch.empty(1, 3, 224, 224, device="meta")
+    with torch.device("meta"):
+        model = timm.create_model(variant)
+        builtin = getattr(timm.models.tresnet, variant)()
+    whole = saved_bytes(builtin, x)
+    for setting, bound in bounds.items():
+        model.set_rebuild(setting)
+        assert saved_bytes(model, x) <= bound * whole
+    model.set_rebuild("none")
+    assert saved_bytes(model, x) == whole
+
+
+def test_paper_network_keeps_less_than_half_in_megabytes():
+    with torch.device("meta"):
+        model = timm.create_model("tresnet_m")
+    x = torch.empty(2, 3, 224, 224, device="meta")
+    assert saved_bytes(model, x) / 2e6 <= 34.5
+    model.set_rebuild("expansions")
+    assert saved_bytes(model, x) / 2e6 <= 26
+
+
+@pytest.mark.parametrize("variant", ["tresnet_m", "tresnet_l", "tresnet_xl", "tresnet_v2_l"])
+def test_checkpointing_keeps_the_output_of_every_second_block_and_little_else(variant):
+    x = torch.empty(1, 3, 224, 224, device="meta")
+    with torch.device("meta"):
+        model = timm.create_model(variant, rebuild="none")
+    whole = saved_bytes(model, x)
+    outputs, handles = [], []
+    for stage in model.body[-4:]:
+        for block in list(stage)[::-2]:
+            handles.append(
+                block.register_forward_hook(lambda module, inputs, y: outputs.append(y.untyped_storage().nbytes()))
+            )
+    model(x)
+    for handle in handles:
+        handle.remove()
+    least = sum(outputs)
+    model.set_rebuild("activations")
+    model.set_grad_checkpointing()
+    assert least <= saved_bytes(model, x) <= 0.17 * whole
+
+
+@each_setting
+def test_stochastic_depth_keeps_no_more(setting):
+    plain = saved_bytes(make_model(setting), images())
+    assert saved_bytes(make_model(setting, drop_path_rate=0.2), images()) <= 1.01 * plain
+
+
+def test_checkpointing_runs_blocks_with_other_norms_again():
+    model = make_model("checkpointing", norm_layer="groupnorm1")
+    assert saved_bytes(model, images()) < saved_bytes(make_model(norm_layer="groupnorm1"), images()) / 3
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 4, 5, 11, 18, 24])
+def test_chains_between_kept_outputs_grow_away_from_the_end(blocks):
+    from timm_tresnet.stages import _kept_outputs
+
+    kept = _kept_outputs(blocks)
+    ends = [blocks, *kept]
+    chains = [later - earlier - 1 for later, earlier in zip(ends, kept, strict=False)]
+    assert chains == list(range(2, 2 + len(kept)))
+
+
+@pytest.mark.parametrize("setting", ["activations", "expansions"])
+def test_grad_checkpointing_composes_with_rebuilding(setting):
+    def run(model):
+        if model.rebuild == setting:
+            model.set_grad_checkpointing()
+        return train_step(model, images())
+
+    compare(run, setting)
+
+
+@pytest.mark.parametrize("setting", ["activations", "expansions"])
+def test_compiled_training_is_one_graph_without_hooks(setting):
+    model = make_model(setting)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    result = train_step(compiled, images())
+    assert len(graphs) == 1
+    assert "hooks" not in graphs[0].code
+    assert torch.equal(result["loss"], train_step(make_model("none"), images())["loss"])
+
+
+@pytest.mark.xfail(
+    torch.__version__.startswith("2.5."), reason="PyTorch 2.5 updates running statistics again", strict=True
+)
+def test_compiled_checkpointing_gives_the_same_numbers():
+    def run(model):
+        if model.rebuild != "none":
+            model.compile(backend="aot_eager", fullgraph=True)
+        return train_step(model, images())
+
+    compare(run, "checkpointing", layers=(1, 1, 2, 1))
+
+
+@each_setting
+def test_training_traced_by_torchscript_gives_the_same_numbers(setting):
+    def run(model):
+        with warnings.catch_warnings():  # PyTorch announces the end of TorchScript
+            warnings.filterwarnings("ignore", message="`torch.jit.* is deprecated")
+            warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # of torch.nn.functional.batch_norm
+            return train_step(torch.jit.trace(model, images(), check_trace=False), images())
+
+    compare(run, setting, layers=(1, 1, 2, 1))
