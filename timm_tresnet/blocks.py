@@ -53,11 +53,10 @@ class ResidualBlock(nn.Module):
         factory_kwargs = {"device": device, "dtype": dtype}
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
         self.act = nn.ReLU(inplace=True)
-        self.downsample = make_shortcut(
-            in_channels, planes * self.expansion, stride, dilation, norm_layer, **factory_kwargs
-        )
-        unit = functools.partial(ConvNormAct, norm_layer=norm_layer, **factory_kwargs)
-        aa = make_blur(planes, stride, dilation, **factory_kwargs) if anti_alias else None
+        unit_kwargs = {"norm_layer": norm_layer, **factory_kwargs}
+        self.downsample = _make_shortcut(in_channels, planes * self.expansion, stride, dilation, **unit_kwargs)
+        unit = functools.partial(ConvNormAct, **unit_kwargs)
+        aa = _make_blur(planes, stride, dilation, **factory_kwargs) if anti_alias else None
         downsampling = {"stride": stride if aa is None else 1, "dilation": dilation[0], "aa": aa}
         se = functools.partial(SqueezeExcite, **factory_kwargs) if use_se else lambda *channels: nn.Identity()
         self._add_main_path(in_channels, planes, unit, act_layer, downsampling, dilation[1], se)
@@ -121,53 +120,22 @@ class Bottleneck(ResidualBlock):
         return self.act(self.drop_path(x) + shortcut)
 
 
-def make_blur(
-    channels: int,
-    stride: int,
-    dilation: tuple[int, int],
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> BlurPool2d | None:
-    """Blur of a block, None where the block does not downsample.
-
-    Args:
-        channels: number of channels.
-        stride: stride of the block, 1 or 2.
-        dilation: dilations before and after the point where the block downsamples.
-        device: device of the kernel.
-        dtype: dtype of the kernel.
-    """
+def _make_blur(channels: int, stride: int, dilation: tuple[int, int], **factory_kwargs: Any) -> BlurPool2d | None:
+    """Blur of a block, None where the block does not downsample."""
     if stride == 1 and dilation[0] == dilation[1]:
         return None
-    return BlurPool2d(channels, stride, dilation[0], device=device, dtype=dtype)
+    return BlurPool2d(channels, stride, dilation[0], **factory_kwargs)
 
 
-def make_shortcut(
-    in_channels: int,
-    out_channels: int,
-    stride: int,
-    dilation: tuple[int, int],
-    norm_layer: LayerType,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+def _make_shortcut(
+    in_channels: int, out_channels: int, stride: int, dilation: tuple[int, int], **unit_kwargs: Any
 ) -> nn.Module:
-    """Shortcut of a block: the input itself, or average pool, 1x1 convolution and norm where shapes change.
-
-    Args:
-        in_channels: channels of the block's input.
-        out_channels: channels of the block's output.
-        stride: stride of the block, 1 or 2.
-        dilation: dilations before and after the point where the block downsamples.
-        norm_layer: normalisation after the convolution.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
-    """
+    """Shortcut of a block: the input itself, or average pool, 1x1 convolution and norm where shapes change."""
     layers: list[nn.Module] = []
     if stride > 1:
         layers.append(ShortcutPool2d())
     elif dilation[0] != dilation[1]:
         layers.append(StrideOneAvgPool2d(dilation[0]))
     if layers or in_channels != out_channels:
-        layers.append(ConvNormAct(in_channels, out_channels, 1, norm_layer=norm_layer, device=device, dtype=dtype))
-        return nn.Sequential(*layers)
+        return nn.Sequential(*layers, ConvNormAct(in_channels, out_channels, 1, **unit_kwargs))
     return nn.Identity()

@@ -1,15 +1,15 @@
 """The network of arXiv:2003.13630, each of whose ingredients is an argument."""
 
-import functools
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, LayerType, calculate_drop_path_rates, get_act_layer
+from timm.layers import ClassifierHead, LayerType, calculate_drop_path_rates
 from torch import Tensor, nn
 
+from timm_tresnet.arguments import STRIDES_AND_DILATIONS, choose, per_stage, resolve_activation, take_indices
 from timm_tresnet.blocks import BasicBlock, Bottleneck
 from timm_tresnet.layers import BlurPool2d, BottleneckHead, ConvNormAct, SpaceToDepth
 from timm_tresnet.rebuild import SETTINGS
@@ -87,12 +87,12 @@ class TResNet(nn.Module):
         factory_kwargs = {"device": device, "dtype": dtype}
         if block is None:
             block = "bottleneck" if v2 else ("basic", "basic", "bottleneck", "bottleneck")
-        layers = _per_stage("layers", layers)
-        blocks = [_choose("block", name, _BLOCKS) for name in _per_stage("block", block)]
-        use_se = _per_stage("use_se", use_se)
-        anti_alias = _choose("aa_layer", aa_layer, {"blur": True, True: True, False: False, "": False})
-        strides, dilations = _choose("output_stride", output_stride, _STRIDES_AND_DILATIONS)
-        _choose("stem", stem, dict.fromkeys(("space_to_depth", "conv7x7")))
+        layers = per_stage("layers", layers)
+        blocks = [choose("block", name, _BLOCKS) for name in per_stage("block", block)]
+        use_se = per_stage("use_se", use_se)
+        anti_alias = choose("aa_layer", aa_layer, {"blur": True, True: True, False: False, "": False})
+        strides, dilations = choose("output_stride", output_stride, STRIDES_AND_DILATIONS)
+        choose("stem", stem, dict.fromkeys(("space_to_depth", "conv7x7")))
         planes = int(64 * width_factor)
         if v2:
             planes = planes // 8 * 8
@@ -104,7 +104,7 @@ class TResNet(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         # The order of construction is the built-in's, and with it the random numbers each weight draws.
-        act_layer_of_stem = _resolve_activation(act_layer, stem_negative_slope)
+        act_layer_of_stem = resolve_activation(act_layer, stem_negative_slope)
         self.body = _make_stem(
             stem, in_chans, planes, act_layer=act_layer_of_stem, norm_layer=norm_layer, **factory_kwargs
         )
@@ -122,7 +122,7 @@ class TResNet(nn.Module):
                 strides[index],
                 dilations[index],
                 use_se=use_se[index],
-                act_layer=_resolve_activation(act_layer, negative_slope),
+                act_layer=resolve_activation(act_layer, negative_slope),
                 norm_layer=norm_layer,
                 anti_alias=anti_alias,
                 **factory_kwargs,
@@ -203,7 +203,7 @@ class TResNet(nn.Module):
         Raises:
             ValueError: if setting is none of these.
         """
-        _choose("rebuild", setting, dict.fromkeys(SETTINGS))
+        choose("rebuild", setting, dict.fromkeys(SETTINGS))
         self.rebuild = setting
         for module in self.modules():
             if isinstance(module, Recorded):
@@ -265,7 +265,7 @@ class TResNet(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"forward_intermediates returns NCHW only, got output_fmt={output_fmt}")
-        taken = _take_indices(indices, len(self._feature_positions))
+        taken = take_indices(indices, len(self._feature_positions))
         positions = [self._feature_positions[index] for index in taken]
         last = max(positions)
         intermediates: list[Tensor] = []
@@ -292,7 +292,7 @@ class TResNet(nn.Module):
         Returns:
             The indices, counted from the front.
         """
-        taken = _take_indices(indices, len(self._feature_positions))
+        taken = take_indices(indices, len(self._feature_positions))
         end = self._feature_positions[max(taken)] + 1
         pruned = end < len(self.body)
         self.body = self.body[:end]
@@ -342,42 +342,6 @@ def _make_stage(
     return stage
 
 
-_STRIDES_AND_DILATIONS = {  # by output stride: strides of the stages, dilations before and after their downsampling
-    32: ((1, 2, 2, 2), ((1, 1), (1, 1), (1, 1), (1, 1))),
-    16: ((1, 2, 2, 1), ((1, 1), (1, 1), (1, 1), (1, 2))),
-    8: ((1, 2, 1, 1), ((1, 1), (1, 1), (1, 2), (2, 4))),
-}
-
-
-def _choose(argument: str, value: Any, choices: dict[Any, Any]) -> Any:
-    if value not in choices:
-        names = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"TResNet needs {argument} to be one of {names}, got {value!r}")
-    return choices[value]
-
-
-def _per_stage(argument: str, value: Any) -> list[Any]:
-    if isinstance(value, str | bool):
-        return [value] * 4
-    if not isinstance(value, Sequence) or len(value) != 4:
-        raise ValueError(f"TResNet needs {argument} to have one entry for each of its 4 stages, got {value!r}")
-    if argument == "layers" and any(not isinstance(count, int) or count < 1 for count in value):
-        raise ValueError(f"TResNet needs at least one block a stage, got layers={value!r}")
-    return list(value)
-
-
-def _resolve_activation(act_layer: LayerType, negative_slope: float) -> LayerType:
-    if act_layer == "leaky_relu":
-        return functools.partial(nn.LeakyReLU, negative_slope=negative_slope)
-    try:
-        resolved = get_act_layer(act_layer)
-    except KeyError:
-        resolved = None
-    if resolved is None:
-        raise ValueError(f"TResNet needs act_layer to name an activation that timm knows, got {act_layer!r}")
-    return resolved
-
-
 def _smallest_side(body: nn.Module) -> int:
     """Smallest H and W, in pixels, whose feature maps every blur of a space-to-depth network can reflect."""
     blurs = [module for module in body.modules() if isinstance(module, BlurPool2d)]
@@ -391,20 +355,3 @@ def _smallest_side(body: nn.Module) -> int:
         else:
             return side
         side += 4
-
-
-def _take_indices(indices: int | list[int] | None, num_features: int) -> list[int]:
-    if indices is None:
-        return list(range(num_features))
-    taken: list[int] = []
-    if isinstance(indices, int):
-        if indices < 1 or indices > num_features:
-            raise ValueError(f"TResNet has {num_features} features, cannot take the last {indices}")
-        for index in range(num_features - indices, num_features):
-            taken.append(index)
-    else:
-        for index in indices:
-            if index < -num_features or index >= num_features:
-                raise ValueError(f"TResNet has {num_features} features, cannot take index {index}")
-            taken.append(index + num_features if index < 0 else index)
-    return taken

@@ -1,0 +1,64 @@
+"""What the arguments of the network mean, and the errors that name a wrong one."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from timm.layers import LayerType, get_act_layer
+from torch import nn
+
+STRIDES_AND_DILATIONS = {  # by output stride: strides of the stages, dilations before and after their downsampling
+    32: ((1, 2, 2, 2), ((1, 1), (1, 1), (1, 1), (1, 1))),
+    16: ((1, 2, 2, 1), ((1, 1), (1, 1), (1, 1), (1, 2))),
+    8: ((1, 2, 1, 1), ((1, 1), (1, 1), (1, 2), (2, 4))),
+}
+
+
+def choose(argument: str, value: Any, choices: dict[Any, Any]) -> Any:
+    """What a value stands for, by a table of all there are."""
+    if value not in choices:
+        names = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"TResNet needs {argument} to be one of {names}, got {value!r}")
+    return choices[value]
+
+
+def per_stage(argument: str, value: Any) -> list[Any]:
+    """A value for each of the four stages."""
+    if isinstance(value, str | bool):
+        return [value] * 4
+    if not isinstance(value, Sequence) or len(value) != 4:
+        raise ValueError(f"TResNet needs {argument} to have one entry for each of its 4 stages, got {value!r}")
+    if argument == "layers" and any(not isinstance(count, int) or count < 1 for count in value):
+        raise ValueError(f"TResNet needs at least one block a stage, got layers={value!r}")
+    return list(value)
+
+
+def resolve_activation(act_layer: LayerType, negative_slope: float) -> LayerType:
+    """An activation by its name or class; negative_slope is that of "leaky_relu"."""
+    if act_layer == "leaky_relu":
+        return functools.partial(nn.LeakyReLU, negative_slope=negative_slope)
+    try:
+        resolved = get_act_layer(act_layer)
+    except KeyError:
+        resolved = None
+    if resolved is None:
+        raise ValueError(f"TResNet needs act_layer to name an activation that timm knows, got {act_layer!r}")
+    return resolved
+
+
+def take_indices(indices: int | list[int] | None, num_features: int) -> list[int]:
+    """Which features are asked for, counted from the front: all for None, the last n for a number n."""
+    if indices is None:
+        return list(range(num_features))
+    taken: list[int] = []
+    if isinstance(indices, int):
+        if indices < 1 or indices > num_features:
+            raise ValueError(f"TResNet has {num_features} features, cannot take the last {indices}")
+        for index in range(num_features - indices, num_features):
+            taken.append(index)
+    else:
+        for index in indices:
+            if index < -num_features or index >= num_features:
+                raise ValueError(f"TResNet has {num_features} features, cannot take index {index}")
+            taken.append(index + num_features if index < 0 else index)
+    return taken
