@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+_neutral: dict[tuple[torch.Size, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}  # of as many channels
+
 
 def make_normalization(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
@@ -31,6 +33,9 @@ def make_normalization(
 def make_affine(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scale and shift (C,) of each channel that do what batch norm does."""
     # Single precision or better, and one rounding in the product-sum, as in batch norm's kernel on the CPU.
+    if weight is not None and bias is not None and mean.dtype == rstd.dtype == weight.dtype == bias.dtype == torch.float32:
+        scale = rstd * weight
+        return scale, torch.addcmul(bias, mean, scale, value=-1)
     dtype = torch.promote_types(mean.dtype, torch.float32)
     mean, rstd = mean.to(dtype), rstd.to(dtype)
     scale = rstd.clone() if weight is None else rstd * weight.to(dtype)
@@ -46,7 +51,13 @@ def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def _neutral_statistics(scale: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.zeros_like(scale), torch.ones_like(scale)
+    key = scale.shape, scale.dtype, scale.device
+    statistics = _neutral.get(key)
+    if statistics is None:
+        statistics = torch.zeros_like(scale), torch.ones_like(scale)
+        if type(statistics[0]) is Tensor:  # not a fake one, of a mode that will be gone
+            _neutral[key] = statistics
+    return statistics
 
 
 def _normalize_on_cuda(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -65,7 +65,7 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
         running_mean = self.running_mean if known else None
         running_var = self.running_var if known else None
         if not torch.jit.is_scripting():
-            if self.training and self._is_distributed():
+            if self.synchronized and self.training and self._is_distributed():
                 return self._forward_synchronized(x, running_mean, running_var, momentum)
             if open_tape() is not None:
                 return self._forward_recorded(x, running_mean, running_var, use_batch, momentum)
@@ -75,7 +75,7 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
     @torch.jit.unused
     def _is_distributed(self) -> bool:
         distributed = torch.distributed
-        if not (self.synchronized and distributed.is_available() and distributed.is_initialized()):
+        if not (distributed.is_available() and distributed.is_initialized()):
             return False
         return distributed.get_world_size(self.process_group) > 1
 
