@@ -14,6 +14,7 @@ ROW_FIELDS = {  # script -> fields of each row; there may be more
     "ablation_accuracy": {"row", "seed", "top1", "epochs"},
     "inference": {"row", "batch_size", "precision", "images_per_s", "ratios"},
     "int8_accuracy": {"row", "top1", "agreement", "images"},
+    "launches": {"row", "step_ms", "step_ratio", "forward_ms", "backward_ms"},
     "paper_tables": _COMPARISON | {"top1", "top1_source"},
     "resolution": _COMPARISON,
     "training_memory": {"row", "kept_mb", "kept_ratio", "peak_mb", "peak_ratio"},

@@ -54,6 +54,15 @@ def test_ablation_changes_one_ingredient_a_row(tmp_path):
     assert {name for name in params if params[name] == full["params_m"]} == same
 
 
+def test_launches_are_timed_in_turns_for_every_setting(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # which would stay for other tests
+    rows = run("launches", tmp_path, "--steps", "2")["rows"]
+    assert [row["row"] for row in rows] == ["built-in", "none", "activations", "expansions", "checkpointing"]
+    assert rows[0]["step_ratio"] == 1
+    for row in rows:
+        assert row["step_ms"] >= row["forward_ms"] + row["backward_ms"] > row["forward_ms"] > 0
+
+
 def test_resolution_compares_networks_at_each_size(tmp_path):
     rows = run("resolution", tmp_path, "--model", "test_tresnet", "--image-sizes", "64", "96", *QUICK)["rows"]
     names = ["resnet50", "built-in:test_tresnet", "test_tresnet"]

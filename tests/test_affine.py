@@ -1,0 +1,54 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from timm_tresnet.affine import make_affine, make_normalization, scale_and_shift
+
+
+def make_values(dtype=torch.float32):
+    x, weight, bias = torch.randn(3, 4, 5, 6, dtype=dtype), torch.randn(4, dtype=dtype), torch.randn(4, dtype=dtype)
+    mean, rstd = x.mean((0, 2, 3)), 1 / (x.var((0, 2, 3), correction=0) + 1e-5).sqrt()
+    return x, mean, rstd, weight, bias
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scale_and_shift_do_what_batch_norm_does(dtype, affine):
+    x, mean, rstd, weight, bias = make_values(dtype)
+    weight, bias = (weight, bias) if affine else (None, None)
+    scale, shift = make_affine(mean, rstd, weight, bias)
+    assert scale.dtype == shift.dtype == dtype
+    expected = (x - mean[:, None, None]) * rstd[:, None, None]
+    if affine:
+        expected = expected * weight[:, None, None] + bias[:, None, None]
+    torch.testing.assert_close(scale_and_shift(x, scale, shift), expected)
+
+
+def test_normalization_is_batch_norms_to_the_last_bit_whatever_becomes_of_the_weights():
+    x, _, _, weight, bias = make_values()
+    y, mean, rstd, *_ = torch._batch_norm_impl_index(x, weight, bias, None, None, True, 0.1, 1e-5, True)
+    normalize = make_normalization(x, mean, rstd, weight, bias)
+    for tensor in (mean, rstd, weight, bias):
+        tensor.data.mul_(2)
+    assert torch.equal(normalize(x), y)
+    assert torch.equal(y, F.batch_norm(x, None, None, weight / 2, bias / 2, True, 0.1, 1e-5))
+
+
+def test_half_precision_is_computed_in_single():
+    x, mean, rstd, weight, bias = (tensor.bfloat16() for tensor in make_values())
+    scale, shift = make_affine(mean, rstd, weight, bias)
+    assert scale.dtype == shift.dtype == torch.float32
+    assert scale_and_shift(x, scale, shift).dtype == torch.bfloat16
+
+
+def test_empty_batch_stays_empty():
+    assert scale_and_shift(torch.ones(0, 4, 2, 2), torch.ones(4), torch.ones(4)).shape == (0, 4, 2, 2)
+
+
+def test_what_is_computed_with_fake_tensors_is_not_left_for_real_ones():
+    with FakeTensorMode():
+        scale_and_shift(torch.ones(2, 7, 3, 3), torch.ones(7), torch.ones(7))
+    assert torch.equal(
+        scale_and_shift(torch.ones(2, 7, 3, 3), torch.ones(7), torch.ones(7)), 2 * torch.ones(2, 7, 3, 3)
+    )

@@ -1,0 +1,147 @@
+import threading
+
+import pytest
+import torch
+
+from timm_tresnet.saved import Kept, Rebuilt, keep, release
+
+
+@pytest.fixture
+def made():
+    """Functions that were called, in order."""
+    return []
+
+
+def rebuilt(made, value, *inputs, values=None, **kwargs):
+    def function(*inputs):
+        made.append(value)
+        return torch.full((3,), float(value)) + sum(inputs)
+
+    return Rebuilt(function, inputs, {} if values is None else values, **kwargs)
+
+
+def test_kept_tensor_is_given_out_until_it_is_edited():
+    tensor = torch.ones(3)
+    kept = Kept(tensor)
+    assert kept.take().data_ptr() == tensor.data_ptr()
+    tensor.view(3)[0].add_(1)
+    with pytest.raises(RuntimeError, match=r"shape \(3,\) .* modified by an inplace operation .* modify a clone"):
+        kept.take()
+
+
+def test_tensor_is_made_of_what_it_is_made_of(made):
+    source = rebuilt(made, 1, rebuilt(made, 2), Kept(torch.full((3,), 10.0)))
+    assert torch.equal(source.take(), torch.full((3,), 13.0))
+    assert made == [2, 1]
+
+
+def save(x, source):
+    """The square of x, whose node asks the source for both factors."""
+    y = x * x
+    node = y.grad_fn
+    assert release(node._raw_saved_self, source)
+    assert release(node._raw_saved_other, source)
+    return y
+
+
+def test_value_is_shared_within_a_pass_and_dropped_after_it(made):
+    x, values = torch.ones(3, requires_grad=True), {}
+    y = save(x, rebuilt(made, 2, values=values, version=x._version))
+    for count in (1, 2):
+        y.sum().backward(retain_graph=True)
+        assert made == [2] * count
+        assert values == {}
+    assert torch.equal(x.grad, torch.full((3,), 8.0))  # what was made, not x
+
+
+def test_value_for_which_somebody_does_not_ask_is_dropped_too(made):
+    x, other = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    values = {}
+    source = rebuilt(made, 2, values=values)
+    first, second = x * 1.0, other * 1.0
+    y = first * second
+    node = y.grad_fn
+    assert release(node._raw_saved_self, source)
+    source.use()  # somebody who will not ask
+    torch.autograd.grad(y.sum(), other, retain_graph=True)
+    assert (made, values) == ([2], {})
+
+
+def test_other_version_of_a_tensor_is_kept_as_it_is(made):
+    x = torch.ones(3)
+    x.add_(1)
+    packed = rebuilt(made, 5).pack(x)
+    assert type(packed) is Kept
+    assert torch.equal(packed.take(), x)
+    assert type(rebuilt(made, 5, version=1).pack(x)) is Rebuilt
+    assert type(rebuilt(made, 5, version=None).pack(x)) is Rebuilt
+    assert made == []
+
+
+def test_function_in_place_overwrites_only_what_nobody_else_has():
+    kept, values = Kept(torch.zeros(3)), {}
+    on_kept = Rebuilt(lambda x: x.add_(1), (kept,), values, in_place=True)
+    assert torch.equal(on_kept.take(), torch.ones(3))
+    assert torch.equal(kept.take(), torch.zeros(3))
+
+    inner = Rebuilt(torch.clone, (kept,), values)
+    outer = Rebuilt(lambda x: x.add_(1), (inner,), values, in_place=True)
+    outer.use()
+    assert inner.uses == 1
+    assert torch.equal(outer.take(), torch.ones(3))
+
+
+def test_layout_is_that_of_the_tensor():
+    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    source = Rebuilt(lambda: x.detach().contiguous().clone(), (), {})
+    assert source.pack(x) is source
+    assert source.take().stride() == x.stride()
+    assert torch.equal(source.take(), x)
+
+
+def test_hooks_of_others_are_left_alone(made):
+    x = torch.ones(3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        node = (x * x).grad_fn
+    assert not release(node._raw_saved_self, rebuilt(made, 1))
+    assert keep(node._raw_saved_self) is None
+
+
+def test_what_is_not_saved_is_not_let_go(made):
+    node = (torch.ones(3, requires_grad=True) * torch.ones(3)).grad_fn
+    assert not release(node._raw_saved_self, rebuilt(made, 1))
+    assert keep(node._raw_saved_other).take().shape == (3,)
+
+
+def test_autocast_and_grad_mode_of_backward_do_not_reach_what_is_made():
+    seen = []
+
+    def function(x):
+        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return x.clone()
+
+    x = torch.ones(3, requires_grad=True)
+    y = save(x, Rebuilt(function, (Kept(x),), {}))
+    with torch.autocast("cpu"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert seen == [(False, False)]
+
+
+def test_threads_that_share_a_graph_share_no_values(made):
+    x = torch.ones(1000, requires_grad=True)
+    source = Rebuilt(lambda x: x * 2, (Kept(x),), {}, version=0)
+    y = save(x, source)
+    grads = []
+
+    def work():
+        for _ in range(50):
+            grads.append(torch.autograd.grad(y.sum(), x, retain_graph=True)[0])
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(grads) == 200
+    assert all(torch.equal(grad, torch.full((1000,), 4.0)) for grad in grads)
+    assert source.values == {}
