@@ -383,17 +383,22 @@ def test_memory_returns_after_a_step_a_lost_forward_and_an_exception(setting):
     assert train_step(model, x)["loss"].isfinite()
 
 
-def test_double_backward_is_right_without_blur_and_a_clear_error_with_it():
+@each_setting
+@pytest.mark.parametrize("kwargs", [{}, {"aa_layer": False}, {"act_layer": "silu"}], ids=["blurred", "strided", "silu"])
+def test_double_backward_is_right(setting, kwargs):
     def run(model):
-        x = images().requires_grad_()
+        x = images(dtype=torch.float64).requires_grad_()
         (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
         loss = grad.square().sum()
         loss.backward()
-        return collect(model, loss)
+        return {
+            **collect(model, loss),
+            "loss": grad.detach().new_zeros(()),
+            "grad of loss": loss.detach(),
+            "grad": grad.detach(),
+        }
 
-    compare(run, "activations", aa_layer=False)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        run(make_model("activations"))
+    compare(run, setting, dtype=torch.float64, **kwargs)
 
 
 @pytest.mark.parametrize("aa_layer", [True, False])

@@ -6,7 +6,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from timm_tresnet.rebuild import Again, open_tape
 
@@ -72,9 +72,11 @@ class _BlurPool(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         (kernel,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            x = torch.zeros(ctx.input_shape, dtype=ctx.input_dtype, device=grad_y.device, requires_grad=True)
+            return torch.autograd.grad(ctx.again.function(x), x, grad_y, create_graph=True)[0], None, None, None
         batch, channels, height, width = ctx.input_shape
         padding = [ctx.dilation] * 4
         # What autograd calls, with an input that has the right shape and layout but no values: those do not matter, but
