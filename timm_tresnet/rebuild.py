@@ -121,8 +121,8 @@ class Tape:
         # The last output. It is let go when something has been made from it: what the forward ends with stays.
         self._last: Tensor | None = None
 
-    def end(self) -> None:
-        """Close the tape."""
+    def keep_last(self) -> None:
+        """Keep the last output, for others see it, or the forward ends with it."""
         if self._last is not None:
             self.add_kept(self._last)
 
@@ -147,15 +147,19 @@ class Tape:
         self._last = y
 
     def add_kept(self, y: Tensor) -> None:
-        """Take up what others see or the policy keeps: it stays as PyTorch keeps it, others can be made from it."""
+        """Take up the output of a block, to stay as PyTorch keeps it."""
         if self._last is not y:
             self._let_go()
         self._last = None
-        node = y.grad_fn
-        if node is not None and node not in self._sources:
-            for edge in node.next_functions:
+        if y.grad_fn is not None and y.grad_fn not in self._sources:
+            for edge in y.grad_fn.next_functions:
                 self._find(edge)
-            self._sources[node] = Kept(y)
+            self._sources[y.grad_fn] = Kept(y)
+
+    def add_foreign(self, y: Tensor) -> None:
+        """Take up what has been made where the tape has not looked and must not."""
+        if y.grad_fn is not None:
+            self._sources[y.grad_fn] = Kept(y)
 
     def lost_weights(self) -> bool:
         """Whether weights of convolutions that are to run again have been freed since this was asked last.
@@ -198,11 +202,9 @@ class Tape:
     def _find_saved(self, node: Any, saved: Any) -> _Source | None:
         """How the first input of a node, which the node has saved, can be had again."""
         source = self._find(node.next_functions[0])
-        if source is None:
+        if type(source) is not Rebuilt:
             return keep(saved)
-        if type(source) is Rebuilt:
-            release(saved, source)
-        return source
+        return source if release(saved, source) else None
 
     def _follow_pointwise(
         self, node: Any, saves: str, function: Callable[..., Tensor], constants: tuple[str, ...]
@@ -228,10 +230,10 @@ class Tape:
             if type(source) is Rebuilt:
                 release(node._raw_saved_input, source)
             return None
-        weight = node._saved_weight
         source = self._find_saved(node, node._raw_saved_input)
         if source is None or node._saved_transposed or node._saved_bias_sym_sizes_opt != (0,):
             return None
+        weight = node._saved_weight
         self._weights.append(weight)
         convolve = partial(F.conv2d, **_read(node, ("stride", "padding", "dilation", "groups")))
         return self._rebuilt(convolve, source, Kept(weight))
@@ -243,9 +245,15 @@ class Tape:
         return self._rebuilt(node.again.function, source)
 
     def _follow_product(self, node: Any) -> Rebuilt | None:
-        source = self._find_saved(node, node._raw_saved_self)
-        other = None if source is None else keep(node._raw_saved_other)
-        return None if other is None else self._rebuilt(torch.mul, source, other)
+        source = self._find(node.next_functions[0])
+        other = keep(node._raw_saved_other)
+        if other is None:
+            return None
+        if type(source) is not Rebuilt:
+            source = keep(node._raw_saved_self)
+        else:
+            release(node._raw_saved_self, source)  # nothing is saved there if the other factor has no gradient
+        return None if source is None else self._rebuilt(torch.mul, source, other)
 
     def _follow_sum(self, node: Any) -> Rebuilt | None:
         first, second = (self._find(edge) for edge in node.next_functions)
@@ -294,7 +302,7 @@ def recording(setting: str, x: Tensor) -> Iterator[None]:
     tape = _state.tape = Tape(setting, x)
     try:
         yield
-        tape.end()
+        tape.keep_last()
     finally:
         _state.tape = None
 

@@ -49,26 +49,25 @@ class Recorded(nn.Sequential):
         tape = open_tape()
         if tape is None:
             return self._run_plainly(module, x)
-        seen = is_foreign(module, deep=not isinstance(module, Stage))
-        if seen:
-            tape.add_kept(x)
-            if isinstance(module, Stage):
+        if is_foreign(module, deep=not isinstance(module, Stage)):
+            tape.keep_last()
+            with nullcontext() if isinstance(module, Stage) else pausing():
                 x = module(x)
-            else:
-                with pausing():
-                    x = module(x)
-            tape.add_kept(x)
+            tape.keep_last()
+            tape.add_foreign(x)
             return x
         x = self._run_recorded(position, module, x)
         if tape.lost_weights():
-            tape.add_kept(x)
+            tape.keep_last()
         return x
 
     def _run_plainly(self, module: nn.Module, x: Tensor) -> Tensor:
         return module(x)
 
     def _run_recorded(self, position: int, module: nn.Module, x: Tensor) -> Tensor:
-        return module(x)
+        last = position == len(self) - 1 and not isinstance(module, Stage)
+        with pausing() if last else nullcontext():  # others see what the forward ends with
+            return module(x)
 
 
 class Stage(Recorded):
@@ -96,10 +95,11 @@ class Stage(Recorded):
             # Longer chains keep less, but more of them is alive at once.
             keeps = (len(self) - position) % 2 == 1
         else:
-            tape.add_kept(x)
+            tape.keep_last()
             with pausing():
                 x = _checkpoint(block, x)
-            keeps = True
+            tape.add_foreign(x)
+            return x
         tape.add_kept(x) if keeps else tape.add_output(x)
         return x
 
