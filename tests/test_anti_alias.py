@@ -31,7 +31,7 @@ def test_blur_pool_blurs_however_many_channels_pruning_left(channels, run):
     x = torch.randn(2, channels, 6, 7, dtype=torch.float64, requires_grad=True)
     if run == "scripted":
         layer = torch.jit.script(layer)
-    with rebuild.recording("activations" if run == "recorded" else "none", x):
+    with rebuild.recording("activations" if run == "recorded" else "none"):
         y = layer(x)
     expected = reference.blur_pool(x)
     torch.testing.assert_close(y, expected)
@@ -46,7 +46,7 @@ def test_ways_for_channels_last_on_cuda_compute_the_same(size, stride, recorded,
     def run(layer):
         x = torch.randn(2, 8, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         x = x.to(memory_format=torch.channels_last).requires_grad_()
-        with rebuild.recording("activations" if recorded else "none", x):
+        with rebuild.recording("activations" if recorded else "none"):
             y = layer(x)
         assert y.is_contiguous(memory_format=torch.channels_last)
         grad_y = torch.arange(y.numel(), dtype=y.dtype).reshape(y.shape).to(memory_format=torch.channels_last)

@@ -227,7 +227,7 @@ def test_blur_is_the_cpus(stride, dilation, memory_format):
         grad = torch.randn_like(y)
         (expected,) = torch.autograd.grad(y, x, grad)
         for setting in ("none", "activations"):
-            with rebuild.recording(setting, x):
+            with rebuild.recording(setting):
                 on_device = x.detach().to("cuda", memory_format=memory_format).requires_grad_()
                 result = blur.cuda()(on_device)
             torch.testing.assert_close(result.cpu(), y.detach(), rtol=1e-5, atol=1e-5)

@@ -150,6 +150,34 @@ def test_names_of_pointwise_nodes_are_those_that_rebuilding_knows():
 
 
 @private(
+    "_autograd",
+    "_device",
+    "_get_current_dispatch_mode_stack",
+    "_get_current_function_mode_stack",
+    "_python_dispatch",
+    "_saved_result",
+    "_saved_tensors_hooks_is_enabled",
+    used_by="rebuild.py and stages.py, to step aside where modes of users run or hooks on saved tensors are forbidden",
+    instead="nothing public tells",
+)
+def test_modes_and_forbidden_hooks_can_be_seen():
+    from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
+    from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+    assert (_get_current_function_mode_stack(), _get_current_dispatch_mode_stack()) == ([], [])
+    with TorchFunctionMode() as mode, torch.device("cpu") as device:
+        assert _get_current_function_mode_stack() == [mode, device]
+    assert type(device) is torch.device or isinstance(device, DeviceContext)
+    with TorchDispatchMode() as mode:
+        assert _get_current_dispatch_mode_stack() == [mode]
+    assert torch._C._autograd._saved_tensors_hooks_is_enabled()
+    with torch.autograd.graph.disable_saved_tensors_hooks("no"):
+        assert not torch._C._autograd._saved_tensors_hooks_is_enabled()
+    assert torch.ones(2, requires_grad=True).exp().grad_fn._saved_result._version == 0
+
+
+@private(
     "_current_graph_task_id",
     "_execution_engine",
     used_by="saved.py, to share values within one backward pass and to drop them at its end",
@@ -254,17 +282,21 @@ def test_batch_norm_elemt_normalises_with_a_given_mean_and_rstd():
 
 
 @private(
+    "_backward_hooks",
+    "_backward_pre_hooks",
     "_forward_hooks",
     "_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
     used_by="rebuild.py (is_foreign), since a hook may see and edit what a module returns",
     instead="nothing public lists hooks; without it, every module counts as foreign and everything is kept",
 )
-@pytest.mark.parametrize("which", ["forward_hook", "forward_pre_hook"])
+@pytest.mark.parametrize("which", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
 def test_hooks_of_a_module_and_of_all_modules_are_in_dictionaries(which):
-    module, everywhere = nn.ReLU(), nn.modules.module
-    held = getattr(module, f"_{which}s"), getattr(everywhere, f"_global_{which}s")
+    module, everywhere, kind = nn.ReLU(), nn.modules.module, which.removeprefix("full_")
+    held = getattr(module, f"_{kind}s"), getattr(everywhere, f"_global_{kind}s")
     assert not any(held)
     handles = [
         getattr(module, f"register_{which}")(lambda *_: None),

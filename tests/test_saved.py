@@ -3,7 +3,7 @@ import threading
 import pytest
 import torch
 
-from timm_tresnet.saved import Kept, Rebuilt, keep, release
+from timm_tresnet.saved import Kept, Rebuilt, Values, keep, release
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def rebuilt(made, value, *inputs, values=None, **kwargs):
         made.append(value)
         return torch.full((3,), float(value)) + sum(inputs)
 
-    return Rebuilt(function, inputs, {} if values is None else values, **kwargs)
+    return Rebuilt(function, inputs, values or Values(), **kwargs)
 
 
 def test_kept_tensor_is_given_out_until_it_is_edited():
@@ -45,18 +45,18 @@ def save(x, source):
 
 
 def test_value_is_shared_within_a_pass_and_dropped_after_it(made):
-    x, values = torch.ones(3, requires_grad=True), {}
+    x, values = torch.ones(3, requires_grad=True), Values()
     y = save(x, rebuilt(made, 2, values=values, version=x._version))
     for count in (1, 2):
         y.sum().backward(retain_graph=True)
         assert made == [2] * count
-        assert values == {}
+        assert not values._passes
     assert torch.equal(x.grad, torch.full((3,), 8.0))  # what was made, not x
 
 
 def test_value_for_which_somebody_does_not_ask_is_dropped_too(made):
     x, other = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
-    values = {}
+    values = Values()
     source = rebuilt(made, 2, values=values)
     first, second = x * 1.0, other * 1.0
     y = first * second
@@ -64,7 +64,22 @@ def test_value_for_which_somebody_does_not_ask_is_dropped_too(made):
     assert release(node._raw_saved_self, source)
     source.use()  # somebody who will not ask
     torch.autograd.grad(y.sum(), other, retain_graph=True)
-    assert (made, values) == ([2], {})
+    assert made == [2]
+    assert not values._passes
+
+
+def test_failed_pass_leaves_its_values_to_the_next_one(made):
+    x, values = torch.ones(3, requires_grad=True), Values()
+    source = rebuilt(made, 2, values=values)
+    y = save(x, source)
+    source.use()  # somebody who will not ask
+    handle = x.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        y.sum().backward(retain_graph=True)
+    handle.remove()
+    y.sum().backward()
+    assert made == [2, 2]
+    assert not values._passes
 
 
 def test_other_version_of_a_tensor_is_kept_as_it_is(made):
@@ -74,12 +89,11 @@ def test_other_version_of_a_tensor_is_kept_as_it_is(made):
     assert type(packed) is Kept
     assert torch.equal(packed.take(), x)
     assert type(rebuilt(made, 5, version=1).pack(x)) is Rebuilt
-    assert type(rebuilt(made, 5, version=None).pack(x)) is Rebuilt
     assert made == []
 
 
 def test_function_in_place_overwrites_only_what_nobody_else_has():
-    kept, values = Kept(torch.zeros(3)), {}
+    kept, values = Kept(torch.zeros(3)), Values()
     on_kept = Rebuilt(lambda x: x.add_(1), (kept,), values, in_place=True)
     assert torch.equal(on_kept.take(), torch.ones(3))
     assert torch.equal(kept.take(), torch.zeros(3))
@@ -93,7 +107,7 @@ def test_function_in_place_overwrites_only_what_nobody_else_has():
 
 def test_layout_is_that_of_the_tensor():
     x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
-    source = Rebuilt(lambda: x.detach().contiguous().clone(), (), {})
+    source = Rebuilt(lambda: x.detach().contiguous().clone(), (), Values())
     assert source.pack(x) is source
     assert source.take().stride() == x.stride()
     assert torch.equal(source.take(), x)
@@ -121,7 +135,7 @@ def test_autocast_and_grad_mode_of_backward_do_not_reach_what_is_made():
         return x.clone()
 
     x = torch.ones(3, requires_grad=True)
-    y = save(x, Rebuilt(function, (Kept(x),), {}))
+    y = save(x, Rebuilt(function, (Kept(x),), Values()))
     with torch.autocast("cpu"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
     assert seen == [(False, False)]
@@ -129,7 +143,7 @@ def test_autocast_and_grad_mode_of_backward_do_not_reach_what_is_made():
 
 def test_threads_that_share_a_graph_share_no_values(made):
     x = torch.ones(1000, requires_grad=True)
-    source = Rebuilt(lambda x: x * 2, (Kept(x),), {}, version=0)
+    source = Rebuilt(lambda x: x * 2, (Kept(x),), Values())
     y = save(x, source)
     grads = []
 
@@ -144,4 +158,4 @@ def test_threads_that_share_a_graph_share_no_values(made):
         thread.join()
     assert len(grads) == 200
     assert all(torch.equal(grad, torch.full((1000,), 4.0)) for grad in grads)
-    assert source.values == {}
+    assert not source.values._passes

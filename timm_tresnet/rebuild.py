@@ -31,21 +31,26 @@ convolution's output                                   kept; it costs a convolut
 norm, pointwise activation, product, sum, pool         rebuilt, if what they are made from is kept or rebuilt
 convolution or blur that is to run again               rebuilt
 statistics, gates, random masks                        kept; they are small
-made by any other function, or edited since            kept, as PyTorch keeps it
+made by any other function                             kept, as PyTorch keeps it
 needed by any other function                           kept, as PyTorch keeps it
-what others may see: the output of all, all of         kept, as PyTorch keeps it
-modules with hooks, classes or forwards of users
+the input and the output of all; those of modules      kept, as PyTorch keeps it, and what is made of the input in
+with classes, forwards or hooks of users, and all      one step too: others see it, and may edit it
+in these
 saved where hooks of others are: checkpoint, offload   theirs
 =====================================================  =========================================================
 
-Where a transform of `torch.func`, forward-mode differentiation, global module hooks or the compiler are at work, no
-tape opens. Values are shared among those who ask within one backward pass, and dropped after the last one, at the
-latest when that pass ends.
+The one thing that it cannot see is an edit of a convolution's weight through `.data` between forward and backward,
+where that convolution is to run again.
+
+Where a transform of `torch.func`, forward-mode differentiation, global module hooks, modes of users or the compiler are
+at work, no tape opens. Values are shared among those who ask within one backward pass, and dropped after the last one,
+at the latest when that pass ends.
 
 Grad checkpointing is the same with convolutions to run again (`repeating_convolutions`). Unlike
 `torch.utils.checkpoint` it need not repeat what was small enough to keep: statistics, gates, random masks.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,8 +62,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
-from timm_tresnet.saved import Kept, Rebuilt, keep, release
+from timm_tresnet.saved import Kept, Rebuilt, Values, keep, release
 
 SETTINGS = ("none", "activations", "expansions")
 
@@ -82,59 +88,69 @@ _POINTWISE: dict[str, tuple[str, Callable[..., Tensor], tuple[str, ...]]] = {
 _POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 _PASSING = ("RegisterPostBackwardFunctionBackward",)  # FSDP's, which hands its inputs out
 
-# Modules of these packages compute what the graph says; those of others may also edit a tensor behind its back.
-_KNOWN_PACKAGES = ("torch", "timm", "timm_tresnet")
+# Classes of these modules do what the graph says; those of users may also edit a tensor behind its back.
+_KNOWN_MODULES = (
+    *(f"torch.nn.modules.{name}" for name in ("activation", "batchnorm", "container", "conv", "linear", "pooling")),
+    "torch.nn.utils.parametrize",
+    *(f"timm.layers.{name}" for name in ("activations", "drop", "norm", "norm_act", "split_batchnorm")),
+)
+_OURS = "timm_tresnet."
+_FSDP = ("torch.distributed.fsdp.", "torch.distributed._composable.fsdp.")
 
-_Source = Kept | Rebuilt
+# Of a tensor that is dear to make and that nobody but our layers has: who needs it has saved it.
+_DEAR = object()
+_Source = Kept | Rebuilt | object | None  # None: not known, or others see the tensor
 
 _state = threading.local()
 
 
 @dataclass(frozen=True)
 class Again:
-    """On the context of a custom function: how its output is made from its first input, which it saves first.
+    """On the context of a custom function: how its output is made from its first input.
 
     Args:
         function: makes the output, without side effects.
         is_convolution: whether that costs as much as a convolution.
+        saves_output: whether it has saved its output, behind its input.
     """
 
     function: Callable[[Tensor], Tensor]
     is_convolution: bool = False
+    saves_output: bool = False
 
 
 class Tape:
     """How the tensors made in one forward can be had again, by the autograd node that made each.
 
+    While it is open, only code of this package, of timm's norms and of PyTorch's layers runs: what it takes up is as
+    it was made.
+
     Args:
         setting: one of SETTINGS, not "none".
-        x: what the forward begins with.
     """
 
-    def __init__(self, setting: str, x: Tensor) -> None:
+    def __init__(self, setting: str) -> None:
         self.repeats_convolutions = False
         self._setting = setting
         self._expansions: set[Any] = set()  # nodes
         self._weights: list[Tensor] = []  # of convolutions that are to run again
-        self._values: dict[int, dict[Rebuilt, list[Any]]] = {}
-        self._sources: dict[Any, _Source | None] = {} if x.grad_fn is None else {x.grad_fn: Kept(x)}
-        # The last output. It is let go when something has been made from it: what the forward ends with stays.
+        self._values = Values()
+        self._sources: dict[Any, _Source] = {}
+        # The last output. It is let go when something has been made from it: what others see stays.
         self._last: Tensor | None = None
 
-    def keep_last(self) -> None:
-        """Keep the last output, for others see it, or the forward ends with it."""
-        if self._last is not None:
-            self.add_kept(self._last)
-
     def add_function(self, x: Tensor, y: Tensor) -> None:
-        """Take up y, which a custom function with `Again` made of x."""
+        """Take up y, which a custom function with `Again` made of x, a convolution's output."""
         self._let_go()
         node = y.grad_fn
         source = self._find(node.next_functions[0])
-        if type(source) is not Rebuilt or not release(node._raw_saved_tensors[0], source):
+        if source is _DEAR:
             source = Kept(x)
-        self._sources[node] = node.rebuilt = self._rebuilt(node.again.function, source, version=y._version)
-        node.rebuilt.use()
+        elif type(source) is Rebuilt:
+            release(node._raw_saved_tensors[0], source)
+        self._sources[node] = self._make(node.again.function, source, version=y._version)
+        if node.again.saves_output:
+            self._last = y
 
     def add_expansion(self, y: Tensor) -> None:
         """Take up the output of a convolution that the setting "expansions" is about."""
@@ -144,22 +160,26 @@ class Tape:
     def add_output(self, y: Tensor) -> None:
         """Take up the output of a block, to be rebuilt."""
         self._let_go()
+        self._follow_block(y)
         self._last = y
 
     def add_kept(self, y: Tensor) -> None:
-        """Take up the output of a block, to stay as PyTorch keeps it."""
-        if self._last is not y:
-            self._let_go()
-        self._last = None
-        if y.grad_fn is not None and y.grad_fn not in self._sources:
-            for edge in y.grad_fn.next_functions:
-                self._find(edge)
-            self._sources[y.grad_fn] = Kept(y)
+        """Take up the output of a block, to stay as PyTorch keeps it and to make others from."""
+        self._let_go()
+        self._follow_block(y)
+        self._sources[y.grad_fn] = Kept(y)
 
-    def add_foreign(self, y: Tensor) -> None:
-        """Take up what has been made where the tape has not looked and must not."""
-        if y.grad_fn is not None:
-            self._sources[y.grad_fn] = Kept(y)
+    def keep_last(self) -> None:
+        """Keep the last output, which can be made again no more, but others from it."""
+        if self._last is not None:
+            self._sources[self._last.grad_fn] = Kept(self._last)
+            self._last = None
+
+    def show_last(self) -> None:
+        """Keep the last output, since others see it, and make nothing from it: they may edit it."""
+        if self._last is not None:
+            self._sources[self._last.grad_fn] = None
+            self._last = None
 
     def lost_weights(self) -> bool:
         """Whether weights of convolutions that are to run again have been freed since this was asked last.
@@ -173,15 +193,27 @@ class Tape:
         return lost
 
     def _let_go(self) -> None:
+        """Let the last output go, where its own node has saved it."""
         y, self._last = self._last, None
-        if y is not None and y.grad_fn is not None and self._find((y.grad_fn, 0)) is None:
-            self._sources[y.grad_fn] = Kept(y)
+        source = None if y is None else self._sources[y.grad_fn]
+        if type(source) is Rebuilt:
+            node = y.grad_fn
+            release(node._raw_saved_tensors[1] if hasattr(node, "again") else node._raw_saved_result, source)
 
-    def _rebuilt(self, function: Callable[..., Tensor], *inputs: _Source, **kwargs: Any) -> Rebuilt:
+    def _follow_block(self, y: Tensor) -> None:
+        """Find how the output of a block, ReLU(sum), can be made; its node keeps it yet."""
+        node = y.grad_fn
+        source = self._find(node.next_functions[0]) if node.name() == "ReluBackward0" else None
+        made = type(source) is Rebuilt
+        self._sources[node] = self._make(torch.relu_, source, version=y._version, in_place=True) if made else None
+
+    def _make(self, function: Callable[..., Tensor], *inputs: _Source, **kwargs: Any) -> Rebuilt | None:
+        if not all(isinstance(each, Kept | Rebuilt) for each in inputs):
+            return None
         return Rebuilt(function, inputs, self._values, **kwargs)
 
-    def _find(self, edge: tuple[Any, int]) -> _Source | None:
-        """How the tensor at an edge of the graph can be had again; None if it cannot."""
+    def _find(self, edge: tuple[Any, int]) -> _Source:
+        """How the tensor at an edge of the graph can be had again."""
         node, index = edge
         if node is None:
             return None
@@ -195,81 +227,67 @@ class Tape:
         elif name in _FOLLOWED:
             source = _FOLLOWED[name](self, node)
         else:
-            source = self._follow_function(node) if hasattr(node, "again") else None
+            source = self._follow_function(node) if isinstance(getattr(node, "again", None), Again) else None
         self._sources[node] = source
         return source
 
-    def _find_saved(self, node: Any, saved: Any) -> _Source | None:
+    def _find_saved(self, node: Any, saved: Any) -> _Source:
         """How the first input of a node, which the node has saved, can be had again."""
         source = self._find(node.next_functions[0])
-        if type(source) is not Rebuilt:
+        if source is _DEAR:
             return keep(saved)
-        return source if release(saved, source) else None
+        if type(source) is Rebuilt:
+            release(saved, source)
+        return source
 
     def _follow_pointwise(
         self, node: Any, saves: str, function: Callable[..., Tensor], constants: tuple[str, ...]
     ) -> Rebuilt | None:
         function = partial(function, **_read(node, constants))
         if saves == "self":
-            source = self._find_saved(node, node._raw_saved_self)
-            return None if source is None else self._rebuilt(function, source)
+            return self._make(function, self._find_saved(node, node._raw_saved_self))
         source = self._find(node.next_functions[0])
-        if source is None:
+        if not isinstance(source, Rebuilt):
             return None
-        if node.name() == "ReluBackward0":
-            made = self._rebuilt(function, source, version=None, in_place=True)
-        elif node.name() == "LeakyReluBackward1":
-            made = self._rebuilt(function, source, version=source.version + 1, in_place=True)
-        else:
-            made = self._rebuilt(function, source)
-        return made if release(node._raw_saved_result, made) else None
+        in_place = node.name() in ("LeakyReluBackward1", "ReluBackward0")
+        made = self._make(function, source, version=node._saved_result._version, in_place=in_place)
+        release(node._raw_saved_result, made)
+        return made
 
-    def _follow_convolution(self, node: Any) -> Rebuilt | None:
-        if not (self.repeats_convolutions or node in self._expansions):
-            source = self._find(node.next_functions[0])
-            if type(source) is Rebuilt:
-                release(node._raw_saved_input, source)
-            return None
+    def _follow_convolution(self, node: Any) -> _Source:
         source = self._find_saved(node, node._raw_saved_input)
-        if source is None or node._saved_transposed or node._saved_bias_sym_sizes_opt != (0,):
-            return None
+        repeats = self.repeats_convolutions or node in self._expansions
+        plain = not node._saved_transposed and node._saved_bias_sym_sizes_opt == (0,)
+        if not (repeats and plain and isinstance(source, Kept | Rebuilt)):
+            return _DEAR
         weight = node._saved_weight
         self._weights.append(weight)
         convolve = partial(F.conv2d, **_read(node, ("stride", "padding", "dilation", "groups")))
-        return self._rebuilt(convolve, source, Kept(weight))
+        return self._make(convolve, source, Kept(weight))
 
-    def _follow_function(self, node: Any) -> Rebuilt | None:
+    def _follow_function(self, node: Any) -> _Source:
         source = self._find(node.next_functions[0])
-        if source is None or (node.again.is_convolution and not self.repeats_convolutions):
-            return None
-        return self._rebuilt(node.again.function, source)
+        if node.again.is_convolution and not self.repeats_convolutions:
+            return _DEAR
+        return self._make(node.again.function, source)
 
     def _follow_product(self, node: Any) -> Rebuilt | None:
-        source = self._find(node.next_functions[0])
-        other = keep(node._raw_saved_other)
-        if other is None:
-            return None
-        if type(source) is not Rebuilt:
-            source = keep(node._raw_saved_self)
-        else:
-            release(node._raw_saved_self, source)  # nothing is saved there if the other factor has no gradient
-        return None if source is None else self._rebuilt(torch.mul, source, other)
+        # Nothing is saved of the first factor if the other one has no gradient.
+        return self._make(torch.mul, self._find_saved(node, node._raw_saved_self), keep(node._raw_saved_other))
 
     def _follow_sum(self, node: Any) -> Rebuilt | None:
-        first, second = (self._find(edge) for edge in node.next_functions)
-        if first is None or second is None or node._saved_alpha != 1:
-            return None
-        return self._rebuilt(torch.add, first, second)
+        return (
+            self._make(torch.add, *(self._find(edge) for edge in node.next_functions))
+            if node._saved_alpha == 1
+            else None
+        )
 
     def _follow_average_pool(self, node: Any) -> Rebuilt | None:
-        source = self._find_saved(node, node._raw_saved_self)
-        return None if source is None else self._rebuilt(partial(F.avg_pool2d, **_read(node, _POOL)), source)
+        return self._make(partial(F.avg_pool2d, **_read(node, _POOL)), self._find_saved(node, node._raw_saved_self))
 
     def _follow_to_input(self, node: Any) -> None:
         """A function whose output is not rebuilt, but which has saved its input."""
-        source = self._find(node.next_functions[0])
-        if type(source) is Rebuilt:
-            release(node._raw_saved_self, source)
+        self._find_saved(node, node._raw_saved_self)
 
 
 def _read(node: Any, constants: tuple[str, ...]) -> dict[str, Any]:
@@ -287,22 +305,20 @@ _FOLLOWED: dict[str, Callable[[Tape, Any], _Source | None]] = {
 
 
 @contextmanager
-def recording(setting: str, x: Tensor) -> Iterator[None]:
+def recording(setting: str) -> Iterator[None]:
     """Open a tape for the forward pass inside; what is open already stays as it is.
 
     Hooks of others around it win: `torch.utils.checkpoint` and `torch.autograd.graph.save_on_cpu` work by them.
 
     Args:
         setting: one of SETTINGS; with "none", nothing is recorded.
-        x: what the forward pass begins with.
     """
     if setting == "none" or not torch.is_grad_enabled() or open_tape() is not None or _must_step_aside():
         yield
         return
-    tape = _state.tape = Tape(setting, x)
+    _state.tape = Tape(setting)
     try:
         yield
-        tape.keep_last()
     finally:
         _state.tape = None
 
@@ -310,12 +326,23 @@ def recording(setting: str, x: Tensor) -> Iterator[None]:
 def _must_step_aside() -> bool:
     # PyTorch has no public way to ask for hooks of others, but refuses ours on what has been saved under them.
     node = torch.ones((), device="cpu", requires_grad=True).exp().grad_fn
+    modes = torch.overrides._get_current_function_mode_stack()
+    return (
+        is_transforming()
+        or forward_ad._current_level >= 0
+        or bool(torch.utils._python_dispatch._get_current_dispatch_mode_stack())
+        or any(type(mode) is not DeviceContext for mode in modes)
+        or keep(node._raw_saved_result) is None
+    )
+
+
+def is_transforming() -> bool:
+    """Whether a transform of `torch.func` is at work, or hooks of users run in every module."""
     hooks = nn.modules.module
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
         or bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
-        or keep(node._raw_saved_result) is None
+        or bool(hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
     )
 
 
@@ -330,10 +357,10 @@ def pausing() -> Iterator[None]:
 
 
 @contextmanager
-def repeating_convolutions() -> Iterator[None]:
+def repeating_convolutions(enabled: bool = True) -> Iterator[None]:
     """Have the convolutions inside run again in backward, those of the open tape."""
     tape = open_tape()
-    tape.repeats_convolutions = True
+    tape.repeats_convolutions = enabled
     try:
         yield
     finally:
@@ -361,8 +388,8 @@ def record_expansion(y: Tensor) -> None:
         tape.add_expansion(y)
 
 
-def is_foreign(module: nn.Module, deep: bool = False) -> bool:
-    """Whether users may see or edit what a module computes: it is of a class, has a forward or hooks of theirs.
+def is_foreign(module: nn.Module, deep: bool = True) -> bool:
+    """Whether code of users runs in a module: it is of their class, has a forward or hooks of theirs.
 
     Args:
         module: the module.
@@ -371,16 +398,19 @@ def is_foreign(module: nn.Module, deep: bool = False) -> bool:
     modules = [module]
     for each in modules:  # which grows meanwhile
         fields = each.__dict__
-        if "forward" in fields or type(each).__module__.partition(".")[0] not in _KNOWN_PACKAGES:
+        if "forward" in fields or "_conv_forward" in fields or not _is_known(type(each).__module__):
+            return True
+        if fields["_backward_hooks"] or fields["_backward_pre_hooks"]:
             return True
         if fields["_forward_hooks"] or fields["_forward_pre_hooks"]:
             hooks = (*fields["_forward_hooks"].values(), *fields["_forward_pre_hooks"].values())
-            if not all(map(_is_of_fsdp, hooks)):
+            if not all((getattr(hook, "__module__", None) or "").startswith(_FSDP) for hook in hooks):
                 return True
         if deep and fields["_modules"]:
             modules += [child for child in fields["_modules"].values() if child is not None]
     return False
 
 
-def _is_of_fsdp(hook: Callable[..., Any]) -> bool:
-    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.")
+@functools.cache
+def _is_known(name: str) -> bool:
+    return name in _KNOWN_MODULES or name.startswith((_OURS, *_FSDP))

@@ -1,6 +1,7 @@
 """What stands for a tensor that autograd has saved: the tensor itself, or how it is made again."""
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -30,14 +31,35 @@ class Kept:
         return self.tensor
 
 
+class Values:
+    """What the backward passes through a graph have made and not yet given to all who ask: each thread's latest pass.
+
+    A pass drops what it has made at its end: not all who could ask do where not every gradient is wanted, and the
+    graph may live on. If it fails, the next one does.
+    """
+
+    def __init__(self) -> None:
+        self._passes: dict[int, tuple[int, dict[int, list[Any]]]] = {}  # by thread
+
+    def of_pass(self, number: int) -> dict[int, list[Any]]:
+        """Value and number of those who have not asked yet, by the id of what stands for the tensor."""
+        thread = threading.get_ident()
+        held, values = self._passes.get(thread, (-1, {}))
+        if held != number:
+            values = {}
+            self._passes[thread] = number, values
+            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._passes.pop, thread, None))
+        return values
+
+
 class Rebuilt:
     """A tensor as the function and the inputs that make it.
 
     Args:
         function: makes the tensor from inputs.
         inputs: what function takes.
-        values: what backward passes have made, by pass; shared by a tape.
-        version: that of the tensor, once it has been made; None for that of the first one packed.
+        values: shared by all that is made in one forward.
+        version: that of the tensor, once it has been made.
         in_place: whether function overwrites the first of its inputs.
     """
 
@@ -47,8 +69,8 @@ class Rebuilt:
         self,
         function: Callable[..., Tensor],
         inputs: tuple["Kept | Rebuilt", ...],
-        values: dict[int, dict["Rebuilt", list[Any]]],
-        version: int | None = 0,
+        values: Values,
+        version: int = 0,
         in_place: bool = False,
     ) -> None:
         self.function = function
@@ -68,8 +90,6 @@ class Rebuilt:
 
     def pack(self, tensor: Tensor) -> "Kept | Rebuilt":
         """What stands for a saved tensor: this, if the tensor is still what function makes."""
-        if self.version is None:
-            self.version = tensor._version
         if self.version != tensor._version:
             return Kept(tensor)
         self.stride = tensor.stride()
@@ -77,23 +97,18 @@ class Rebuilt:
         return self
 
     def take(self) -> Tensor:
-        backward = torch._C._current_graph_task_id()
-        if self.uses == 1 or backward < 0:
+        number = torch._C._current_graph_task_id()
+        if self.uses == 1 or number < 0:
             return self._make()
-        values = self.values.get(backward)
-        if values is None:
-            values = self.values[backward] = {}
-            # Not all who could ask do where not every gradient is wanted; the graph may live on.
-            drop = functools.partial(self.values.pop, backward, None)
-            torch.autograd.Variable._execution_engine.queue_callback(drop)
-        held = values.get(self)
+        values = self.values.of_pass(number)
+        held = values.get(id(self))
         if held is None:
             value = self._make()
-            values[self] = [value, self.uses - 1]
+            values[id(self)] = [value, self.uses - 1]
             return value
         held[1] -= 1
         if not held[1]:
-            del values[self]
+            del values[id(self)]
         return held[0]
 
     def _make(self) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from timm_tresnet.blocks import BasicBlock, Bottleneck
+from timm_tresnet.blocks import ResidualBlock
 from timm_tresnet.layers import ActivatedBatchNorm2d, ConvNormAct
-from timm_tresnet.rebuild import is_foreign, open_tape, pausing, recording, repeating_convolutions
+from timm_tresnet.rebuild import is_foreign, is_transforming, open_tape, pausing, recording, repeating_convolutions
 
 
 class Recorded(nn.Sequential):
@@ -40,7 +40,7 @@ class Recorded(nn.Sequential):
     @torch.jit.unused
     def _forward_eager(self, x: Tensor) -> Tensor:
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor)
-        with nullcontext() if traced or not self.training else recording(self.rebuild, x):
+        with nullcontext() if traced or not self.training else recording(self.rebuild):
             for position, module in enumerate(self):
                 x = self._run(position, module, x)
         return x
@@ -49,25 +49,26 @@ class Recorded(nn.Sequential):
         tape = open_tape()
         if tape is None:
             return self._run_plainly(module, x)
-        if is_foreign(module, deep=not isinstance(module, Stage)):
-            tape.keep_last()
-            with nullcontext() if isinstance(module, Stage) else pausing():
-                x = module(x)
-            tape.keep_last()
-            tape.add_foreign(x)
-            return x
+        if self._is_seen(position, module):
+            tape.show_last()
+            with pausing():
+                return module(x)
         x = self._run_recorded(position, module, x)
         if tape.lost_weights():
             tape.keep_last()
         return x
 
+    def _is_seen(self, position: int, module: nn.Module) -> bool:
+        """Whether others see what goes into a module, what comes out, or what happens in it."""
+        if isinstance(module, Stage):
+            return is_foreign(module, deep=False)
+        return position == len(self) - 1 or is_foreign(module)
+
     def _run_plainly(self, module: nn.Module, x: Tensor) -> Tensor:
         return module(x)
 
     def _run_recorded(self, position: int, module: nn.Module, x: Tensor) -> Tensor:
-        last = position == len(self) - 1 and not isinstance(module, Stage)
-        with pausing() if last else nullcontext():  # others see what the forward ends with
-            return module(x)
+        return module(x)
 
 
 class Stage(Recorded):
@@ -81,26 +82,26 @@ class Stage(Recorded):
         super()._pass_settings(part)
         part.grad_checkpointing = self.grad_checkpointing
 
+    def _is_seen(self, position: int, block: nn.Module) -> bool:
+        return not isinstance(block, ResidualBlock) or is_foreign(block)
+
     def _run_plainly(self, block: nn.Module, x: Tensor) -> Tensor:
         return _checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_tracing() else block(x)
 
     def _run_recorded(self, position: int, block: nn.Module, x: Tensor) -> Tensor:
         tape = open_tape()
-        if not self.grad_checkpointing:
-            x = block(x)
-            keeps = position in _kept_outputs(len(self))
-        elif _can_repeat(block):
-            with repeating_convolutions():
-                x = block(x)
-            # Longer chains keep less, but more of them is alive at once.
-            keeps = (len(self) - position) % 2 == 1
-        else:
-            tape.keep_last()
+        if self.grad_checkpointing and not _can_repeat(block):
+            tape.show_last()
             with pausing():
-                x = _checkpoint(block, x)
-            tape.add_foreign(x)
-            return x
-        tape.add_kept(x) if keeps else tape.add_output(x)
+                return _checkpoint(block, x)
+        with repeating_convolutions(self.grad_checkpointing):
+            x = block(x)
+            if x.grad_fn is None:
+                return x
+            # Where convolutions run again, longer chains keep less, but more of them is alive at once.
+            every_second = (len(self) - position) % 2 == 1
+            keeps = every_second if self.grad_checkpointing else position in _kept_outputs(len(self))
+            tape.add_kept(x) if keeps else tape.add_output(x)
         return x
 
 
@@ -124,14 +125,17 @@ def _kept_outputs(blocks: int) -> tuple[int, ...]:
 def _can_repeat(block: nn.Module) -> bool:
     """Whether `timm_tresnet.rebuild` can make all that a block keeps from the block's input."""
     units = [module for module in block.modules() if isinstance(module, ConvNormAct)]
-    return isinstance(block, BasicBlock | Bottleneck) and all(isinstance(u.bn, ActivatedBatchNorm2d) for u in units)
+    return all(isinstance(unit.bn, ActivatedBatchNorm2d) for unit in units)
 
 
 def _checkpoint(block: nn.Module, x: Tensor) -> Tensor:
-    kwargs: dict[str, Any] = {"use_reentrant": False}
-    if not torch.compiler.is_compiling():  # the compiler updates running statistics once by itself
-        kwargs["context_fn"] = lambda: (nullcontext(), _KeepRunningStatistics(block))
-    return torch.utils.checkpoint.checkpoint(block, x, **kwargs)
+    checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, block, x, use_reentrant=False)
+    if torch.compiler.is_compiling():  # the compiler updates running statistics once by itself
+        return checkpoint()
+    if is_transforming() or not torch._C._autograd._saved_tensors_hooks_is_enabled():  # which it cannot work with
+        return block(x)
+    with torch.utils.checkpoint.set_checkpoint_early_stop(False):  # else it may stop before a random mask is drawn
+        return checkpoint(context_fn=lambda: (nullcontext(), _KeepRunningStatistics(block)))
 
 
 class _KeepRunningStatistics:

@@ -97,7 +97,8 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
     ) -> Tensor:
         if use_batch and x.numel() == x.shape[1]:
             raise ValueError(f"Batch norm needs more than one value per channel when training, got {tuple(x.shape)}")
-        fused = type(self.act) is nn.LeakyReLU and self.act.inplace and type(self.drop) is nn.Identity
+        plain = type(self.act) is nn.LeakyReLU and nn.LeakyReLU.forward is _LEAKY_RELU_FORWARD
+        fused = plain and self.act.inplace and type(self.drop) is nn.Identity
         slope = self.act.negative_slope if fused else None
         statistics = (running_mean, running_var, use_batch, momentum, self.eps)
         y = _ActivatedNorm.apply(x, self.weight, self.bias, *statistics, slope)
@@ -108,12 +109,11 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
         return super().extra_repr() + (", synchronized" if self.synchronized else "")
 
 
-class _ActivatedNorm(torch.autograd.Function):
-    """Batch norm, and leaky ReLU unless slope is None: one node for both, which keeps the input alone.
+_LEAKY_RELU_FORWARD = nn.LeakyReLU.forward  # which nobody has replaced yet
 
-    The forward and the backward are those that PyTorch runs. Backward makes the output, whose sign leaky ReLU needs,
-    from the input again, or shares what a tape has made of it.
-    """
+
+class _ActivatedNorm(torch.autograd.Function):
+    """Batch norm, and leaky ReLU unless slope is None: one node for both. Runs, and saves, what PyTorch does."""
 
     @staticmethod
     def forward(
@@ -132,32 +132,43 @@ class _ActivatedNorm(torch.autograd.Function):
         y, mean, rstd, reserve, implementation = torch._batch_norm_impl_index(
             x, weight, bias, running_mean, running_var, use_batch, momentum, eps, torch.backends.cudnn.enabled
         )
-        ctx.save_for_backward(x, weight, bias, mean, rstd, reserve, *(() if use_batch else (running_mean, running_var)))
+        if slope is not None:
+            F.leaky_relu_(y, slope)
+        output = None if slope is None else y
+        ctx.save_for_backward(x, output, weight, running_mean, running_var, mean, rstd, reserve)
         ctx.use_batch, ctx.eps, ctx.slope, ctx.implementation = use_batch, eps, slope, implementation
         if not use_batch:
             mean, rstd = running_mean, 1 / (running_var + eps).sqrt()
-        ctx.again = Again(functools.partial(_normalize, make_normalization(x, mean, rstd, weight, bias), slope))
-        ctx.rebuilt = None
-        return y if slope is None else F.leaky_relu_(y, slope)
+        normalize = make_normalization(x, mean, rstd, weight, bias)
+        if slope is None:
+            ctx.again = Again(normalize)
+        else:
+            ctx.again = Again(functools.partial(_activate, normalize, slope), saves_output=True)
+        return y
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, rstd, reserve, *running = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again
-            y = F.batch_norm(x, *(running or (None, None)), weight, bias, ctx.use_batch, 0.0, ctx.eps)
-            y = y if ctx.slope is None else F.leaky_relu(y, ctx.slope)
-            needed = [each for each in (x, weight, bias) if each is not None and each.requires_grad]
-            grads = iter(torch.autograd.grad(y, needed, grad_y, create_graph=True))
-            return *(next(grads) if is_needed else None for is_needed in ctx.needs_input_grad[:3]), *[None] * 6
+        x, y, weight, running_mean, running_var, mean, rstd, reserve = ctx.saved_tensors
         if ctx.slope is not None:
-            y = ctx.again.function(x) if ctx.rebuilt is None else ctx.rebuilt.take()
             grad_y = torch.ops.aten.leaky_relu_backward.default(grad_y, y, ctx.slope, True)
+        if torch.is_grad_enabled():  # to be differentiated again
+            statistics = (None, None) if ctx.use_batch else (running_mean, running_var)
+            bias = None if weight is None else torch.zeros_like(weight).requires_grad_()
+            y = F.batch_norm(x, *statistics, weight, bias, ctx.use_batch, 0.0, ctx.eps)
+            found = {}
+            for name, source, needed in zip("xwb", (x, weight, bias), ctx.needs_input_grad, strict=False):
+                if needed and source is not None and source.requires_grad:
+                    found[name] = source
+            grads = torch.autograd.grad(y, list(found.values()), grad_y, create_graph=True)
+            by_name = dict(zip(found, grads, strict=True))
+            return *(by_name.get(name) for name in "xwb"), *[None] * 6
         grads = torch.ops.aten._batch_norm_impl_index_backward.default(
             ctx.implementation,
             x,
             grad_y,
             weight,
-            *(running or (None, None)),
+            running_mean,
+            running_var,
             mean,
             rstd,
             ctx.use_batch,
@@ -168,6 +179,5 @@ class _ActivatedNorm(torch.autograd.Function):
         return *grads, None, None, None, None, None, None
 
 
-def _normalize(normalization: Callable[[Tensor], Tensor], slope: float | None, x: Tensor) -> Tensor:
-    y = normalization(x)
-    return y if slope is None else F.leaky_relu_(y, slope)
+def _activate(normalize: Callable[[Tensor], Tensor], slope: float, x: Tensor) -> Tensor:
+    return F.leaky_relu_(normalize(x), slope)
