@@ -165,10 +165,13 @@ def test_modes_and_forbidden_hooks_can_be_seen():
     from torch.utils._device import DeviceContext
     from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
     assert (_get_current_function_mode_stack(), _get_current_dispatch_mode_stack()) == ([], [])
-    with TorchFunctionMode() as mode, torch.device("cpu") as device:
-        assert _get_current_function_mode_stack() == [mode, device]
-    assert type(device) is torch.device or isinstance(device, DeviceContext)
+    with Mode(), torch.device("cpu"):
+        assert [type(mode) for mode in _get_current_function_mode_stack()] == [Mode, DeviceContext]
     with TorchDispatchMode() as mode:
         assert _get_current_dispatch_mode_stack() == [mode]
     assert torch._C._autograd._saved_tensors_hooks_is_enabled()
