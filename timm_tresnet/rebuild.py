@@ -91,7 +91,6 @@ _PASSING = ("RegisterPostBackwardFunctionBackward",)  # FSDP's, which hands its 
 # Classes of these modules do what the graph says; those of users may also edit a tensor behind its back.
 _KNOWN_MODULES = (
     *(f"torch.nn.modules.{name}" for name in ("activation", "batchnorm", "container", "conv", "linear", "pooling")),
-    "torch.nn.utils.parametrize",
     *(f"timm.layers.{name}" for name in ("activations", "drop", "norm", "norm_act", "split_batchnorm")),
 )
 _OURS = "timm_tresnet."
