@@ -58,7 +58,13 @@ def test_configs_of_public_weights_are_accepted(name, tmp_path):
 
 
 def test_first_form_of_the_config_is_accepted(tmp_path):
-    config = {"architecture": "test_tresnet", "num_classes": 10, "num_features": 512, "mean": [0, 0, 0], "labels": ["a"]}
+    config = {
+        "architecture": "test_tresnet",
+        "num_classes": 10,
+        "num_features": 512,
+        "mean": [0, 0, 0],
+        "labels": ["a"],
+    }
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
     assert read_config(path) == config

@@ -46,8 +46,8 @@ MODEL_ARGS: dict[str, Kind] = {  # arguments of `TResNet`, but for its device an
 PREPROCESSING: dict[str, Kind] = {  # as `timm.data.create_transform` takes it
     "input_size": _SIZE,
     "interpolation": choice("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
-    "mean": list_of(number(-1e4, 1e4), 1, 1024),
-    "std": list_of(number(0, 1e4, above=True), 1, 1024),
+    "mean": list_of(number(-10_000, 10_000), 1, 1024),
+    "std": list_of(number(0, 10_000, above=True), 1, 1024),
     "crop_pct": number(0.1, 1),  # a tiny one has the image resized to a huge one first
     "crop_mode": choice("center", "squash", "border"),
 }

@@ -13,7 +13,7 @@ from timm_tresnet import config
 
 _MOST_PARAMETERS = 10**9  # of TResNet-XL: 8e7
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".tar")  # what timm looks for in a folder
-_SHOWN = 300  # characters of a foreign error
+_SHOWN = 600  # characters of a foreign error
 
 
 def load_network(name: str) -> nn.Module:
@@ -42,8 +42,10 @@ def load_network(name: str) -> nn.Module:
 
 
 def summarise(error: Exception) -> str:
-    """What a foreign error says, in one line of bounded length; its type if it says nothing."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """What a foreign error says, in one line of bounded length; behind its type unless that is one that explains."""
+    text = " ".join(str(error).split())
+    if not text or not isinstance(error, OSError | RuntimeError | ValueError):
+        text = ": ".join(filter(None, (type(error).__name__, text)))
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
