@@ -32,7 +32,7 @@ DAMAGES = [  # where in config.json, and what is put there
         "source": ["url", "timm"],
         "custom_load": [True, "hf", 1],
         "architecture": [1],
-        "input_size": [[3, 64], "64", [3, 63, 63], [3, 4, 4], [3, -64, 64], [3, 64.5, 64], [3, 10**9, 64], 64, [0, 64, 64]],
+        "input_size": [[3, 64], "64", [3, 63, 63], [3, 4, 4], [3, -64, 64], [3, 64.5, 64], [3, 10**9, 64], 64],
         "fixed_input_size": [True],
         "interpolation": ["cubist", 3, "random"],
         "mean": [[0, 0], "000", [None] * 3, [math.nan] * 3, 0, [[0], [0], [0]]],
