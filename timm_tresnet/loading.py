@@ -10,10 +10,10 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 
 from timm_tresnet import config
+from timm_tresnet.errors import summarise
 
 _MOST_PARAMETERS = 10**9  # of TResNet-XL: 8e7
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".tar")  # what timm looks for in a folder
-_SHOWN = 600  # characters of a foreign error
 
 
 def load_network(name: str) -> nn.Module:
@@ -39,14 +39,6 @@ def load_network(name: str) -> nn.Module:
     # The Hub's client and whatever unpickles a stranger's weights can raise anything.
     except Exception as error:
         raise ValueError(f"cannot load the model {name}: {summarise(error)}") from error
-
-
-def summarise(error: Exception) -> str:
-    """What a foreign error says, in one line of bounded length; behind its type unless that is one that explains."""
-    text = " ".join(str(error).split())
-    if not text or not isinstance(error, OSError | RuntimeError | ValueError):
-        text = ": ".join(filter(None, (type(error).__name__, text)))
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def build_skeleton(name: str, called: str = config.NAME) -> nn.Module:
