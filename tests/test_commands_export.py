@@ -163,9 +163,16 @@ def test_damaged_artifact_is_refused_in_one_sentence(format, damage, artifact, t
     assert line.startswith(f"timm-tresnet: cannot load {path}: ")
 
 
-@each_format
 @pytest.mark.parametrize(
-    "kwargs", [{"num_classes": 4}, {"in_chans": 1}, {"num_classes": 0}], ids=lambda kwargs: "_".join(kwargs)
+    ("format", "kwargs"),
+    [
+        ("torchscript", {"num_classes": 4}),
+        ("torchscript", {"num_classes": 0}),
+        ("torchscript", {"in_chans": 1}),
+        ("torch-export", {"in_chans": 1}),
+        pytest.param("onnx", {"in_chans": 1}, marks=needs("onnx")),
+        pytest.param("openvino", {"in_chans": 1}, marks=needs("openvino")),
+    ],
 )
 def test_artifact_of_another_network_is_refused_in_one_sentence(format, kwargs, artifact, tmp_path, capfd):
     folder = shutil.copytree(artifact(format).parent, tmp_path / "folder")

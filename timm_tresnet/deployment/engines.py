@@ -159,12 +159,16 @@ def _load_onnx(artifact: Path) -> Run:
 
 def _load_openvino(artifact: Path) -> Run:
     import openvino
+    import openvino.frontend
 
     weights = artifact.with_suffix(".bin")
     if weights.exists() and not weights.is_file():  # a pipe would keep us waiting
         raise ValueError(f"{weights} is not a file")
+    # By itself OpenVINO shows a file to every reader that it has, TensorFlow's among them.
+    reader = openvino.frontend.FrontEndManager().load_by_framework("ir" if artifact.suffix == ".xml" else "onnx")
+    network = reader.convert(reader.load(str(artifact)))
     # As exported; by default OpenVINO computes float32 networks in bfloat16 where the CPU is faster at that.
-    compiled = openvino.Core().compile_model(artifact, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
 
 
