@@ -20,9 +20,9 @@ def checks(monkeypatch):
 def good(tmp_path_factory):
     """A folder as timm writes them, with a card, and the shapes of its tensors."""
     folder = tmp_path_factory.mktemp("good")
-    timm.models.save_for_hf(
-        timm.create_model("test_tresnet", num_classes=10, in_chans=3), folder, safe_serialization=True
-    )
+    arguments = {"num_classes": 10, "in_chans": 3}  # which older timm does not write by itself
+    model = timm.create_model("test_tresnet", **arguments)
+    timm.models.save_for_hf(model, folder, safe_serialization=True, model_args=arguments)
     (folder / "README.md").write_text("---\nlibrary_name: timm\n---\n")
     config = json.loads((folder / "config.json").read_text())
     return folder, config, {name: tuple(each.shape) for name, each in load_file(folder / "model.safetensors").items()}

@@ -30,8 +30,9 @@ TEXTS = {  # what is no config at all
 def good(tmp_path_factory):
     """A folder as timm writes them, which the tests damage and mend again."""
     folder = tmp_path_factory.mktemp("good")
-    model = timm.create_model("test_tresnet", num_classes=10, in_chans=3)
-    timm.models.save_for_hf(model, folder, safe_serialization=True)
+    arguments = {"num_classes": 10, "in_chans": 3}  # which older timm does not write by itself
+    model = timm.create_model("test_tresnet", **arguments)
+    timm.models.save_for_hf(model, folder, safe_serialization=True, model_args=arguments)
     return folder
 
 

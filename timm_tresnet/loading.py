@@ -2,6 +2,7 @@
 
 import os
 import stat
+import warnings
 from pathlib import Path
 
 import timm
@@ -32,10 +33,12 @@ def load_network(name: str) -> nn.Module:
         source, rest = _split(name)
         if source == "local-dir":
             _check_folder(Path(rest))
-        elif timm.models.is_model(rest) and not timm.models.is_model_in_modules(rest, "tresnet"):
+        elif timm.models.is_model(rest) and not timm.models.is_model_in_modules(rest, ["tresnet"]):
             raise ValueError("it is no TResNet; see `timm-tresnet list`, and timm.create_model for other networks")
         checked = _check_repository(rest) if source == "hf-hub" else name
-        return timm.create_model(checked, pretrained=True).eval()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"torch\b")  # of odd pickles, which it then refuses or takes
+            return timm.create_model(checked, pretrained=True).eval()
     # The Hub's client and whatever unpickles a stranger's weights can raise anything.
     except Exception as error:
         raise ValueError(f"cannot load the model {name}: {summarise(error)}") from error

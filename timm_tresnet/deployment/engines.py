@@ -153,7 +153,9 @@ def _load_onnx(artifact: Path) -> Run:
     import onnxruntime
 
     # Both engines refuse data outside the folder, by a link too; tests/test_deployment_engines.py holds them to it.
-    session = onnxruntime.InferenceSession(artifact, providers=onnxruntime.get_available_providers())
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # fatal; it prints what it raises
+    session = onnxruntime.InferenceSession(artifact, options, providers=onnxruntime.get_available_providers())
     return lambda images: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
 
 
