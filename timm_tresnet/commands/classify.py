@@ -10,7 +10,7 @@ from typing import Any
 
 from timm_tresnet.commands import CommandError, load_model
 from timm_tresnet.commands.options import at_least
-from timm_tresnet.images import SAMPLES, find_images, read_image
+from timm_tresnet.images import SAMPLES, find_images, printable, read_image
 from timm_tresnet.labels import is_multi_label, label_lookup
 from timm_tresnet.tables import format_columns
 
@@ -38,6 +38,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar=("ENGINE", "ARTIFACT"),
         help="run a file that `timm-tresnet export` wrote, in the engine torch, onnx or openvino, instead of a model",
     )
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="load an ARTIFACT of the engine torch, which can run anything on this machine; those of the others cannot",
+    )
     parser.add_argument("--top-k", default=3, type=at_least(1), metavar="K", help="how many classes (default: 3)")
     parser.add_argument(
         "--threshold",
@@ -63,6 +68,7 @@ def run(
     images: Sequence[Path],
     model: str,
     engine: tuple[str, str] | None,
+    trust: bool,
     top_k: int,
     threshold: float,
     as_json: bool,
@@ -72,15 +78,22 @@ def run(
 
     paths = list(find_images(images or [SAMPLES]))
     if not paths:
-        raise CommandError(f"no images in {', '.join(map(str, images))}")
-    network = _load_artifact(*engine) if engine else load_model(model)
+        raise CommandError(f"no images in {', '.join(map(printable, images))}")
+    network = _load_artifact(*engine, trust) if engine else load_model(model)
     if network.num_classes == 0:
         raise CommandError(f"{engine[1] if engine else model} is a backbone without classes")
+    if network.in_chans != 3:
+        raise CommandError(f"{engine[1] if engine else model} takes {network.in_chans} channels, images are read in 3")
 
     few = len(paths) <= _BATCH_SIZE
     bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} images"
     with tqdm(total=len(paths), disable=few or None, mininterval=0, bar_format=bar_format) as bar:  # None: on terminals
-        results = classify_images(network, paths, top_k, bar.update, threshold)
+        try:
+            results = classify_images(network, paths, top_k, bar.update, threshold)
+        except RuntimeError as error:
+            if not engine:
+                raise
+            raise CommandError(str(error)) from error
     if as_json:
         print(json.dumps(results, indent=2))
     else:
@@ -97,12 +110,12 @@ def run(
     return 1 if unreadable else 0
 
 
-def _load_artifact(engine: str, artifact: str) -> Any:
+def _load_artifact(engine: str, artifact: str, trust: bool) -> Any:
     from timm_tresnet import ExportedModel
 
     try:
-        return ExportedModel(engine, artifact)
-    except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
+        return ExportedModel(engine, artifact, trust=trust)
+    except (OSError, ValueError, ImportError) as error:
         raise CommandError(f"cannot load {artifact}: {error}") from error
 
 
@@ -124,7 +137,7 @@ def classify_images(
 
     Returns:
         For each path, in order, a dict with "image" and either "predictions", a list of dicts with "label", "index" and
-        "probability", most probable first, or, where the file cannot be read, "error".
+        "probability", most probable first, or, where the file cannot be read or the logits are not finite, "error".
     """
     import timm.data
 
@@ -167,7 +180,7 @@ def _classify_batch(
     results: list[dict[str, Any]] = []
     inputs = []
     for path in paths:
-        result: dict[str, Any] = {"image": str(path)}
+        result: dict[str, Any] = {"image": printable(path)}
         try:
             inputs.append(transform(read_image(path)))
         except ValueError as error:
@@ -176,12 +189,15 @@ def _classify_batch(
     if inputs:
         with torch.inference_mode():
             rows = iter(model(torch.stack(inputs)))
-        for result in results:
-            if "error" not in result:
-                result["predictions"] = [
-                    {"label": describe(index), "index": index, "probability": probability}
-                    for index, probability in choose(next(rows))
-                ]
+        for result in [result for result in results if "error" not in result]:
+            logits = next(rows)
+            if not logits.isfinite().all():
+                result["error"] = "the network's logits for it are not finite"
+                continue
+            result["predictions"] = [
+                {"label": describe(index), "index": index, "probability": probability}
+                for index, probability in choose(logits)
+            ]
     return results
 
 
