@@ -61,6 +61,15 @@ class ResidualBlock(nn.Module):
         se = functools.partial(SqueezeExcite, **factory_kwargs) if use_se else lambda *channels: nn.Identity()
         self._add_main_path(in_channels, planes, unit, act_layer, downsampling, dilation[1], se)
 
+    @torch.jit.unused
+    def has_own_parts(self) -> bool:
+        """Whether its parts are of the kinds that the constructor makes."""
+        kinds = {"downsample": (nn.Identity, nn.Sequential), "se": (nn.Identity, SqueezeExcite)}
+        kinds |= {"drop_path": (nn.Identity, DropPath), "act": nn.ReLU}
+        parts = all(isinstance(part, kinds.get(name, ConvNormAct)) for name, part in self._modules.items())
+        shortcut = self.downsample if isinstance(self.downsample, nn.Sequential) else ()
+        return parts and all(isinstance(p, ConvNormAct | ShortcutPool2d | StrideOneAvgPool2d) for p in shortcut)
+
     def _add_main_path(
         self,
         in_channels: int,

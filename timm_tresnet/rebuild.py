@@ -174,10 +174,11 @@ class Tape:
             self._sources[self._last.grad_fn] = Kept(self._last)
             self._last = None
 
-    def show_last(self) -> None:
-        """Keep the last output, since others see it, and make nothing from it: they may edit it."""
-        if self._last is not None:
-            self._sources[self._last.grad_fn] = None
+    def show(self, y: Tensor) -> None:
+        """Say that others see a tensor: it stays, and nothing is made from it, for they may edit it."""
+        if y.grad_fn is not None:
+            self._sources[y.grad_fn] = None
+        if y is self._last:
             self._last = None
 
     def lost_weights(self) -> bool:
@@ -195,9 +196,13 @@ class Tape:
         """Let the last output go, where its own node has saved it."""
         y, self._last = self._last, None
         source = None if y is None else self._sources[y.grad_fn]
-        if type(source) is Rebuilt:
-            node = y.grad_fn
+        if type(source) is not Rebuilt:
+            return
+        node = y.grad_fn
+        if y._version == source.version:
             release(node._raw_saved_tensors[1] if hasattr(node, "again") else node._raw_saved_result, source)
+        else:  # then PyTorch has something to say about it
+            self._sources[node] = None
 
     def _follow_block(self, y: Tensor) -> None:
         """Find how the output of a block, ReLU(sum), can be made; its node keeps it yet."""
@@ -304,18 +309,21 @@ _FOLLOWED: dict[str, Callable[[Tape, Any], _Source | None]] = {
 
 
 @contextmanager
-def recording(setting: str) -> Iterator[None]:
+def recording(setting: str, x: Tensor | None = None) -> Iterator[None]:
     """Open a tape for the forward pass inside; what is open already stays as it is.
 
     Hooks of others around it win: `torch.utils.checkpoint` and `torch.autograd.graph.save_on_cpu` work by them.
 
     Args:
         setting: one of SETTINGS; with "none", nothing is recorded.
+        x: what the forward pass begins with; what came before is left alone.
     """
     if setting == "none" or not torch.is_grad_enabled() or open_tape() is not None or _must_step_aside():
         yield
         return
-    _state.tape = Tape(setting)
+    tape = _state.tape = Tape(setting)
+    if x is not None:
+        tape.show(x)
     try:
         yield
     finally:
@@ -325,21 +333,16 @@ def recording(setting: str) -> Iterator[None]:
 def _must_step_aside() -> bool:
     # PyTorch has no public way to ask for hooks of others, but refuses ours on what has been saved under them.
     node = torch.ones((), device="cpu", requires_grad=True).exp().grad_fn
-    modes = torch.overrides._get_current_function_mode_stack()
-    return (
-        is_transforming()
-        or forward_ad._current_level >= 0
-        or bool(torch.utils._python_dispatch._get_current_dispatch_mode_stack())
-        or any(type(mode) is not DeviceContext for mode in modes)
-        or keep(node._raw_saved_result) is None
-    )
+    return is_transforming() or forward_ad._current_level >= 0 or keep(node._raw_saved_result) is None
 
 
 def is_transforming() -> bool:
-    """Whether a transform of `torch.func` is at work, or hooks of users run in every module."""
-    hooks = nn.modules.module
+    """Whether a transform of `torch.func` or a mode is at work, or hooks of users run in every module."""
+    hooks, modes = nn.modules.module, torch.overrides._get_current_function_mode_stack()
     return (
-        torch._C._functorch.peek_interpreter_stack() is not None
+        bool(torch.utils._python_dispatch._get_current_dispatch_mode_stack())
+        or any(type(mode) is not DeviceContext for mode in modes)
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
         or bool(hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
     )

@@ -1,6 +1,7 @@
 """Blocks in order, and which of their outputs are kept for backward: settings, grad checkpointing, compiling."""
 
 import functools
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -40,7 +41,7 @@ class Recorded(nn.Sequential):
     @torch.jit.unused
     def _forward_eager(self, x: Tensor) -> Tensor:
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor)
-        with nullcontext() if traced or not self.training else recording(self.rebuild):
+        with nullcontext() if traced or not self.training else recording(self.rebuild, x):
             for position, module in enumerate(self):
                 x = self._run(position, module, x)
         return x
@@ -50,9 +51,7 @@ class Recorded(nn.Sequential):
         if tape is None:
             return self._run_plainly(module, x)
         if self._is_seen(position, module):
-            tape.show_last()
-            with pausing():
-                return module(x)
+            return self._run_seen(module, x)
         x = self._run_recorded(position, module, x)
         if tape.lost_weights():
             tape.keep_last()
@@ -63,6 +62,14 @@ class Recorded(nn.Sequential):
         if isinstance(module, Stage):
             return is_foreign(module, deep=False)
         return position == len(self) - 1 or is_foreign(module)
+
+    def _run_seen(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        tape = open_tape()
+        tape.show(x)
+        with pausing():
+            x = run(x)
+        tape.show(x)
+        return x
 
     def _run_plainly(self, module: nn.Module, x: Tensor) -> Tensor:
         return module(x)
@@ -83,7 +90,7 @@ class Stage(Recorded):
         part.grad_checkpointing = self.grad_checkpointing
 
     def _is_seen(self, position: int, block: nn.Module) -> bool:
-        return not isinstance(block, ResidualBlock) or is_foreign(block)
+        return not isinstance(block, ResidualBlock) or not block.has_own_parts() or is_foreign(block)
 
     def _run_plainly(self, block: nn.Module, x: Tensor) -> Tensor:
         return _checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_tracing() else block(x)
@@ -91,9 +98,7 @@ class Stage(Recorded):
     def _run_recorded(self, position: int, block: nn.Module, x: Tensor) -> Tensor:
         tape = open_tape()
         if self.grad_checkpointing and not _can_repeat(block):
-            tape.show_last()
-            with pausing():
-                return _checkpoint(block, x)
+            return self._run_seen(functools.partial(_checkpoint, block), x)
         with repeating_convolutions(self.grad_checkpointing):
             x = block(x)
             if x.grad_fn is None:
