@@ -120,7 +120,7 @@ def test_checkpoint_of_others(wrap, model):
     return train_step(model, inputs())
 
 
-@same_as_plain(*WRAPPERS)
+@same_as_plain(*(wrap for wrap in WRAPPERS if "composable" not in wrap.__name__))  # those run backward once
 def test_checkpoint_of_others_twice(wrap, model):
     wrap(model)
     x = inputs().requires_grad_()
