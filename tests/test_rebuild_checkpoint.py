@@ -110,10 +110,6 @@ WRAPPERS = [wrap_units, wrap_blocks, wrap_stages, wrap_norms, wrap_convs, wrap_b
             (ConvNormAct, BasicBlock, Stage, ActivatedBatchNorm2d) for r in (True, False))]  # fmt: skip
 
 
-def without_statistics(result):
-    return {k: v for k, v in result.items() if "running" not in k and "tracked" not in k}
-
-
 @same_as_plain(*WRAPPERS)
 def test_checkpoint_of_others(wrap, model):
     wrap(model)

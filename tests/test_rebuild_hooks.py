@@ -1,7 +1,7 @@
 """Hooks of users on modules and tensors, and edits of what hooks have seen."""
 
 import torch
-from comparing import collect, train_step
+from comparing import REBUILDING, collect, train_step
 from torch import nn
 from users import EDITS, inputs, same_as_plain, step_after
 
@@ -236,7 +236,7 @@ def test_global_hooks(kind, model):
         handle.remove()
 
 
-@same_as_plain(only=["activations", "expansions", "checkpointing"])
+@same_as_plain(settings=REBUILDING)
 def test_hooks_are_called_as_often(model):
     calls = []
     for name, m in model.named_modules():

@@ -17,6 +17,7 @@ from users import (
         (forward, backward)
         for forward in (torch.bfloat16, None, torch.float16)
         for backward in (None, torch.bfloat16, torch.float16)
+        if (forward, backward) != (torch.float16, torch.bfloat16)  # which autocast refuses
     )
 )
 def test_autocast_in_forward_and_backward(forward, backward, model):
