@@ -206,7 +206,7 @@ class Breaks(nn.Module):
         return F.silu(x)
 
 
-@same_as_plain("block_act", "act", "module", few=1)
+@same_as_plain("block_act", "act", "module", few=0)  # half a minute of compiling each
 def test_compiled_with_graph_break(where, model):
     torch.compiler.reset()
     model = another(model, layers=(1, 1, 2, 1))
