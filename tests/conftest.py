@@ -12,7 +12,7 @@ from converting import SMALL
 from hub_server import HubServer
 from interpreters import STRICTLY
 
-pytest.register_assert_rewrite("comparing")
+pytest.register_assert_rewrite("comparing", "users")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several of them share the cores
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)

@@ -1,0 +1,68 @@
+"""Activations of PyTorch at each place of the network."""
+
+import functools
+
+from comparing import train_step
+from torch import nn
+from users import another, everywhere, inputs, same_as_plain
+
+
+@same_as_plain(
+    "silu", "hard_swish", "mish", "elu", "gelu", "hard_sigmoid", "sigmoid", "tanh", "celu", "selu", "relu6", "relu"
+)
+def test_inplace_switched_on(act, model):
+    model = another(model, act_layer=act)
+    for module in model.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = True
+    return train_step(model, inputs())
+
+
+@same_as_plain("silu", "leaky_relu", "elu", "relu6", "prelu", "hard_swish")
+def test_inplace_switched_off(act, model):
+    model = another(model, act_layer=act)
+    for module in model.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False
+    return train_step(model, inputs())
+
+
+def made_of(*makers):
+    def make():
+        return nn.Sequential(*(maker() for maker in makers))
+
+    make.__name__ = "+".join(maker.__name__ for maker in makers)
+    return make
+
+
+def partial(cls, **kwargs):
+    make = functools.partial(cls, **kwargs)
+    make.__name__ = ",".join([cls.__name__, *(f"{name}={value}" for name, value in kwargs.items())])
+    return make
+
+
+ACTIVATIONS = [
+    nn.RReLU,
+    partial(nn.RReLU, inplace=True),
+    partial(nn.LeakyReLU, negative_slope=-0.1),
+    partial(nn.LeakyReLU, negative_slope=-0.1, inplace=True),  # which PyTorch refuses in backward
+    partial(nn.LeakyReLU, negative_slope=0.0, inplace=True),
+    partial(nn.Threshold, threshold=0.1, value=0.2, inplace=True),
+    partial(nn.Hardtanh, inplace=True),
+    partial(nn.GELU, approximate="tanh"),
+    partial(nn.CELU, alpha=0.3),
+    nn.Sigmoid,
+    nn.PReLU,
+    nn.Softplus,
+    nn.Hardshrink,
+    nn.LogSigmoid,
+    made_of(nn.LeakyReLU, nn.Dropout),
+    made_of(nn.SiLU, nn.RReLU),
+    made_of(partial(nn.Dropout, inplace=True), partial(nn.LeakyReLU, inplace=True)),
+    made_of(partial(nn.SiLU, inplace=True), partial(nn.Dropout, inplace=True)),
+]
+
+
+@same_as_plain(*everywhere(ACTIVATIONS), few=len(ACTIVATIONS))
+def test_activation_put_in(put, make, model):
+    return train_step(put(model, make), inputs())
