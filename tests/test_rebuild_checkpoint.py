@@ -110,13 +110,19 @@ WRAPPERS = [wrap_units, wrap_blocks, wrap_stages, wrap_norms, wrap_convs, wrap_b
             (ConvNormAct, BasicBlock, Stage, ActivatedBatchNorm2d) for r in (True, False))]  # fmt: skip
 
 
-@same_as_plain(*WRAPPERS)
+# Around a checkpoint of ours, theirs count statistics as often as they run it: plain PyTorch counts more often.
+NOT_CHECKPOINTING = ["activations", "expansions"]
+
+
+@same_as_plain(*WRAPPERS, settings=NOT_CHECKPOINTING)
 def test_checkpoint_of_others(wrap, model):
     wrap(model)
     return train_step(model, inputs())
 
 
-@same_as_plain(*(wrap for wrap in WRAPPERS if "composable" not in wrap.__name__))  # those run backward once
+@same_as_plain(
+    *(wrap for wrap in WRAPPERS if "composable" not in wrap.__name__), settings=NOT_CHECKPOINTING
+)  # those run backward once
 def test_checkpoint_of_others_twice(wrap, model):
     wrap(model)
     x = inputs().requires_grad_()
@@ -134,7 +140,7 @@ def test_checkpoint_around(reentrant, model):
     return collect(model, loss)
 
 
-@same_as_plain(True, False)
+@same_as_plain(True, False, settings=NOT_CHECKPOINTING)
 def test_checkpoint_sequential(reentrant, model):
     x = torch.utils.checkpoint.checkpoint_sequential(model.body, 3, inputs().requires_grad_(), use_reentrant=reentrant)
     loss = x.square().mean()

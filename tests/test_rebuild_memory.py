@@ -10,12 +10,12 @@ import torch
 from comparing import REBUILDING
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from users import FREEZES, SETTINGS, build, freeze_nothing, inputs
+from users import FREEZES, build, freeze_nothing, inputs
 
 from timm_tresnet import rebuild
 
 SLACK = 40_000  # bytes: statistics, gates and what Python frees a little later
-each_setting = pytest.mark.parametrize("setting", SETTINGS)
+each_setting = pytest.mark.parametrize("setting", REBUILDING)
 each_network = pytest.mark.parametrize(
     "kwargs",
     [

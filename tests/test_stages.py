@@ -4,6 +4,9 @@ import pytest
 import timm
 import torch
 from comparing import (
+    SMALL,
+    assert_same,
+    collect,
     compare,
     each_setting,
     images,
@@ -11,6 +14,9 @@ from comparing import (
     saved_bytes,
     train_step,
 )
+
+from timm_tresnet import TResNet
+from timm_tresnet.stages import Stage
 
 
 @pytest.mark.parametrize(
@@ -135,3 +141,28 @@ def test_training_traced_by_torchscript_gives_the_same_numbers(setting):
             return train_step(torch.jit.trace(model, images(), check_trace=False), images())
 
     compare(run, setting, layers=(1, 1, 2, 1))
+
+
+@pytest.mark.parametrize("kwargs", [{"rebuild": "none"}, {"norm_layer": "groupnorm1"}], ids=["none", "other_norm"])
+def test_checkpoints_run_again_in_each_backward_of_a_retained_graph_and_count_once(kwargs):
+    def run(checkpointing):
+        torch.manual_seed(0)
+        model = TResNet(**{**SMALL, **kwargs})
+        model.set_grad_checkpointing(checkpointing)
+        loss = model(images()).square().mean()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        return collect(model, loss)
+
+    assert_same(run(True), run(False))
+
+
+def test_slices_of_the_body_keep_its_settings():
+    model = make_model("expansions")
+    model.set_grad_checkpointing()
+    model.body.layer3[1].eval()
+    part, stage = model.body[:4], model.body.layer3[2:]
+    assert (type(part), part.rebuild, part.layer1.grad_checkpointing) == (type(model.body), "expansions", True)
+    assert (type(stage), stage.rebuild, stage.grad_checkpointing) == (Stage, "expansions", True)
+    assert part.training
+    assert not model.body.layer3[:2][1].training

@@ -11,8 +11,6 @@ from comparing import REBUILDING, collect, make_model
 
 from timm_tresnet.layers import ConvNormAct
 
-CHECKPOINTED = "none+checkpointing"  # PyTorch's checkpoints, in a network that rebuilds nothing
-SETTINGS = [*REBUILDING, CHECKPOINTED]
 NETWORK = {"layers": (1, 2, 5, 1)}  # the third stage has a block that keeps its output in the middle
 
 
@@ -21,24 +19,19 @@ def inputs(batch=2, size=48):
 
 
 def build(setting, **kwargs):
-    model = make_model("none" if setting == CHECKPOINTED else setting, **{**NETWORK, **kwargs})
-    if setting == CHECKPOINTED:
-        model.set_grad_checkpointing()
-    return model
+    return make_model(setting, **{**NETWORK, **kwargs})
 
 
 def another(model, **kwargs):
     """Another network with the setting of the one given, and other arguments."""
-    if not model.body.layer1.grad_checkpointing:
-        return build(model.rebuild, **kwargs)
-    return build(CHECKPOINTED if model.rebuild == "none" else "checkpointing", **kwargs)
+    return build("checkpointing" if model.body.layer1.grad_checkpointing else model.rebuild, **kwargs)
 
 
 def units(model):
     return [module for module in model.modules() if isinstance(module, ConvNormAct)]
 
 
-def same_as_plain(*variants, few=3, settings=SETTINGS, tolerance=None):
+def same_as_plain(*variants, few=3, settings=REBUILDING, tolerance=None):
     """Make a test of what a user does, a function from a network to tensors by name.
 
     Args:

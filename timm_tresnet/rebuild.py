@@ -96,9 +96,9 @@ _KNOWN_MODULES = (
 _OURS = "timm_tresnet."
 _FSDP = ("torch.distributed.fsdp.", "torch.distributed._composable.fsdp.")
 
-# Of a tensor that is dear to make and that nobody but our layers has: who needs it has saved it.
+# Of a tensor that is dear to make, or not known how, and that nobody but our layers has: who needs it has saved it.
 _DEAR = object()
-_Source = Kept | Rebuilt | object | None  # None: not known, or others see the tensor
+_Source = Kept | Rebuilt | object | None  # None: others see the tensor
 
 _state = threading.local()
 
@@ -195,7 +195,7 @@ class Tape:
     def _let_go(self) -> None:
         """Let the last output go, where its own node has saved it."""
         y, self._last = self._last, None
-        source = None if y is None else self._sources[y.grad_fn]
+        source = None if y is None else self._sources.get(y.grad_fn)
         if type(source) is not Rebuilt:
             return
         node = y.grad_fn
@@ -208,8 +208,10 @@ class Tape:
         """Find how the output of a block, ReLU(sum), can be made; its node keeps it yet."""
         node = y.grad_fn
         source = self._find(node.next_functions[0]) if node.name() == "ReluBackward0" else None
-        made = type(source) is Rebuilt
-        self._sources[node] = self._make(torch.relu_, source, version=y._version, in_place=True) if made else None
+        if type(source) is Rebuilt:
+            self._sources[node] = self._make(torch.relu_, source, version=y._version, in_place=True)
+        else:
+            self._sources[node] = Kept(y)
 
     def _make(self, function: Callable[..., Tensor], *inputs: _Source, **kwargs: Any) -> Rebuilt | None:
         if not all(isinstance(each, Kept | Rebuilt) for each in inputs):
@@ -232,7 +234,7 @@ class Tape:
             source = _FOLLOWED[name](self, node)
         else:
             source = self._follow_function(node) if isinstance(getattr(node, "again", None), Again) else None
-        self._sources[node] = source
+        self._sources[node] = source = _DEAR if source is None else source
         return source
 
     def _find_saved(self, node: Any, saved: Any) -> _Source:
