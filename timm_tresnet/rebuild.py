@@ -18,11 +18,10 @@ A bottleneck, from top to bottom, with what is kept in [ ] and what is rebuilt i
        |             norm
        '---------- + ReLU --> (output)
 
-No module is believed: what made a tensor is read from the graph that autograd has recorded. While a tape is open
-(`recording`), it follows the graph from the output of each norm and each block to what came before
-(`Tape`). Where a node has saved a tensor that known functions make from kept ones, a hook on this one
-saved tensor lets it go and makes it in backward (`timm_tresnet.saved`), from constants and values that were taken in
-the forward.
+What made a tensor is read from the graph that autograd has recorded, and only where no code of users runs. While a tape
+is open (`recording`), it follows the graph from the output of each norm and each block to what came before (`Tape`).
+Where a node has saved a tensor that known functions make from kept ones, a hook on this one saved tensor lets it go and
+makes it in backward (`timm_tresnet.saved`), from constants and values that were taken in the forward.
 
 =====================================================  =========================================================
 what                                                   in backward
@@ -31,12 +30,11 @@ convolution's output                                   kept; it costs a convolut
 norm, pointwise activation, product, sum, pool         rebuilt, if what they are made from is kept or rebuilt
 convolution or blur that is to run again               rebuilt
 statistics, gates, random masks                        kept; they are small
-made by any other function                             kept, as PyTorch keeps it
-needed by any other function                           kept, as PyTorch keeps it
-the input and the output of all; those of modules      kept, as PyTorch keeps it, and what is made of the input in
-with classes, forwards or hooks of users, and all      one step too: others see it, and may edit it
-in these
-saved where hooks of others are: checkpoint, offload   theirs
+made, or needed, by any other function                 kept, as PyTorch keeps it
+modules of users' classes, with forwards or hooks of   theirs: kept, as PyTorch keeps it, and nothing is made
+users; all in them, all that goes in and comes out     again from it, for they may edit it
+the input and the output of all                        the same
+saved where hooks of others are: checkpoint, offload   the same
 =====================================================  =========================================================
 
 The one thing that it cannot see is an edit of a convolution's weight through `.data` between forward and backward,
