@@ -222,7 +222,7 @@ def test_files_that_only_the_repository_has_stay(hub, publish, capsys):
 
 
 def test_interrupted_push_goes_on_where_it_was(hub, publish, folder, capsys):
-    hub.faults.append(Fault(r"POST .*/commit/main"))  # the weights have arrived, the connection goes
+    hub.faults.append(Fault(r"POST .*/commit/main", break_off_at=0))  # the weights have arrived, the connection goes
     assert publish("--push") == 1
     assert len(find_requests(hub, "^PUT")) == 1
     assert list(hub.repositories[REPO].revisions.values())[-1].joinpath("config.json").exists() is False
@@ -265,7 +265,7 @@ def test_hub_that_fails_and_recovers_gets_everything(hub, publish, capsys):
         (Fault(r"POST .*/commit/main", status=412, times=-1), "changed by someone else meanwhile"),
         (Fault(r"POST .*/commit/main", status=500, times=-1), "the Hub failed: run this again later"),
         (Fault(r"PUT .*", status=503, times=-1), "the Hub failed: run this again later"),
-        (Fault(r"GET /api/models/.*", times=-1), "asking the Hub about owner/insects failed"),
+        (Fault(r"GET /api/models/.*", break_off_at=0, times=-1), "asking the Hub about owner/insects failed"),
     ],
     ids=[
         "login",
