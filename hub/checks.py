@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import (
@@ -23,11 +21,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from safetensors import safe_open
 
-import timm_tresnet  # noqa: F401  registers the variants
 from timm_tresnet.catalogue import PublicWeight, load_catalogue, make_pretrained_cfg
 from timm_tresnet.checkpoint import find_misfits
+from timm_tresnet.config import read_config
 from timm_tresnet.conversion.card import PLACEHOLDER
 from timm_tresnet.labels import is_multi_label
+from timm_tresnet.loading import build_skeleton
 
 WEIGHTS, CONFIG, CARD = REQUIRED = ("model.safetensors", "config.json", "README.md")
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar")
@@ -116,15 +115,12 @@ def find_problems(folder: Path, shapes: Shapes, repo_id: str) -> list[str]:
         What is wrong, one sentence each.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_config(folder / CONFIG, CONFIG)
+        if "pretrained_cfg" not in config:
+            raise ValueError(f"{CONFIG} needs pretrained_cfg, as timm writes it now")
     except ValueError as error:
-        return [f"{CONFIG} is not JSON: {error}", *_check_card(folder / CARD, None, repo_id)]
-    if not isinstance(config, dict) or not isinstance(config.get("pretrained_cfg"), dict):
-        return [
-            f"{CONFIG} needs architecture and pretrained_cfg, as timm writes them",
-            *_check_card(folder / CARD, None, repo_id),
-        ]
-    public = load_catalogue().get(f"{config.get('architecture')}.{config['pretrained_cfg'].get('tag')}")
+        return [str(error), *_check_card(folder / CARD, None, repo_id)]
+    public = load_catalogue().get(f"{config['architecture']}.{config['pretrained_cfg'].get('tag')}")
     problems = _check_weights(folder, shapes)
     names = config.get("label_names")
     if names and len(names) != config.get("num_classes"):
@@ -136,10 +132,9 @@ def find_problems(folder: Path, shapes: Shapes, repo_id: str) -> list[str]:
 
 def _check_weights(folder: Path, shapes: Shapes) -> list[str]:
     try:
-        with torch.device("meta"):
-            model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=False)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:  # whatever a wrong architecture or argument raises
-        return [f"timm cannot build a model from {CONFIG}: {type(error).__name__}: {error}"]
+        model = build_skeleton(f"local-dir:{folder.absolute()}")
+    except ValueError as error:
+        return [str(error)]
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return [
         f"{WEIGHTS} has {kind} tensors for the model of {CONFIG}: {_shorten(names)}"

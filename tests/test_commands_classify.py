@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -82,6 +83,64 @@ def test_unreadable_images_are_reported_and_skipped(photos, capsys):
         assert f"{name}:" in captured.err
         assert name not in captured.out
     assert captured.out.count("%") == 9  # three images, three classes each
+
+
+def test_whatever_else_is_in_the_folder_the_good_images_are_classified(photos, capfd):
+    strange = os.fsdecode(b"strange\xff\x1b.jpg")
+    shutil.copy(SAMPLES / "cat.jpg", photos / strange)
+    bad = {"pipe.jpg": os.mkfifo, "loop.jpg": lambda path: path.symlink_to(path), "noise.gif": Path.touch}
+    bad |= {"pixmap.png": lambda path: Image.new("L", (9, 9)).save(path, "PPM")}
+    bad |= {"bad\udcff.bmp": lambda path: path.write_bytes(bytes(100))}
+    for name, make in bad.items():
+        make(photos / name)
+    (photos / "sub").symlink_to(photos)
+    assert cli.main(["classify", "--json", str(photos)]) == 1
+    output, error = capfd.readouterr()
+    results = json.loads(output)
+    done = {Path(result["image"]).name for result in results if "predictions" in result}
+    assert done == {"ä cat.jpg", "grey.png", "transparent.png", "strange\\xff\\x1b.jpg"}
+    assert {Path(result["image"]).name for result in results if "error" in result} == {
+        name.replace("\udcff", "\\xff") for name in bad
+    }
+    assert len(error.splitlines()) == len(bad)
+    assert cli.main(["classify", str(photos)]) == 1
+    output, error = capfd.readouterr()
+    assert output.count("%") == 3 * len(done)
+    assert "\x1b" not in output
+    assert len(error.splitlines()) == len(bad)
+
+
+def test_a_file_that_vanishes_meanwhile_is_reported(photos, monkeypatch, capsys):
+    found = [*classify.find_images([photos]), photos / "gone.jpg"]
+    monkeypatch.setattr(classify, "find_images", lambda paths: found)
+    assert cli.main(["classify", str(photos)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.count("%") == 9
+    assert "gone.jpg: [Errno 2] No such file" in captured.err
+
+
+def test_names_are_printed_to_a_terminal_that_cannot_show_them(photos, run_python):
+    code = "import sys; from timm_tresnet.cli import main; sys.exit(main(sys.argv[1:]))"
+    process = run_python("-c", code, "classify", photos, PYTHONIOENCODING="ascii")
+    assert process.stdout.count("%") == 9
+    assert "\\xe4 cat.jpg" in process.stdout
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_an_error_that_names_the_image(value, tmp_path, capsys):
+    model = timm.create_model("test_tresnet", num_classes=5)
+    model.head.fc.bias.data[2] = value
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    assert cli.main(["classify", "--model", f"local-dir:{tmp_path}", str(SAMPLES / "cat.jpg")]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == f"timm-tresnet: skipped {SAMPLES / 'cat.jpg'}: the network's logits for it are not finite\n"
+
+
+def test_network_for_other_images_than_rgb_is_refused(tmp_path, capsys):
+    timm.models.save_for_hf(timm.create_model("test_tresnet", in_chans=4), tmp_path, safe_serialization=True)
+    assert cli.main(["classify", "--model", f"local-dir:{tmp_path}"]) == 2
+    assert "takes 4 channels, images are read in 3" in capsys.readouterr().err
 
 
 def test_nothing_to_classify_is_a_mistake_that_is_named(tmp_path, capsys):

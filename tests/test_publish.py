@@ -363,11 +363,11 @@ DAMAGES = {  # what is done to a folder, and what is said about it
     ),
     "config_is_not_timm's": (
         lambda folder: (folder / "config.json").write_text('{"model_type": "resnet"}'),
-        ["config.json needs architecture and pretrained_cfg"],
+        ["config.json needs architecture, which is missing"],
     ),
     "architecture": (
         lambda folder: edit_config(folder, architecture="tresnet_q"),
-        ["timm cannot build a model from config.json", "tresnet_q"],
+        ["config.json needs architecture to be a TResNet", 'got "tresnet_q"'],
     ),
     "labels": (
         lambda folder: edit_config(folder, label_names=["ant", "bee"]),

@@ -1,6 +1,7 @@
 """The `timm-tresnet` command: classify images, list variants, convert checkpoints, export and measure networks."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes can be what it cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(prog="timm-tresnet", description="TResNet models for timm.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in _COMMANDS.items():

@@ -12,11 +12,10 @@ class CommandError(Exception):
 
 
 def load_model(name: str) -> Any:
-    """A model with its weights, in eval mode, from a name for `timm.create_model`."""
-    import timm
-    from safetensors import SafetensorError
+    """A TResNet with its weights, in eval mode, by a name as `timm_tresnet.loading.load_network` takes it."""
+    from timm_tresnet.loading import load_network
 
     try:
-        return timm.create_model(name, pretrained=True).eval()
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # unknown, unreachable or damaged
-        raise CommandError(f"cannot load the model {name}: {error}") from error
+        return load_network(name)
+    except ValueError as error:
+        raise CommandError(str(error)) from error

@@ -10,7 +10,7 @@ from typing import Any
 
 from timm_tresnet.commands import CommandError, load_model
 from timm_tresnet.commands.options import at_least
-from timm_tresnet.images import SAMPLES, find_images, read_image
+from timm_tresnet.images import SAMPLES, find_images, printable, read_image
 from timm_tresnet.labels import is_multi_label, label_lookup
 from timm_tresnet.tables import format_columns
 
@@ -72,10 +72,12 @@ def run(
 
     paths = list(find_images(images or [SAMPLES]))
     if not paths:
-        raise CommandError(f"no images in {', '.join(map(str, images))}")
+        raise CommandError(f"no images in {', '.join(map(printable, images))}")
     network = _load_artifact(*engine) if engine else load_model(model)
     if network.num_classes == 0:
         raise CommandError(f"{engine[1] if engine else model} is a backbone without classes")
+    if network.in_chans != 3:
+        raise CommandError(f"{engine[1] if engine else model} takes {network.in_chans} channels, images are read in 3")
 
     few = len(paths) <= _BATCH_SIZE
     bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} images"
@@ -124,7 +126,7 @@ def classify_images(
 
     Returns:
         For each path, in order, a dict with "image" and either "predictions", a list of dicts with "label", "index" and
-        "probability", most probable first, or, where the file cannot be read, "error".
+        "probability", most probable first, or, where the file cannot be read or the logits are not finite, "error".
     """
     import timm.data
 
@@ -167,7 +169,7 @@ def _classify_batch(
     results: list[dict[str, Any]] = []
     inputs = []
     for path in paths:
-        result: dict[str, Any] = {"image": str(path)}
+        result: dict[str, Any] = {"image": printable(path)}
         try:
             inputs.append(transform(read_image(path)))
         except ValueError as error:
@@ -176,12 +178,15 @@ def _classify_batch(
     if inputs:
         with torch.inference_mode():
             rows = iter(model(torch.stack(inputs)))
-        for result in results:
-            if "error" not in result:
-                result["predictions"] = [
-                    {"label": describe(index), "index": index, "probability": probability}
-                    for index, probability in choose(next(rows))
-                ]
+        for result in [result for result in results if "error" not in result]:
+            logits = next(rows)
+            if not logits.isfinite().all():
+                result["error"] = "the network's logits for it are not finite"
+                continue
+            result["predictions"] = [
+                {"label": describe(index), "index": index, "probability": probability}
+                for index, probability in choose(logits)
+            ]
     return results
 
 

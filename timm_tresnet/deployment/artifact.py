@@ -190,7 +190,7 @@ class ExportedModel:
         if not artifact.exists():
             raise FileNotFoundError(f"no file {artifact}")
         self.description = description
-        self.num_classes = described.num_classes
+        self.num_classes, self.in_chans = described.num_classes, described.shape[1]
         self.pretrained_cfg = {
             **described.preprocessing,
             "label_names": described.class_names,

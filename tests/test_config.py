@@ -1,0 +1,73 @@
+import dataclasses
+import inspect
+import json
+
+import pytest
+import timm
+from timm.models import PretrainedCfg
+
+from timm_tresnet.catalogue import load_catalogue, make_pretrained_cfg
+from timm_tresnet.config import MODEL_ARGS, PRETRAINED_CFG, read_config
+from timm_tresnet.network import TResNet
+
+
+def test_tables_have_every_argument_of_the_network_and_every_field_of_timm():
+    arguments = inspect.signature(TResNet).parameters.keys() - {"device", "dtype"}
+    assert set(MODEL_ARGS) == arguments
+    assert set(PRETRAINED_CFG) == {field.name for field in dataclasses.fields(PretrainedCfg)}
+
+
+def test_defaults_of_the_network_fit():
+    for name, parameter in inspect.signature(TResNet).parameters.items():
+        if name in MODEL_ARGS:
+            assert MODEL_ARGS[name].fits(json.loads(json.dumps(parameter.default))), name
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"num_classes": 0},
+        {"num_classes": 5, "drop_rate": 0.1, "drop_path_rate": 0.2, "global_pool": "avg"},
+        {"in_chans": 4},
+        {"layers": (1, 1, 1, 1), "width_factor": 1.5, "block": "basic", "stem": "conv7x7", "use_se": False},
+        {"aa_layer": False, "act_layer": "relu", "norm_layer": "groupnorm1", "output_stride": 16, "rebuild": "none"},
+        {"head_features": 64, "negative_slope": 0.25, "stem_negative_slope": 0.0, "v2": True},
+    ],
+    ids=lambda arguments: "_".join(arguments) or "plain",
+)
+def test_what_timm_writes_is_accepted_as_it_is(arguments, tmp_path):
+    model = timm.create_model("test_tresnet", **arguments)
+    labels = {"label_names": [f"naïve {index}" for index in range(model.num_classes)]}
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True, model_config=labels)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert read_config(tmp_path / "config.json") == written
+
+
+@pytest.mark.parametrize("name", load_catalogue())
+def test_configs_of_public_weights_are_accepted(name, tmp_path):
+    public = load_catalogue()[name]
+    config = {
+        "architecture": public.architecture,
+        "num_classes": public.converted_classes,
+        "model_args": public.network_arguments,
+        "pretrained_cfg": make_pretrained_cfg(public, public.converted_classes),
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path / "config.json")["architecture"] == public.architecture
+
+
+def test_first_form_of_the_config_is_accepted(tmp_path):
+    config = {
+        "architecture": "test_tresnet",
+        "num_classes": 10,
+        "num_features": 512,
+        "mean": [0, 0, 0],
+        "labels": ["a"],
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    assert read_config(path) == config
+    path.write_text(json.dumps({**config, "model_args": {}}))
+    with pytest.raises(ValueError, match=r'config.json has "model_args", which is no field of timm'):
+        read_config(path)

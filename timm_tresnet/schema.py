@@ -1,0 +1,159 @@
+"""What a JSON file may say, as a table of kinds: read and checked as a whole before anything else sees it."""
+
+import json
+import stat
+import unicodedata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_LARGEST_FILE = 2**26  # bytes; names and descriptions of ImageNet-21k's classes are 2**21
+_SHOWN = 60  # characters of a value in a message
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of value.
+
+    Args:
+        words: what it is, as it stands behind "to be".
+        fits: whether a value of a JSON file is one.
+    """
+
+    words: str
+    fits: Callable[[Any], bool]
+
+    def or_null(self) -> "Kind":
+        """This kind, or null."""
+        return Kind(f"{self.words} or null", lambda value: value is None or self.fits(value))
+
+    def or_else(self, other: "Kind") -> "Kind":
+        """This kind or another."""
+        return Kind(f"{self.words} or {other.words}", lambda value: self.fits(value) or other.fits(value))
+
+
+@dataclass(frozen=True)
+class Table:
+    """A JSON object.
+
+    Args:
+        fields: kinds of its fields, which can be tables themselves, by name.
+        required: those that it must have.
+        others: why other names are refused, as it stands behind the name and a comma; None if they do not matter.
+    """
+
+    fields: Mapping[str, "Kind | Table"]
+    required: tuple[str, ...] = ()
+    others: str | None = None
+
+
+def show(value: Any) -> str:
+    """A value as JSON has it, short enough for a message."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list) and any(isinstance(each, dict | list) for each in value):
+        return f"a list of {len(value)}"
+    shown = json.dumps(value)
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+
+
+def integer(least: int, most: int) -> Kind:
+    """Integers of a range."""
+    return Kind(f"an integer from {least} to {most}", lambda value: type(value) is int and least <= value <= most)
+
+
+def number(least: float, most: float, above: bool = False) -> Kind:
+    """Finite numbers of a range, whose lower end is not in it if above."""
+    words = f"a number above {least} and up to {most}" if above else f"a number from {least} to {most}"
+    return Kind(
+        words,
+        lambda value: type(value) in (int, float) and least <= value <= most and not (above and value == least),
+    )
+
+
+def choice(*choices: str | int | bool | None) -> Kind:
+    """A few values; 1 is not true."""
+    words = ", ".join(map(show, choices))
+    return Kind(
+        f"one of {words}" if len(choices) > 1 else words,
+        lambda value: any(type(value) is type(each) and value == each for each in choices),
+    )
+
+
+def list_of(kind: Kind, least: int, most: int) -> Kind:
+    """Lists whose every entry is of a kind."""
+    count = f"{least}" if least == most else f"{least} to {most}"
+    return Kind(
+        f"a list of {count}, each {kind.words}",
+        lambda value: isinstance(value, list) and least <= len(value) <= most and all(map(kind.fits, value)),
+    )
+
+
+def map_of(kind: Kind) -> Kind:
+    """Objects whose every value is of a kind."""
+    return Kind(
+        f"an object, each value {kind.words}",
+        lambda value: isinstance(value, dict) and all(TEXT.fits(key) and kind.fits(value[key]) for key in value),
+    )
+
+
+def _is_text(value: Any) -> bool:
+    # No control characters, which a terminal obeys, and no halves of surrogate pairs, which cannot be printed.
+    return isinstance(value, str) and all(unicodedata.category(each) not in ("Cc", "Cs") for each in value)
+
+
+TEXT = Kind("text without control characters", _is_text)
+FLAG = choice(True, False)
+
+
+def find_fault(value: Any, kind: Kind | Table, name: str = "") -> str | None:
+    """What is wrong with a value, as it stands behind the name of its file; None if nothing is.
+
+    Args:
+        value: what the file holds, or a part of it.
+        kind: what it is to be.
+        name: of that part.
+    """
+    if isinstance(kind, Kind):
+        return None if kind.fits(value) else f"needs {name or 'its content'} to be {kind.words}, got {show(value)}"
+    if not isinstance(value, dict):
+        return f"needs {name or 'its content'} to be an object, got {show(value)}"
+    prefix = f"{name}." if name else ""
+    missing = [each for each in kind.required if each not in value]
+    if missing:
+        return f"needs {prefix}{missing[0]}, which is missing"
+    for each, part in value.items():
+        if each in kind.fields:
+            fault = find_fault(part, kind.fields[each], prefix + each)
+        else:
+            fault = kind.others and f"has {show(prefix + each)}, {kind.others}"
+        if fault:
+            return fault
+    return None
+
+
+def read_json(path: Path, called: str | None = None) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        called: how messages name it; None for its path.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        OSError: if there is no such file, or it may not be read.
+        ValueError: if it is not a file, too large, or not JSON in UTF-8.
+    """
+    called = called or str(path)
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{called} is not a file")
+    if status.st_size > _LARGEST_FILE:
+        raise ValueError(f"{called} needs to be at most {_LARGEST_FILE} bytes long, got {status.st_size}")
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{called} is not JSON: {error}") from error
