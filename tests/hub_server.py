@@ -235,7 +235,8 @@ class _Handler(BaseHTTPRequestHandler):
         request = json.loads(body)
         repo_id = f"{request['organization']}/{request['name']}"
         if repo_id in self.hub.repositories:
-            raise _HubError(409)
+            self._send_json({"error": "You already created this repo", "url": f"{self.hub.url}/{repo_id}"}, 409)
+            return
         self.hub.commit(repo_id, {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
         self._send_json({"url": f"{self.hub.url}/{repo_id}"})
 

@@ -1,66 +1,26 @@
 """hub/publish.py and hub/verify.py with the real huggingface_hub client, against a stand-in for the Hub on loopback."""
 
 import dataclasses
-import functools
-import importlib
 import json
 import re
-import time
-from pathlib import Path
 
 import pytest
 import reference
-import timm
 import torch
 from hub_server import Fault
 from huggingface_hub import HfApi
+from publishing import HUB, PUBLIC_WEIGHT, make_insects
 from safetensors.torch import load_file, save_file
-from timm.models import save_for_hf
 
 from timm_tresnet import convert_checkpoint, write_folder
-from timm_tresnet.catalogue import Metric, PublicWeight, load_catalogue
+from timm_tresnet.catalogue import load_catalogue
 from timm_tresnet.conversion import description
 from timm_tresnet.conversion.card import PLACEHOLDER, make_card
 
 # huggingface_hub 2.4 uploads LFS files with an argument that its transport, httpx2, deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")
 
-HUB = Path(__file__).parents[1] / "hub"
 REPO = "owner/insects"
-PUBLIC_WEIGHT = PublicWeight(
-    architecture="test_tresnet",
-    tag="insects",
-    files=("insects.pth",),
-    dataset="Insects",
-    num_classes=3,
-    interpolation="bilinear",
-    crop_pct=1.0,
-    crop_mode="squash",
-    mean=(0.0, 0.0, 0.0),
-    std=(1.0, 1.0, 1.0),
-    metric=Metric("top-1 accuracy", 61.5, "owner/insects, README.md"),
-    paper="arXiv:2003.13630",
-    code="https://github.com/owner/insects",
-    input_size=64,
-    license="mit",
-)
-
-
-@pytest.fixture
-def tools(monkeypatch, hub):
-    """The two scripts as modules, their client directed to the stand-in."""
-    monkeypatch.syspath_prepend(str(HUB))
-    scripts = {name: importlib.import_module(name) for name in ("checks", "publish", "verify")}
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(
-        time, "sleep", lambda seconds: None
-    )  # no variable shortens the waits between the client's tries
-    monkeypatch.setattr(scripts["checks"], "load_catalogue", lambda: {PUBLIC_WEIGHT.name: PUBLIC_WEIGHT})
-    client = functools.partial(HfApi, endpoint=hub.url, token="hf_test")
-    for name in ("publish", "verify"):
-        monkeypatch.setattr(scripts[name], "HfApi", client)
-    return scripts
 
 
 @pytest.fixture
@@ -70,16 +30,7 @@ def publish(tools, folder):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder as conversion writes them."""
-    model = timm.create_model("test_tresnet", num_classes=3)
-    model_config = {
-        "label_names": ["ant", "bee", "cicada"],
-        "pretrained_cfg": {"tag": PUBLIC_WEIGHT.tag, "crop_mode": "squash", "license": "mit"},
-    }
-    save_for_hf(model, tmp_path / "insects", model_config=model_config, safe_serialization=True)
-    card = make_card(PUBLIC_WEIGHT, "test_tresnet", 3)
-    (tmp_path / "insects" / "README.md").write_text(card, encoding="utf-8")
-    return tmp_path / "insects"
+    return make_insects(tmp_path / "insects")
 
 
 def find_requests(hub, pattern):
@@ -256,7 +207,10 @@ def test_hub_that_fails_and_recovers_gets_everything(hub, publish, capsys):
             Fault(r"POST /api/repos/create", status=401, times=-1),
             "does not accept your login: log in with `hf auth login`",
         ),
-        (Fault(r"POST /api/repos/create", status=403, times=-1), "your token may not write to owner/insects"),
+        (
+            Fault(r"POST /api/repos/create", status=403, times=-1),
+            "your token may not do this with owner/insects",
+        ),
         (Fault(r"GET /api/models/.*", status=403, code="GatedRepo", times=-1), "is gated: accept its conditions"),
         (
             Fault(r"POST .*/commit/main", status=404, code="RevisionNotFound", times=-1),
@@ -286,7 +240,7 @@ def test_refusals_say_what_to_do(hub, publish, fault, message, capsys):
 
 
 def test_commit_of_someone_else_in_between_is_not_overwritten(tools, hub, folder):
-    api = tools["publish"].HfApi()
+    api = tools["client"].connect()
     hub.commit(REPO, {"README.md": b"first"})
     plan = tools["publish"].make_plan(api, tools["publish"].read_folder(folder, REPO), REPO)
     hub.commit(REPO, {"README.md": b"second"})
