@@ -95,9 +95,9 @@ class HubServer:
     def commit(self, repo_id: str, files: dict[str, bytes]) -> str:
         """Commit files on top of the newest revision, and return the commit's hash."""
         repository = self.repositories.setdefault(repo_id, Repository())
-        folder = Path(self._uploads.name) / repo_id / str(len(repository.revisions))
+        folder = Path(tempfile.mkdtemp(dir=self._uploads.name))
         if repository.revisions:
-            shutil.copytree(list(repository.revisions.values())[-1], folder)
+            shutil.copytree(list(repository.revisions.values())[-1], folder, dirs_exist_ok=True)
         for path, content in files.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(content)

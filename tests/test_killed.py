@@ -52,9 +52,8 @@ def test_a_killed_conversion_leaves_nothing_or_the_whole_and_nothing_in_the_way(
             folder.rename(tmp_path / f"done{moment}")
         before = which(conversions, folder) if folder.exists() else None
         wanted = 1 - before if before is not None else 1
-        killed = run_killed(
-            lambda wanted=wanted: write_folder(conversions[wanted], folder, overwrite=overwrite), moment
-        )
+        write = functools.partial(write_folder, conversions[wanted], folder, overwrite=overwrite)
+        killed = run_killed(write, moment)
         after = which(conversions, folder) if folder.exists() else None
         assert after in ({before, wanted, None} if killed else {wanted})
         seen.add((killed, after is None))

@@ -428,3 +428,68 @@ def test_audit_notices_bytes_that_are_not_those_the_hub_lists(hub, tools, folder
     assert tools["verify"].main([REPO]) == 0
     assert tools["verify"].main(["--weights", REPO]) == 1
     assert "model.safetensors as downloaded does not have the hash that the Hub lists" in capsys.readouterr().out
+
+
+# ---- interruptions
+
+
+INTERRUPTIONS = (("before", 1), ("before", -1), ("after", 1))  # request lost, Hub gone, answer lost
+
+
+@pytest.mark.parametrize("exists", [False, True], ids=["new", "update"])
+def test_push_interrupted_between_any_two_requests_ends_in_the_same_state(hub, tools, publish, exists, monkeypatch):
+    monkeypatch.setattr(tools["publish"], "find_problems", lambda *arguments: [])  # the folder is sound, to save time
+
+    def publish_twice(*faults):
+        for held in (hub.repositories, hub.objects, hub.requests):
+            held.clear()
+        if exists:
+            hub.commit(REPO, {"README.md": b"# insects\n", "notes.txt": b"by hand"})
+        hub.faults[:] = faults
+        publish("--push", "--revision-tag", "v1")
+        hub.faults.clear()
+        assert publish("--push", "--revision-tag", "v1") == 0
+        repository = hub.repositories[REPO]
+        (*_, commit) = repository.revisions
+        files = {path.name: path.read_bytes() for path in repository.revisions[commit].iterdir()}
+        return files, len(repository.revisions), repository.tags == {"v1": commit}
+
+    publish("--push", "--revision-tag", "v1")
+    count = len(hub.requests)
+    assert count > 10
+    expected = publish_twice()
+    assert expected[2]
+    for moment in range(count):
+        drop, times = INTERRUPTIONS[(moment + exists) % 3]
+        harmless = [Fault(".*", times=moment)] if moment else []
+        assert publish_twice(*harmless, Fault(".*", drop=drop, times=times)) == expected, moment
+
+
+def test_repository_that_someone_else_creates_meanwhile_is_not_built_upon(tools, hub, folder, publish):
+    plan = tools["publish"].make_plan(tools["client"].connect(), tools["publish"].read_folder(folder, REPO), REPO)
+    hub.commit(REPO, {"README.md": b"theirs"})
+    with pytest.raises(OSError, match="409"):
+        tools["publish"].push(tools["client"].connect(), plan)
+    assert len(hub.repositories[REPO].revisions) == 1
+    assert publish("--push") == 0  # having seen the new plan
+
+
+def test_commit_of_someone_else_during_the_push_is_seen_and_a_second_run_ends_well(hub, publish, monkeypatch, capsys):
+    publish("--push")
+    hub.commit(REPO, {"README.md": b"# other\n"})
+    take_fault = hub.take_fault
+
+    def take_after_theirs(request):
+        (*_, newest) = hub.repositories[REPO].revisions.values()
+        if "preupload" in request and not (newest / "notes.txt").exists():
+            hub.commit(REPO, {"notes.txt": b"theirs"})
+        return take_fault(request)
+
+    monkeypatch.setattr(hub, "take_fault", take_after_theirs)
+    capsys.readouterr()
+    assert publish("--push") == 1
+    assert "changed by someone else meanwhile" in capsys.readouterr().err
+    assert publish("--push") == 0
+    (*_, revision) = hub.repositories[REPO].revisions.values()
+    assert (revision / "notes.txt").read_bytes() == b"theirs"
+    assert b"# test_tresnet.insects" in (revision / "README.md").read_bytes()
