@@ -138,7 +138,8 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_image(value, tmp
 
 
 def test_network_for_other_images_than_rgb_is_refused(tmp_path, capsys):
-    timm.models.save_for_hf(timm.create_model("test_tresnet", in_chans=4), tmp_path, safe_serialization=True)
+    model = timm.create_model("test_tresnet", in_chans=4)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True, model_args={"in_chans": 4})
     assert cli.main(["classify", "--model", f"local-dir:{tmp_path}"]) == 2
     assert "takes 4 channels, images are read in 3" in capsys.readouterr().err
 

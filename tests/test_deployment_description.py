@@ -1,8 +1,11 @@
+import functools
 import json
+import math
 
 import pytest
 from exporting import exporters_warn
 
+from timm_tresnet import cli
 from timm_tresnet.deployment.description import Description
 
 pytestmark = exporters_warn
@@ -36,10 +39,77 @@ def test_description_is_read_as_it_was_written(shape):
         shape=shape,
         size_limits=(4, 20) if free else (1, 1),
         num_classes=2,
-        preprocessing={"input_size": [3, 64, 64]},
+        preprocessing={
+            "input_size": [shape[1], shape[2] or 64, shape[3] or 64],
+            "interpolation": "bilinear",
+            "mean": [0.5] * shape[1],
+            "std": [0.5] * shape[1],
+            "crop_pct": 0.875,
+            "crop_mode": "squash",
+        },
         class_names=["cat", "dog"],
         multi_label=True,
     )
     written = description.to_json()
     assert ("size_multiple" in written["input"]) == free
     assert Description.from_json(json.loads(json.dumps(written))) == description
+
+
+MISSING = object()
+DAMAGES = [
+    *((path, MISSING) for path in [
+        "model", "format", "precision", "input", "output", "preprocessing", "class_names", "multi_label", "input.shape",
+        "output.shape", "preprocessing.input_size", "preprocessing.mean", "preprocessing.std",
+        "preprocessing.interpolation", "preprocessing.crop_pct", "preprocessing.crop_mode",
+    ]),
+    *((path, value) for path, values in {
+        "model": [None, 3, "\x1b[2J"],
+        "format": [None, 3, ["onnx"]],
+        "precision": ["float16", None, 8],
+        "input": [None, [], "image"],
+        "input.shape": [
+            None, "batch", [], ["batch", 3, "height"], ["batch", "channels", 64, 64], [0, 3, 64, 64], [1, 3, -1, 64],
+            ["width", 3, 64, 64], [1.5, 3, 64, 64], [1, 3, 32, 32], [1, 4, 64, 64], [10**9, 3, 64, 64],
+        ],
+        "input.size_multiple": [0, "4", None],
+        "input.size_minimum": [-1, "4", 10**9],
+        "output": [None, [], 10],
+        "output.shape": [None, [10], ["batch", "ten"], ["batch", -1], ["batch", 9], ["batch", 10**9], ["batch", 10.0]],
+        "preprocessing": [None, [], "none"],
+        "preprocessing.input_size": [None, 64, [3, 64], [3, 64, 10**9], [4, 64, 64], [3, "64", 64]],
+        "preprocessing.mean": [None, 0, [0, 0], [math.nan] * 3, ["0"] * 3],
+        "preprocessing.std": [None, [0, 0, 0], [math.inf] * 3, [1, 1]],
+        "preprocessing.interpolation": ["cubist", None, 3],
+        "preprocessing.crop_pct": [0, math.nan, "all", -1, 1e-9],
+        "preprocessing.crop_mode": ["round", None],
+        "class_names": [None, "cat", ["cat"], [None] * 10, ["\ud800"] * 10, {"0": "cat"}],
+        "multi_label": [None, 1, "no"],
+    }.items() for value in values),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "value"), DAMAGES, ids=lambda each: "" if each is MISSING else repr(each)[:30])
+def test_damaged_description_is_refused_in_one_sentence(path, value, artifact, tmp_path, capfd):
+    described = json.loads(artifact("torch-export").with_name("network.pt2.json").read_text())
+    *parents, name = path.split(".")
+    table = functools.reduce(dict.__getitem__, parents, described)
+    if value is MISSING:
+        del table[name]
+    else:
+        table[name] = value
+    (tmp_path / "network.pt2").touch()
+    beside = tmp_path / "network.pt2.json"
+    beside.write_text(json.dumps(described))
+    assert cli.main(["classify", "--engine", "torch", str(tmp_path / "network.pt2"), "--trust"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"timm-tresnet: cannot load {tmp_path / 'network.pt2'}: {beside} needs ")
+    assert parents or f"needs {name}" in line
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b"not JSON", b"\xff\xfe", b"[" * 10**5])
+def test_what_is_no_description_is_refused_in_one_sentence(content, tmp_path, capfd):
+    (tmp_path / "network.pt2").touch()
+    (tmp_path / "network.pt2.json").write_bytes(content)
+    assert cli.main(["classify", "--engine", "torch", str(tmp_path / "network.pt2"), "--trust"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "network.pt2.json" in line

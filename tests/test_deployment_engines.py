@@ -1,4 +1,5 @@
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -74,3 +75,43 @@ def test_broken_package_is_named_with_what_it_says(tmp_path, embedded, monkeypat
     assert cli.main(["export", "test_tresnet", "--format", "onnx", "--output", str(output)]) == 2
     assert "onnx, which is installed but cannot be imported (OSError: libprotobuf.so.32 is" in capsys.readouterr().err
     assert not output.exists()
+
+
+INSIDE = ("weights.bin", "sub/weights.bin")
+OUTSIDE = (
+    "../weights.bin",
+    "sub/../../weights.bin",
+    "{folder}/weights.bin",
+    "link.bin",
+    "linked/weights.bin",
+    "/etc/passwd",
+)
+
+
+@needs("onnx")
+@pytest.mark.parametrize("engine", ["onnx", pytest.param("openvino", marks=needs("openvino"))])
+@pytest.mark.parametrize("location", [*INSIDE, *OUTSIDE])
+def test_data_of_an_onnx_file_stay_inside_its_folder(location, engine, artifact, tmp_path, capfd):
+    import onnx
+
+    folder = shutil.copytree(artifact("onnx").parent, tmp_path / "folder")
+    (folder / "sub").mkdir()
+    (folder / "link.bin").symlink_to("../weights.bin")
+    (folder / "linked").symlink_to("..")
+    path = folder / "network.onnx"
+    network = onnx.load(path)
+    tensor = max(network.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    for place in (tmp_path, folder, folder / "sub"):
+        (place / "weights.bin").write_bytes(tensor.raw_data)
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location.format(folder=tmp_path))
+    path.write_bytes(network.SerializeToString())
+    status = cli.main(["classify", "--engine", engine, str(path)])
+    output, error = capfd.readouterr()
+    if location in INSIDE:
+        assert (status, error) == (0, "")
+    else:
+        assert (status, output) == (2, "")
+        (line,) = error.splitlines()
+        assert line.startswith(f"timm-tresnet: cannot load {path}: ")

@@ -1,4 +1,3 @@
-import copy
 import json
 import math
 import os
@@ -7,85 +6,13 @@ import shutil
 import pytest
 import timm
 import torch
+from damaging import DAMAGES, MISSING, damage
 
 from timm_tresnet import cli
 from timm_tresnet.images import SAMPLES
 from timm_tresnet.loading import load_network
 
 CAT = str(SAMPLES / "cat.jpg")
-MISSING = object()
-HUGE = 10**30
-DAMAGES = [  # where in config.json, and what is put there
-    *((path, value) for path in ["architecture"] for value in [
-        MISSING, None, 7, [], ["test_tresnet"], {}, True, "", "resnet50", "tresnet_q", "../test_tresnet", "os.system",
-        "test_tresnet.r64_cifar10", "test_tresnet\n", "\ud800",
-    ]),
-    *(("pretrained_cfg", value) for value in [None, [], "r64", 3, True]),
-    *((f"pretrained_cfg.{name}", value) for name, values in {
-        "unknown": [1],
-        "__class__": ["x"],
-        "file": ["/etc/passwd", "model.bin", 3],
-        "url": ["http://127.0.0.1:9/x.pth", ["http://127.0.0.1:9/x.pth", "x"]],
-        "state_dict": [{"head.fc.weight": [1]}],
-        "hf_hub_id": ["other/repository"],
-        "hf_hub_filename": ["../../x.bin"],
-        "source": ["url", "timm"],
-        "custom_load": [True, "hf", 1],
-        "architecture": [1],
-        "input_size": [[3, 64], "64", [3, 63, 63], [3, 4, 4], [3, -64, 64], [3, 64.5, 64], [3, 10**9, 64], 64],
-        "fixed_input_size": [True],
-        "interpolation": ["cubist", 3, "random"],
-        "mean": [[0, 0], "000", [None] * 3, [math.nan] * 3, 0, [[0], [0], [0]]],
-        "std": [[0, 0, 0], [1, 1], [-1, 1, 1], [math.inf] * 3],
-        "crop_pct": [0, -1, "all", math.nan, 1e-9, HUGE],
-        "crop_mode": ["round", 1],
-        "num_classes": [None, "ten", -1, HUGE],
-        "label_offset": [-1, "one", 10**6],
-        "label_names": [{"0": "cat"}, "cat", [1, 2], ["\x1b[2J"], ["\ud800"]],
-        "label_descriptions": [["cat"], {"cat": 3}, {"cat": "\x07"}],
-        "pool_size": ["2", [2], [0, 0]],
-        "first_conv": ["head.fc", "nowhere", 3],
-        "classifier": ["nowhere", ["head.fc"], 3],
-        "tag": [3, ["a"]],
-        "notes": [3, {"a": 1}, [None]],
-        "license": [3],
-    }.items() for value in values),
-    *(("num_classes", value) for value in [None, "ten", 9.5, -1, HUGE, 10**7, [10], True, 7, math.nan]),
-    *(("label_names", value) for value in [3, "cat", {"0": "cat"}, [None], ["a\nb"], ["\ud800"]]),
-    *(("label_descriptions", value) for value in [3, ["cat"], {"cat": None}]),
-    *(("model_args", value) for value in [None, [], "x", 3, [["layers", [1, 1, 1, 1]]]]),
-    *((f"model_args.{name}", value) for name, values in {
-        "_target_": ["os.system"],
-        "checkpoint_path": ["/etc/passwd"],
-        "pretrained": [True],
-        "pretrained_cfg": [{"file": "/etc/passwd"}],
-        "pretrained_cfg_overlay": [{"file": "/etc/passwd"}],
-        "cache_dir": ["/tmp"],
-        "features_only": [True],
-        "img_size": [64],
-        "device": ["meta", "cuda"],
-        "dtype": ["float16", "torch.float16", 3],
-        "in_chans": [0, -3, "three", 3.0, None, HUGE, True],
-        "num_classes": [5, "ten", None, -1],
-        "width_factor": [0, -1, "wide", math.inf, math.nan, None, HUGE, 1e-9, 15],
-        "layers": ["1111", [1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1.5], [1, 1, 1, "1"], None, [10**9] * 4, 3, [1] * 5],
-        "v2": ["yes", 1, None],
-        "block": ["transformer", 3, ["basic"], ["basic"] * 3 + [None]],
-        "stem": ["conv3x3", None, 3],
-        "use_se": ["yes", [True], None, 2],
-        "aa_layer": ["sharp", 1, None],
-        "act_layer": ["nothing", "", 3, None, "os.system"],
-        "negative_slope": ["0.1", math.nan, math.inf, -1, None, 2],
-        "stem_negative_slope": ["0.1", math.nan, [0.1]],
-        "norm_layer": ["nothing", "", 3, None, "groupnorm"],
-        "output_stride": [0, 4, "32", 32.0, None],
-        "global_pool": ["nothing", 3, None, ""],
-        "head_features": [0, -1, "many", HUGE, 1.5],
-        "drop_rate": [-1, 2, "half", math.nan],
-        "drop_path_rate": [-1, 1, None],
-        "rebuild": ["everything", None, 1],
-    }.items() for value in values),
-]  # fmt: skip
 TEXTS = {  # what is no config at all
     "empty": b"",
     "null": b"null",
@@ -103,8 +30,9 @@ TEXTS = {  # what is no config at all
 def good(tmp_path_factory):
     """A folder as timm writes them, which the tests damage and mend again."""
     folder = tmp_path_factory.mktemp("good")
-    model = timm.create_model("test_tresnet", num_classes=10, in_chans=3)
-    timm.models.save_for_hf(model, folder, safe_serialization=True)
+    arguments = {"num_classes": 10, "in_chans": 3}  # which older timm does not write by itself
+    model = timm.create_model("test_tresnet", **arguments)
+    timm.models.save_for_hf(model, folder, safe_serialization=True, model_args=arguments)
     return folder
 
 
@@ -114,19 +42,6 @@ def config(good):
     content = path.read_bytes()
     yield path
     path.write_bytes(content)
-
-
-def damage(config, path, value):
-    config = copy.deepcopy(config)
-    table = config
-    *parents, name = path.split(".")
-    for parent in parents:
-        table = table[parent]
-    if value is MISSING:
-        del table[name]
-    else:
-        table[name] = value
-    return config
 
 
 def assert_refused(name, capfd, *parts):
@@ -251,3 +166,37 @@ def test_damaged_weights_are_refused_in_one_sentence(damage, good, tmp_path, cap
 def test_names_of_our_own_load_as_before():
     for name in ("test_tresnet", "test_tresnet.r64_cifar10"):
         assert load_network(name).num_classes == 10
+
+
+IN_A_CHILD = """
+import contextlib
+import sys
+from timm_tresnet.cli import main
+
+image, *names = sys.argv[1:]
+for name in names:
+    print(">")
+    with contextlib.redirect_stderr(sys.stdout):
+        print(main(["classify", "--model", name, image]))
+"""
+
+
+def test_repository_is_loaded_at_the_commit_whose_config_was_checked(good, hub, run_child, tmp_path):
+    damaged = shutil.copytree(good, tmp_path / "damaged")
+    config = damage(json.loads((damaged / "config.json").read_text()), "pretrained_cfg.url", "http://127.0.0.1:9/x.pth")
+    (damaged / "config.json").write_text(json.dumps(config))
+    commit = hub.add("owner/good", good)
+    hub.add("owner/damaged", damaged)
+    good_names = ["hf-hub:owner/good", f"hf-hub:owner/good@{commit}"]
+    output = run_child(IN_A_CHILD, CAT, *good_names, "hf-hub:owner/damaged", "hf-hub:owner/nowhere")
+    answers = [answer.splitlines() for answer in output.split(">\n")[1:]]
+    assert [answer[-1] for answer in answers] == ["0", "0", "2", "2"]
+    assert [len(answer) for answer in answers] == [2, 2, 2, 2]
+    needs = "config.json of owner/damaged needs pretrained_cfg.url to be null"
+    assert f"cannot load the model hf-hub:owner/damaged: {needs}" in answers[2][0]
+    assert [path for method, path, status in hub.requests if method == "GET"] == [
+        "/owner/good/resolve/main/config.json",
+        f"/owner/good/resolve/{commit}/model.safetensors",
+        "/owner/damaged/resolve/main/config.json",
+    ]
+    assert run_child(IN_A_CHILD, CAT, *good_names, HF_HUB_OFFLINE="1") == output.partition(">\ntimm")[0]

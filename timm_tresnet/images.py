@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from timm_tresnet.errors import summarise
+
 SAMPLES = Path(__file__).parent / "samples"
 
 # Of Pillow's decoders those that many files pass through every day.
@@ -80,7 +82,7 @@ def read_image(path: Path) -> Any:
     except Image.DecompressionBombWarning as error:
         raise ValueError(f"more than the {Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels that are opened") from error
     except Exception as error:  # a decoder can raise anything for a damaged file
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise ValueError(summarise(error)) from error
 
 
 def _to_rgb(image: Any) -> Any:

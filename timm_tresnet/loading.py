@@ -2,6 +2,7 @@
 
 import os
 import stat
+import warnings
 from pathlib import Path
 
 import timm
@@ -10,10 +11,10 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 
 from timm_tresnet import config
+from timm_tresnet.errors import summarise
 
 _MOST_PARAMETERS = 10**9  # of TResNet-XL: 8e7
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".tar")  # what timm looks for in a folder
-_SHOWN = 600  # characters of a foreign error
 
 
 def load_network(name: str) -> nn.Module:
@@ -32,21 +33,15 @@ def load_network(name: str) -> nn.Module:
         source, rest = _split(name)
         if source == "local-dir":
             _check_folder(Path(rest))
-        elif timm.models.is_model(rest) and not timm.models.is_model_in_modules(rest, "tresnet"):
+        elif timm.models.is_model(rest) and not timm.models.is_model_in_modules(rest, ["tresnet"]):
             raise ValueError("it is no TResNet; see `timm-tresnet list`, and timm.create_model for other networks")
         checked = _check_repository(rest) if source == "hf-hub" else name
-        return timm.create_model(checked, pretrained=True).eval()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"torch\b")  # of odd pickles, which it then refuses or takes
+            return timm.create_model(checked, pretrained=True).eval()
     # The Hub's client and whatever unpickles a stranger's weights can raise anything.
     except Exception as error:
         raise ValueError(f"cannot load the model {name}: {summarise(error)}") from error
-
-
-def summarise(error: Exception) -> str:
-    """What a foreign error says, in one line of bounded length; behind its type unless that is one that explains."""
-    text = " ".join(str(error).split())
-    if not text or not isinstance(error, OSError | RuntimeError | ValueError):
-        text = ": ".join(filter(None, (type(error).__name__, text)))
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def build_skeleton(name: str, called: str = config.NAME) -> nn.Module:
@@ -68,7 +63,8 @@ def build_skeleton(name: str, called: str = config.NAME) -> nn.Module:
             parameters = sum(parameter.numel() for parameter in model.parameters())
             if parameters > _MOST_PARAMETERS:
                 raise ValueError(f"it has {parameters:.1e} parameters, more than {_MOST_PARAMETERS:.0e}")
-            model(torch.empty(1, *model.pretrained_cfg.get("input_size", (model.in_chans, 224, 224))))
+            # Before 1.0.31 timm leaves the size's first number as it was, whatever in_chans is.
+            model(torch.empty(1, model.in_chans, *model.pretrained_cfg.get("input_size", (3, 224, 224))[1:]))
     # Whatever timm's layers raise for arguments that are right each by itself.
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{called} describes no network that can be run: {summarise(error)}") from error

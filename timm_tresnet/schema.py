@@ -52,7 +52,7 @@ def show(value: Any) -> str:
     """A value as JSON has it, short enough for a message."""
     if isinstance(value, dict):
         return "an object"
-    if isinstance(value, list) and any(isinstance(each, dict | list) for each in value):
+    if isinstance(value, list | tuple) and any(isinstance(each, dict | list) for each in value):
         return f"a list of {len(value)}"
     shown = json.dumps(value)
     return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
@@ -86,7 +86,7 @@ def list_of(kind: Kind, least: int, most: int) -> Kind:
     count = f"{least}" if least == most else f"{least} to {most}"
     return Kind(
         f"a list of {count}, each {kind.words}",
-        lambda value: isinstance(value, list) and least <= len(value) <= most and all(map(kind.fits, value)),
+        lambda value: isinstance(value, list | tuple) and least <= len(value) <= most and all(map(kind.fits, value)),
     )
 
 

@@ -38,6 +38,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar=("ENGINE", "ARTIFACT"),
         help="run a file that `timm-tresnet export` wrote, in the engine torch, onnx or openvino, instead of a model",
     )
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="load an ARTIFACT of the engine torch, which can run anything on this machine; those of the others cannot",
+    )
     parser.add_argument("--top-k", default=3, type=at_least(1), metavar="K", help="how many classes (default: 3)")
     parser.add_argument(
         "--threshold",
@@ -63,6 +68,7 @@ def run(
     images: Sequence[Path],
     model: str,
     engine: tuple[str, str] | None,
+    trust: bool,
     top_k: int,
     threshold: float,
     as_json: bool,
@@ -73,7 +79,7 @@ def run(
     paths = list(find_images(images or [SAMPLES]))
     if not paths:
         raise CommandError(f"no images in {', '.join(map(printable, images))}")
-    network = _load_artifact(*engine) if engine else load_model(model)
+    network = _load_artifact(*engine, trust) if engine else load_model(model)
     if network.num_classes == 0:
         raise CommandError(f"{engine[1] if engine else model} is a backbone without classes")
     if network.in_chans != 3:
@@ -82,7 +88,12 @@ def run(
     few = len(paths) <= _BATCH_SIZE
     bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} images"
     with tqdm(total=len(paths), disable=few or None, mininterval=0, bar_format=bar_format) as bar:  # None: on terminals
-        results = classify_images(network, paths, top_k, bar.update, threshold)
+        try:
+            results = classify_images(network, paths, top_k, bar.update, threshold)
+        except RuntimeError as error:
+            if not engine:
+                raise
+            raise CommandError(str(error)) from error
     if as_json:
         print(json.dumps(results, indent=2))
     else:
@@ -99,12 +110,12 @@ def run(
     return 1 if unreadable else 0
 
 
-def _load_artifact(engine: str, artifact: str) -> Any:
+def _load_artifact(engine: str, artifact: str, trust: bool) -> Any:
     from timm_tresnet import ExportedModel
 
     try:
-        return ExportedModel(engine, artifact)
-    except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
+        return ExportedModel(engine, artifact, trust=trust)
+    except (OSError, ValueError, ImportError) as error:
         raise CommandError(f"cannot load {artifact}: {error}") from error
 
 

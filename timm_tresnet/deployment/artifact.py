@@ -15,10 +15,12 @@ from timm_tresnet.deployment.description import Description, description_path
 from timm_tresnet.deployment.engines import ENGINES, FORMATS, Format, require
 from timm_tresnet.deployment.folding import copy_folded
 from timm_tresnet.deployment.int8 import CalibrationImages
+from timm_tresnet.errors import summarise
 from timm_tresnet.files import whole
 from timm_tresnet.images import SAMPLES, find_images, read_image
 from timm_tresnet.labels import MULTI_LABEL, is_multi_label, label_lookup
 from timm_tresnet.layers import SpaceToDepth
+from timm_tresnet.schema import read_json
 
 TOLERANCE = 1e-4  # relative L2 distance of an artifact's logits from PyTorch's, float32
 
@@ -166,29 +168,47 @@ def _versions(kind: Format) -> dict[str, str]:
 class ExportedModel:
     """What `export_model` wrote, behind the interface of a network; `timm-tresnet classify` runs it.
 
+    A file for the engine torch can run anything when it is loaded: load those that you trust. The others cannot.
+
     Args:
         engine: "torch", "onnx" (ONNX Runtime) or "openvino" (takes .onnx as well).
         artifact: the file.
         description: what the JSON file beside it says; None to read that.
+        trust: False to refuse a file that can run anything.
 
     Raises:
-        ValueError: if the engine is unknown or does not run the artifact's format.
+        ValueError: if the engine is unknown or does not run the artifact's format, the file is not trusted, or it or
+            its description is damaged.
         ImportError: if the engine is not installed (then a ModuleNotFoundError) or broken.
         OSError: if a file is missing.
     """
 
-    def __init__(self, engine: str, artifact: str | Path, description: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, engine: str, artifact: str | Path, description: dict[str, Any] | None = None, *, trust: bool = True
+    ) -> None:
         artifact = Path(artifact)
         if engine not in ENGINES:
             raise ValueError(f"ExportedModel needs engine to be one of {', '.join(ENGINES)}, got {engine!r}")
+        beside = description_path(artifact)
         if description is None:
-            description = json.loads(description_path(artifact).read_text(encoding="utf-8"))
-        described = Description.from_json(description)
+            description = read_json(beside)
+        described = Description.from_json(description, str(beside))
+        if described.format not in FORMATS:
+            raise ValueError(f"{beside} needs format to be one of {', '.join(FORMATS)}, got {described.format!r}")
         kind = FORMATS[described.format]
         if engine not in kind.load:
             raise ValueError(f"{artifact} is for the engine {kind.engine}, not for {engine}")
-        if not artifact.exists():
+        if artifact.suffix != kind.suffix:
+            raise ValueError(
+                f"{artifact} needs to end in {kind.suffix}, since {beside} says that it is {described.format}"
+            )
+        if not artifact.is_file():  # a pipe would keep us waiting
             raise FileNotFoundError(f"no file {artifact}")
+        if ENGINES[engine].runs_code and not trust:
+            raise ValueError(
+                f"{artifact} can run anything on this machine when it is loaded ({ENGINES[engine].runs_code}); if you "
+                "trust whoever made it, load it with --trust (in Python trust=True), else ask for an .onnx file"
+            )
         self.description = description
         self.num_classes, self.in_chans = described.num_classes, described.shape[1]
         self.pretrained_cfg = {
@@ -197,12 +217,30 @@ class ExportedModel:
             "notes": (MULTI_LABEL,) if described.multi_label else (),
         }
         self._batch_size = described.shape[0]
+        self._artifact = artifact
         require(f"the engine {engine}", ENGINES[engine].extra, ENGINES[engine].packages)
-        self._run = kind.load[engine](artifact)
+        try:
+            self._run = kind.load[engine](artifact)
+        except Exception as error:  # an engine can raise anything for a damaged file
+            raise ValueError(f"the engine {engine} cannot load {artifact}: {summarise(error)}") from error
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits of images, (N, C, H, W) -> (N, num_classes); N is any, the last batch of a fixed size is padded."""
+        """Logits of images, (N, C, H, W) -> (N, num_classes); N is any, the last batch of a fixed size is padded.
+
+        Raises:
+            RuntimeError: if the artifact is not the network that its description says.
+        """
         size = self._batch_size or max(len(images), 1)
         padded = torch.cat([images, images[:1].expand(-len(images) % size, -1, -1, -1)])
-        return torch.cat([self._run(batch) for batch in padded.split(size)])[: len(images)]
+        try:
+            logits = torch.cat([self._run(batch) for batch in padded.split(size)])[: len(images)]
+        except Exception as error:  # likewise
+            shape = "x".join(map(str, images.shape))
+            raise RuntimeError(f"{self._artifact} cannot be run on images of {shape}: {summarise(error)}") from error
+        if self.num_classes and logits.shape != (len(images), self.num_classes):
+            raise RuntimeError(
+                f"{self._artifact} needs to give {self.num_classes} logits an image, as its description says, got "
+                f"an output of shape {tuple(logits.shape)} for {len(images)} images"
+            )
+        return logits

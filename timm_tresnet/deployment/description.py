@@ -4,7 +4,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from timm_tresnet.config import PREPROCESSING
+from timm_tresnet.schema import FLAG, TEXT, Kind, Table, choice, find_fault, integer, list_of
+
 AXES = ("batch", "channels", "height", "width")  # of the images; in the file, those that are free
+_SIDE = integer(1, 65536)
+
+
+def _is_shape(value: Any) -> bool:
+    sides = [_SIDE.or_else(choice(name)) if name != "channels" else _SIDE for name in AXES]
+    return (
+        isinstance(value, list)
+        and len(value) == 4
+        and all(side.fits(each) for side, each in zip(sides, value, strict=True))
+    )
+
+
+def _is_output(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and integer(0, 1_000_000).fits(value[1])
+
+
+_TABLE = Table(
+    {
+        "model": TEXT,
+        "format": TEXT,
+        "precision": choice("float32", "int8"),
+        "input": Table(
+            {
+                "shape": Kind(
+                    "batch, channels, height and width, each as a number, or free and by its name", _is_shape
+                ),
+                "size_multiple": _SIDE,
+                "size_minimum": _SIDE,
+            },
+            ("shape",),
+        ),
+        "output": Table({"shape": Kind("a list of a batch and a number of classes", _is_output)}, ("shape",)),
+        "preprocessing": Table(PREPROCESSING, tuple(PREPROCESSING)),
+        "class_names": list_of(TEXT, 0, 1_000_000),
+        "multi_label": FLAG,
+    },
+    ("model", "format", "precision", "input", "output", "preprocessing", "class_names", "multi_label"),
+)
 
 
 def description_path(artifact: Path) -> Path:
@@ -56,8 +97,19 @@ class Description:
         }
 
     @classmethod
-    def from_json(cls, described: dict[str, Any]) -> "Description":
-        """The inverse of `to_json`."""
+    def from_json(cls, described: Any, called: str = "the description") -> "Description":
+        """The inverse of `to_json`.
+
+        Args:
+            described: what a file says.
+            called: how messages name it.
+
+        Raises:
+            ValueError: if a field is missing, or its type or range wrong; names it.
+        """
+        fault = find_fault(described, _TABLE) or _find_contradiction(described)
+        if fault:
+            raise ValueError(f"{called} {fault}")
         image = described["input"]
         as_they_are = ("model", "format", "precision", "preprocessing", "class_names", "multi_label")
         return cls(
@@ -66,3 +118,18 @@ class Description:
             num_classes=described["output"]["shape"][1],
             **{name: described[name] for name in as_they_are},
         )
+
+
+def _find_contradiction(described: dict[str, Any]) -> str | None:
+    """What is wrong about fields that are right each by itself, as in `find_fault`."""
+    _, channels, *sides = described["input"]["shape"]
+    preprocessing, classes = described["preprocessing"], described["output"]["shape"][1]
+    if len(described["class_names"]) != classes:
+        return f"needs class_names for {classes} classes, got {len(described['class_names'])}"
+    for side, size in zip((channels, *sides), preprocessing["input_size"], strict=True):
+        if side not in (*AXES, size):
+            return f"needs preprocessing.input_size to fit input.shape, got {size} instead of {side}"
+    for name in ("mean", "std"):
+        if len(preprocessing[name]) not in (1, 3, channels):
+            return f"needs preprocessing.{name} for {channels} channels, got {len(preprocessing[name])}"
+    return None

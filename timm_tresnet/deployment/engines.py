@@ -1,6 +1,7 @@
 """Formats and engines, as tables: how a network is written, what runs the artifact and how, what that needs."""
 
 import importlib.util
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,10 +22,17 @@ _ONNX = ("onnx", "onnxscript")
 
 @dataclass(frozen=True)
 class Engine:
-    """What runs artifacts, by the packages that it needs and the extra of pyproject.toml that has them."""
+    """What runs artifacts.
+
+    Args:
+        packages: what it needs.
+        extra: the one of pyproject.toml that has them.
+        runs_code: how a file can have it run anything; "" if it cannot.
+    """
 
     packages: tuple[str, ...] = ()
     extra: str = ""
+    runs_code: str = ""
 
 
 @dataclass(frozen=True)
@@ -144,20 +152,36 @@ def _quiet_torchscript() -> Iterator[None]:
 def _load_onnx(artifact: Path) -> Run:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(artifact, providers=onnxruntime.get_available_providers())
+    # Both engines refuse data outside the folder, by a link too; tests/test_deployment_engines.py holds them to it.
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # fatal; it prints what it raises
+    session = onnxruntime.InferenceSession(artifact, options, providers=onnxruntime.get_available_providers())
     return lambda images: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
 
 
 def _load_openvino(artifact: Path) -> Run:
     import openvino
+    import openvino.frontend
 
+    weights = artifact.with_suffix(".bin")
+    if weights.exists() and not weights.is_file():  # a pipe would keep us waiting
+        raise ValueError(f"{weights} is not a file")
+    # By itself OpenVINO shows a file to every reader that it has, TensorFlow's among them.
+    reader = openvino.frontend.FrontEndManager().load_by_framework("ir" if artifact.suffix == ".xml" else "onnx")
+    network = reader.convert(reader.load(str(artifact)))
     # As exported; by default OpenVINO computes float32 networks in bfloat16 where the CPU is faster at that.
-    compiled = openvino.Core().compile_model(artifact, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
 
 
 def _load_torch_export(artifact: Path) -> Run:
-    return torch.export.load(artifact).module()
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # for a damaged file it prints a traceback, before it raises
+    try:
+        return torch.export.load(artifact).module()
+    finally:
+        logger.setLevel(level)
 
 
 def _load_torchscript(artifact: Path) -> Run:
@@ -166,7 +190,8 @@ def _load_torchscript(artifact: Path) -> Run:
 
 
 ENGINES = {
-    "torch": Engine(),
+    # TorchScript is a program, with access to files; torch.export.load unpickles what a .pt2 says is to be unpickled.
+    "torch": Engine(runs_code="TorchScript is a program, and a .pt2 file can hold a pickle"),
     "onnx": Engine(("onnxruntime",), "export"),
     "openvino": Engine(("openvino",), "openvino"),
 }
