@@ -14,7 +14,7 @@ import socket
 import struct
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,6 +35,7 @@ class Fault:
         code: X-Error-Code of that answer.
         body: of that answer; None for the Hub's JSON.
         headers: of any answer, in place of those of the same name.
+        change: makes the body of any answer into another.
         break_off_at: number of bytes of the body, sent or received, after which the connection breaks off; None for
             all of it.
         drop: "before" or "after" the request is carried out, the connection is reset without an answer.
@@ -47,6 +48,7 @@ class Fault:
     code: str = ""
     body: bytes | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    change: Callable[[bytes], bytes] | None = None
     break_off_at: int | None = None
     drop: str = ""
     delay: float = 0
@@ -344,6 +346,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.fault.drop == "after":
             self._reset()
             return
+        if self.fault.change:
+            body = self.fault.change(body)
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body)), **self.fault.headers}.items():
             self.send_header(name, value)
