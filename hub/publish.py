@@ -10,6 +10,7 @@ has arrived is not sent again.
 import argparse
 import dataclasses
 import difflib
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -221,7 +222,7 @@ def _show_difference(api: HfApi, repo_id: str, commit: str, path: str, file: Loc
 
 
 def _repo_id(text: str) -> str:
-    if text.count("/") != 1 or not all(text.split("/")):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"needs ORG/NAME, got {text!r}")
     return text
 
