@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-from fuzz_doors import ANSWERED, DOORS, REFUSED, SKIPPED
+from fuzz_doors import ANSWERED, DOORS, REFUSED, SKIPPED, WHOLE
 
 from timm_tresnet.tables import format_markdown
 
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--door", choices=DOORS, help="this one alone")
     parser.add_argument("--kept", type=Path, default=Path("fuzz-failures"), help="folder for inputs that fail")
     arguments = parser.parse_args(argv)
-    verdicts = (ANSWERED, REFUSED, SKIPPED, FAILED)
+    verdicts = (ANSWERED, REFUSED, SKIPPED, WHOLE, FAILED)
     rows, failed = [], 0
     for door in [arguments.door] if arguments.door else DOORS:
         share = 1 if arguments.door else DOORS[door][1]

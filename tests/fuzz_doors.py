@@ -19,15 +19,17 @@ import torch
 from bad_servers import FAULTS, WHERE, Doors, find_disorder
 from converting import SMALL
 from hub_server import Fault, HubServer
+from killing import run_killed
 from PIL import Image
 from publishing import direct_client, load_tools, make_insects
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 from timm.models import save_for_hf
 
-from timm_tresnet import cli, export_model
+from timm_tresnet import ExportedModel, cli, convert_checkpoint, export_model, write_folder
 from timm_tresnet.images import SAMPLES
 
 ANSWERED, REFUSED, SKIPPED = "answered", "refused in one sentence", "skipped and the others done"
+WHOLE = "killed, whole or nothing left"
 CAT = str(SAMPLES / "cat.jpg")
 _ZOO: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 3, 0.5, -0.5, 1e308, math.nan, math.inf, -math.inf, 2**31, 2**63, 10**30),
@@ -271,12 +273,54 @@ class Servers(Door):
         return Case(call, judge, [], f"{door}, {request}, {name}")
 
 
+class Writers(Door):
+    """Conversions and exports that are killed, each over what the one before has left."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.networks = {classes: timm.create_model("test_tresnet", num_classes=classes).eval() for classes in (3, 5)}
+        self.conversions = {}
+        for classes in self.networks:
+            torch.save(reference.official_state_dict(**SMALL, num_classes=classes), folder / f"{classes}.pth")
+            self.conversions[classes] = convert_checkpoint(folder / f"{classes}.pth")
+
+    def make(self, draw: random.Random) -> Case:
+        path = self.folder / "out" / draw.choice(("folder", "network.pt"))
+        classes, moment = draw.choice((3, 5)), draw.randrange(16)
+
+        def write() -> None:
+            if path.suffix:
+                export_model(self.networks[classes], path, "torchscript")
+            else:
+                write_folder(self.conversions[classes], path, overwrite=True)
+
+        def judge(killed: int, out: str, err: str) -> str:
+            if path.exists() and path.suffix:
+                exported = ExportedModel("torch", path)
+                expected = self.networks[exported.num_classes](torch.ones(1, 3, 64, 64))
+                torch.testing.assert_close(exported(torch.ones(1, 3, 64, 64)), expected, rtol=1e-3, atol=1e-4)
+            elif path.exists():
+                held = json.loads((path / "config.json").read_text())["num_classes"]
+                weights = load_file(path / "model.safetensors")
+                torch.testing.assert_close(weights, self.conversions[held].state_dict, rtol=0, atol=0)
+                assert f"| classes | {held} |" in (path / "README.md").read_text()
+            if killed:
+                return WHOLE
+            left = [entry.name for entry in path.parent.iterdir() if entry.name.startswith(f".{path.name}-")]
+            assert path.exists()
+            assert not left, left
+            return ANSWERED
+
+        return Case(lambda: run_killed(write, moment), judge, [], f"{path.name}, {moment}")
+
+
 DOORS = {  # with the share of inputs that each gets
-    "configs": (Configs, 0.25),
+    "configs": (Configs, 0.2),
     "images": (Images, 0.3),
     "checkpoints": (Checkpoints, 0.15),
     "artifacts' JSON": (Artifacts, 0.15),
     "servers' answers": (Servers, 0.15),
+    "killed writers": (Writers, 0.05),
 }
 
 
