@@ -139,6 +139,7 @@ class _HubError(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every body waits 40 ms for the client to acknowledge the headers
 
     def __init__(self, hub: HubServer, *args: object) -> None:
         self.hub = hub

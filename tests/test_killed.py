@@ -64,7 +64,7 @@ def test_a_killed_conversion_leaves_nothing_or_the_whole_and_nothing_in_the_way(
     assert moment > 8
 
 
-@pytest.mark.parametrize("format", ["torchscript", "torch-export", pytest.param("onnx", marks=needs("onnx"))])
+@pytest.mark.parametrize("format", ["torchscript", pytest.param("onnx", marks=needs("onnx"))])
 def test_a_killed_export_leaves_nothing_or_the_whole(embedded, tmp_path, format):
     path = tmp_path / "out" / f"network{SUFFIXES[format]}"
     other = timm.create_model("test_tresnet", num_classes=7).eval()
