@@ -10,6 +10,7 @@ has arrived is not sent again.
 import argparse
 import dataclasses
 import difflib
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,20 +23,23 @@ from checks import (
     REQUIRED,
     WEIGHTS,
     LocalFile,
-    explain,
     find_problems,
     hash_file,
     list_files,
     read_shapes,
 )
+from client import connect, explain, find_commit
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from huggingface_hub.errors import HTTPError as ClientError  # base of what its transport raises, whichever that is
 from safetensors import SafetensorError
 
 from timm_tresnet.conversion.card import PLACEHOLDER
 
 _SHOWN_LINES = 60  # of a difference; label lists are long
+
+
+class PublishError(Exception):
+    """Says why a plan cannot be carried out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +117,7 @@ def make_plan(api: HfApi, files: dict[str, LocalFile], repo_id: str) -> Plan:
         What publishing would change.
     """
     try:
-        commit = api.model_info(repo_id).sha
+        commit = find_commit(api, repo_id)
     except GatedRepoError:
         raise
     except RepositoryNotFoundError:
@@ -163,14 +167,15 @@ def push(api: HfApi, plan: Plan, tag: str | None = None) -> str:
         The published commit.
 
     Raises:
-        ValueError: if the tag is another revision's already, before anything is sent.
-        RuntimeError: if what comes back is not what was sent; the revision is then not tagged.
+        PublishError: if the tag is another revision's already, before anything is sent; or if what comes back is not
+            what was sent, and the revision is then not tagged.
     """
     if tag in plan.tags and (plan.to_send or plan.tags[tag] != plan.commit):
-        raise ValueError(f"tag {tag} of {plan.repo_id} is commit {plan.tags[tag]} already; choose another name")
-    if plan.commit is None:
-        api.create_repo(plan.repo_id, exist_ok=True)
+        raise PublishError(f"tag {tag} of {plan.repo_id} is commit {plan.tags[tag]} already; choose another name")
     commit = plan.commit
+    if commit is None:
+        api.create_repo(plan.repo_id)  # fails if someone else has made it since
+        commit = find_commit(api, plan.repo_id)
     if plan.to_send:
         operations = [
             CommitOperationAdd(path_in_repo=path, path_or_fileobj=plan.files[path].content) for path in plan.to_send
@@ -180,7 +185,7 @@ def push(api: HfApi, plan: Plan, tag: str | None = None) -> str:
             plan.repo_id,
             operations,
             commit_message=message,
-            parent_commit=plan.commit,  # one commit, or nothing
+            parent_commit=commit,  # on what the plan saw, or not at all
         ).oid
     _verify_upload(api, plan, commit)
     if tag and tag not in plan.tags:
@@ -199,7 +204,7 @@ def _verify_upload(api: HfApi, plan: Plan, commit: str) -> None:
             if not (Path(downloaded) / path).exists() or hash_file(Path(downloaded) / path).sha256 != file.sha256
         ]
     if different:
-        raise RuntimeError(
+        raise PublishError(
             f"{plan.repo_id}@{commit} gives back other bytes than were sent for {', '.join(different)}; run this again"
         )
 
@@ -217,7 +222,7 @@ def _show_difference(api: HfApi, repo_id: str, commit: str, path: str, file: Loc
 
 
 def _repo_id(text: str) -> str:
-    if text.count("/") != 1 or not all(text.split("/")):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"needs ORG/NAME, got {text!r}")
     return text
 
@@ -237,19 +242,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--push", action="store_true", help="do it; without this, only say what would change")
     parser.add_argument("--revision-tag", metavar="TAG", help="tag for the published revision")
     arguments = parser.parse_args(argv)
-    api = HfApi()
     try:
-        plan = make_plan(api, read_folder(arguments.folder, arguments.repo), arguments.repo)
+        files = read_folder(arguments.folder, arguments.repo)
+    except (OSError, ValueError) as error:
+        print(f"publish: {error}", file=sys.stderr)
+        return 1
+    api = connect()
+    try:
+        plan = make_plan(api, files, arguments.repo)
         print(describe(plan))
         if not arguments.push:
             print("nothing was changed; --push does it")
             return 0
         commit = push(api, plan, arguments.revision_tag)
-    except (ValueError, RuntimeError, OSError, ClientError) as error:
-        if isinstance(error, RuntimeError) and error.__cause__:  # the client wraps what stops an upload
-            error = error.__cause__
-        failure = explain(error, arguments.repo) if isinstance(error, OSError | ClientError) else error
-        print(f"publish: {failure}", file=sys.stderr)
+    except PublishError as error:
+        print(f"publish: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:  # the client takes answers apart unchecked, and a wrong one can raise anything
+        print(f"publish: {explain(error, arguments.repo)}", file=sys.stderr)
         return 1
     print(f"{arguments.repo} holds these files at {commit}, downloaded and compared")
     return 0

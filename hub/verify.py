@@ -12,10 +12,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from checks import CARD, CONFIG, PICKLES, REQUIRED, WEIGHTS, explain, find_problems, hash_file, list_files
+from checks import CARD, CONFIG, PICKLES, REQUIRED, WEIGHTS, find_problems, hash_file, list_files
+from client import connect, explain, find_commit
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError as ClientError  # base of what its transport raises, whichever that is
 from huggingface_hub.errors import SafetensorsParsingError
+
+from timm_tresnet.errors import summarise
 
 
 def audit(api: HfApi, repo_id: str, revision: str | None = None, download_weights: bool = False) -> list[str]:
@@ -30,7 +32,7 @@ def audit(api: HfApi, repo_id: str, revision: str | None = None, download_weight
     Returns:
         What is wrong, one sentence each.
     """
-    commit = api.model_info(repo_id, revision=revision).sha
+    commit = find_commit(api, repo_id, revision)
     held = list_files(api, repo_id, commit)
     findings = [f"{path} is a pickle" for path in held if path.endswith(PICKLES)]
     if missing := [path for path in REQUIRED if path not in held]:
@@ -46,7 +48,7 @@ def audit(api: HfApi, repo_id: str, revision: str | None = None, download_weight
         try:
             header = api.parse_safetensors_file_metadata(repo_id, WEIGHTS, revision=commit)
         except SafetensorsParsingError as error:
-            return [*findings, f"{WEIGHTS} has no readable header: {str(error).splitlines()[0]}"]
+            return [*findings, f"{WEIGHTS} has no readable header: {summarise(error)}"]
         end = max((tensor.data_offsets[1] for tensor in header.tensors.values()), default=0)
         if held[WEIGHTS].size < 8 + end:
             findings.append(f"{WEIGHTS} has {held[WEIGHTS].size} bytes, its tensors alone need {end}")
@@ -68,12 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("repositories", nargs="+", metavar="ORG/NAME[@REVISION]")
     parser.add_argument("--weights", action="store_true", help="also download model.safetensors and compare its hash")
     arguments = parser.parse_args(argv)
-    api, failed = HfApi(), False
+    failed = False
     for name in arguments.repositories:
         repo_id, _, revision = name.partition("@")
         try:
-            findings = audit(api, repo_id, revision or None, arguments.weights)
-        except (OSError, ValueError, ClientError) as error:
+            # A connection each: one with the rest of a wrong answer on it would spoil the next repository's.
+            findings = audit(connect(), repo_id, revision or None, arguments.weights)
+        except Exception as error:  # the client takes answers apart unchecked, and a wrong one can raise anything
             findings = [explain(error, repo_id)]
         failed = failed or bool(findings)
         print("\n".join(f"{name}: {finding}" for finding in findings or ["nothing to report"]))

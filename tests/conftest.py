@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import reference
@@ -103,6 +104,15 @@ def run_child(hub: HubServer, tmp_path: Path) -> Callable[..., str]:
         return child.stdout
 
     return run
+
+
+@pytest.fixture
+def tools(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, ModuleType]:
+    """The scripts of hub/ as modules, and this process's client directed to the stand-in."""
+    from publishing import direct_client, load_tools
+
+    direct_client(monkeypatch, hub, tmp_path / "cache")
+    return load_tools(monkeypatch, hub)
 
 
 @pytest.fixture

@@ -5,13 +5,16 @@ creates a repository, uploads to it and tags a revision. Faults can be ordered f
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
 import shutil
+import socket
+import struct
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,16 +31,27 @@ class Fault:
 
     Attributes:
         request: regular expression for all of "METHOD /path".
-        status: answered instead of what was asked for; None for a connection that breaks off.
+        status: answered instead of what was asked for.
         code: X-Error-Code of that answer.
-        break_off_at: number of bytes of the body, sent or received, after which the connection breaks off.
+        body: of that answer; None for the Hub's JSON.
+        headers: of any answer, in place of those of the same name.
+        change: makes the body of any answer into another.
+        break_off_at: number of bytes of the body, sent or received, after which the connection breaks off; None for
+            all of it.
+        drop: "before" or "after" the request is carried out, the connection is reset without an answer.
+        delay: seconds in which nothing comes, in the middle of the body.
         times: how many requests; -1 for all to come.
     """
 
     request: str
     status: int | None = None
     code: str = ""
-    break_off_at: int = 0
+    body: bytes | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    change: Callable[[bytes], bytes] | None = None
+    break_off_at: int | None = None
+    drop: str = ""
+    delay: float = 0
     times: int = 1
 
 
@@ -54,6 +68,7 @@ class HubServer:
     Attributes:
         url: what HF_ENDPOINT has to be.
         requests: (method, path, status) of every request, in order; a broken-off upload has no status and no entry.
+        logins: the Authorization header of every request, "" where there is none.
         repositories: by "owner/name".
         faults: of several for one request, the first counts; spent ones are dropped.
         objects: content of LFS files by SHA-256.
@@ -61,10 +76,12 @@ class HubServer:
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, str, int]] = []
+        self.logins: list[str] = []
         self.repositories: dict[str, Repository] = {}
         self.faults: list[Fault] = []
         self.objects: dict[str, bytes] = {}
         self.lock = threading.Lock()
+        self.closing = threading.Event()  # ends what is delayed
         self._uploads = tempfile.TemporaryDirectory()  # folders of the uploaded revisions
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -80,9 +97,9 @@ class HubServer:
     def commit(self, repo_id: str, files: dict[str, bytes]) -> str:
         """Commit files on top of the newest revision, and return the commit's hash."""
         repository = self.repositories.setdefault(repo_id, Repository())
-        folder = Path(self._uploads.name) / repo_id / str(len(repository.revisions))
+        folder = Path(tempfile.mkdtemp(dir=self._uploads.name))
         if repository.revisions:
-            shutil.copytree(list(repository.revisions.values())[-1], folder)
+            shutil.copytree(list(repository.revisions.values())[-1], folder, dirs_exist_ok=True)
         for path, content in files.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(content)
@@ -104,6 +121,7 @@ class HubServer:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.closing.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -121,6 +139,7 @@ class _HubError(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every body waits 40 ms for the client to acknowledge the headers
 
     def __init__(self, hub: HubServer, *args: object) -> None:
         self.hub = hub
@@ -128,12 +147,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(self.path.partition("?")[0])
-        self.fault = self.hub.take_fault(f"{self.command} {path}")
+        self.hub.logins.append(self.headers.get("Authorization", ""))
+        self.fault = self.hub.take_fault(f"{self.command} {path}") or Fault("")
         try:
             body = self._receive()
+            if self.fault.drop == "before":
+                self._reset()
             if self.close_connection:
                 return
-            if self.fault and self.fault.status:
+            if self.fault.status and self.fault.body is not None:
+                self._send(self.fault.status, self.fault.body, {"X-Error-Code": self.fault.code})
+                return
+            if self.fault.status:
                 raise _HubError(self.fault.status, self.fault.code)
             for method, pattern, answer in self._ROUTES:
                 if self.command in method and (match := pattern.fullmatch(path)):
@@ -157,10 +182,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
             return b"".join(chunks)
         size = int(self.headers.get("Content-Length", 0))
-        if size and self.fault and self.fault.status is None:
+        if size and self.fault.break_off_at is not None:
             self.close_connection = True
             size = min(size, self.fault.break_off_at)
         return self.rfile.read(size)
+
+    def _reset(self) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # RST, not FIN
+        self.close_connection = True
 
     # ---- download
 
@@ -209,7 +238,8 @@ class _Handler(BaseHTTPRequestHandler):
         request = json.loads(body)
         repo_id = f"{request['organization']}/{request['name']}"
         if repo_id in self.hub.repositories:
-            raise _HubError(409)
+            self._send_json({"error": "You already created this repo", "url": f"{self.hub.url}/{repo_id}"}, 409)
+            return
         self.hub.commit(repo_id, {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
         self._send_json({"url": f"{self.hub.url}/{repo_id}"})
 
@@ -314,19 +344,33 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        if self.fault.drop == "after":
+            self._reset()
+            return
+        if self.fault.change:
+            body = self.fault.change(body)
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+        for name, value in {**headers, "Content-Length": str(len(body)), **self.fault.headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
-        if self.fault and self.fault.status is None:
+        if self.fault.break_off_at is not None:
             body = body[: self.fault.break_off_at]
             self.close_connection = True
+        if self.fault.delay:
+            self.wfile.write(body[: len(body) // 2])
+            self.hub.closing.wait(self.fault.delay)
+            body = body[len(body) // 2 :]
         self.wfile.write(body)
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         self.hub.requests.append((self.command, self.path, int(code)))
+
+    def handle(self) -> None:
+        """Answer the requests of a connection; a client may have gone before the end."""
+        with contextlib.suppress(ConnectionError):
+            super().handle()
 
     def log_error(self, *args: object) -> None:
         """Write nothing to stderr; `requests` has the status."""

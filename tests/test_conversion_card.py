@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import pytest
@@ -106,3 +107,57 @@ def test_every_example_runs(public, num_classes, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.count("name ") == min(5, num_classes)
     assert printed.count("torch.Size") == 4
+
+
+BREAKING_OUT = {
+    "newlines": "Insects\n\n# Heading\n\n| a | b |",
+    "end_of_metadata": "Insects\n---\nlicense: mit\n---\n",
+    "quotes": "\"Insects\" 'x' `x` ```",
+    "yaml_tag": "!!python/object/apply:os.system ['id']",
+    "yaml": "{a: [b, &c d], *e",
+    "comment": "Insects # no: comment",
+    "markdown": "**Insects** [x](javascript:x) ![x](http://x) | x | \\| ~~x~~",
+    "html": "<script>alert(1)</script><!-- &amp; -->",
+    "separators": "Insects\r# x\u2028# y\x85# z",
+}
+
+
+def skeleton(card):
+    """What kinds of lines a card has, and how many bars those of its tables."""
+    lines = ModelCard(card).text.splitlines()
+    kinds = [re.match(r"#+ |```|\||<|", line)[0] for line in lines]
+    return [
+        (kind, line.replace(r"\|", "").count("|") if kind == "|" else 0)
+        for kind, line in zip(kinds, lines, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("text", BREAKING_OUT.values(), ids=BREAKING_OUT)
+def test_no_text_breaks_out_of_the_metadata_or_the_tables(text):
+    def make(text):
+        metric = dataclasses.replace(LINEAR.metric, name=text, published=text)
+        texts = {
+            "dataset": text,
+            "pretraining": text,
+            "license": text,
+            "code": text,
+            "files": (text,),
+            "metric": metric,
+        }
+        texts |= {"interpolation": text}
+        return make_card(dataclasses.replace(LINEAR, **texts), LINEAR.architecture, 1000, "owner/name")
+
+    card = make(text)
+    data = ModelCard(card).data
+    assert (data.license, data.library_name) == (text, "timm")
+    (result,) = data.eval_results
+    assert (result.dataset_name, result.metric_name, result.source_name) == (text, text, text)
+    assert skeleton(card) == skeleton(make("Insects"))
+    prose = re.sub(r"(?<!\\)(```.*?```|`[^`]*`)", "", ModelCard(card).text, flags=re.DOTALL)
+    assert not re.search(r"(?<!\\)<|(?<!\\)\]\((?!https://arxiv.org/abs/[\d.]+\))|(?<!\\)!\[|(?<!\\)\*\*", prose)
+
+
+@pytest.mark.parametrize("repo_id", ["owner/na\nme", 'owner/name"', "owner/<b>", "owner/a b", "owner", "a/b/c", ""])
+def test_names_that_are_no_repository_are_refused(repo_id):
+    with pytest.raises(ValueError, match="needs repo_id to be OWNER/NAME"):
+        make_card(LINEAR, LINEAR.architecture, 1000, repo_id)

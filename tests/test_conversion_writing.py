@@ -74,6 +74,7 @@ def test_a_full_disk_leaves_nothing_and_a_later_run_works(conversion, tmp_path, 
     assert os.listdir(tmp_path) == ["a.pth"]
     write_folder(conversion, tmp_path / "folder")
     assert load_folder(tmp_path / "folder").num_classes == 10
+    assert sorted(os.listdir(tmp_path)) == ["a.pth", "folder"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
@@ -103,7 +104,8 @@ def test_a_killed_run_leaves_nothing_under_the_name_and_a_later_run_works(conver
     )
     assert process.returncode < 0
     (left,) = set(os.listdir(tmp_path)) - {"a.pth"}
-    assert left.startswith(".folder.")
+    assert left.startswith(".folder-")
     assert left.endswith(".partial")
     write_folder(conversion, tmp_path / "folder")
     assert load_folder(tmp_path / "folder").num_classes == 10
+    assert sorted(os.listdir(tmp_path)) == ["a.pth", "folder"]

@@ -1,66 +1,26 @@
 """hub/publish.py and hub/verify.py with the real huggingface_hub client, against a stand-in for the Hub on loopback."""
 
 import dataclasses
-import functools
-import importlib
 import json
 import re
-import time
-from pathlib import Path
 
 import pytest
 import reference
-import timm
 import torch
 from hub_server import Fault
 from huggingface_hub import HfApi
+from publishing import HUB, PUBLIC_WEIGHT, make_insects
 from safetensors.torch import load_file, save_file
-from timm.models import save_for_hf
 
 from timm_tresnet import convert_checkpoint, write_folder
-from timm_tresnet.catalogue import Metric, PublicWeight, load_catalogue
+from timm_tresnet.catalogue import load_catalogue
 from timm_tresnet.conversion import description
 from timm_tresnet.conversion.card import PLACEHOLDER, make_card
 
 # huggingface_hub 2.4 uploads LFS files with an argument that its transport, httpx2, deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")
 
-HUB = Path(__file__).parents[1] / "hub"
 REPO = "owner/insects"
-PUBLIC_WEIGHT = PublicWeight(
-    architecture="test_tresnet",
-    tag="insects",
-    files=("insects.pth",),
-    dataset="Insects",
-    num_classes=3,
-    interpolation="bilinear",
-    crop_pct=1.0,
-    crop_mode="squash",
-    mean=(0.0, 0.0, 0.0),
-    std=(1.0, 1.0, 1.0),
-    metric=Metric("top-1 accuracy", 61.5, "owner/insects, README.md"),
-    paper="arXiv:2003.13630",
-    code="https://github.com/owner/insects",
-    input_size=64,
-    license="mit",
-)
-
-
-@pytest.fixture
-def tools(monkeypatch, hub):
-    """The two scripts as modules, their client directed to the stand-in."""
-    monkeypatch.syspath_prepend(str(HUB))
-    scripts = {name: importlib.import_module(name) for name in ("checks", "publish", "verify")}
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(
-        time, "sleep", lambda seconds: None
-    )  # no variable shortens the waits between the client's tries
-    monkeypatch.setattr(scripts["checks"], "load_catalogue", lambda: {PUBLIC_WEIGHT.name: PUBLIC_WEIGHT})
-    client = functools.partial(HfApi, endpoint=hub.url, token="hf_test")
-    for name in ("publish", "verify"):
-        monkeypatch.setattr(scripts[name], "HfApi", client)
-    return scripts
 
 
 @pytest.fixture
@@ -70,16 +30,7 @@ def publish(tools, folder):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder as conversion writes them."""
-    model = timm.create_model("test_tresnet", num_classes=3)
-    model_config = {
-        "label_names": ["ant", "bee", "cicada"],
-        "pretrained_cfg": {"tag": PUBLIC_WEIGHT.tag, "crop_mode": "squash", "license": "mit"},
-    }
-    save_for_hf(model, tmp_path / "insects", model_config=model_config, safe_serialization=True)
-    card = make_card(PUBLIC_WEIGHT, "test_tresnet", 3)
-    (tmp_path / "insects" / "README.md").write_text(card, encoding="utf-8")
-    return tmp_path / "insects"
+    return make_insects(tmp_path / "insects")
 
 
 def find_requests(hub, pattern):
@@ -222,7 +173,7 @@ def test_files_that_only_the_repository_has_stay(hub, publish, capsys):
 
 
 def test_interrupted_push_goes_on_where_it_was(hub, publish, folder, capsys):
-    hub.faults.append(Fault(r"POST .*/commit/main"))  # the weights have arrived, the connection goes
+    hub.faults.append(Fault(r"POST .*/commit/main", break_off_at=0))  # the weights have arrived, the connection goes
     assert publish("--push") == 1
     assert len(find_requests(hub, "^PUT")) == 1
     assert list(hub.repositories[REPO].revisions.values())[-1].joinpath("config.json").exists() is False
@@ -256,7 +207,10 @@ def test_hub_that_fails_and_recovers_gets_everything(hub, publish, capsys):
             Fault(r"POST /api/repos/create", status=401, times=-1),
             "does not accept your login: log in with `hf auth login`",
         ),
-        (Fault(r"POST /api/repos/create", status=403, times=-1), "your token may not write to owner/insects"),
+        (
+            Fault(r"POST /api/repos/create", status=403, times=-1),
+            "your token may not do this with owner/insects",
+        ),
         (Fault(r"GET /api/models/.*", status=403, code="GatedRepo", times=-1), "is gated: accept its conditions"),
         (
             Fault(r"POST .*/commit/main", status=404, code="RevisionNotFound", times=-1),
@@ -265,7 +219,7 @@ def test_hub_that_fails_and_recovers_gets_everything(hub, publish, capsys):
         (Fault(r"POST .*/commit/main", status=412, times=-1), "changed by someone else meanwhile"),
         (Fault(r"POST .*/commit/main", status=500, times=-1), "the Hub failed: run this again later"),
         (Fault(r"PUT .*", status=503, times=-1), "the Hub failed: run this again later"),
-        (Fault(r"GET /api/models/.*", times=-1), "asking the Hub about owner/insects failed"),
+        (Fault(r"GET /api/models/.*", break_off_at=0, times=-1), "asking the Hub about owner/insects failed"),
     ],
     ids=[
         "login",
@@ -286,7 +240,7 @@ def test_refusals_say_what_to_do(hub, publish, fault, message, capsys):
 
 
 def test_commit_of_someone_else_in_between_is_not_overwritten(tools, hub, folder):
-    api = tools["publish"].HfApi()
+    api = tools["client"].connect()
     hub.commit(REPO, {"README.md": b"first"})
     plan = tools["publish"].make_plan(api, tools["publish"].read_folder(folder, REPO), REPO)
     hub.commit(REPO, {"README.md": b"second"})
@@ -474,3 +428,70 @@ def test_audit_notices_bytes_that_are_not_those_the_hub_lists(hub, tools, folder
     assert tools["verify"].main([REPO]) == 0
     assert tools["verify"].main(["--weights", REPO]) == 1
     assert "model.safetensors as downloaded does not have the hash that the Hub lists" in capsys.readouterr().out
+
+
+# ---- interruptions
+
+
+INTERRUPTIONS = (("before", 1), ("before", -1), ("after", 1))  # request lost, Hub gone, answer lost
+
+
+@pytest.mark.parametrize("exists", [False, True], ids=["new", "update"])
+def test_push_interrupted_between_any_two_requests_ends_in_the_same_state(hub, tools, publish, exists, monkeypatch):
+    monkeypatch.setattr(tools["publish"], "find_problems", lambda *arguments: [])  # the folder is sound, to save time
+
+    def publish_once(*faults):
+        for held in (hub.repositories, hub.objects, hub.requests):
+            held.clear()
+        if exists:
+            hub.commit(REPO, {"README.md": b"# insects\n", "notes.txt": b"by hand"})
+        hub.faults[:] = faults
+        publish("--push", "--revision-tag", "v1")
+        hub.faults.clear()
+
+    def find_state():
+        repository = hub.repositories[REPO]
+        (*_, commit) = repository.revisions
+        assert repository.tags == {"v1": commit}
+        folder = repository.revisions[commit]
+        return len(repository.revisions), {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    publish_once()
+    expected, count = find_state(), len(hub.requests)
+    assert count > 10
+    for moment in range(count):
+        drop, times = INTERRUPTIONS[(moment + exists) % 3]
+        harmless = [Fault(".*", times=moment)] if moment else []
+        publish_once(*harmless, Fault(".*", drop=drop, times=times))
+        assert publish("--push", "--revision-tag", "v1") == 0
+        assert find_state() == expected, moment
+
+
+def test_repository_that_someone_else_creates_meanwhile_is_not_built_upon(tools, hub, folder, publish):
+    plan = tools["publish"].make_plan(tools["client"].connect(), tools["publish"].read_folder(folder, REPO), REPO)
+    hub.commit(REPO, {"README.md": b"theirs"})
+    with pytest.raises(OSError, match="409"):
+        tools["publish"].push(tools["client"].connect(), plan)
+    assert len(hub.repositories[REPO].revisions) == 1
+    assert publish("--push") == 0  # having seen the new plan
+
+
+def test_commit_of_someone_else_during_the_push_is_seen_and_a_second_run_ends_well(hub, publish, monkeypatch, capsys):
+    publish("--push")
+    hub.commit(REPO, {"README.md": b"# other\n"})
+    take_fault = hub.take_fault
+
+    def take_after_theirs(request):
+        (*_, newest) = hub.repositories[REPO].revisions.values()
+        if "preupload" in request and not (newest / "notes.txt").exists():
+            hub.commit(REPO, {"notes.txt": b"theirs"})
+        return take_fault(request)
+
+    monkeypatch.setattr(hub, "take_fault", take_after_theirs)
+    capsys.readouterr()
+    assert publish("--push") == 1
+    assert "changed by someone else meanwhile" in capsys.readouterr().err
+    assert publish("--push") == 0
+    (*_, revision) = hub.repositories[REPO].revisions.values()
+    assert (revision / "notes.txt").read_bytes() == b"theirs"
+    assert b"# test_tresnet.insects" in (revision / "README.md").read_bytes()

@@ -39,3 +39,7 @@ def test_rows_may_end_early_and_no_line_ends_in_spaces():
 @pytest.mark.parametrize("rows", [[], [[]], [[""]]], ids=["no_row", "no_cell", "empty_cell"])
 def test_nothing_in_columns_is_an_empty_text(rows):
     assert format_columns(rows) == ""
+
+
+def test_markdown_rows_stay_rows_whatever_is_in_them():
+    assert format_markdown(["a"], [["1\n| 2 |\r\n# 3"]]).splitlines()[2:] == [r"| 1 \| 2 \| # 3 |"]

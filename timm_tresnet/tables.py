@@ -7,7 +7,7 @@ from collections.abc import Sequence
 def format_markdown(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table in Markdown."""
     lines = [titles, ["---"] * len(titles), *([*row, *[""] * (len(titles) - len(row))] for row in rows)]
-    cells = ([str(cell).replace("|", r"\|") for cell in line] for line in lines)
+    cells = ([" ".join(str(cell).splitlines()).replace("|", r"\|") for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 

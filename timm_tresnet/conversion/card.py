@@ -115,15 +115,22 @@ def make_card(public: PublicWeight | None, architecture: str, num_classes: int, 
 
     Returns:
         Content of README.md: metadata as the Hub reads it, then Markdown.
+
+    Raises:
+        ValueError: if repo_id does not look like one.
     """
+    if repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, re.ASCII):
+        raise ValueError(f"make_card needs repo_id to be OWNER/NAME, got {repo_id!r}")
     name = public.name if public else repo_id.partition("/")[2] if repo_id else architecture
-    sections = [f"# {name}", _introduce(public, architecture, num_classes)]
+    sections = [f"# {_plain(name)}", _introduce(public, architecture, num_classes)]
     if table := _tabulate(public, num_classes):
         sections.append(table)
     sections += _explain_use(public, num_classes, f"hf-hub:{repo_id}" if repo_id else PLACEHOLDER)
     if public:
-        sections += ["## Training data", f"{', then '.join(filter(None, (public.pretraining, public.dataset)))}."]
-        licence = f"{public.license}, as the [official code]({public.code})." if public.license else _UNLICENSED
+        data = map(_plain, filter(None, (public.pretraining, public.dataset)))
+        sections += ["## Training data", f"{', then '.join(data)}."]
+        official = _refer("official code", public.code)
+        licence = f"{_plain(public.license)}, as the {official}." if public.license else _UNLICENSED
         sections += ["## Licence", licence]
     sections += ["## Citation", _cite(public)]
     metadata = _describe(public, name, num_classes).to_yaml()
@@ -173,11 +180,12 @@ def _introduce(public: PublicWeight | None, architecture: str, num_classes: int)
     kind = "A multi-label image classifier" if public and public.multi_label else "An image classifier"
     if not num_classes:
         kind = "An image feature extractor"
-    text = f"{kind}: TResNet ({_link(_TRESNET)}), variant `{architecture}`, for timm with the plugin timm-tresnet."
+    text = f"{kind}: TResNet ({_link(_TRESNET)}), variant {_code(architecture)}, for timm with the plugin timm-tresnet."
     if public is None:
         return f"{text} Converted from a checkpoint whose training is not known."
-    files = " or ".join(f"`{file}`" for file in public.files)
-    source = f"The weights are those of {_link(public.paper)}, converted from {files} of its [code]({public.code})."
+    files = " or ".join(map(_code, public.files))
+    code = _refer("code", public.code)
+    source = f"The weights are those of {_link(public.paper)}, converted from {files} of its {code}."
     if public.head == "ml_decoder" and not num_classes:
         source += " The ML-Decoder head is left out."
     return f"{text} {source}"
@@ -190,10 +198,10 @@ def _tabulate(public: PublicWeight | None, num_classes: int) -> str:
             rows.append(("outputs", "one sigmoid a class; an image can have any number of the classes"))
         if public.input_size:
             rows.append(("image", _describe_preprocessing(public)))
-        metric = f"{public.metric.value} %, published in {public.metric.published}"
+        metric = f"{public.metric.value} %, published in {_plain(public.metric.published)}"
         if not _has_published_head(public, num_classes):
             metric += "; that is with the published head, which is not part of these weights"
-        rows.append((f"{public.metric.name} on {public.dataset}", metric))
+        rows.append((_plain(f"{public.metric.name} on {public.dataset}"), metric))
     return format_markdown(["", ""], rows) if rows else ""
 
 
@@ -203,7 +211,7 @@ def _describe_preprocessing(public: PublicWeight) -> str:
         resizing = f"resized to {size} × {size} pixels whatever its shape"
     else:
         resizing = f"shorter side resized to {int(size / public.crop_pct)} pixels, then the central {size} × {size}"
-    return f"RGB, {resizing} ({public.interpolation}); mean {list(public.mean)}, std {list(public.std)}"
+    return f"RGB, {resizing} ({_plain(str(public.interpolation))}); mean {list(public.mean)}, std {list(public.std)}"
 
 
 def _explain_use(public: PublicWeight | None, num_classes: int, model: str) -> list[str]:
@@ -237,6 +245,22 @@ def _has_published_head(public: PublicWeight, num_classes: int) -> bool:
 
 def _link(paper: str) -> str:
     return f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})"
+
+
+def _refer(text: str, address: str) -> str:
+    """A link, if the address is one of a page and nothing else."""
+    if re.fullmatch(r"https://[\w.~/-]+", address, re.ASCII):
+        return f"[{text}]({address})"
+    return f"{text} ({_plain(address)})"
+
+
+def _plain(text: str) -> str:
+    """Text in one line that Markdown and HTML take for nothing else."""
+    return re.sub(r"([\\`*\[\]<>#~])", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    return f"`{' '.join(text.split()).replace('`', chr(39))}`"
 
 
 def _slug(text: str) -> str:

@@ -1,8 +1,6 @@
 """A folder of converted weights, all or nothing."""
 
 import json
-import secrets
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from safetensors.torch import save
 from timm_tresnet.conversion.card import make_card
 from timm_tresnet.conversion.description import Conversion
 from timm_tresnet.conversion.reading import name_some
+from timm_tresnet.files import whole
 
 _FILES = ("model.safetensors", "config.json", "README.md")
 
@@ -26,8 +25,8 @@ def write_folder(
 ) -> None:
     """Write model.safetensors, config.json and README.md, all or nothing.
 
-    They are written into a hidden folder beside the final one, which is then renamed. A process that is killed leaves
-    that hidden folder behind, named `.NAME.….partial`, and nothing under the final name.
+    They are written into a hidden folder beside the final one, which is then renamed, as `timm_tresnet.files.whole`
+    does.
 
     Args:
         conversion: what to write.
@@ -42,10 +41,7 @@ def write_folder(
     """
     folder = Path(folder).absolute()
     _check_free(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
-    replaced = partial.with_suffix(".replaced")
-    try:
+    with whole(folder, overwrite) as partial:
         partial.mkdir()
         (partial / "model.safetensors").write_bytes(save(conversion.state_dict, metadata={"format": "pt"}))
         config = json.dumps(_config(conversion), indent=2, ensure_ascii=False)
@@ -55,15 +51,6 @@ def write_folder(
         if check is not None:
             check(partial)
         _check_free(folder, overwrite)  # again: this took a while
-        if folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
-    except BaseException:
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:

@@ -1,0 +1,17 @@
+import sys
+
+import fuzz
+import pytest
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="needs fork"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"),
+]
+
+
+@pytest.mark.parametrize("door", fuzz.DOORS)
+def test_damaged_inputs_are_answered_refused_or_skipped(door, tmp_path):
+    counts = fuzz.knock(door, 24, 1, tmp_path / "kept")
+    assert counts.total() == 24
+    reports = [path.read_text() for path in sorted(tmp_path.rglob("report.txt"))]
+    assert not reports, reports[0]
