@@ -135,20 +135,6 @@ def test_nodes_have_names_and_show_what_they_saved():
     assert seen == [x.data_ptr()] * 3
 
 
-def test_names_of_pointwise_nodes_are_those_that_rebuilding_knows():
-    from timm_tresnet.rebuild import _POINTWISE
-
-    x = torch.randn(2, 3, requires_grad=True)
-    functions = [F.celu, F.elu, F.gelu, F.hardsigmoid, F.hardswish, F.relu6, F.leaky_relu, F.mish, F.relu, F.silu]
-    nodes = [function(x).grad_fn for function in (*functions, F.selu, torch.sigmoid, torch.tanh)]
-    nodes.append(F.leaky_relu_(x * 1, 0.1).grad_fn)
-    assert {node.name() for node in nodes} == set(_POINTWISE)
-    for node in nodes:
-        saved, _, constants = _POINTWISE[node.name()]
-        assert hasattr(node, f"_raw_saved_{saved}")
-        assert all(hasattr(node, f"_saved_{name}") for name in constants)
-
-
 @private(
     "_autograd",
     "_device",

@@ -14,7 +14,8 @@ from torch.autograd.function import FunctionCtx
 
 from timm_tresnet.affine import make_normalization
 from timm_tresnet.layers.synchronized_norm import SynchronizedNorm, reduce_statistics
-from timm_tresnet.rebuild import Again, open_tape, record_function
+from timm_tresnet.rebuild import open_tape, record_function
+from timm_tresnet.tape import Again
 
 
 @register_notrace_module

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from timm_tresnet.rebuild import Again, open_tape
+from timm_tresnet.rebuild import open_tape
+from timm_tresnet.tape import Again
 
 
 @torch.fx.wrap

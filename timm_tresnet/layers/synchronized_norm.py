@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from timm_tresnet.affine import make_affine, scale_and_shift
-from timm_tresnet.rebuild import Again
+from timm_tresnet.tape import Again
 
 
 @torch.no_grad()
