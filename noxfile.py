@@ -19,6 +19,8 @@ LEFT_OUT = (  # beginnings of names
     "test_export",  # needs packages that have bounds of their own
     "test_deployment",
     "test_publish",  # of hub/, whose tools are for huggingface_hub of today
+    "test_servers",
+    "test_fuzz",
 )
 BESIDE_OLDEST = [  # the releases of their day; newer ones do not go with the oldest PyTorch and timm
     "torchvision==0.20.0",
