@@ -49,43 +49,47 @@ def has_let_go(y):
     return y.grad_fn._saved_result.data_ptr() != y.data_ptr()
 
 
-def test_last_output_is_let_go_when_something_has_been_made_from_it():
-    x = torch.randn(2, 4, 3, 3, requires_grad=True) * 1
+@pytest.fixture
+def tape():
     with rebuild.recording("activations"):
-        tape = rebuild.open_tape()
-        first = make_block(x)
-        tape.add_output(first)
-        assert not has_let_go(first)
-        second = make_block(first)
-        assert has_let_go(first)
-        tape.add_output(second)
-    assert not has_let_go(second)
+        yield rebuild.open_tape()
+
+
+@pytest.fixture
+def kept(tape):
+    """Output of a block that stays."""
+    y = make_block(torch.randn(2, 4, 3, 3, requires_grad=True))
+    tape.add_kept(y)
+    return y
+
+
+def test_last_output_is_let_go_when_something_has_been_made_from_it(tape, kept):
+    first = make_block(kept)
+    tape.add_output(first)
+    assert not has_let_go(first)
+    second = make_block(first)
+    tape.add_output(second)
+    assert [has_let_go(y) for y in (kept, first, second)] == [False, True, False]
     assert torch.equal(first.grad_fn._saved_result, first)
 
 
-def test_nothing_is_made_from_what_others_see():
-    x = torch.randn(2, 4, 3, 3, requires_grad=True) * 1
-    with rebuild.recording("activations", x):
-        tape = rebuild.open_tape()
-        first = make_block(x)
-        tape.add_output(first)
-        tape.show(first)
-        second = make_block(first)
-        tape.add_output(second)
-        third = make_block(second)
-        tape.add_output(third)
-    assert not has_let_go(first)
-    assert not has_let_go(second)  # its shortcut is what others see
+def test_nothing_is_made_from_what_others_see(tape, kept):
+    tape.show(kept)
+    first = make_block(kept)
+    tape.add_output(first)
+    second = make_block(first)
+    tape.add_output(second)
+    tape.show(second)
+    make_block(second)
+    assert [has_let_go(y) for y in (kept, first, second)] == [False, False, False]
 
 
-def test_edited_output_is_left_to_pytorch():
-    x = torch.randn(2, 4, 3, 3, requires_grad=True) * 1
-    with rebuild.recording("activations"):
-        first = make_block(x)
-        rebuild.open_tape().add_output(first)
-        with torch.no_grad():
-            first.mul_(2)
-        make_block(first)
+def test_edited_output_is_left_to_pytorch(tape, kept):
+    first = make_block(kept)
+    tape.add_output(first)
+    with torch.no_grad():
+        first.mul_(2)
+    make_block(first)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         first.sum().backward()
 
