@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from damaging import DAMAGES, MISSING, damage
+from hub_server import Fault
 
 from timm_tresnet import cli
 from timm_tresnet.images import SAMPLES
@@ -200,3 +201,13 @@ def test_repository_is_loaded_at_the_commit_whose_config_was_checked(good, hub, 
         "/owner/damaged/resolve/main/config.json",
     ]
     assert run_child(IN_A_CHILD, CAT, *good_names, HF_HUB_OFFLINE="1") == output.partition(">\ntimm")[0]
+
+
+def test_weights_that_changed_on_their_way_are_refused_and_fetched_again(good, hub, run_child):
+    hub.add("owner/good", good)
+    hub.faults.append(Fault("GET .*safetensors", change=lambda body: body[:-1] + bytes([body[-1] ^ 1])))
+    output = run_child(IN_A_CHILD, CAT, "hf-hub:owner/good", "hf-hub:owner/good")
+    refused, answered = output.split(">\n")[1:]
+    assert "model.safetensors of owner/good needs the SHA-256 " in refused
+    assert refused.splitlines()[1:] == ["2"]
+    assert answered.endswith("0\n")

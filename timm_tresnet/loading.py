@@ -1,6 +1,8 @@
 """Networks by name, as the commands take them: what a stranger's folder or repository says is checked first."""
 
+import hashlib
 import os
+import re
 import stat
 import warnings
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import timm
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
 from timm_tresnet import config
@@ -101,4 +104,22 @@ def _check_repository(name: str) -> str:
     config.read_config(path, called)
     pinned = f"hf-hub:{repo_id}@{path.parent.name}"
     build_skeleton(pinned, called)
+    _check_hash(repo_id, path.parent.name)
     return pinned
+
+
+def _check_hash(repo_id: str, revision: str) -> None:
+    """Compare what was downloaded with the hash by which the Hub calls it, as its client does not."""
+    try:
+        blob = Path(hf_hub_download(repo_id, "model.safetensors", revision=revision)).resolve()
+    except EntryNotFoundError:
+        return  # timm looks for other files
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name):  # in a cache without links, files have their own names
+        with blob.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != blob.name:
+            blob.unlink()
+            raise ValueError(
+                f"model.safetensors of {repo_id} needs the SHA-256 {blob.name}, got {found}; it has been removed from "
+                "the cache, try again"
+            )
