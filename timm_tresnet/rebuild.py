@@ -99,16 +99,17 @@ def recording(setting: str, x: Tensor | None = None) -> Iterator[None]:
 def _must_step_aside() -> bool:
     # PyTorch has no public way to ask for hooks of others, but refuses ours on what has been saved under them.
     node = torch.ones((), device="cpu", requires_grad=True).exp().grad_fn
-    return is_transforming() or forward_ad._current_level >= 0 or keep(node._raw_saved_result) is None
+    return is_transforming() or keep(node._raw_saved_result) is None
 
 
 def is_transforming() -> bool:
-    """Whether a transform of `torch.func` or a mode is at work, or hooks of users run in every module."""
+    """Whether a transform of `torch.func`, forward mode or a mode is at work, or hooks of users run in every module."""
     hooks, modes = nn.modules.module, torch.overrides._get_current_function_mode_stack()
     return (
         bool(torch.utils._python_dispatch._get_current_dispatch_mode_stack())
         or any(type(mode) is not DeviceContext for mode in modes)
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
         or bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
         or bool(hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
     )
