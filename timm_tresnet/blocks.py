@@ -10,6 +10,14 @@ from torch import Tensor, nn
 
 from timm_tresnet.layers import BlurPool2d, ConvNormAct, ShortcutPool2d, SqueezeExcite, StrideOneAvgPool2d
 
+_PARTS = {  # by name, beside the units
+    "act": nn.ReLU,
+    "downsample": (nn.Identity, nn.Sequential),
+    "drop_path": (nn.Identity, DropPath),
+    "se": (nn.Identity, SqueezeExcite),
+}
+_PARTS_OF_SHORTCUT = (ConvNormAct, ShortcutPool2d, StrideOneAvgPool2d)
+
 
 class ResidualBlock(nn.Module):
     """What both blocks have in common: their arguments, the shortcut and the sum.
@@ -64,11 +72,9 @@ class ResidualBlock(nn.Module):
     @torch.jit.unused
     def has_own_parts(self) -> bool:
         """Whether its parts are of the kinds that the constructor makes."""
-        kinds = {"downsample": (nn.Identity, nn.Sequential), "se": (nn.Identity, SqueezeExcite)}
-        kinds |= {"drop_path": (nn.Identity, DropPath), "act": nn.ReLU}
-        parts = all(isinstance(part, kinds.get(name, ConvNormAct)) for name, part in self._modules.items())
+        parts = all(isinstance(part, _PARTS.get(name, ConvNormAct)) for name, part in self._modules.items())
         shortcut = self.downsample if isinstance(self.downsample, nn.Sequential) else ()
-        return parts and all(isinstance(p, ConvNormAct | ShortcutPool2d | StrideOneAvgPool2d) for p in shortcut)
+        return parts and all(isinstance(part, _PARTS_OF_SHORTCUT) for part in shortcut)
 
     def _add_main_path(
         self,

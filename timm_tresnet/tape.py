@@ -215,11 +215,8 @@ class Tape:
         return self._make(torch.mul, self._find_saved(node, node._raw_saved_self), keep(node._raw_saved_other))
 
     def _follow_sum(self, node: Any) -> Rebuilt | None:
-        return (
-            self._make(torch.add, *(self._find(edge) for edge in node.next_functions))
-            if node._saved_alpha == 1
-            else None
-        )
+        terms = [self._find(edge) for edge in node.next_functions]
+        return self._make(torch.add, *terms) if node._saved_alpha == 1 else None
 
     def _follow_average_pool(self, node: Any) -> Rebuilt | None:
         return self._make(partial(F.avg_pool2d, **_read(node, _POOL)), self._find_saved(node, node._raw_saved_self))
@@ -233,7 +230,7 @@ def _read(node: Any, constants: tuple[str, ...]) -> dict[str, Any]:
     return {name: getattr(node, f"_saved_{name}") for name in constants}
 
 
-_FOLLOWED: dict[str, Callable[[Tape, Any], _Source | None]] = {
+_FOLLOWED: dict[str, Callable[[Tape, Any], _Source]] = {
     "AddBackward0": Tape._follow_sum,
     "AvgPool2DBackward0": Tape._follow_average_pool,
     "ConvolutionBackward0": Tape._follow_convolution,
