@@ -7,7 +7,8 @@
   compiled code. The forward gets its own copies of images and labels, which count if they are kept. Parameters and
   buffers were there before; copies of them, as autocast and the compiler make, are kept and count.
 - peak: resident memory over one step above that before it (`VmHWM` and `VmRSS` of Linux), after a step for warming up.
-- time: a step, in rounds over all rows, as a ratio to the built-in in the same round: median (min-max).
+- time: a step, in rounds over all rows, as a ratio to the built-in (or `--reference`) in the same round:
+  median (min-max).
 
 Kept and peak are taken in a process for each row, at `--batch-size`; times in one process, at `--time-batch-size`.
 
@@ -78,8 +79,8 @@ def make_converted(convert: Callable[[nn.Module], nn.Module], model: str) -> nn.
     return convert(make_ours("activations", model))
 
 
-def make_compiled(budget: float, model: str) -> nn.Module:
-    """The built-in TResNet, compiled with an activation memory budget; 1.0 is PyTorch's default."""
+def compile_apart(make: Callable[[str], nn.Module], budget: float, model: str) -> nn.Module:
+    """A network, compiled with an activation memory budget; 1.0 is PyTorch's default."""
 
     # A backend for each network, because networks of one class share what is compiled, whatever the budget is by then.
     def backend(graph: Any, inputs: Any) -> Any:
@@ -88,7 +89,7 @@ def make_compiled(budget: float, model: str) -> nn.Module:
         with torch._functorch.config.patch(activation_memory_budget=budget):
             return compile_fx(graph, inputs)
 
-    return torch.compile(make_builtin(model), backend=backend, dynamic=False)
+    return torch.compile(make(model), backend=backend, fullgraph=True, dynamic=False)
 
 
 ROWS: dict[str, Callable[[str], nn.Module]] = {  # row -> what makes the network, from the model's name
@@ -103,11 +104,14 @@ CONVERTED_ROWS: dict[str, Callable[[str], nn.Module]] = {
     "split-bn": functools.partial(make_converted, functools.partial(convert_splitbn_model, num_splits=2)),
     "frozen-bn": functools.partial(make_converted, freeze_batch_norm_2d),
 }
+COMPILED = "compiled"  # before the name of a row, or alone for the built-in
 COMPILED_ROWS: dict[str, Callable[[str], nn.Module]] = {
-    "compiled": functools.partial(make_compiled, 1.0),
-    "compiled-0.8": functools.partial(make_compiled, 0.8),
-    "compiled-0.5": functools.partial(make_compiled, 0.5),
-    "compiled-0.3": functools.partial(make_compiled, 0.3),
+    COMPILED: functools.partial(compile_apart, make_builtin, 1.0),
+    **{f"{COMPILED}-{budget}": functools.partial(compile_apart, make_builtin, budget) for budget in (0.8, 0.5, 0.3)},
+    **{
+        f"{COMPILED}-{row}": functools.partial(compile_apart, ROWS[row], 1.0)
+        for row in ("resnet50", "none", "activations", "expansions", "checkpointing")
+    },
 }
 
 
@@ -214,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         memory = {row: _measure_memory_in_process(row, words) for row in settings.rows}
     step_ms = measure_times(settings.rows, settings) if settings.rounds else {}
-    results["rows"] = summarize(memory, step_ms, settings.batch_size)
+    results["rows"] = summarize(memory, step_ms, settings.batch_size, settings.reference)
     print(format_table(results["rows"]))
     if settings.json:
         write_results(results, settings.json)
@@ -228,6 +232,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, default="tresnet_m")
     parser.add_argument("--rows", nargs="+", choices=every_row, default=list(ROWS), help=f"default: {', '.join(ROWS)}")
     parser.add_argument("--compile", action="store_true", help="add the compiled rows, which take minutes each")
+    parser.add_argument("--reference", choices=every_row, default=BUILTIN, help=f"of ratios (default: {BUILTIN})")
     parser.add_argument("--image-size", type=int, default=224, help="side of the images, in pixels")
     parser.add_argument("--batch-size", type=at_least(1), default=32, help="for kept and peak")
     parser.add_argument("--time-batch-size", type=at_least(1), default=8)
@@ -269,27 +274,27 @@ def _measure_memory_in_process(row: str, words: Sequence[str]) -> dict[str, int 
 
 
 def summarize(
-    memory: dict[str, dict[str, int | None]], step_ms: dict[str, list[float]], batch_size: int
+    memory: dict[str, dict[str, int | None]], step_ms: dict[str, list[float]], batch_size: int, reference: str = BUILTIN
 ) -> list[dict[str, Any]]:
-    """Rows of the results: megabytes (1e6 bytes) an image, milliseconds, and ratios to the built-in where it is a row.
+    """Rows of the results: megabytes (1e6 bytes) an image, milliseconds, and ratios to the reference if it is a row.
 
     Args:
         memory: what `measure_memory` returns, by row.
         step_ms: what `measure_times` returns; empty if times are left out.
         batch_size: images in a batch of `memory`.
+        reference: row that the ratios are to.
     """
-    builtin = memory.get(BUILTIN, {})
     rows = []
     for name, measured in memory.items():
         row: dict[str, Any] = {"row": name}
         for quantity in ("kept", "peak"):
-            own, reference = measured[quantity], builtin.get(quantity)
+            own, other = measured[quantity], memory.get(reference, {}).get(quantity)
             row[f"{quantity}_mb"] = None if own is None else own / batch_size / 1e6
-            row[f"{quantity}_ratio"] = None if own is None or not reference else own / reference
+            row[f"{quantity}_ratio"] = None if own is None or not other else own / other
         if step_ms:
             row["step_ms"] = step_ms[name]
-        if BUILTIN in step_ms:
-            row["step_ratios"] = [own / other for own, other in zip(step_ms[name], step_ms[BUILTIN], strict=True)]
+        if reference in step_ms:
+            row["step_ratios"] = [own / other for own, other in zip(step_ms[name], step_ms[reference], strict=True)]
         if "largest_batch" in measured:
             row["largest_batch"] = measured["largest_batch"]
         rows.append(row)
