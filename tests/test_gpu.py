@@ -324,6 +324,53 @@ def test_compiled_training_is_one_graph_with_the_same_loss(amp):
 
 
 @pytest.mark.filterwarnings("default")  # the compiler warns about itself
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])  # the latter with CUDA graphs
+@each_setting
+def test_compiled_steps_give_the_numbers_of_plain_ones(setting, mode):
+    torch.compiler.reset()
+    model, plain = on_gpu(setting, dtype=torch.float64), on_gpu("none", dtype=torch.float64)
+    compiled = torch.compile(model, mode=mode, fullgraph=True)
+    for scale in (1, 2, 3):  # warming up, recording, replaying
+        model.zero_grad()
+        plain.zero_grad()
+        actual = train_step(compiled, scale * images(dtype=torch.float64))
+        expected = train_step(plain, scale * images(dtype=torch.float64))
+        for name, value in expected.items():
+            prefix = "grad of " if name.startswith("grad of ") else ""
+            other = actual[name if name == "loss" else f"{prefix}_orig_mod.{name.removeprefix(prefix)}"]
+            torch.testing.assert_close(other, value, rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.filterwarnings("default")  # the compiler warns about itself
+@each_setting
+def test_compiled_training_keeps_less(setting):
+    torch.compiler.reset()
+    x, labels = images(16, 128), torch.zeros(16, dtype=torch.long, device="cuda")
+    kept = []
+    for each in (setting, "none"):
+        model = torch.compile(on_gpu(each, layers=(2, 2, 6, 2)), fullgraph=True, dynamic=False)
+        model(x).sum().backward()
+        kept.append(measure_kept(model, x, labels))
+    assert kept[0] < 0.7 * kept[1]
+
+
+@each_setting
+def test_a_step_recorded_in_cuda_graphs_gives_the_numbers_of_a_plain_one(setting):
+    model, plain = on_gpu(setting), on_gpu("none")
+    graphed = torch.cuda.make_graphed_callables(model, (images(),))
+    for scale in (1, 2):
+        model.zero_grad()
+        plain.zero_grad()
+        x = scale * images()
+        losses = [network(x).square().mean() for network in (graphed, plain)]
+        for loss in losses:
+            loss.backward()
+        torch.testing.assert_close(*losses)
+        for own, other in zip(model.parameters(), plain.parameters(), strict=True):
+            assert (own.grad - other.grad).norm() <= 1e-4 * other.grad.norm() + 1e-12
+
+
+@pytest.mark.filterwarnings("default")  # the compiler warns about itself
 @pytest.mark.parametrize(
     ("dynamic", "dtype"), [(False, torch.float16), (True, torch.float32)], ids=["static", "dynamic"]
 )

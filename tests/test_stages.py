@@ -88,7 +88,7 @@ def test_checkpointing_runs_blocks_with_other_norms_again():
 def test_chains_between_kept_outputs_grow_away_from_the_end(blocks):
     from timm_tresnet.stages import _kept_outputs
 
-    kept = _kept_outputs(blocks)
+    kept = _kept_outputs(blocks, compiled=False)
     ends = [blocks, *kept]
     chains = [later - earlier - 1 for later, earlier in zip(ends, kept, strict=False)]
     assert chains == list(range(2, 2 + len(kept)))
@@ -102,34 +102,6 @@ def test_grad_checkpointing_composes_with_rebuilding(setting):
         return train_step(model, images())
 
     compare(run, setting)
-
-
-@pytest.mark.parametrize("setting", ["activations", "expansions"])
-def test_compiled_training_is_one_graph_without_hooks(setting):
-    model = make_model(setting)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    result = train_step(compiled, images())
-    assert len(graphs) == 1
-    assert "hooks" not in graphs[0].code
-    assert torch.equal(result["loss"], train_step(make_model("none"), images())["loss"])
-
-
-@pytest.mark.xfail(
-    torch.__version__.startswith("2.5."), reason="PyTorch 2.5 updates running statistics again", strict=True
-)
-def test_compiled_checkpointing_gives_the_same_numbers():
-    def run(model):
-        if model.rebuild != "none":
-            model.compile(backend="aot_eager", fullgraph=True)
-        return train_step(model, images())
-
-    compare(run, "checkpointing", layers=(1, 1, 2, 1))
 
 
 @each_setting

@@ -4,16 +4,25 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import timm.layers
 import torch
-from timm.layers import DropPath, LayerType
+from timm.layers import LayerType
 from torch import Tensor, nn
 
-from timm_tresnet.layers import BlurPool2d, ConvNormAct, ShortcutPool2d, SqueezeExcite, StrideOneAvgPool2d
+from timm_tresnet.layers import (
+    BlurPool2d,
+    ConvNormAct,
+    DropPath,
+    ReLU,
+    ShortcutPool2d,
+    SqueezeExcite,
+    StrideOneAvgPool2d,
+)
 
 _PARTS = {  # by name, beside the units
     "act": nn.ReLU,
     "downsample": (nn.Identity, nn.Sequential),
-    "drop_path": (nn.Identity, DropPath),
+    "drop_path": (nn.Identity, timm.layers.DropPath),
     "se": (nn.Identity, SqueezeExcite),
 }
 _PARTS_OF_SHORTCUT = (ConvNormAct, ShortcutPool2d, StrideOneAvgPool2d)
@@ -60,7 +69,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         factory_kwargs = {"device": device, "dtype": dtype}
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
-        self.act = nn.ReLU(inplace=True)
+        self.act = ReLU()
         unit_kwargs = {"norm_layer": norm_layer, **factory_kwargs}
         self.downsample = _make_shortcut(in_channels, planes * self.expansion, stride, dilation, **unit_kwargs)
         unit = functools.partial(ConvNormAct, **unit_kwargs)

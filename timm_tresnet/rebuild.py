@@ -164,10 +164,11 @@ def is_foreign(module: nn.Module, deep: bool = True) -> bool:
         module: the module.
         deep: ask about the modules in it too.
     """
+    is_known = _look_up if torch.compiler.is_compiling() else _is_known
     modules = [module]
     for each in modules:  # which grows meanwhile
         fields = each.__dict__
-        if "forward" in fields or "_conv_forward" in fields or not _is_known(type(each).__module__):
+        if "forward" in fields or "_conv_forward" in fields or not is_known(type(each).__module__):
             return True
         if fields["_backward_hooks"] or fields["_backward_pre_hooks"]:
             return True
@@ -180,6 +181,8 @@ def is_foreign(module: nn.Module, deep: bool = True) -> bool:
     return False
 
 
-@functools.cache
-def _is_known(name: str) -> bool:
+def _look_up(name: str) -> bool:
     return name in _KNOWN_MODULES or name.startswith((_OURS, *_FSDP))
+
+
+_is_known = functools.cache(_look_up)  # which the compiler cannot look into

@@ -10,8 +10,15 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from timm_tresnet.blocks import ResidualBlock
+from timm_tresnet.compiled import run_region
 from timm_tresnet.layers import ActivatedBatchNorm2d, ConvNormAct
 from timm_tresnet.rebuild import is_foreign, is_transforming, open_tape, pausing, recording, repeating_convolutions
+
+# A module, what the compiler is to rebuild of it ("none", "activations", "expansions", "convolutions"), and whether it
+# keeps the output.
+_Step = tuple[nn.Module, str, bool]
+
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since PyTorch 2.7
 
 
 class Recorded(nn.Sequential):
@@ -40,11 +47,35 @@ class Recorded(nn.Sequential):
 
     @torch.jit.unused
     def _forward_eager(self, x: Tensor) -> Tensor:
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor)
+        if torch.compiler.is_compiling():
+            return self._forward_compiled(x)
+        traced = torch.jit.is_tracing() or not isinstance(x, Tensor)
         with nullcontext() if traced or not self.training else recording(self.rebuild, x):
             for position, module in enumerate(self):
                 x = self._run(position, module, x)
         return x
+
+    def _forward_compiled(self, x: Tensor) -> Tensor:
+        rebuilds = self.training and torch.is_grad_enabled() and not _is_exporting()
+        for modules, setting in _group(self._list_steps()):
+            if rebuilds and setting != "none":
+                x = run_region(modules, x, setting)
+            else:
+                for module in modules:
+                    x = module(x)
+        return x
+
+    def _list_steps(self) -> list[_Step]:
+        steps: list[_Step] = []
+        for position, module in enumerate(self):
+            if isinstance(module, Stage) and not is_foreign(module, deep=False):
+                steps += module._list_steps()
+            else:
+                steps.append(self._make_step(position, module))
+        return steps
+
+    def _make_step(self, position: int, module: nn.Module) -> _Step:
+        return module, "none" if isinstance(module, Stage) or not _fits_region(module) else self.rebuild, False
 
     def _run(self, position: int, module: nn.Module, x: Tensor) -> Tensor:
         tape = open_tape()
@@ -89,6 +120,19 @@ class Stage(Recorded):
         super()._pass_settings(part)
         part.grad_checkpointing = self.grad_checkpointing
 
+    def _make_step(self, position: int, block: nn.Module) -> _Step:
+        if not _fits_region(block):
+            return block, "none", False
+        return block, "convolutions" if self.grad_checkpointing else self.rebuild, self._keeps_output(position)
+
+    def _keeps_output(self, position: int) -> bool:
+        # Where convolutions run again, longer chains keep less, but more of them is alive at once.
+        if self.grad_checkpointing:
+            return (len(self) - position) % 2 == 1
+        if torch.compiler.is_compiling():  # which cannot look into a cache
+            return position in _find_kept_outputs(len(self), compiled=True)
+        return position in _kept_outputs(len(self), compiled=False)
+
     def _is_seen(self, position: int, block: nn.Module) -> bool:
         return not isinstance(block, ResidualBlock) or not block.has_own_parts() or is_foreign(block)
 
@@ -103,28 +147,56 @@ class Stage(Recorded):
             x = block(x)
             if x.grad_fn is None:
                 return x
-            # Where convolutions run again, longer chains keep less, but more of them is alive at once.
-            every_second = (len(self) - position) % 2 == 1
-            keeps = every_second if self.grad_checkpointing else position in _kept_outputs(len(self))
-            tape.add_kept(x) if keeps else tape.add_output(x)
+            tape.add_kept(x) if self._keeps_output(position) else tape.add_output(x)
         return x
 
 
-@functools.cache
-def _kept_outputs(blocks: int) -> tuple[int, ...]:
+def _find_kept_outputs(blocks: int, compiled: bool) -> tuple[int, ...]:
     """Positions of the blocks in a stage whose output is kept for backward.
 
     Rebuilding an output needs the one before it, so between two kept ones a chain of tensors is alive for a moment. It
     is short at the end of the stage, where backward begins with everything else still in memory, and grows towards the
-    front: 2, 3, 4, ... A stage of up to 4 blocks is one chain.
+    front: 2, 3, 4, ... A stage of up to 4 blocks is one chain. The compiler computes chains in fewer, larger steps, and
+    is best with longer ones (`benchmarks/README.md`): 3, 6, 12, ...
     """
     kept = []
-    position, chain = blocks - 3, 3
+    chain = 3 if compiled else 2
+    position = blocks - 1 - chain
     while blocks > 4 and position > 0:
         kept.append(position)
+        chain = 2 * chain if compiled else chain + 1
         position -= chain + 1
-        chain += 1
     return tuple(kept)
+
+
+_kept_outputs = functools.cache(_find_kept_outputs)
+
+
+def _group(steps: list[_Step]) -> list[tuple[list[nn.Module], str]]:
+    """Steps in regions with one setting each, which end where an output is kept."""
+    regions: list[tuple[list[nn.Module], str]] = []
+    ended = True
+    for run, setting, keeps in steps:
+        if ended or setting != regions[-1][1]:
+            regions.append(([], setting))
+        regions[-1][0].append(run)
+        ended = keeps
+    return regions
+
+
+def _fits_region(module: nn.Module) -> bool:
+    """Whether a region can hold a module: nothing in it is of users, or draws or counts twice if it runs again."""
+    if is_foreign(module):
+        return False
+    for part in module.modules():
+        if isinstance(part, ActivatedBatchNorm2d):
+            if not part.fits_region():
+                return False
+        elif isinstance(part, nn.modules.batchnorm._NormBase | nn.RReLU):
+            return False
+        elif type(part).__module__ == "timm.layers.drop":
+            return False
+    return True
 
 
 def _can_repeat(block: nn.Module) -> bool:
@@ -135,8 +207,6 @@ def _can_repeat(block: nn.Module) -> bool:
 
 def _checkpoint(block: nn.Module, x: Tensor) -> Tensor:
     checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, block, x, use_reentrant=False)
-    if torch.compiler.is_compiling():  # the compiler updates running statistics once by itself
-        return checkpoint()
     if is_transforming() or not torch._C._autograd._saved_tensors_hooks_is_enabled():  # which it cannot work with
         return block(x)
     with torch.utils.checkpoint.set_checkpoint_early_stop(False):  # else it may stop before a random mask is drawn

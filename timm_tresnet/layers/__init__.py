@@ -4,6 +4,8 @@ from timm_tresnet.layers.activated_batch_norm import ActivatedBatchNorm2d
 from timm_tresnet.layers.anti_alias import BlurPool2d, ShortcutPool2d, StrideOneAvgPool2d
 from timm_tresnet.layers.bottleneck_head import BottleneckHead
 from timm_tresnet.layers.conv_norm_act import ConvNormAct, FoldedConvNormAct
+from timm_tresnet.layers.drop_path import DropPath
+from timm_tresnet.layers.relu import ReLU
 from timm_tresnet.layers.space_to_depth import SpaceToDepth
 from timm_tresnet.layers.squeeze_excite import SqueezeExcite
 
@@ -12,7 +14,9 @@ __all__ = [
     "BlurPool2d",
     "BottleneckHead",
     "ConvNormAct",
+    "DropPath",
     "FoldedConvNormAct",
+    "ReLU",
     "ShortcutPool2d",
     "SpaceToDepth",
     "SqueezeExcite",

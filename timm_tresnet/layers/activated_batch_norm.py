@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from timm_tresnet.affine import make_normalization
+from timm_tresnet.compiled import is_in_region
 from timm_tresnet.layers.synchronized_norm import SynchronizedNorm, reduce_statistics
 from timm_tresnet.rebuild import open_tape, record_function
 from timm_tresnet.tape import Again
@@ -58,7 +59,7 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats:
             if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
+                self._count_batch()
                 if self.momentum is None:  # cumulative average
                     momentum = 1.0 / float(self.num_batches_tracked)
         use_batch = self.training or (self.running_mean is None and self.running_var is None)
@@ -68,10 +69,24 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
         if not torch.jit.is_scripting():
             if self.synchronized and self.training and self._is_distributed():
                 return self._forward_synchronized(x, running_mean, running_var, momentum)
+            if self.training and is_in_region():
+                return self._forward_in_region(x, running_mean, running_var, momentum)
             if open_tape() is not None:
                 return self._forward_recorded(x, running_mean, running_var, use_batch, momentum)
         x = F.batch_norm(x, running_mean, running_var, self.weight, self.bias, use_batch, momentum, self.eps)
         return self.act(self.drop(x))
+
+    def _count_batch(self) -> None:
+        if not torch.jit.is_scripting() and is_in_region():
+            # Read as data, a buffer may change though checkpoint has saved it.
+            self.num_batches_tracked.data.copy_(self.num_batches_tracked + 1)
+        else:
+            self.num_batches_tracked.add_(1)
+
+    def fits_region(self) -> bool:
+        """Whether a region (`timm_tresnet.compiled`) can hold this norm, so that statistics count once."""
+        plain = self.weight is not None and self.momentum is not None
+        return plain and not self.synchronized
 
     @torch.jit.unused
     def _is_distributed(self) -> bool:
@@ -105,6 +120,26 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
         y = _ActivatedNorm.apply(x, self.weight, self.bias, *statistics, slope)
         record_function(x, y)
         return y if fused else self.act(self.drop(y))
+
+    @torch.jit.unused
+    def _forward_in_region(
+        self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+    ) -> Tensor:
+        """In training, with operators that give statistics alone, for `timm_tresnet.compiled` to save."""
+        count = x.numel() // x.shape[1]
+        if count == 1:
+            raise ValueError(f"Batch norm needs more than one value per channel when training, got {tuple(x.shape)}")
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.no_grad():
+            var, mean = torch.var_mean(x.to(dtype), dim=(0, 2, 3), correction=0)
+            for running, statistic in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+                if running is not None:
+                    running.data.copy_(momentum * statistic + (1 - momentum) * running)
+        y = _NormFromStatistics.apply(x, self.weight, self.bias, mean, (var + self.eps).rsqrt(), self.eps)
+        y = self.drop(y)
+        if type(self.act) is nn.LeakyReLU:
+            return F.leaky_relu(y, self.act.negative_slope)
+        return F.relu(y) if type(self.act) is nn.ReLU else self.act(y)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", synchronized" if self.synchronized else "")
@@ -178,6 +213,27 @@ class _ActivatedNorm(torch.autograd.Function):
             reserve,
         )
         return *grads, None, None, None, None, None, None
+
+
+class _NormFromStatistics(torch.autograd.Function):
+    """Batch norm with statistics of the batch that are known, as the compiler computes it from its operators."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.eps = eps
+        mean, rstd, weight, bias = (each[:, None, None] for each in (mean, rstd, weight, bias))
+        return ((x - mean) * rstd * weight + bias).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad_y, x, weight.to(mean.dtype), None, None, mean, rstd, True, ctx.eps, [True, True, True]
+        )
+        return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None, None
 
 
 def _activate(normalize: Callable[[Tensor], Tensor], slope: float, x: Tensor) -> Tensor:

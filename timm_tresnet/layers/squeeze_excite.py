@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from timm_tresnet.layers.relu import ReLU
+
 
 class SqueezeExcite(nn.Module):
     """Scale every channel by a gate computed from the channel means (arXiv:1709.01507).
@@ -30,7 +32,7 @@ class SqueezeExcite(nn.Module):
     ) -> None:
         super().__init__()
         self.fc1 = nn.Conv2d(channels, reduced_channels, kernel_size=1, device=device, dtype=dtype)
-        self.act = nn.ReLU(inplace=True)
+        self.act = ReLU()
         self.fc2 = nn.Conv2d(reduced_channels, channels, kernel_size=1, device=device, dtype=dtype)
         self.gate = nn.Sigmoid()
 

@@ -1,0 +1,383 @@
+import functools
+
+import pytest
+import torch
+from comparing import each_setting, images, make_model, train_step
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from timm.layers import convert_splitbn_model, freeze_batch_norm_2d
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+
+from timm_tresnet.layers import DropPath
+
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo reads it
+
+SMALL = {"layers": (1, 1, 2, 1), "width_factor": 0.125}
+DOUBLE = 1e-10
+
+
+class Compiler:
+    """Takes graphs apart and splits them as Inductor does, and runs them as they are.
+
+    Attributes:
+        graphs: what Dynamo made.
+        kept: tensors that forward hands to backward, as (operator that made it, shape, bytes).
+    """
+
+    def __init__(self):
+        self.graphs, self.kept = [], []
+        self._backend = aot_autograd(
+            fw_compiler=self._take_forward,
+            bw_compiler=lambda graph, inputs: make_boxed_func(graph),
+            partition_fn=min_cut_rematerialization_partition,
+            decompositions=select_decomp_table(),
+        )
+
+    def __call__(self, graph, inputs):
+        self.graphs.append(graph)
+        return self._backend(graph, inputs)
+
+    def _take_forward(self, graph, inputs):
+        for node in graph.graph.output_node().args[0]:
+            value = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
+            if isinstance(value, torch.Tensor) and node.op == "call_function":
+                self.kept.append((str(node.target), tuple(value.shape), value.numel() * value.element_size()))
+        return make_boxed_func(graph)
+
+    def kept_bytes(self):
+        return sum(size for _, _, size in self.kept)
+
+    def kept_maps(self):
+        """Operators that made the feature maps that are kept."""
+        return [operator for operator, shape, _ in self.kept if len(shape) == 4 and shape[2] > 1]
+
+
+def compile_part(model, part, backend, **kwargs):
+    kwargs = {"backend": backend, "fullgraph": True, **kwargs}
+    if part == "network":
+        return torch.compile(model, **kwargs)
+    if part == "body":
+        model.body = torch.compile(model.body, **kwargs)
+    elif part == "stages":
+        for stage in (model.body.layer1, model.body.layer2, model.body.layer3, model.body.layer4):
+            stage.compile(**kwargs)
+    else:  # one stage, which is quickest
+        model.body.layer3.compile(**kwargs)
+    return model
+
+
+def compiled_step(
+    setting, part="stage", backend=None, change=lambda model: model, x=None, dtype=torch.float64, **kwargs
+):
+    """A training step of a network made anew, by name, and its compiler."""
+    torch.compiler.reset()
+    model = change(make_model(setting, **{**SMALL, **kwargs})).to(dtype)
+    compiler = Compiler() if backend is None else backend
+    torch.manual_seed(3)
+    step = train_step(compile_part(model, part, compiler), images(4).to(dtype) if x is None else x)
+    return {name.replace("_orig_mod.", ""): value for name, value in step.items()}, compiler
+
+
+def plain_step(change=lambda model: model, x=None, dtype=torch.float64, **kwargs):
+    model = change(make_model("none", **{**SMALL, **kwargs})).to(dtype)
+    torch.manual_seed(3)
+    return train_step(model, images(4).to(dtype) if x is None else x)
+
+
+def assert_close(actual, expected, tolerance=DOUBLE):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        if value is None or not value.is_floating_point():
+            assert actual[name] is value or torch.equal(actual[name], value), name
+        else:
+            assert (actual[name] - value).norm() <= tolerance * value.norm() + 1e-30, name
+
+
+_LONG = [pytest.param(part, marks=pytest.mark.thorough) for part in ("body", "stages")]
+
+
+@pytest.mark.parametrize("part", ["network", *_LONG])
+@each_setting
+def test_a_compiled_step_gives_the_numbers_of_a_plain_one_and_counts_once(setting, part):
+    step, compiler = compiled_step(setting, part)
+    assert len(compiler.graphs) == (4 if part == "stages" else 1)
+    assert_close(step, plain_step())
+    assert step["body.layer3.1.conv2.bn.num_batches_tracked"] == 1
+
+
+@each_setting
+def test_a_backend_that_runs_the_graph_as_it_is_gives_the_same_numbers(setting):
+    """Two forwards before two backwards: checkpointed code runs again with the statistics of another batch there."""
+
+    def run(model, compiled):
+        forward = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+        torch.manual_seed(3)
+        losses = [forward(images(4).double() * scale).square().mean() for scale in (1, 2)]
+        for loss in losses:
+            loss.backward()
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        return buffers | {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    torch.compiler.reset()
+    kwargs = {**SMALL, "drop_path_rate": 0.5}
+    assert_close(run(make_model(setting, **kwargs).double(), True), run(make_model("none", **kwargs).double(), False))
+
+
+@each_setting
+def test_random_masks_are_the_same_in_forward_and_backward(setting):
+    step, _ = compiled_step(setting, drop_path_rate=0.5)
+    assert_close(step, plain_step(drop_path_rate=0.5))
+
+
+def test_inductor_draws_a_mask_once():
+    """Its own random numbers: the gradient is that of the loss with the mask that the forward drew."""
+    torch.compiler.reset()
+    model = make_model("activations", layers=(1, 1, 1, 1), width_factor=0.125, drop_path_rate=0.9).double()
+    network = torch.compile(model, fullgraph=True)
+    x = images(8, 32).double().requires_grad_()
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=x.dtype)
+
+    def compute_loss(x):
+        torch.manual_seed(5)
+        return network(x).square().sum()
+
+    (gradient,) = torch.autograd.grad(compute_loss(x), x)
+    with torch.no_grad():
+        shifted = x + 1e-6 * direction, x - 1e-6 * direction
+    after, before = (compute_loss(each.requires_grad_()).item() for each in shifted)
+    assert (gradient * direction).sum().item() == pytest.approx((after - before) / 2e-6, rel=1e-5)
+
+
+@functools.cache
+def kept_by(setting, **kwargs):
+    return compiled_step(setting, dtype=torch.float32, **{"layers": (1, 1, 6, 1), **kwargs})[1]
+
+
+def test_outputs_of_convolutions_are_kept_and_little_else():
+    maps = kept_by("activations").kept_maps()
+    assert maps.count("aten.convolution.default") == 6 * 3 + 2  # and those of the shortcut and of the blur
+    others = [operator for operator in maps if operator != "aten.convolution.default"]
+    assert others == ["aten.relu.default"] * 2  # one in the middle, so that chains stay short, and the stage's own
+
+
+def test_expansions_are_not_kept():
+    assert kept_by("expansions").kept_maps().count("aten.convolution.default") == 6 * 2 + 2
+
+
+def test_checkpointing_keeps_every_second_output_and_no_convolution():
+    assert kept_by("checkpointing").kept_maps() == ["aten.relu.default"] * 3
+
+
+@each_setting
+def test_statistics_and_gates_are_kept(setting):
+    compiler = kept_by(setting)
+    gates = [shape for _, shape, _ in compiler.kept if len(shape) == 4 and shape[2] == 1]
+    assert len(gates) >= 6 * 2  # means of channels, and a convolution of each squeeze-and-excitation
+    statistics = [operator for operator, shape, _ in compiler.kept if operator.endswith("getitem>") and len(shape) == 1]
+    assert len(statistics) >= 6 * 3 + 1  # of each norm
+
+
+@pytest.mark.parametrize(
+    ("setting", "most"),
+    [
+        ("activations", 0.6),
+        pytest.param("expansions", 0.5, marks=pytest.mark.thorough),
+        pytest.param("checkpointing", 0.3, marks=pytest.mark.thorough),
+    ],
+)
+def test_a_compiled_network_keeps_less_than_without_rebuilding(setting, most):
+    kwargs = {"part": "network", "width_factor": 0.5, "layers": (1, 1, 2, 1)}
+    assert kept_by(setting, **kwargs).kept_bytes() <= most * kept_by("none", **kwargs).kept_bytes()
+
+
+def freeze_all_but_the_last_stage(model):
+    for parameter in (*model.body[:-1].parameters(),):
+        parameter.requires_grad_(False)
+    return model
+
+
+def train_the_head_alone(model):
+    model.body.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("change", [freeze_all_but_the_last_stage, train_the_head_alone])
+def test_frozen_parts_keep_no_more_than_without_rebuilding(change):
+    step, compiler = compiled_step("activations", change=change)
+    assert_close(step, plain_step(change))
+    assert compiler.kept_bytes() <= compiled_step("none", change=change)[1].kept_bytes()
+
+
+def evaluate_norms(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
+def average_cumulatively(model):
+    model.body.layer3[1].conv1.bn.track_running_stats = False
+    return model
+
+
+def replace_an_activation(model):
+    model.body.layer3[1].conv1.bn.act = nn.Hardswish(inplace=True)
+    return model
+
+
+def draw_in_an_activation(model):
+    model.body.layer3[1].conv1.bn.act = nn.RReLU()
+    return model
+
+
+def use_timms_drop_path(model):
+    import timm.layers
+
+    model.body.layer3[1].drop_path = timm.layers.DropPath(0.5)
+    return model
+
+
+def put_in_users_module(model):
+    class Mine(nn.ReLU):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model.body.layer3[1].conv2.bn.act = Mine()
+    model.body.layer2.append(Mine())
+    return model
+
+
+CHANGES = [
+    evaluate_norms,
+    average_cumulatively,
+    replace_an_activation,
+    put_in_users_module,
+    functools.partial(convert_splitbn_model, num_splits=2),
+    freeze_batch_norm_2d,
+]
+
+
+@pytest.mark.parametrize("setting", ["activations", pytest.param("checkpointing", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: getattr(change, "__name__", "split_norms"))
+@pytest.mark.filterwarnings("ignore:.*lru_cache")  # Dynamo, about PyTorch's own functions
+def test_networks_that_users_changed_give_the_same_numbers(change, setting):
+    assert_close(compiled_step(setting, change=change)[0], plain_step(change))
+
+
+@pytest.mark.parametrize("change", [draw_in_an_activation, use_timms_drop_path])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_modules_that_draw_in_place_draw_once(change, backend):
+    step, _ = compiled_step("activations", backend=backend, change=change)
+    assert_close(step, plain_step(change))
+
+
+def test_hooks_of_users_run_once_a_step():
+    calls = []
+
+    def add_hook(model):
+        model.body.layer3[1].conv1.register_forward_hook(lambda module, inputs, output: calls.append(output.shape))
+        return model
+
+    step, compiler = compiled_step("activations", change=add_hook)
+    assert len(calls) == len(compiler.graphs) == 1
+    assert_close(step, plain_step())
+
+
+@pytest.mark.parametrize(
+    ("norm_layer", "act_layer"),
+    [("groupnorm1", "silu"), ("batchnorm2d", "relu"), pytest.param("batchnorm2d", "mish", marks=pytest.mark.thorough)],
+)
+def test_other_norms_and_activations_give_the_same_numbers(norm_layer, act_layer):
+    kwargs = {"norm_layer": norm_layer, "act_layer": act_layer}
+    assert_close(compiled_step("expansions", **kwargs)[0], plain_step(**kwargs))
+
+
+def test_autocast_keeps_half_and_the_numbers_of_its_precision():
+    def run(setting):
+        torch.compiler.reset()
+        model, compiler = make_model(setting, **SMALL), Compiler()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = torch.compile(model, backend=compiler, fullgraph=True)(images(4)).float().square().mean()
+        loss.backward()
+        return loss, model.body.layer1[0].conv1.conv.weight.grad, compiler.kept_bytes()
+
+    loss, gradient, kept = run("activations")
+    plain_loss, plain_gradient, plain_kept = run("none")
+    torch.testing.assert_close(loss, plain_loss, rtol=2e-2, atol=0)
+    assert (gradient - plain_gradient).norm() <= 0.2 * plain_gradient.norm()
+    assert kept < 0.75 * plain_kept
+
+
+def operators_in(graphs):
+    for graph in graphs:
+        for module in graph.modules():
+            if isinstance(module, torch.fx.GraphModule):
+                yield from module.graph.nodes
+
+
+def test_nothing_works_in_place_on_feature_maps():
+    _, compiler = compiled_step("activations", drop_path_rate=0.5)
+    for node in operators_in(compiler.graphs):
+        if node.op not in ("call_function", "call_method"):
+            continue
+        assert not node.kwargs.get("inplace"), node
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        assert not name.endswith("_") or name.startswith("__") or name == "copy_", node
+
+
+@pytest.mark.parametrize("mode", ["eval", "no_grad", "none"])
+def test_no_region_is_made_where_nothing_is_to_be_rebuilt(mode):
+    torch.compiler.reset()
+    model, compiler = make_model("none" if mode == "none" else "activations", **SMALL).train(mode != "eval"), Compiler()
+    with torch.set_grad_enabled(mode != "no_grad"):
+        torch.compile(model, backend=compiler, fullgraph=True)(images())
+    assert not any("checkpoint" in str(node.target) for node in operators_in(compiler.graphs))
+
+
+def test_a_network_exported_in_training_mode_has_no_region():
+    model = make_model("activations", **SMALL).train()
+    exported = torch.export.export(model, (images(),))
+    assert not any("checkpoint" in str(node.target) for node in exported.graph.nodes)
+
+
+def test_features_of_a_compiled_network_are_those_of_a_plain_one():
+    torch.compiler.reset()
+    model, plain = (make_model(setting, **SMALL).double() for setting in ("activations", "none"))
+    x = images().double()
+    forward = torch.compile(model.forward_intermediates, backend="aot_eager", fullgraph=True)
+    for actual, expected in zip(forward(x, intermediates_only=True), plain.forward_intermediates(x)[1], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_other_image_sizes_and_batches_can_follow():
+    torch.compiler.reset()
+    model, plain = (make_model(setting, **SMALL).double() for setting in ("activations", "none"))
+    model.body.layer3.compile(backend="aot_eager", fullgraph=True)
+    for batch, size in ((2, 64), (3, 64), (4, 96), (5, 128)):
+        x = images(batch, size).double()
+        assert_close(_step(model, x), _step(plain, x))
+
+
+def _step(network, x):
+    network.zero_grad()
+    loss = network(x).square().mean()
+    loss.backward()
+    return {"loss": loss.detach(), **{name: each.grad for name, each in network.named_parameters()}}
+
+
+def test_stochastic_depth_draws_what_timm_draws():
+    import timm.layers
+
+    x = torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(2)
+    expected = timm.layers.DropPath(0.4)(x)
+    torch.manual_seed(2)
+    assert torch.equal(DropPath(0.4)._forward_in_region(x), expected)
+
+
+def test_a_single_value_a_channel_is_refused_as_by_pytorch():
+    torch.compiler.reset()
+    model = make_model("activations", **SMALL)
+    with pytest.raises(Exception, match="more than one value per channel when training|more than 1 value per channel"):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(images(1, 32))
