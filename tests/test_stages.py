@@ -88,7 +88,7 @@ def test_checkpointing_runs_blocks_with_other_norms_again():
 def test_chains_between_kept_outputs_grow_away_from_the_end(blocks):
     from timm_tresnet.stages import _kept_outputs
 
-    kept = _kept_outputs(blocks, compiled=False)
+    kept = _kept_outputs(blocks)
     ends = [blocks, *kept]
     chains = [later - earlier - 1 for later, earlier in zip(ends, kept, strict=False)]
     assert chains == list(range(2, 2 + len(kept)))

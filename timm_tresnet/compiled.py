@@ -5,16 +5,20 @@ what to keep. It keeps to `torch.utils.checkpoint` with a policy (selective chec
 that run one after the other, it saves the outputs of the operators that the policy names and the input of the region,
 and computes all else again where backward needs it. Everything stays in one graph, and no hook is left in it.
 
-=============================================  ====================  =====================
-saved                                          "activations"         grad checkpointing
-=============================================  ====================  =====================
-convolution of feature maps                    yes                   no
-the last 1x1 convolution of a bottleneck       not in "expansions"   no
-convolution in squeeze-and-excitation, gates   yes, they are small   yes
-statistics of norms, channel means             yes                   yes
-random numbers                                 yes, never drawn      yes
-                                               again
-=============================================  ====================  =====================
+=========================================  =============  ============  ==================
+saved                                      "activations"  "expansions"  grad checkpointing
+=========================================  =============  ============  ==================
+convolution of feature maps, blur          yes            yes           no
+1x1 convolution that widens fourfold       yes            no            no
+the same, more than fourfold               no             no            no
+convolution in squeeze-and-excitation      yes            yes           yes
+statistics of norms, means of channels     yes            yes           yes
+random numbers                             yes            yes           yes
+=========================================  =============  ============  ==================
+
+A 1x1 convolution that widens fourfold is the last one of a bottleneck. One does more, on the shortcut into the first
+bottleneck of TResNet-M: it makes much of little. Regions end where eager mode keeps an output (`timm_tresnet.stages`):
+with the whole body as one, or each block, more is kept or a step peaks higher (`benchmarks/README.md`).
 """
 
 import functools
@@ -72,10 +76,11 @@ def _choose(setting: str, context: Any, operator: Any, *args: Any, **kwargs: Any
 
 def _saves_convolution(setting: str, x: Tensor, weight: Tensor) -> bool:
     height, width = x.shape[2:]
-    if setting == "activations" or height == width == 1:
+    if height == width == 1:
         return True
     outputs, inputs, *kernel = weight.shape
-    return setting == "expansions" and not (outputs == 4 * inputs and kernel == [1, 1])
+    widening = outputs / inputs if kernel == [1, 1] else 0
+    return {"activations": widening <= 4, "expansions": widening < 4, "convolutions": False}[setting]
 
 
 _CONTEXTS = {

@@ -129,9 +129,8 @@ class Stage(Recorded):
         # Where convolutions run again, longer chains keep less, but more of them is alive at once.
         if self.grad_checkpointing:
             return (len(self) - position) % 2 == 1
-        if torch.compiler.is_compiling():  # which cannot look into a cache
-            return position in _find_kept_outputs(len(self), compiled=True)
-        return position in _kept_outputs(len(self), compiled=False)
+        find = _find_kept_outputs if torch.compiler.is_compiling() else _kept_outputs
+        return position in find(len(self))
 
     def _is_seen(self, position: int, block: nn.Module) -> bool:
         return not isinstance(block, ResidualBlock) or not block.has_own_parts() or is_foreign(block)
@@ -151,25 +150,23 @@ class Stage(Recorded):
         return x
 
 
-def _find_kept_outputs(blocks: int, compiled: bool) -> tuple[int, ...]:
+def _find_kept_outputs(blocks: int) -> tuple[int, ...]:
     """Positions of the blocks in a stage whose output is kept for backward.
 
     Rebuilding an output needs the one before it, so between two kept ones a chain of tensors is alive for a moment. It
     is short at the end of the stage, where backward begins with everything else still in memory, and grows towards the
-    front: 2, 3, 4, ... A stage of up to 4 blocks is one chain. The compiler computes chains in fewer, larger steps, and
-    is best with longer ones (`benchmarks/README.md`): 3, 6, 12, ...
+    front: 2, 3, 4, ... A stage of up to 4 blocks is one chain.
     """
     kept = []
-    chain = 3 if compiled else 2
-    position = blocks - 1 - chain
+    position, chain = blocks - 3, 3
     while blocks > 4 and position > 0:
         kept.append(position)
-        chain = 2 * chain if compiled else chain + 1
         position -= chain + 1
+        chain += 1
     return tuple(kept)
 
 
-_kept_outputs = functools.cache(_find_kept_outputs)
+_kept_outputs = functools.cache(_find_kept_outputs)  # into which the compiler cannot look
 
 
 def _group(steps: list[_Step]) -> list[tuple[list[nn.Module], str]]:

@@ -77,12 +77,13 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
         return self.act(self.drop(x))
 
     def _count_batch(self) -> None:
-        if not torch.jit.is_scripting() and is_in_region():
-            # Read as data, a buffer may change though checkpoint has saved it.
-            self.num_batches_tracked.data.copy_(self.num_batches_tracked + 1)
-        else:
-            self.num_batches_tracked.add_(1)
+        if not torch.jit.is_scripting():
+            if is_in_region():  # where checkpoint has saved buffers, which then may change as data alone
+                self.num_batches_tracked.data.copy_(self.num_batches_tracked + 1)
+                return
+        self.num_batches_tracked.add_(1)
 
+    @torch.jit.unused
     def fits_region(self) -> bool:
         """Whether a region (`timm_tresnet.compiled`) can hold this norm, so that statistics count once."""
         plain = self.weight is not None and self.momentum is not None

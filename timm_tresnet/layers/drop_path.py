@@ -23,7 +23,7 @@ class DropPath(timm.layers.DropPath):
         if not torch.jit.is_scripting():
             if self.training and self.drop_prob > 0 and is_in_region():
                 return self._forward_in_region(x)
-        return super().forward(x)
+        return timm.layers.drop_path(x, self.drop_prob, self.training, self.scale_by_keep)
 
     @torch.jit.unused
     def _forward_in_region(self, x: Tensor) -> Tensor:
