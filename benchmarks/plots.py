@@ -5,15 +5,19 @@
 What is drawn depends on the script that made a file: accuracy against throughput of paper_tables, bars of ablation,
 curves of resolution; of training_memory, one picture of the files of each model, peak memory against the batch. Each is
 an SVG with its command and hardware under it. Needs matplotlib (the extra `plots`).
+
+With `--readme NAME`, files of training_memory become the picture of README.md instead, NAME.svg and NAME_dark.svg for
+light and dark pages. What it shows is in its description too, as JSON.
 """
 
 import argparse
 import itertools
+import json
 import math
 import statistics
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ from timm_tresnet.files import whole
 # Okabe and Ito's colours, which the colour-blind can tell apart, and a marker for each
 _COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
 _MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+_MOST_LINES = 12  # of a caption, in a picture of the usual height
 _STYLE = {
     "figure.figsize": (8, 5),  # inches; 800 px wide at 100 dots an inch
     "figure.facecolor": "white",  # not transparent, so that a dark page does not swallow the text
@@ -41,6 +46,18 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "svg.hashsalt": "timm-tresnet",  # the same file from the same results
+}
+_DARK = {  # what a dark page needs instead
+    "figure.facecolor": "#0d1117",
+    "axes.facecolor": "#0d1117",
+    "grid.color": "#30363d",
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#e6edf3"),
+}
+_README_LINES = {  # row of training_memory -> label, colours on light and on dark, dashes
+    "resnet50": ("ResNet-50", "#D55E00", "#E69F00", "-"),
+    "built-in": ("timm's tresnet_m", "#555555", "#b1bac4", "-"),
+    "activations": ("this tresnet_m", "#0072B2", "#56B4E9", "-"),
+    "checkpointing": ("this, checkpointed", "#0072B2", "#56B4E9", "--"),
 }
 
 
@@ -65,7 +82,9 @@ def _finish(figure: Figure, results: Sequence[dict[str, Any]], notes: str = "") 
     for each in results:
         lines += textwrap.wrap(each["command"], 115)
     figure.text(0.01, 0.01, "\n".join(lines), fontsize=7.5, color="#444444", va="bottom")
-    figure.tight_layout(rect=(0, 0.032 * len(lines) + 0.01, 1, 1))
+    if len(lines) > _MOST_LINES:  # a taller picture, so that they take no more of it
+        figure.set_figheight(figure.get_figheight() * len(lines) / _MOST_LINES)
+    figure.tight_layout(rect=(0, 0.032 * min(len(lines), _MOST_LINES) + 0.01, 1, 1))
     return figure
 
 
@@ -129,20 +148,24 @@ def _label_points(axes: Axes, labels: Sequence[str], points: Sequence[tuple[floa
             raise ValueError(f"{label} at {point}: no room for its name; draw fewer networks in one picture")
 
 
+def collect_peaks(files: Sequence[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """Peak of a training step in GB, by row and batch; of two files with the same batch, the last counts."""
+    peaks: dict[str, dict[int, float]] = {}
+    for results in files:
+        batch = results["settings"]["batch_size"]
+        for row in results["rows"]:
+            if row["peak_mb"] is not None:
+                peaks.setdefault(row["row"], {})[batch] = row["peak_mb"] * batch / 1e3
+    return {name: dict(sorted(points.items())) for name, points in peaks.items()}
+
+
 def draw_training_memory(files: Sequence[dict[str, Any]]) -> Figure:
     """Peak memory of a training step against the batch, from files of one model with a batch each."""
     figure, axes = plt.subplots()
     settings = files[0]["settings"]
-    names = list(dict.fromkeys(row["row"] for results in files for row in results["rows"]))
-    for name, color, marker in zip(names, _cycle(_COLORS, names), _cycle(_MARKERS, names), strict=True):
-        points = {  # by the batch: of two files with the same one, the last counts
-            results["settings"]["batch_size"]: row["peak_mb"] * results["settings"]["batch_size"] / 1e3
-            for results in files
-            for row in results["rows"]
-            if row["row"] == name and row["peak_mb"] is not None
-        }
-        batches = sorted(points)
-        axes.plot(batches, [points[batch] for batch in batches], color=color, marker=marker, label=name)
+    peaks = collect_peaks(files)
+    for name, color, marker in zip(peaks, _cycle(_COLORS, peaks), _cycle(_MARKERS, peaks), strict=True):
+        axes.plot(list(peaks[name]), list(peaks[name].values()), color=color, marker=marker, label=name)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("images in a batch")
@@ -151,6 +174,36 @@ def draw_training_memory(files: Sequence[dict[str, Any]]) -> Figure:
     axes.set_title("Training memory against the batch")
     notes = "built-in, none: plain PyTorch; activations, expansions: settings of rebuild; checkpointing: every block."
     return _finish(figure, files, notes)
+
+
+def draw_readme(files: Sequence[dict[str, Any]], dark: bool) -> Figure:
+    """The picture of README.md: as `draw_training_memory`, few lines with their names at their ends."""
+    figure, axes = plt.subplots(figsize=(8, 4.2))
+    settings, peaks = files[0]["settings"], collect_peaks(files)
+    for row, (label, on_light, on_dark, dashes) in _README_LINES.items():
+        color = on_dark if dark else on_light
+        batches, peak = list(peaks[row]), list(peaks[row].values())
+        axes.plot(batches, peak, dashes, color=color, marker="o", linewidth=2.5)
+        axes.annotate(
+            f"{label}, {peak[-1]:.1f} GB",
+            (batches[-1], peak[-1]),
+            (8, 0),
+            textcoords="offset points",
+            color=color,
+            fontweight="bold",
+            va="center",
+        )
+    axes.set_xlim(0, batches[-1] * 1.5)  # room for the names
+    axes.set_xticks([0, *batches])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("images in a batch")
+    axes.set_ylabel("GB")
+    axes.set_title("Peak memory of a training step", loc="left", fontweight="bold")
+    machine = files[0]["hardware"]["gpu"] or f"{files[0]['hardware']['cpu']}, {files[0]['hardware']['threads']} threads"
+    where = f"{settings['image_size']} px, {settings['amp'] or 'float32'}, {machine}, PyTorch"
+    figure.text(0.99, 0.01, f"{where} {files[0]['versions']['torch']}", fontsize=7.5, ha="right", va="bottom")
+    figure.tight_layout()
+    return figure
 
 
 def draw_ablation(results: dict[str, Any]) -> Figure:
@@ -215,7 +268,7 @@ def draw_resolution(results: dict[str, Any]) -> Figure:
     return _finish(figure, [results], notes)
 
 
-def _cycle(values: Sequence[str], names: Sequence[str]) -> list[str]:
+def _cycle(values: Sequence[str], names: Collection[str]) -> list[str]:
     return [values[index % len(values)] for index in range(len(names))]
 
 
@@ -243,6 +296,44 @@ def draw(paths: Sequence[Path]) -> dict[str, Figure]:
     return figures
 
 
+def draw_for_readme(paths: Sequence[Path], name: str, output: Path) -> list[Path]:
+    """Write the picture of README.md, for light and for dark pages.
+
+    Args:
+        paths: files of training_memory, of one model with a batch each.
+        name: of the light one, without .svg.
+        output: folder.
+
+    Returns:
+        The two files.
+
+    Raises:
+        ValueError: if a file is of another script, or lacks a row of the picture.
+    """
+    files = [load_results(path) for path in paths]
+    for path, results in zip(paths, files, strict=True):
+        missing = _README_LINES.keys() - {row["row"] for row in results["rows"] if "peak_mb" in row}
+        if missing:
+            names = ", ".join(sorted(missing))
+            raise ValueError(f"{path}: the picture of README.md needs rows of training_memory; {names} are missing")
+    peaks = collect_peaks(files)
+    shown = {row: {str(batch): round(peak, 3) for batch, peak in peaks[row].items()} for row in _README_LINES}
+    description = json.dumps({"files": [path.name for path in paths], "peak_gb": shown})
+    written = []
+    for dark in (False, True):
+        with mpl.rc_context(_DARK if dark else {}):
+            figure = draw_readme(files, dark)
+            written.append(output / f"{name}{'_dark' if dark else ''}.svg")
+            _save(figure, written[-1], description)
+    return written
+
+
+def _save(figure: Figure, path: Path, description: str | None = None) -> None:
+    with whole(path) as unfinished:
+        figure.savefig(unfinished, format="svg", metadata={"Date": None, "Description": description})
+    plt.close(figure)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the files named and write one SVG for each picture."""
     parser = argparse.ArgumentParser(description="Draw pictures of results.")
@@ -250,18 +341,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         "files", nargs="+", type=Path, metavar="FILE", help="JSON files that scripts of this folder made"
     )
     parser.add_argument("--output", type=Path, default=Path(), metavar="FOLDER", help="default: the current one")
+    parser.add_argument("--readme", metavar="NAME", help="draw the picture of README.md, as NAME.svg and NAME_dark.svg")
     arguments = parser.parse_args(argv)
     with mpl.rc_context(_STYLE):
         try:
-            figures = draw(arguments.files)
+            if arguments.readme:
+                written = draw_for_readme(arguments.files, arguments.readme, arguments.output)
+            else:
+                figures = draw(arguments.files)
+                written = [arguments.output / f"{name}.svg" for name in figures]
+                for path, figure in zip(written, figures.values(), strict=True):
+                    _save(figure, path)
         except (OSError, ValueError) as error:
             sys.exit(f"plots.py: {error}")
-        for name, figure in figures.items():
-            path = arguments.output / f"{name}.svg"
-            with whole(path) as unfinished:
-                figure.savefig(unfinished, format="svg", metadata={"Date": None})
-            plt.close(figure)
-            print(path)
+    print(*written, sep="\n")
 
 
 if __name__ == "__main__":

@@ -258,6 +258,24 @@ def test_training_memory_has_a_picture_for_each_model(tmp_path):
 
 
 @needs_matplotlib
+def test_picture_of_the_readme_is_drawn_for_light_and_dark_pages(tmp_path, capsys):
+    plots = importlib.import_module("plots")
+    committed = ElementTree.parse(FOLDER / "results" / "readme_memory.svg").getroot()
+    (description,) = (element.text for element in committed.iter("{http://purl.org/dc/elements/1.1/}description"))
+    files = [str(FOLDER / "results" / name) for name in json.loads(description)["files"]]
+    plots.main([*files, "--readme", "memory", "--output", str(tmp_path)])
+    light, dark = (Path(line).read_text() for line in capsys.readouterr().out.splitlines())
+    assert plots._DARK["figure.facecolor"] in dark
+    assert plots._DARK["figure.facecolor"] not in light
+    for picture in (light, dark):
+        assert (
+            ElementTree.fromstring(picture).find(".//{http://purl.org/dc/elements/1.1/}description").text == description
+        )
+    with pytest.raises(SystemExit, match="launches.* needs rows of training_memory; .*resnet50 are missing"):
+        plots.main([str(find_results("launches")[0]), "--readme", "memory", "--output", str(tmp_path)])
+
+
+@needs_matplotlib
 def test_pictures_need_complete_rounds(tmp_path):
     results = json.loads(find_results("resolution")[0].read_text())
     results["rows"][0]["train_images_per_s"] = []
