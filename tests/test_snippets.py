@@ -16,6 +16,7 @@ from snippets import (
 )
 
 from timm_tresnet.commands import benchmark
+from timm_tresnet.commands import list as listing
 
 
 @pytest.fixture
@@ -26,7 +27,10 @@ def stand_ins(request, hub, monkeypatch, tmp_path):
     folder.mkdir()
     monkeypatch.setattr(benchmark, "run", lambda words, **options: 0)
     page = request.node.callspec.params.get("page")
+    listing._measure_backbone.cache_clear()  # of the variants as they are
     make_stand_ins(page.read_text(encoding="utf-8") if page else "", folder, hub, monkeypatch)
+    yield
+    listing._measure_backbone.cache_clear()
 
 
 @pytest.fixture
