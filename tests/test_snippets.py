@@ -15,7 +15,6 @@ from snippets import (
     split_commands,
 )
 
-from timm_tresnet.commands import benchmark
 from timm_tresnet.commands import list as listing
 
 
@@ -25,7 +24,6 @@ def stand_ins(request, hub, monkeypatch, tmp_path):
     direct_client(monkeypatch, hub, tmp_path / "cache")
     folder = tmp_path / "user"
     folder.mkdir()
-    monkeypatch.setattr(benchmark, "run", lambda words, **options: 0)
     page = request.node.callspec.params.get("page")
     listing._measure_backbone.cache_clear()  # of the variants as they are
     make_stand_ins(page.read_text(encoding="utf-8") if page else "", folder, hub, monkeypatch)
