@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, LayerType, calculate_drop_path_rates
+from timm.layers import LayerType, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from timm_tresnet.arguments import STRIDES_AND_DILATIONS, choose, per_stage, resolve_activation, take_indices
 from timm_tresnet.blocks import BasicBlock, Bottleneck
-from timm_tresnet.layers import BlurPool2d, BottleneckHead, ConvNormAct, SpaceToDepth
+from timm_tresnet.heads import choose_head
+from timm_tresnet.layers import BlurPool2d, BottleneckHead, ConvNormAct, MLDecoderHead, SpaceToDepth
 from timm_tresnet.rebuild import SETTINGS
 from timm_tresnet.stages import Recorded, Stage
 
@@ -43,8 +44,14 @@ class TResNet(nn.Module):
         norm_layer: normalisation, a name or class that timm knows.
         output_stride: 32, or 16 or 8 to dilate the last one or two stages instead of striding.
         global_pool: pooling before the classifier, as `timm.layers.SelectAdaptivePool2d` takes it; "" for none.
-        head_features: width of an embedding between the pooling and the classifier, see
-            `timm_tresnet.layers.BottleneckHead`; None for a single linear layer.
+        head: "linear", a linear layer behind the pooling; "bottleneck", two of them, see
+            `timm_tresnet.layers.BottleneckHead`; "ml_decoder", attention in place of the pooling, see
+            `timm_tresnet.layers.MLDecoderHead`.
+        head_features: width between the two layers of "bottleneck", which it asks for by itself; None for 512.
+        num_groups: groups of classes of "ml_decoder"; None for 100, never more than there are classes.
+        decoder_embedding: width of the decoder of "ml_decoder", a multiple of 8; None for 768.
+        label_embedding: width of the word embeddings that "ml_decoder" takes in place of groups, for zero-shot, see
+            `set_label_embeddings`; None for groups.
         drop_rate: dropout before the classifier.
         drop_path_rate: probability of dropping a block, rising linearly from 0 to this over the blocks.
         rebuild: what backward rebuilds instead of keeping it in training, see `set_rebuild`.
@@ -76,7 +83,11 @@ class TResNet(nn.Module):
         norm_layer: LayerType = "batchnorm2d",
         output_stride: int = 32,
         global_pool: str = "fast",
+        head: str = "linear",
         head_features: int | None = None,
+        num_groups: int | None = None,
+        decoder_embedding: int | None = None,
+        label_embedding: int | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         rebuild: str = "activations",
@@ -98,8 +109,13 @@ class TResNet(nn.Module):
             planes = planes // 8 * 8
         if planes < 1:
             raise ValueError(f"TResNet needs a width_factor that leaves a channel, got {width_factor} (v2={v2})")
-        if head_features is not None and head_features < 1:
-            raise ValueError(f"TResNet needs head_features to be at least 1 or None, got {head_features}")
+        make_head = choose_head(
+            head,
+            head_features=head_features,
+            num_groups=num_groups,
+            decoder_embedding=decoder_embedding,
+            label_embedding=label_embedding,
+        )
 
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -138,17 +154,14 @@ class TResNet(nn.Module):
             self.body.s2d.min_size = _smallest_side(self.body)
 
         self.num_features = in_channels
-        if head_features is None:
-            self.head = ClassifierHead(in_channels, num_classes, global_pool, drop_rate, **factory_kwargs)
-        else:
-            self.head = BottleneckHead(
-                in_channels, head_features, num_classes, global_pool, drop_rate, **factory_kwargs
-            )
+        self.head = make_head(
+            in_channels, num_classes=num_classes, pool_type=global_pool, drop_rate=drop_rate, **factory_kwargs
+        )
         self.head_hidden_size = self._head_hidden_size()
         self._draw_weights()
 
     def _head_hidden_size(self) -> int:
-        if isinstance(self.head, BottleneckHead):
+        if isinstance(self.head, BottleneckHead | MLDecoderHead):
             return self.head.num_features
         return self.num_features * self.head.global_pool.feat_mult()
 
@@ -156,8 +169,10 @@ class TResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
-            elif isinstance(module, nn.Linear):
+            elif isinstance(module, nn.Linear) and not isinstance(self.head, MLDecoderHead):
                 nn.init.normal_(module.weight, std=0.01)
+        if isinstance(self.head, MLDecoderHead):
+            self.head.draw_weights()
         for module in self.modules():
             if isinstance(module, BasicBlock):
                 nn.init.zeros_(module.conv2.bn.weight)
@@ -233,8 +248,39 @@ class TResNet(nn.Module):
         self.head.train(self.training)
         self.head_hidden_size = self._head_hidden_size()
         for module in self.head.modules():
-            if isinstance(module, nn.Linear) and module not in kept:
+            if isinstance(module, nn.Linear) and module not in kept and not isinstance(self.head, MLDecoderHead):
                 nn.init.normal_(module.weight, std=0.01)
+
+    @torch.jit.ignore
+    def set_label_embeddings(self, names: Sequence[str], vectors: Tensor) -> None:
+        """Ask for these labels from now on, seen in training or not; for zero-shot with an ML-Decoder head.
+
+        The names go into `pretrained_cfg`, where `timm-tresnet` looks for them; the vectors into the state dict.
+
+        Args:
+            names: of the labels, each a different one.
+            vectors: their word embeddings, (len(names), label_embedding), as a tensor or what becomes one.
+
+        Raises:
+            ValueError: if the network has no such head or its queries are folded, names are not different texts, or
+                vectors are not finite numbers of that shape.
+        """
+        if not isinstance(self.head, MLDecoderHead):
+            raise ValueError("set_label_embeddings needs a network with head='ml_decoder' and label_embedding=WIDTH")
+        names, vectors = list(names), torch.as_tensor(vectors)
+        twice = sorted({str(name) for name in names if names.count(name) > 1})
+        if twice or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"set_label_embeddings needs names to be different texts, got {twice or names}")
+        if vectors.shape[:1] != (len(names),):
+            raise ValueError(
+                f"set_label_embeddings needs a vector for each of {len(names)} names, got {tuple(vectors.shape)}"
+            )
+        self.head.set_label_embeddings(vectors)
+        self.num_classes = len(names)
+        if hasattr(self, "pretrained_cfg"):  # timm puts it there, and the same as default_cfg
+            others = {name: value for name, value in self.pretrained_cfg.items() if name != "label_descriptions"}
+            self.pretrained_cfg = {**others, "num_classes": len(names), "label_names": tuple(names)}
+            self.default_cfg = self.pretrained_cfg
 
     def forward_intermediates(
         self,
