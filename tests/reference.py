@@ -58,11 +58,14 @@ def official_state_dict(
     counters=False,
     head="linear",
     head_features=512,
+    num_groups=100,
+    decoder_embedding=768,
+    zero_shot=False,
 ):
     """Random tensors under the names and shapes of the official code, In-Place ABN included.
 
     Weights of the In-Place ABN are negative in part and near zero in part. The head is "linear", "bottleneck" (ASL),
-    "ml_decoder", with some of that head's tensors, or "none".
+    "ml_decoder", "query2label", with some of that head's tensors and the names that its backbone has there, or "none".
     """
     tensors = {}
 
@@ -121,17 +124,86 @@ def official_state_dict(
         linear("head.fc.embedding_generator.0", in_channels, head_features)
         linear("head.fc.FC", head_features, num_classes)
     elif head == "ml_decoder":
-        linear("head.decoder.embed_standart", in_channels, 768)
-        tensors["head.decoder.query_embed.weight"] = torch.randn(min(num_classes, 100), 768)
-        tensors["head.decoder.duplicate_pooling"] = torch.randn(min(num_classes, 100), 768, -(-num_classes // 100))
-        tensors["head.decoder.duplicate_pooling_bias"] = torch.randn(num_classes)
+        tensors |= ml_decoder_state_dict(in_channels, num_classes, num_groups, decoder_embedding, zero_shot)
+    elif head == "query2label":
+        tensors = {f"module.backbone.0.body.{name}": tensor for name, tensor in tensors.items()}
+        for name in ("transformer.decoder.layers.0.norm1.weight", "query_embed.weight", "fc.W", "fc.b"):
+            tensors[f"module.{name}"] = torch.randn(num_classes, 8)
     return tensors
 
 
-def official_forward(tensors, x, slope=1e-3, stem_slope=1e-2):
+def ml_decoder_state_dict(in_channels, num_classes, num_groups=100, width=768, zero_shot=False):
+    """Random tensors under the names and shapes of the official ML-Decoder, behind "head."."""
+    groups = 1 if zero_shot else min(num_groups, num_classes)
+    shapes = {
+        "decoder.embed_standart.weight": (width, in_channels),
+        "decoder.query_embed.weight": (groups, width),
+        "decoder.duplicate_pooling": (width, 1) if zero_shot else (groups, width, -(-num_classes // groups)),
+        "decoder.duplicate_pooling_bias": (1 if zero_shot else num_classes,),
+        "wordvec_proj.weight": (width, 300),
+    }
+    layer = "decoder.layers.0"
+    matrices = {"multihead_attn.in_proj_": (3, 1), "multihead_attn.out_proj.": (1, 1)}
+    matrices |= {"linear1.": (2048 / width, 1), "linear2.": (1, 2048 / width)}
+    for name, (rows, columns) in matrices.items():
+        shapes[f"{layer}.{name}weight"] = (round(rows * width), round(columns * width))
+    for name in ("decoder.embed_standart.", "wordvec_proj.", *(f"{layer}.{name}" for name in matrices)):
+        shapes[f"{name}bias"] = shapes[f"{name}weight"][:1]
+    for name in ("norm1", "norm2", "norm3"):
+        shapes |= dict.fromkeys((f"{layer}.{name}.weight", f"{layer}.{name}.bias"), (width,))
+    left_out = "decoder.query_embed." if zero_shot else "wordvec_proj."
+    return {
+        f"head.{name}": torch.randn(shape) / (shape[1] if len(shape) > 1 else 1) ** 0.5
+        for name, shape in shapes.items()
+        if not name.startswith(left_out)
+    }
+
+
+def ml_decoder(tensors, x, word_vectors=None, num_heads=8):
+    """Logits of the official ML-Decoder in eval mode on a feature map, an image, a query and a head at a time."""
+
+    def linear(name, x):
+        return x @ tensors[f"{name}weight"].T + tensors[f"{name}bias"]
+
+    def norm(name, x):
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return x * tensors[f"head.decoder.layers.0.{name}.weight"] + tensors[f"head.decoder.layers.0.{name}.bias"]
+
+    tensors = {name.replace("in_proj_", "in_proj."): tensor for name, tensor in tensors.items()}
+    layer = "head.decoder.layers.0"
+    if word_vectors is None:
+        queries = tensors["head.decoder.query_embed.weight"]
+    else:
+        queries = linear("head.wordvec_proj.", word_vectors).relu()
+    weight, bias = tensors["head.decoder.duplicate_pooling"], tensors["head.decoder.duplicate_pooling_bias"]
+    logits = []
+    for image in x:
+        pixels = image.flatten(1).T
+        memory = linear("head.decoder.embed_standart.", pixels).relu()
+        row = []
+        for index, query in enumerate(queries):
+            query = norm("norm1", query + query)  # what dropout leaves of it, added to itself
+            width = len(query)
+            asked = linear(f"{layer}.multihead_attn.in_proj.", query)[:width]
+            key, value = linear(f"{layer}.multihead_attn.in_proj.", memory)[:, width:].split(width, 1)
+            heads = []
+            for head in range(num_heads):
+                part = slice(head * width // num_heads, (head + 1) * width // num_heads)
+                share = (key[:, part] @ asked[part] / (width // num_heads) ** 0.5).softmax(0)
+                heads.append(share @ value[:, part])
+            query = norm("norm2", query + linear(f"{layer}.multihead_attn.out_proj.", torch.cat(heads)))
+            hidden = linear(f"{layer}.linear1.", query).relu()
+            query = norm("norm3", query + linear(f"{layer}.linear2.", hidden))
+            row.append(query @ (weight if weight.ndim == 2 else weight[index]))
+        logits.append(torch.cat(row)[: len(bias)] + bias if word_vectors is None else torch.cat(row) + bias)
+    return torch.stack(logits)
+
+
+def official_forward(tensors, x, slope=1e-3, stem_slope=1e-2, word_vectors=None):
     """Logits of the official network in eval mode, straight from its state dict.
 
-    Without a head, or with ML-Decoder's, the means of the feature map.
+    Without a head the means of the feature map. Queries of ML-Decoder's may be made of word vectors.
     """
 
     def conv_abn(name, x, activation_slope=None, stride=1):
@@ -174,6 +246,8 @@ def official_forward(tensors, x, slope=1e-3, stem_slope=1e-2):
                 x = squeeze_excite(x, *se) if se[0] is not None else x
             x = (x + shortcut).relu()
             index += 1
+    if "head.decoder.duplicate_pooling" in tensors:
+        return ml_decoder(tensors, x, word_vectors)
     x = x.mean((2, 3))
     for name in ("head.fc.embedding_generator.0", "head.fc.FC", "head.fc"):
         if f"{name}.weight" in tensors:

@@ -63,8 +63,9 @@ def test_without_pooling_the_feature_map_comes_out(model):
     model.reset_classifier(0, "")
     assert model(torch.rand(1, 3, 64, 64)).shape == (1, 2048, 2, 2)
     assert model.head_hidden_size == model.num_features == 2048
-    with pytest.raises(ValueError, match="BottleneckHead needs pooling to tell 5 classes apart"):
-        model.reset_classifier(5, "")
+    model.reset_classifier(5, "")
+    assert model(torch.rand(1, 3, 64, 64)).shape == (1, 5, 2, 2)
+    assert model.head_hidden_size == 12
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch announces the end of TorchScript

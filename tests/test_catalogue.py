@@ -10,10 +10,11 @@ from timm.models import get_pretrained_cfg, list_models
 from timm_tresnet.catalogue import NOTHING_KNOWN, Facts, load_catalogue, make_pretrained_cfg
 from timm_tresnet.checkpoint import from_official
 from timm_tresnet.conversion.description import _choose_public_weight
-from timm_tresnet.conversion.recognition import Recognised, _check_fit, _detect, _find_blurs, _take_head
+from timm_tresnet.conversion.recognition import Recognised, _check_fit, _detect, _detect_head, _find_blurs
 from timm_tresnet.labels import MULTI_LABEL
 
 CATALOGUE = load_catalogue()
+NOT_OURS = ("query2label", "unknown")  # heads that the registered network has not
 each_public_weight = pytest.mark.parametrize("public", CATALOGUE.values(), ids=CATALOGUE)
 OFFICIAL = {  # how the official code makes each architecture
     "tresnet_m": {"layers": (3, 4, 11, 3)},
@@ -47,22 +48,22 @@ def test_official_names_and_shapes_are_found_to_be_the_public_weights(public):
     with torch.device("meta"):
         tensors = reference.official_state_dict(
             **OFFICIAL[public.architecture],
-            num_classes=public.num_classes,
-            head=public.head,
+            num_classes=public.num_classes or 7,
+            head={"unknown": "linear", "query2label": "none"}.get(public.head, public.head),
+            num_groups=public.num_groups or 100,
             counters=True,
         )
     blurred = _find_blurs(tensors)
-    head, classes, weights = _take_head(from_official(tensors))
+    weights = from_official(tensors)
+    head, classes, head_arguments = _detect_head(weights)
     architecture, model_args = _detect(weights, blurred, custom=False)
-    if head == "bottleneck":
-        model_args["head_features"] = weights["head.embedding.weight"].shape[0]
-    _check_fit(weights, architecture, model_args, 0 if head == "ml_decoder" else classes)
+    _check_fit(weights, architecture, model_args | head_arguments, classes)
     found = Recognised(
         architecture=architecture,
-        model_args=model_args,
+        model_args=model_args | head_arguments,
         state_dict=weights,
-        head=head,
-        head_classes=classes,
+        head="query2label" if public.head == "query2label" else head,
+        num_classes=classes,
         layout="official",
         inplace_abn=True,
     )
@@ -74,13 +75,11 @@ def test_official_names_and_shapes_are_found_to_be_the_public_weights(public):
 def test_registered_config_says_what_the_public_weight_says(public):
     config = get_pretrained_cfg(public.name)
     assert config.hf_hub_id == public.hf_hub_id
-    assert config.num_classes == (0 if public.head == "ml_decoder" else public.num_classes)
+    assert config.num_classes == (0 if public.head in NOT_OURS else public.num_classes)
     assert config.input_size == (3, public.input_size or 224, public.input_size or 224)
-    assert (config.mean, config.std, config.interpolation) == (
-        public.mean,
-        public.std,
-        public.interpolation,
-    )
+    assert config.interpolation == public.interpolation
+    if public.mean:
+        assert (config.mean, config.std) == (public.mean, public.std)
     crop = (config.crop_pct, config.crop_mode)
     if public.hf_hub_id and public.name in OTHER_CROP_IN_TIMM:
         assert crop == (0.875, "center") != (public.crop_pct, public.crop_mode)
@@ -88,14 +87,14 @@ def test_registered_config_says_what_the_public_weight_says(public):
         assert crop == (public.crop_pct, public.crop_mode)
     if not public.hf_hub_id:
         assert config.license == public.license
-        assert (config.notes == (MULTI_LABEL,)) == (public.multi_label and public.head != "ml_decoder")
+        assert (config.notes == (MULTI_LABEL,)) == (public.multi_label and public.head not in NOT_OURS)
 
 
 @each_public_weight
 def test_registered_tag_builds_the_network_of_the_public_weight(public):
     model = timm.create_model(public.name, device="meta")
-    assert model.num_classes == (0 if public.head == "ml_decoder" else public.num_classes)
-    assert model.head_hidden_size == (512 if public.head == "bottleneck" else model.num_features)
+    assert model.num_classes == (0 if public.head in NOT_OURS else public.num_classes)
+    assert model.head_hidden_size == {"bottleneck": 512, "ml_decoder": 768}.get(public.head, model.num_features)
     slopes = {type(m): m.negative_slope for m in model.body.layer1.modules() if isinstance(m, torch.nn.LeakyReLU)}
     assert slopes[torch.nn.LeakyReLU] == public.network_arguments.get("negative_slope", 1e-3)
     assert model.body.conv1.bn.act.negative_slope == public.network_arguments.get("stem_negative_slope", 1e-2)
@@ -141,8 +140,8 @@ def test_the_original_file_loads_into_the_registered_tag(tmp_path):
         torch.testing.assert_close(model(x), reference.official_forward(tensors, x), rtol=1e-4, atol=1e-4)
 
 
-def test_file_names_tell_public_weights_apart():
-    files = [file for public in CATALOGUE.values() for file in public.files]
+def test_file_names_and_tensors_tell_public_weights_apart():
+    files = [(public.architecture, file) for public in CATALOGUE.values() for file in public.files]
     assert len(files) == len(set(files))
 
 

@@ -13,12 +13,10 @@ from timm_tresnet.conversion.card import PLACEHOLDER, make_card
 CATALOGUE = load_catalogue()
 LINEAR = CATALOGUE["tresnet_m.miil_in21k_ft_in1k"]
 MULTI_LABEL = CATALOGUE["tresnet_l.asl_coco_448"]
-BACKBONE = CATALOGUE["tresnet_v2_l.ml_decoder_coco_448"]
+ML_DECODER = CATALOGUE["tresnet_v2_l.ml_decoder_coco_448"]
+BACKBONE = CATALOGUE["tresnet_v2_l.q2l_coco_448"]
+PRETRAINING = CATALOGUE["tresnet_v2_l.ml_decoder_openimages_pretrain"]
 UNLICENSED = CATALOGUE["tresnet_v2_l.csl_openimages"]
-
-
-def converted_classes(public):
-    return 0 if public.head == "ml_decoder" else public.num_classes
 
 
 def find_code(card):
@@ -27,13 +25,13 @@ def find_code(card):
 
 @pytest.mark.parametrize("public", CATALOGUE.values(), ids=CATALOGUE)
 def test_card_of_every_public_weight_has_metadata_that_the_hub_client_reads(public):
-    card = ModelCard(make_card(public, public.architecture, converted_classes(public), "owner/name"))
+    card = ModelCard(make_card(public, public.architecture, public.converted_classes, "owner/name"))
     assert card.data.library_name == "timm"
     assert card.data.license == public.license
     assert ("multi-label" in card.data.tags) == public.multi_label
-    assert public.metric.published in card.text
+    assert public.metric is None or public.metric.published in card.text
     assert public.paper.removeprefix("arXiv:") in card.text
-    if public.head == "ml_decoder":
+    if public.head in ("query2label", "unknown"):
         assert card.data.pipeline_tag == "image-feature-extraction"
         assert card.data.eval_results is None
     else:
@@ -75,8 +73,22 @@ def test_what_a_public_weight_does_not_say_is_left_out():
 def test_result_of_a_head_that_is_not_converted_is_no_result_of_the_backbone():
     card = make_card(BACKBONE, BACKBONE.architecture, 0)
     assert "model-index" not in card
-    assert "90.1 %, published in Alibaba-MIIL/ML_Decoder, MODEL_ZOO.md; that is with the published head" in card
+    assert "89.2 %, published in SlongLiu/query2labels, README.md; that is with the published head" in card
+    assert "The Query2Label head is left out" in card
     assert "### Classification" not in card
+
+
+def test_results_of_ml_decoder_are_those_of_the_converted_network():
+    card = make_card(ML_DECODER, ML_DECODER.architecture, 80)
+    assert "| mAP on MS-COCO 2014 | 90.1 %, published in Alibaba-MIIL/ML_Decoder, MODEL_ZOO.md |" in card
+    assert "one sigmoid a class" in card
+
+
+def test_weights_without_a_result_claim_none():
+    card = make_card(PRETRAINING, PRETRAINING.architecture, 9605)
+    assert "model-index" not in card
+    assert "%" not in card
+    assert "resized to 448" not in card
 
 
 def test_preprocessing_is_described_as_the_public_weight_has_it():

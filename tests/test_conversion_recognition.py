@@ -93,8 +93,17 @@ def test_other_precisions_become_single_before_the_norm_weights_are_rebuilt(dtyp
 
 
 HEADS = {
-    "bottleneck": ({"head": "bottleneck", "head_features": 24}, 10, {"head_features": 24}),
-    "ml_decoder": ({"head": "ml_decoder"}, 0, {}),
+    "bottleneck": ({"head": "bottleneck", "head_features": 24}, 10, {"head": "bottleneck", "head_features": 24}),
+    "ml_decoder": (
+        {"head": "ml_decoder", "num_groups": 3, "decoder_embedding": 64},
+        10,
+        {"head": "ml_decoder", "num_groups": 3, "decoder_embedding": 64},
+    ),
+    "full_decoding": (
+        {"head": "ml_decoder"},
+        10,
+        {"head": "ml_decoder", "num_groups": 10, "decoder_embedding": 768},
+    ),
     "none": ({"head": "none"}, 0, {}),
 }
 
@@ -105,13 +114,85 @@ def test_kind_of_head_is_found(official, num_classes, model_args, tmp_path):
     conversion = convert_checkpoint(save_checkpoint({"model": tensors}, tmp_path / "a.pth"))
     assert (conversion.head, conversion.num_classes) == (official["head"], num_classes)
     assert conversion.model_args == model_args
-    assert any("ML-Decoder head (10 classes) was left out" in n for n in conversion.notes) == (
-        official["head"] == "ml_decoder"
-    )
     write_folder(conversion, tmp_path / "folder")
     x = torch.rand(2, 3, 64, 64)
     assert_gives(tmp_path / "folder", reference.official_forward(tensors, x), x)
     assert load_folder(tmp_path / "folder", num_classes=3)(x).shape == (2, 3)
+
+
+def test_zero_shot_networks_answer_once_they_have_labels(tmp_path):
+    tensors = reference.official_state_dict(**SMALL, head="ml_decoder", decoder_embedding=64, zero_shot=True)
+    conversion = convert_checkpoint(save_checkpoint({"model": tensors}, tmp_path / "a.pth"))
+    assert (conversion.head, conversion.num_classes) == ("ml_decoder", 0)
+    assert conversion.model_args == {"head": "ml_decoder", "decoder_embedding": 64, "label_embedding": 300}
+    assert any("model.set_label_embeddings(names, vectors)" in note for note in conversion.notes)
+    write_folder(conversion, tmp_path / "folder")
+    model, x, vectors = load_folder(tmp_path / "folder"), torch.rand(2, 3, 64, 64), torch.randn(7, 300)
+    with pytest.raises(ValueError, match=r"no labels yet; give it some by set_label_embeddings"):
+        model(x)
+    model.set_label_embeddings([f"label {index}" for index in range(7)], vectors)
+    with torch.no_grad():
+        expected = reference.official_forward(tensors, x, word_vectors=vectors)
+        assert reference.relative_error(model(x), expected) <= 1e-5
+    # timm's form of the same network has its labels in the file
+    again = convert_checkpoint(save_checkpoint(model.state_dict(), tmp_path / "b.pth"))
+    assert (again.num_classes, again.layout) == (7, "timm")
+    write_folder(again, tmp_path / "again")
+    assert_gives(tmp_path / "again", expected, x)
+
+
+def test_the_backbone_of_query2label_is_converted(tmp_path):
+    tensors = reference.official_state_dict(**SMALL, head="query2label")
+    conversion = convert_checkpoint(save_checkpoint({"state_dict": tensors}, tmp_path / "checkpoint.pkl"))
+    assert (conversion.head, conversion.num_classes, conversion.model_args) == ("query2label", 0, {})
+    assert any("the Query2Label head was left out" in note for note in conversion.notes)
+    write_folder(conversion, tmp_path / "folder")
+    backbone = {name.removeprefix("module.backbone.0.body."): tensor for name, tensor in tensors.items()}
+    x = torch.rand(2, 3, 64, 64)
+    assert_gives(tmp_path / "folder", reference.official_forward(backbone, x), x)
+
+
+def test_class_names_in_the_file_become_label_names(tmp_path):
+    tensors = reference.official_state_dict(**SMALL, head="ml_decoder", decoder_embedding=64)
+    names = [f"label {index}" for index in range(10)]
+    file = save_checkpoint({"model": tensors, "idx_to_class": dict(enumerate(names))}, tmp_path / "a.pth")
+    write_folder(convert_checkpoint(file), tmp_path / "folder")
+    model = load_folder(tmp_path / "folder")
+    assert list(model.pretrained_cfg["label_names"]) == names
+
+
+def test_a_head_in_official_names_on_a_timm_network_is_taken(tmp_path):
+    model = timm.create_model("test_tresnet", num_classes=0)
+    tensors = model.state_dict() | reference.ml_decoder_state_dict(512, 7, 3, 64)
+    conversion = convert_checkpoint(save_checkpoint(tensors, tmp_path / "a.pth"))
+    assert (conversion.layout, conversion.num_classes) == ("timm", 7)
+    write_folder(conversion, tmp_path / "folder")
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = reference.ml_decoder(tensors, model.eval().forward_features(x))
+    assert_gives(tmp_path / "folder", expected, x)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("head.decoder.query_embed.weight"), "is incomplete: missing head.queries.vectors"),
+        (lambda t: t.pop("head.decoder.embed_standart.weight"), "is incomplete: missing head.embedding.weight"),
+        (lambda t: t.pop("head.decoder.layers.0.linear1.bias"), "missing head.decoder.mlp.fc1.bias"),
+        (
+            lambda t: t.update({"head.decoder.duplicate_pooling": torch.zeros(3, 64, 9)}),
+            r"wrong shape head.fc.weight \(3, 64, 9\) instead of \(3, 64, 4\)",
+        ),
+        (lambda t: t.update({"head.decoder.layers.1.norm1.bias": torch.zeros(64)}), "unexpected head.decoder.layers.1"),
+        (lambda t: t.update({"head.decoder.embed_standart.weight": torch.zeros(3, 512)}), "decoder_embedding in multi"),
+    ],
+    ids=["queries", "embedding", "layer", "groups", "two_layers", "width"],
+)
+def test_parts_of_a_decoder_are_refused(change, message, tmp_path):
+    tensors = reference.official_state_dict(**SMALL, head="ml_decoder", num_groups=3, decoder_embedding=64)
+    change(tensors)
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(save_checkpoint(tensors, tmp_path / "a.pth"))
 
 
 def test_architecture_is_that_of_the_tensors_not_of_the_name(tmp_path):
@@ -122,7 +203,7 @@ def test_architecture_is_that_of_the_tensors_not_of_the_name(tmp_path):
     assert any("tresnet_l.miil_in1k" in note and "was not used" in note for note in conversion.notes)
     known = convert_checkpoint(tmp_path / "tresnet_l.pth", public_weight="tresnet_v2_l.ml_decoder_coco_448")
     assert known.pretrained_cfg["input_size"] == (3, 448, 448)
-    assert "notes" not in known.pretrained_cfg  # the backbone has no labels
+    assert known.labels["label_names"][0] == "person"
     with pytest.raises(ValueError, match=r"public weight tresnet_l.miil_in1k is for .* the file holds .*tresnet_v2_l"):
         convert_checkpoint(tmp_path / "tresnet_l.pth", public_weight="tresnet_l.miil_in1k")
 
@@ -247,7 +328,7 @@ REFUSED = {
         "unexpected body.layer3.99999999.conv1.conv.weight",
     ),
     "stem": (lambda tensors: {**tensors, "body.conv1.0.weight": torch.zeros(16, 50, 3, 3)}, "fits no stem"),
-    "classifier": (lambda tensors: {**tensors, "head.fc.weight": torch.zeros(10)}, "needs two dimensions"),
+    "classifier": (lambda tensors: {**tensors, "head.fc.weight": torch.zeros(10)}, "needs 2 or 3 dimensions"),
     "repeated": (
         lambda tensors: {**tensors, "head.fc.weight": torch.zeros(1, 1).expand(10**7, 10**7)},
         "head.fc.weight of shape .* is larger than what the file holds",

@@ -14,7 +14,6 @@ from typing import Any
 from timm_tresnet.labels import MULTI_LABEL
 
 _FILE = importlib.resources.files(__package__) / "catalogue.toml"  # not a Path in a zip application
-_HEAD_FEATURES = 512  # of the official bottleneck heads (Alibaba-MIIL/ASL, `TResNet`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +44,13 @@ class Facts:
     """
 
     input_size: int | None = _field(None, help="side of the images", type=int, metavar="PIXELS")
-    crop_pct: float | None = _field(help="side of the crop over the resized image's", type=float, metavar="FRACTION")
-    crop_mode: str | None = _field(help="crop the centre, or resize to a square", choices=("center", "squash"))
+    crop_pct: float | None = _field(
+        None, help="side of the crop over the resized image's", type=float, metavar="FRACTION"
+    )
+    crop_mode: str | None = _field(None, help="crop the centre, or resize to a square", choices=("center", "squash"))
     interpolation: str | None = _field(choices=("nearest", "bilinear", "bicubic", "lanczos"))
-    mean: tuple[float, ...] | None = _field(help="of each channel", nargs="+", type=float, metavar="M")
-    std: tuple[float, ...] | None = _field(help="of each channel", nargs="+", type=float, metavar="S")
+    mean: tuple[float, ...] | None = _field(None, help="of each channel", nargs="+", type=float, metavar="M")
+    std: tuple[float, ...] | None = _field(None, help="of each channel", nargs="+", type=float, metavar="S")
     negative_slope: float | None = _field(None, help="of the activations in the blocks", type=float, metavar="SLOPE")
     stem_negative_slope: float | None = _field(None, help="of the activation in the stem", type=float, metavar="SLOPE")
     license: str | None = _field(None, help="as the Hub names it, such as apache-2.0", metavar="NAME")
@@ -82,10 +83,12 @@ class PublicWeight(Facts):
         tag: tag of the pretrained config; `architecture.tag` is the public weight's name.
         files: names under which the weights were published.
         num_classes: how many classes the published head has.
-        metric: the published result.
+        metric: the published result of these weights.
         paper: "arXiv:" and its number.
         code: address of the official code.
-        head: "linear", "bottleneck" (two linear layers) or "ml_decoder" (only the backbone can be converted).
+        head: that of the network (`timm_tresnet.heads`); "query2label" if it is another one, of which the backbone can
+            be converted; "unknown" for whatever is in the file.
+        num_groups: groups of an ML-Decoder head, if not as many as it has by itself.
         pretraining: data set of the training before that on `dataset`.
         labels: name of the list of classes, such as "imagenet-1k" or "coco".
         hf_hub_id: Hub repository that holds the weights.
@@ -94,11 +97,12 @@ class PublicWeight(Facts):
     architecture: str
     tag: str
     files: tuple[str, ...]
-    num_classes: int
-    metric: Metric
     paper: str
     code: str
-    head: str = _field("linear", choices=("linear", "bottleneck", "ml_decoder"))
+    num_classes: int | None = None
+    metric: Metric | None = None
+    head: str = _field("linear", choices=("linear", "bottleneck", "ml_decoder", "query2label", "unknown"))
+    num_groups: int | None = None
     pretraining: str | None = None
     labels: str | None = None
     hf_hub_id: str | None = None
@@ -110,13 +114,15 @@ class PublicWeight(Facts):
 
     @property
     def converted_classes(self) -> int:
-        """Classes of the network that can be made of it: none with an ML-Decoder head, whose backbone is converted."""
-        return 0 if self.head == "ml_decoder" else self.num_classes
+        """Classes of the registered network: none if the head is of another kind or not known."""
+        return 0 if self.head in ("query2label", "unknown") else self.num_classes or 0
 
     @property
     def network_arguments(self) -> dict[str, Any]:
         """Arguments of the network that hold the weight, beyond those of its variant."""
-        return {**self.slopes, **({"head_features": _HEAD_FEATURES} if self.head == "bottleneck" else {})}
+        head = {"head": self.head} if self.head in ("bottleneck", "ml_decoder") else {}
+        groups = {"num_groups": self.num_groups} if self.num_groups else {}
+        return {**self.slopes, **head, **groups}
 
 
 def make_pretrained_cfg(facts: Facts, num_classes: int, in_chans: int = 3) -> dict[str, Any]:
@@ -170,7 +176,8 @@ def load_catalogue(path: Traversable = _FILE) -> Mapping[str, PublicWeight]:
 
 def _parse(name: str, table: dict[str, Any]) -> PublicWeight:
     _check_fields(f"public weight {name}", table, PublicWeight)
-    _check_fields(f"metric of public weight {name}", table["metric"], Metric)
+    if "metric" in table:
+        _check_fields(f"metric of public weight {name}", table["metric"], Metric)
     for field in dataclasses.fields(PublicWeight):
         choices = field.metadata.get("choices", ())
         if choices and field.name in table and table[field.name] not in choices:
@@ -178,7 +185,8 @@ def _parse(name: str, table: dict[str, Any]) -> PublicWeight:
                 f"public weight {name} needs {field.name} to be one of {', '.join(choices)}, got {table[field.name]!r}"
             )
     lists = {field: tuple(value) for field, value in table.items() if isinstance(value, list)}
-    public = PublicWeight(**{**table, **lists, "metric": Metric(**table["metric"])})
+    metric = Metric(**table["metric"]) if "metric" in table else None
+    public = PublicWeight(**{**table, **lists, "metric": metric})
     if public.name != name:
         raise ValueError(f"public weight {name} says that it is {public.name}; its key is architecture.tag")
     return public

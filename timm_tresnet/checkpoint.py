@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from timm_tresnet.layers import MLDecoderHead
+
+QUERIES = "head.queries.vectors"
 _STEM = "body.conv1.conv.weight"
 OFFICIAL_STEM = "body.conv1.0.weight"
 
@@ -20,7 +23,23 @@ _PREFIX = re.compile(r"(?P<prefix>(?:.*\.)?)body\.conv1\.(?:0|conv)\.weight$")
 _OFFICIAL_CONV = re.compile(r"(?P<layer>\bconv\d)(?:\.0)?\.(?P<part>[01])\.(?P<tensor>\w+)$")
 _OFFICIAL_SHORTCUT = re.compile(r"(?P<layer>\bdownsample\.[01])\.(?P<part>[01])\.(?P<tensor>\w+)$")
 _PARTS = {"0": "conv", "1": "bn"}
-_OFFICIAL_HEAD = {"head.fc.embedding_generator.0.": "head.embedding.", "head.fc.FC.": "head.fc."}
+_OFFICIAL_CLASSIFIER = "head.decoder.duplicate_pooling"
+_OFFICIAL_HEAD = {  # bottleneck (Alibaba-MIIL/ASL); ML-Decoder (Alibaba-MIIL/ML_Decoder)
+    "head.fc.embedding_generator.0.": "head.embedding.",
+    "head.fc.FC.": "head.fc.",
+    "head.decoder.embed_standart.": "head.embedding.",
+    "head.decoder.query_embed.weight": "head.queries.vectors",
+    "head.wordvec_proj.": "head.queries.embed.fc.",
+    "head.decoder.layers.0.norm1.": "head.queries.norm.",
+    "head.decoder.layers.0.multihead_attn.out_proj.": "head.decoder.proj.",
+    "head.decoder.layers.0.norm2.": "head.decoder.norm2.",
+    "head.decoder.layers.0.norm3.": "head.decoder.norm3.",
+    "head.decoder.layers.0.linear1.": "head.decoder.mlp.fc1.",
+    "head.decoder.layers.0.linear2.": "head.decoder.mlp.fc2.",
+    "head.decoder.duplicate_pooling_bias": "head.fc.bias",
+    _OFFICIAL_CLASSIFIER: "head.fc.weight",
+}
+_OFFICIAL_PROJECTION = "head.decoder.layers.0.multihead_attn.in_proj_"  # of queries, then of keys and values
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -38,11 +57,22 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         Tensors under the names of model.
     """
     state_dict = unwrap(state_dict)
-    if OFFICIAL_STEM in state_dict:
-        state_dict = from_official(state_dict)
+    state_dict = from_official(state_dict) if OFFICIAL_STEM in state_dict else rename_head(state_dict)
+    if QUERIES in state_dict and isinstance(model.head, MLDecoderHead):
+        _fit_queries(state_dict, model.head)
     if _STEM in state_dict:
         state_dict[_STEM] = adapt_stem(state_dict[_STEM], model.get_parameter(_STEM).shape[1])
     return state_dict
+
+
+def _fit_queries(state_dict: dict[str, Tensor], head: MLDecoderHead) -> None:
+    """Leave out queries for other classes, as timm does with the classifier; without classes, the file's stay."""
+    queries, bias = state_dict[QUERIES], state_dict.get("head.fc.bias", torch.empty(0))
+    classes = queries.shape[0] if head.label_embedding else bias.numel()
+    if head.num_classes and head.num_classes != classes:
+        del state_dict[QUERIES]
+    elif not head.num_classes and head.decodes:
+        head.queries.set_vectors(queries)
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,13 +119,9 @@ def from_official(state_dict: Mapping[str, Tensor], inplace_abn: bool = True) ->
         ValueError: if two tensors would get the same name.
     """
     converted = {}
-    for name, tensor in state_dict.items():
+    for name, tensor in rename_head(state_dict).items():
         if name.endswith(".op.filt"):
             continue
-        for official, ours in _OFFICIAL_HEAD.items():
-            if name.startswith(official):
-                name = ours + name.removeprefix(official)
-                break
         match = _OFFICIAL_CONV.search(name) or _OFFICIAL_SHORTCUT.search(name)
         if match:
             part = _PARTS[match["part"]]
@@ -106,6 +132,34 @@ def from_official(state_dict: Mapping[str, Tensor], inplace_abn: bool = True) ->
             raise ValueError(f"the checkpoint holds two tensors for {name}")
         converted[name] = tensor
     return converted
+
+
+def rename_head(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Translate the official names of the heads; every other name stays.
+
+    The projection of ML-Decoder's attention becomes one for its queries and one for its keys and values, and its layer
+    for all labels that of a `torch.nn.Linear`.
+
+    Raises:
+        ValueError: if two tensors would get the same name.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        parts = {name: tensor}
+        official = next((prefix for prefix in _OFFICIAL_HEAD if name.startswith(prefix)), None)
+        if official:
+            parts = {_OFFICIAL_HEAD[official] + name.removeprefix(official): tensor}
+            if name == _OFFICIAL_CLASSIFIER and tensor.ndim == 2:
+                parts = {"head.fc.weight": tensor.T}
+        elif name.startswith(_OFFICIAL_PROJECTION) and len(tensor) % 3 == 0:
+            query, key_value = tensor.split([len(tensor) // 3, len(tensor) // 3 * 2])
+            kind = name.removeprefix(_OFFICIAL_PROJECTION)
+            parts = {f"head.queries.proj.{kind}": query, f"head.decoder.kv.{kind}": key_value}
+        twice = parts.keys() & renamed.keys()
+        if twice:
+            raise ValueError(f"the checkpoint holds two tensors for {', '.join(twice)}")
+        renamed |= parts
+    return renamed
 
 
 def batch_norm_weight(weight: Tensor) -> Tensor:

@@ -3,16 +3,15 @@
 import functools
 from collections.abc import Callable
 
-from timm.layers import ClassifierHead
 from torch import nn
 
 from timm_tresnet.arguments import choose
-from timm_tresnet.layers import BottleneckHead, MLDecoderHead
+from timm_tresnet.layers import BottleneckHead, LinearHead, MLDecoderHead
 
 _HIDDEN_FEATURES = 512  # of the official bottleneck heads (Alibaba-MIIL/ASL, `TResNet`)
 
 HEADS: dict[str, tuple[Callable[..., nn.Module], dict[str, str]]] = {  # and its names of the network's arguments
-    "linear": (ClassifierHead, {}),
+    "linear": (LinearHead, {}),
     "bottleneck": (
         functools.partial(BottleneckHead, hidden_features=_HIDDEN_FEATURES),
         {"head_features": "hidden_features"},
@@ -22,6 +21,7 @@ HEADS: dict[str, tuple[Callable[..., nn.Module], dict[str, str]]] = {  # and its
         {name: name for name in ("num_groups", "decoder_embedding", "label_embedding")},
     ),
 }
+HEAD_ARGUMENTS = {"head", *(name for _, names in HEADS.values() for name in names)}
 
 
 def choose_head(head: str, **options: int | None) -> Callable[..., nn.Module]:

@@ -116,10 +116,10 @@ def measure_kept(network: nn.Module, images: Tensor, labels: Tensor, amp: str | 
     return sum(event.self_cpu_memory_usage for event in profiler.events())
 
 
-def count_flops(network: nn.Module, image_size: int) -> int:
+def count_flops(network: nn.Module, image_size: int, in_chans: int = 3) -> int:
     """Floating-point operations for one image; a multiply-add is two. Moves the network to the meta device."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.to("meta")(torch.empty(1, 3, image_size, image_size, device="meta"))
+        network.to("meta")(torch.empty(1, in_chans, image_size, image_size, device="meta"))
     return counter.get_total_flops()
 
 

@@ -1,7 +1,7 @@
 """The network of arXiv:2003.13630, each of whose ingredients is an argument."""
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -226,14 +226,15 @@ class TResNet(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The last linear layer, or an identity without classes."""
+        """The last linear layer, of ML-Decoder that of all groups, or an identity without classes."""
         return self.head.fc
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put in a new classifier, drawn from N(0, 0.01), on the device and in the dtype of the network.
+        """Put in a new classifier, drawn as for a new network, on the device and in the dtype of this one.
 
-        The embedding of a bottleneck head stays while the pooling does.
+        The embedding of a bottleneck head stays while the pooling does, the decoder of ML-Decoder always, with new
+        queries. Without pooling, every pixel of the feature map is classified; ML-Decoder needs no pooling.
 
         Args:
             num_classes: number of classes; 0 for no classifier.
@@ -268,9 +269,11 @@ class TResNet(nn.Module):
         if not isinstance(self.head, MLDecoderHead):
             raise ValueError("set_label_embeddings needs a network with head='ml_decoder' and label_embedding=WIDTH")
         names, vectors = list(names), torch.as_tensor(vectors)
-        twice = sorted({str(name) for name in names if names.count(name) > 1})
-        if twice or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"set_label_embeddings needs names to be different texts, got {twice or names}")
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("set_label_embeddings needs names to be texts, got others among them")
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise ValueError(f"set_label_embeddings needs a name for each label, got {', '.join(twice[:5])} twice")
         if vectors.shape[:1] != (len(names),):
             raise ValueError(
                 f"set_label_embeddings needs a vector for each of {len(names)} names, got {tuple(vectors.shape)}"

@@ -60,7 +60,7 @@ _timm_hub_448 = functools.partial(_timm_hub, input_size=(3, 448, 448), pool_size
 
 
 def _public_weight_cfg(public: PublicWeight) -> dict[str, Any]:
-    """Config of a public weight that is on no Hub repository yet; of one with an ML-Decoder head, the backbone's."""
+    """Config of a public weight that is on no Hub repository yet; the backbone's if its head is none of ours."""
     return _cfg(**{"license": None, **make_pretrained_cfg(public, public.converted_classes)})
 
 

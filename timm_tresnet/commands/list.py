@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,8 +58,8 @@ def describe_weights() -> list[dict[str, Any]]:
     for name in timm.list_models(module="tresnet", include_tags=True):
         config = get_pretrained_cfg(name)
         public = catalogue.get(name)
-        head_features = public.network_arguments.get("head_features") if public else None
-        params, macs = _measure_size(name.partition(".")[0], config.input_size[-1], config.num_classes, head_features)
+        arguments = public.network_arguments if public else {}
+        params, macs = _measure_size(name.partition(".")[0], config.input_size[-1], config.num_classes, arguments)
         rows.append(
             {
                 "model": name,
@@ -73,12 +74,16 @@ def describe_weights() -> list[dict[str, Any]]:
     return rows
 
 
-def _measure_size(variant: str, image_size: int, num_classes: int, head_features: int | None) -> tuple[int, int]:
+def _measure_size(variant: str, image_size: int, num_classes: int, arguments: dict[str, Any]) -> tuple[int, int]:
+    from timm_tresnet.heads import HEAD_ARGUMENTS, choose_head
+    from timm_tresnet.measuring import count_flops
+
     params, macs, width = _measure_backbone(variant, image_size)
-    for features in (head_features, num_classes):
-        if features:
-            params, macs, width = params + width * features + features, macs + width * features, features
-    return params, macs
+    options = {name: value for name, value in arguments.items() if name in HEAD_ARGUMENTS}
+    make_head = choose_head(options.pop("head", "linear"), **options)
+    head = make_head(width, num_classes=num_classes, pool_type="fast", device="meta").eval()
+    side = math.ceil(image_size / 32)  # of the last feature map
+    return params + sum(p.numel() for p in head.parameters()), macs + count_flops(head, side, width) // 2
 
 
 @functools.cache  # most weights share theirs with another one, and each takes half a second

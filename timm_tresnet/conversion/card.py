@@ -38,6 +38,16 @@ _PAPERS = {  # title, authors and year as arXiv has them
         "Lihi Zelnik-Manor",
         2021,
     ),
+    "arXiv:2107.10834": (
+        "Query2Label: A Simple Transformer Way to Multi-Label Classification",
+        "Shilong Liu and Lei Zhang and Xiao Yang and Hang Su and Jun Zhu",
+        2021,
+    ),
+    "arXiv:2204.03475": (
+        "Solving ImageNet: a Unified Scheme for Training any Backbone to Top Results",
+        "Tal Ridnik and Hussam Lawen and Emanuel Ben-Baruch and Asaf Noy",
+        2022,
+    ),
     "arXiv:2111.12933": (
         "ML-Decoder: Scalable and Versatile Classification Head",
         "Tal Ridnik and Gilad Sharir and Avi Ben-Cohen and Emanuel Ben-Baruch and Asaf Noy",
@@ -149,7 +159,7 @@ def _describe(public: PublicWeight | None, name: str, num_classes: int) -> Model
         tags.append("multi-label")
     datasets = [_HUB_DATASETS[dataset] for dataset in (public.dataset, public.pretraining) if dataset in _HUB_DATASETS]
     results = None
-    if _has_published_head(public, num_classes):
+    if public.metric and _has_published_head(public, num_classes):
         repository = public.metric.published.partition(",")[0]
         if repository == "timm":
             repository = "huggingface/pytorch-image-models"
@@ -186,8 +196,8 @@ def _introduce(public: PublicWeight | None, architecture: str, num_classes: int)
     files = " or ".join(map(_code, public.files))
     code = _refer("code", public.code)
     source = f"The weights are those of {_link(public.paper)}, converted from {files} of its {code}."
-    if public.head == "ml_decoder" and not num_classes:
-        source += " The ML-Decoder head is left out."
+    if public.head == "query2label" and not num_classes:
+        source += " The Query2Label head is left out."
     return f"{text} {source}"
 
 
@@ -198,10 +208,11 @@ def _tabulate(public: PublicWeight | None, num_classes: int) -> str:
             rows.append(("outputs", "one sigmoid a class; an image can have any number of the classes"))
         if public.input_size:
             rows.append(("image", _describe_preprocessing(public)))
-        metric = f"{public.metric.value} %, published in {_plain(public.metric.published)}"
-        if not _has_published_head(public, num_classes):
-            metric += "; that is with the published head, which is not part of these weights"
-        rows.append((_plain(f"{public.metric.name} on {public.dataset}"), metric))
+        if public.metric:
+            metric = f"{public.metric.value} %, published in {_plain(public.metric.published)}"
+            if not _has_published_head(public, num_classes):
+                metric += "; that is with the published head, which is not part of these weights"
+            rows.append((_plain(f"{public.metric.name} on {public.dataset}"), metric))
     return format_markdown(["", ""], rows) if rows else ""
 
 
@@ -211,7 +222,8 @@ def _describe_preprocessing(public: PublicWeight) -> str:
         resizing = f"resized to {size} × {size} pixels whatever its shape"
     else:
         resizing = f"shorter side resized to {int(size / public.crop_pct)} pixels, then the central {size} × {size}"
-    return f"RGB, {resizing} ({_plain(str(public.interpolation))}); mean {list(public.mean)}, std {list(public.std)}"
+    text = f"RGB, {resizing} ({_plain(str(public.interpolation))})"
+    return f"{text}; mean {list(public.mean)}, std {list(public.std)}" if public.mean and public.std else text
 
 
 def _explain_use(public: PublicWeight | None, num_classes: int, model: str) -> list[str]:
@@ -240,7 +252,7 @@ def _format_bibtex(paper: str) -> str:
 
 
 def _has_published_head(public: PublicWeight, num_classes: int) -> bool:
-    return public.head != "ml_decoder" and num_classes == public.num_classes
+    return bool(num_classes) and num_classes == public.converted_classes
 
 
 def _link(paper: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from timm_tresnet.catalogue import NOTHING_KNOWN, Facts, PublicWeight, load_catalogue, make_pretrained_cfg
 from timm_tresnet.conversion.reading import name_some, read_checkpoint
 from timm_tresnet.conversion.recognition import Recognised, recognise
+from timm_tresnet.heads import HEAD_ARGUMENTS
 from timm_tresnet.labels import LABEL_SETS, label_config
 
 
@@ -99,13 +100,15 @@ def _choose_public_weight(
         return None, []
     if wanted is not None and wanted not in catalogue:
         raise ValueError(f"no public weight is named {wanted!r}; there are {', '.join(catalogue)}, and 'none'")
-    in_file = {"architecture": found.architecture, "head": found.head, "num_classes": found.head_classes}
-    custom = sorted(found.model_args.keys() - {"head_features"})
+    in_file = {"architecture": found.architecture, "head": found.head, "num_classes": found.num_classes}
+    custom = sorted(found.model_args.keys() - HEAD_ARGUMENTS)
     misfits = []
     for public in [catalogue[wanted]] if wanted else [row for row in catalogue.values() if file_name in row.files]:
-        needed = {name: getattr(public, name) for name in in_file}
-        if needed == in_file and not custom:
-            return public, misfits
+        needed = {"architecture": public.architecture}
+        if public.head != "unknown":
+            needed |= {"head": public.head, "num_classes": public.converted_classes}
+        if needed.items() <= in_file.items() and not custom:
+            return public, []
         problem = f"the public weight {public.name} is for {needed}, the file holds {in_file}"
         if custom:
             problem += f" with other {', '.join(custom)}"
@@ -150,8 +153,13 @@ def _note(found: Recognised, misfits: list[str], facts: Facts) -> Iterator[str]:
             "is 1e-5 in each weight, norm_weights='bn' leaves them as they are"
         )
     yield from misfits
-    if found.head == "ml_decoder":
-        yield f"the ML-Decoder head ({found.head_classes} classes) was left out: what is converted is the backbone"
+    if found.head == "query2label":
+        yield "the Query2Label head was left out: what is converted is the backbone"
+    if found.head == "ml_decoder" and not found.num_classes:
+        yield (
+            "the word embeddings of the labels are not in the file: the network answers once it has been given some, "
+            "by model.set_label_embeddings(names, vectors)"
+        )
     if found.inplace_abn:
         yield "In-Place ABN weights became batch norm weights, |w| + 1e-5"
     if found.dtypes:

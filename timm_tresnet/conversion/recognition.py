@@ -10,12 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_tresnet.checkpoint import OFFICIAL_STEM, batch_norm_weight, find_misfits, from_official
+from timm_tresnet.checkpoint import (
+    OFFICIAL_STEM,
+    QUERIES,
+    batch_norm_weight,
+    find_misfits,
+    from_official,
+    rename_head,
+)
 from timm_tresnet.conversion.reading import name_some, take_tensors
 from timm_tresnet.tresnet import ARCHITECTURES, TResNet
 
 _STEM = "body.conv1.conv.weight"
-_ML_DECODER_CLASSES = "head.decoder.duplicate_pooling_bias"
+_QUERY2LABEL = re.compile(r"(module\.)?(transformer\.|input_proj\.|query_embed\.weight$|fc\.[Wb]$)")
+_DIMENSIONS = {  # of what tells a head's arguments
+    "head.fc.weight": (2, 3),
+    "head.fc.bias": (1,),
+    "head.embedding.weight": (2,),
+    "head.queries.embed.fc.weight": (2,),
+    QUERIES: (2,),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,8 +40,9 @@ class Recognised:
         architecture: name of the variant.
         model_args: arguments of `TResNet` that are not the variant's own.
         state_dict: the weights under this package's names, in single precision.
-        head: kind of head in the file: "linear", "bottleneck", "ml_decoder" (left out) or "none".
-        head_classes: classes of that head.
+        head: kind of head in the file: "linear", "bottleneck", "ml_decoder", "query2label" (left out)
+            or "none".
+        num_classes: classes of that head; 0 for none, also where labels are still to be given to ML-Decoder.
         layout: names in the file, "official" or "timm".
         inplace_abn: whether norm weights were taken for In-Place ABN's and became |w| + 1e-5.
         least_norm_weight: smallest norm weight in the file, where only its names say that they are In-Place ABN's.
@@ -39,17 +54,12 @@ class Recognised:
     model_args: dict[str, Any]
     state_dict: dict[str, Tensor]
     head: str
-    head_classes: int
+    num_classes: int
     layout: str
     inplace_abn: bool
     least_norm_weight: float | None = None
     dtypes: frozenset[torch.dtype] = frozenset()
     class_names: tuple[str, ...] = ()
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes; 0 for a backbone."""
-        return 0 if self.head == "ml_decoder" else self.head_classes
 
 
 def recognise(checkpoint: Mapping[str, Any], norm_weights: str | None = None, custom: bool = False) -> Recognised:
@@ -72,11 +82,14 @@ def recognise(checkpoint: Mapping[str, Any], norm_weights: str | None = None, cu
         raise ValueError(f"no TResNet: neither {OFFICIAL_STEM} nor {_STEM} among {name_some(tensors)}")
     blurred = not official or _find_blurs(tensors)
     inplace_abn = official if norm_weights is None else norm_weights == "abn"
-    head, head_classes, weights = _take_head(_rename(tensors, official, inplace_abn))
+    weights = _rename(tensors, official, inplace_abn)
+    head, num_classes, head_args = _detect_head(weights)
+    if head == "query2label":
+        weights = {name: weight for name, weight in weights.items() if not _QUERY2LABEL.match(name)}
+    if "label_embedding" in head_args and QUERIES not in weights:  # the official code keeps them elsewhere
+        weights[QUERIES] = torch.empty(0, head_args["label_embedding"])
     architecture, model_args = _detect(weights, blurred, custom)
-    if head == "bottleneck":
-        model_args["head_features"] = weights["head.embedding.weight"].shape[0]
-    num_classes = 0 if head == "ml_decoder" else head_classes
+    model_args |= head_args
     norms = [tensor for name, tensor in tensors.items() if name.endswith(".1.weight") and tensor.numel()]
     least = min((norm.min().item() for norm in norms), default=0.0) if official and norm_weights is None else None
     return Recognised(
@@ -84,7 +97,7 @@ def recognise(checkpoint: Mapping[str, Any], norm_weights: str | None = None, cu
         model_args=model_args,
         state_dict=_copy(weights, _check_fit(weights, architecture, model_args, num_classes)),
         head=head,
-        head_classes=head_classes,
+        num_classes=num_classes,
         layout="official" if official else "timm",
         inplace_abn=inplace_abn,
         least_norm_weight=least,
@@ -98,7 +111,7 @@ def _rename(tensors: dict[str, Tensor], official: bool, inplace_abn: bool) -> di
         return from_official(tensors, inplace_abn)
     return {
         name: batch_norm_weight(tensor) if inplace_abn and name.endswith("bn.weight") else tensor
-        for name, tensor in tensors.items()
+        for name, tensor in rename_head(tensors).items()
     }
 
 
@@ -129,20 +142,36 @@ def _find_blurs(weights: Mapping[str, Tensor]) -> bool:
     return True
 
 
-def _take_head(weights: dict[str, Tensor]) -> tuple[str, int, dict[str, Tensor]]:
-    """Kind of the head, its number of classes, and the weights without what has no place in a TResNet."""
-    if _ML_DECODER_CLASSES in weights:
-        classes = weights[_ML_DECODER_CLASSES].numel()
-        backbone = {name: weight for name, weight in weights.items() if not name.startswith("head.decoder.")}
-        return "ml_decoder", classes, backbone
-    if "head.fc.weight" not in weights:
-        return "none", 0, weights
-    classifier = weights["head.fc.weight"]
-    embedding = weights.get("head.embedding.weight")
-    for name, weight in (("head.fc.weight", classifier), ("head.embedding.weight", embedding)):
-        if weight is not None and (weight.ndim != 2 or 0 in weight.shape):
-            raise ValueError(f"{name} needs two dimensions, got shape {tuple(weight.shape)}")
-    return "linear" if embedding is None else "bottleneck", classifier.shape[0], weights
+def _detect_head(weights: Mapping[str, Tensor]) -> tuple[str, int, dict[str, Any]]:
+    """Kind of the head, its number of classes, and the network's arguments for it, from names and shapes."""
+    for name, dimensions in _DIMENSIONS.items():
+        shape = tuple(weights[name].shape) if name in weights else (1,) * dimensions[0]
+        if len(shape) not in dimensions or 0 in shape:
+            raise ValueError(f"{name} needs {' or '.join(map(str, dimensions))} dimensions, got shape {shape}")
+    embedding, classifier = weights.get("head.embedding.weight"), weights.get("head.fc.weight")
+    if any(_QUERY2LABEL.match(name) for name in weights):
+        return "query2label", 0, {}
+    if any(name.startswith(("head.queries.", "head.decoder.")) for name in weights):
+        return "ml_decoder", *_detect_ml_decoder(weights)
+    if classifier is None:
+        return "none", 0, {}
+    if embedding is None:
+        return "linear", classifier.shape[0], {}
+    return "bottleneck", classifier.shape[0], {"head": "bottleneck", "head_features": embedding.shape[0]}
+
+
+def _detect_ml_decoder(weights: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
+    needed = ("head.embedding.weight", "head.fc.bias")
+    missing = [name for name in needed if name not in weights]
+    if missing:
+        raise ValueError(f"its ML-Decoder head is incomplete: missing {', '.join(missing)}")
+    model_args = {"head": "ml_decoder", "decoder_embedding": weights["head.embedding.weight"].shape[0]}
+    embed, queries = weights.get("head.queries.embed.fc.weight"), weights.get(QUERIES)
+    if embed is not None:
+        return 0 if queries is None else queries.shape[0], {**model_args, "label_embedding": embed.shape[1]}
+    if queries is None:
+        raise ValueError(f"its ML-Decoder head is incomplete: missing {QUERIES}")
+    return weights["head.fc.bias"].numel(), {**model_args, "num_groups": queries.shape[0]}
 
 
 def _detect(weights: Mapping[str, Tensor], blurred: bool, custom: bool) -> tuple[str, dict[str, Any]]:

@@ -7,9 +7,13 @@ from timm.layers import FrozenBatchNormAct2d
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
+from timm_tresnet.layers import MLDecoderHead
+
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:
     """Copy of a network whose batch norms are folded into its convolutions: the same logits, fewer passes.
+
+    What an ML-Decoder head computes of its queries alone becomes constant, too.
 
     Args:
         model: a TResNet in eval mode.
@@ -26,11 +30,14 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
 
 
 def copy_folded(model: nn.Module) -> nn.Module:
-    """Copy, with its batch norms folded if that is what its norms are."""
+    """Copy with constant queries, and with its batch norms folded if that is what its norms are."""
     norms = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNormAct2d)
     if any(isinstance(module, norms) for module in model.modules()):
         return fold_batch_norms(model)
-    return copy.deepcopy(model)
+    folded = copy.deepcopy(model)
+    if isinstance(getattr(folded, "head", None), MLDecoderHead):
+        reparameterize_model(folded.head, inplace=True)
+    return folded
 
 
 def optimize_for_inference(model: nn.Module, dynamic: bool = False, mode: str | None = None) -> nn.Module:

@@ -5,6 +5,7 @@ from timm_tresnet.layers.anti_alias import BlurPool2d, ShortcutPool2d, StrideOne
 from timm_tresnet.layers.bottleneck_head import BottleneckHead
 from timm_tresnet.layers.conv_norm_act import ConvNormAct, FoldedConvNormAct
 from timm_tresnet.layers.drop_path import DropPath
+from timm_tresnet.layers.linear_head import LinearHead
 from timm_tresnet.layers.ml_decoder_head import MLDecoderHead
 from timm_tresnet.layers.relu import ReLU
 from timm_tresnet.layers.space_to_depth import SpaceToDepth
@@ -17,6 +18,7 @@ __all__ = [
     "ConvNormAct",
     "DropPath",
     "FoldedConvNormAct",
+    "LinearHead",
     "MLDecoderHead",
     "ReLU",
     "ShortcutPool2d",

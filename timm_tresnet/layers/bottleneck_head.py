@@ -11,12 +11,12 @@ class BottleneckHead(nn.Module):
     """Pool, embed in fewer features, classify; no activation between the two linear layers.
 
     Saves weights where there are thousands of classes; the official code's `bottleneck_head` (Alibaba-MIIL/ASL).
-    Without pooling there are neither embedding nor classes, and the input is handed out as it is.
+    Without pooling every pixel of the feature map is classified.
 
     Args:
         in_features: number of input channels, C.
         hidden_features: width of the embedding.
-        num_classes: number of classes; 0 to hand out the embedding.
+        num_classes: number of classes; 0 to hand out the embedding, or without pooling the input.
         pool_type: pooling, as `timm.layers.SelectAdaptivePool2d` takes it; "" for none.
         drop_rate: dropout before the embedding.
         device: device of the parameters.
@@ -24,10 +24,8 @@ class BottleneckHead(nn.Module):
 
     Shape:
         - input: (N, C, H, W)
-        - output: (N, num_classes); without classes (N, hidden_features)
-
-    Raises:
-        ValueError: if there are classes but no pooling.
+        - output: (N, num_classes); without classes or with pre_logits (N, hidden_features); without pooling the same
+          with height and width, (N, num_classes, H, W)
     """
 
     def __init__(
@@ -54,12 +52,11 @@ class BottleneckHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         linear = functools.partial(nn.Linear, device=device, dtype=dtype)
-        if num_classes > 0 and not pool_type:
-            raise ValueError(f"BottleneckHead needs pooling to tell {num_classes} classes apart, got pool_type=''")
         self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
         pooled_features = self.in_features * self.global_pool.feat_mult()
-        self.num_features = self.hidden_features if pool_type else pooled_features
-        self.embedding = linear(pooled_features, self.hidden_features) if pool_type else nn.Identity()
+        embeds = num_classes > 0 or bool(pool_type)
+        self.num_features = self.hidden_features if embeds else pooled_features
+        self.embedding = linear(pooled_features, self.hidden_features) if embeds else nn.Identity()
         self.fc = linear(self.hidden_features, num_classes) if num_classes > 0 else nn.Identity()
 
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
@@ -76,5 +73,11 @@ class BottleneckHead(nn.Module):
                 self.embedding = embedding
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.embedding(self.drop(self.global_pool(x)))
-        return x if pre_logits else self.fc(x)
+        x = self.drop(self.global_pool(x))
+        unpooled = x.ndim == 4
+        if unpooled:
+            x = x.permute(0, 2, 3, 1)
+        x = self.embedding(x)
+        if not pre_logits:
+            x = self.fc(x)
+        return x.permute(0, 3, 1, 2) if unpooled else x

@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from timm_tresnet import TResNet
+from timm_tresnet.heads import HEAD_ARGUMENTS, HEADS, choose_head
+from timm_tresnet.layers import BottleneckHead, LinearHead, MLDecoderHead
+
+LAYERS = (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"head": "linear"}, LinearHead),
+        ({"head": "linear", "head_features": 8}, BottleneckHead),  # as configs had it before heads had names
+        ({"head": "bottleneck"}, BottleneckHead),
+        ({"head": "ml_decoder", "num_groups": 2, "decoder_embedding": 16, "label_embedding": None}, MLDecoderHead),
+    ],
+    ids=["linear", "head_features", "bottleneck", "ml_decoder"],
+)
+def test_heads_have_names(options, kind):
+    assert type(choose_head(**options)(6, num_classes=3, pool_type="avg")) is kind
+
+
+def test_options_reach_the_head():
+    assert choose_head("bottleneck")(6, num_classes=3).hidden_features == 512
+    assert choose_head("bottleneck", head_features=8)(6, num_classes=3).hidden_features == 8
+    head = choose_head("ml_decoder", num_groups=2, decoder_embedding=16, label_embedding=5)(6, num_classes=3)
+    assert (head.num_groups, head.decoder_embedding, head.label_embedding) == (2, 16, 5)
+    assert HEAD_ARGUMENTS == {"head", "head_features", "num_groups", "decoder_embedding", "label_embedding"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"head": "attention"},
+            "TResNet needs head to be one of 'linear', 'bottleneck', 'ml_decoder', got 'attention'",
+        ),
+        ({"head": "linear", "num_groups": 5}, "needs head='ml_decoder' for num_groups=5, got head='linear'"),
+        ({"head": "ml_decoder", "head_features": 5}, "needs head='bottleneck' for head_features=5, got head='ml_dec"),
+        ({"head": "bottleneck", "head_features": 0}, "needs head_features to be at least 1 or None, got 0"),
+        ({"head": "ml_decoder", "num_groups": -1}, "needs num_groups to be at least 1 or None, got -1"),
+        ({"head": "ml_decoder", "decoder_embedding": 7.5}, "needs decoder_embedding to be at least 1 or None, got 7.5"),
+    ],
+    ids=["name", "group", "bottleneck", "zero", "negative", "fraction"],
+)
+def test_what_fits_no_head_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TResNet(layers=LAYERS, **options)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_works_with_and_without_classes_and_pooling(head):
+    model = TResNet(layers=LAYERS, width_factor=0.125, num_classes=7, head=head).eval()
+    x = torch.rand(2, 3, 64, 96)
+    features = model.forward_features(x)
+    with torch.no_grad():
+        for num_classes, pool, shape in (
+            (0, None, (2, model.head_hidden_size)),
+            (0, "", (2, 256, 2, 3)),
+            (5, None, (2, 5) if head == "ml_decoder" else (2, 5, 2, 3)),
+            (5, "avg", (2, 5)),
+            (3, "", (2, 3) if head == "ml_decoder" else (2, 3, 2, 3)),
+        ):
+            model.reset_classifier(num_classes, pool)
+            assert model(x).shape == shape
+            assert model.forward_head(features, pre_logits=True).shape[1] == model.head_hidden_size
+            if num_classes:
+                classifier = model.get_classifier()
+                assert classifier.bias.shape == (num_classes,)
+                assert classifier.weight.requires_grad
+            else:
+                torch.testing.assert_close(model(x), model.forward_head(features, pre_logits=True))
+
+
+@pytest.mark.parametrize("head", ["linear", "bottleneck"])
+def test_without_pooling_each_pixel_has_the_logits_of_its_own_features(head):
+    model = TResNet(layers=LAYERS, width_factor=0.125, num_classes=5, head=head).eval()
+    features = torch.rand(2, 256, 3, 2)
+    pooled = model.forward_head(features[:, :, 1:2, 1:2])
+    model.head.global_pool = type(model.head.global_pool)(pool_type="")
+    torch.testing.assert_close(model.forward_head(features)[:, :, 1, 1], pooled)
