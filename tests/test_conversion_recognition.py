@@ -152,6 +152,13 @@ def test_the_backbone_of_query2label_is_converted(tmp_path):
     assert_gives(tmp_path / "folder", reference.official_forward(backbone, x), x)
 
 
+def test_learned_activations_of_ml_danbooru_are_refused(tmp_path):
+    tensors = reference.official_state_dict(**SMALL, head="ml_decoder", decoder_embedding=64)
+    tensors["body.conv1.2.depthwise_conv_bn.0.weight"] = torch.randn(16, 1, 3, 3)  # its src_files, FReLU
+    with pytest.raises(ValueError, match=r"unexpected body.conv1.2.depthwise_conv_bn.0.weight"):
+        convert_checkpoint(save_checkpoint(tensors, tmp_path / "a.pth"))
+
+
 def test_class_names_in_the_file_become_label_names(tmp_path):
     tensors = reference.official_state_dict(**SMALL, head="ml_decoder", decoder_embedding=64)
     names = [f"label {index}" for index in range(10)]
