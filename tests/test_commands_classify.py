@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -21,27 +22,68 @@ def photos(tmp_path):
     folder = tmp_path / "photos" / "naïve folder"
     folder.mkdir(parents=True)
     shutil.copy(SAMPLES / "cat.jpg", folder / "ä cat.jpg")
-    Image.open(SAMPLES / "rocket.jpg").convert("L").save(folder / "grey.png")
+    Image.open(SAMPLES / "horse.jpg").convert("L").save(folder / "grey.png")
     Image.new("RGBA", (20, 30), (250, 0, 0, 99)).save(folder / "transparent.png")
     (folder / "notes.txt").write_text("not an image")
     return tmp_path / "photos"
 
 
-def test_classify_without_arguments_shows_the_samples_and_how_to_go_on(capsys):
+def test_classify_without_arguments_says_what_it_shows_the_samples_and_how_to_go_on(capsys):
     assert cli.main(["classify"]) == 0
+    first, _, *table = capsys.readouterr().out.splitlines()
+    count = len(list(SAMPLES.glob("*.jpg")))
+    assert first.startswith(
+        f"The {count} photographs in the package, by test_tresnet, which knows 10 classes: airplane, "
+    )
+    assert [".jpg" in line for line in table[: count + 1]] == [True] * count + [False]
+    assert "--model tresnet_m.miil_in21k_ft_in1k" in table[-1]
+
+
+def test_model_in_the_package_knows_what_is_on_its_samples(capsys):
+    assert cli.main(["classify", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert len(results) >= 4
+    for result in results:
+        assert result["predictions"][0]["label"] == Path(result["image"]).stem
+        assert result["predictions"][0]["probability"] > 0.8
+
+
+def test_terminal_shows_aligned_bars_as_long_as_the_probabilities(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert cli.main(["classify", "--top-k", "2"]) == 0
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    rows = [re.fullmatch(r"(\S*) +([\d.]+)%  ([█▏▎▍▌▋▊▉]+) +(\w+)", line) for line in lines[: lines.index("")]]
+    assert [row[1] for row in rows] == [name for path in sorted(SAMPLES.glob("*.jpg")) for name in (path.name, "")]
+    assert len({(row.end(2), row.start(3), row.start(4)) for row in rows}) == 1
+    for row in rows:
+        length = row[3].count("█") + (row[3][-1] != "█") * " ▏▎▍▌▋▊▉".find(row[3][-1]) / 8
+        assert length == pytest.approx(20 * float(row[2]) / 100, abs=1 / 7)
+
+
+def test_terminal_shows_files_as_they_were_named_and_says_where_nothing_is_probable(tagger, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    photo = str(SAMPLES / "cat.jpg")
+    assert cli.main(["classify", "--model", tagger, "--threshold", "1", photo]) == 0
+    assert re.fullmatch(rf"{photo} +nothing probable enough\n", capsys.readouterr().out)
+
+
+def test_another_model_shows_the_samples_too_and_json_nothing_else(tagger, capsys):
+    assert cli.main(["classify", "--model", tagger]) == 0
     output = capsys.readouterr().out
-    assert output.count(".jpg") == len(list(SAMPLES.glob("*.jpg"))) >= 3
-    assert "--model tresnet_m.miil_in21k_ft_in1k" in output
+    assert f"by {tagger}, which knows 5 classes: sky, sea, boat, bird, sand." in output
+    assert output.count("sand 99.8%") == len(list(SAMPLES.glob("*.jpg")))
+    assert cli.main(["classify", "--model", tagger, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == len(list(SAMPLES.glob("*.jpg")))
 
 
 def test_classify_reads_files_and_folders_in_any_mode(photos, capsys):
-    assert cli.main(["classify", "--json", "--top-k", "4", str(photos), str(SAMPLES / "coffee.jpg")]) == 0
+    assert cli.main(["classify", "--json", "--top-k", "4", str(photos), str(SAMPLES / "deer.jpg")]) == 0
     results = json.loads(capsys.readouterr().out)
     assert [Path(result["image"]).name for result in results] == [
         "grey.png",
         "transparent.png",
         "ä cat.jpg",
-        "coffee.jpg",
+        "deer.jpg",
     ]
     for result in results:
         probabilities = [entry["probability"] for entry in result["predictions"]]

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy
 import pytest
+import timm
 from PIL import Image, ImageFile
 
-from timm_tresnet.images import FORMATS, SAMPLES, find_images, printable, read_image
+from timm_tresnet.images import FORMATS, SAMPLES, find_images, find_samples, printable, read_image
 
 PHOTO = Image.open(SAMPLES / "cat.jpg").convert("RGB").resize((96, 64))
 GREY = PHOTO.convert("L")
@@ -270,3 +271,24 @@ def test_names_are_printable_whatever_their_bytes(tmp_path):
     assert_shows(path, PHOTO)
     assert printable(path) == f"{tmp_path}/naïve\\xff\\n\\x1b.png"
     printable(path).encode()
+
+
+def test_every_folder_of_samples_belongs_to_a_model_in_the_package_and_names_its_sources():
+    folders = list(SAMPLES.parent.iterdir())
+    assert SAMPLES in folders
+    for folder in folders:
+        architecture, tag = folder.name.split(".")
+        assert find_samples({"architecture": architecture, "tag": tag}) == folder
+        assert timm.models.get_pretrained_cfg(folder.name).file
+        sources = (folder / "SOURCES.md").read_text(encoding="utf-8")
+        photographs = list(find_images([folder]))
+        assert photographs
+        for path in photographs:
+            assert f"| `{path.name}` |" in sources
+            assert max(read_image(path).size) > 32
+
+
+@pytest.mark.parametrize("tag", ["other", "..", None, "r64_cifar10/../../samples"])
+def test_samples_of_a_model_that_is_not_in_the_package_are_those_of_the_first(tag):
+    assert find_samples({"architecture": "test_tresnet", "tag": tag}) == SAMPLES
+    assert find_samples({}) == SAMPLES

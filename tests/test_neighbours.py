@@ -19,10 +19,11 @@ from torch.nn.utils import prune
 
 import timm_tresnet
 from timm_tresnet import TResNet
+from timm_tresnet.images import SAMPLES
 from timm_tresnet.tresnet import ARCHITECTURES
 
 SETTINGS = ["activations", "expansions"]
-PHOTO = Path(timm_tresnet.__file__).parent / "samples" / "cat.jpg"
+PHOTO = SAMPLES / "cat.jpg"
 WEIGHTS = Path(timm_tresnet.__file__).parent / "weights" / "test_tresnet.r64_cifar10.safetensors"
 each_setting = pytest.mark.parametrize("setting", SETTINGS)
 scripting_when_imported = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torchvision

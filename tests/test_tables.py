@@ -1,6 +1,6 @@
 import pytest
 
-from timm_tresnet.tables import format_columns, format_markdown
+from timm_tresnet.tables import format_bar, format_columns, format_markdown
 
 
 def test_markdown_has_titles_a_rule_and_a_line_for_each_row():
@@ -43,3 +43,18 @@ def test_nothing_in_columns_is_an_empty_text(rows):
 
 def test_markdown_rows_stay_rows_whatever_is_in_them():
     assert format_markdown(["a"], [["1\n| 2 |\r\n# 3"]]).splitlines()[2:] == [r"| 1 \| 2 \| # 3 |"]
+
+
+@pytest.mark.parametrize(
+    ("share", "bar"),
+    [(0, ""), (1e-6, "▏"), (0.25, "█"), (0.34, "█▍"), (1, "████")],
+    ids=["0", "tiny", "1", "odd", "all"],
+)
+def test_bar_is_as_long_as_the_share_and_shows_what_is_more_than_nothing(share, bar):
+    assert format_bar(share, 4) == bar
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "no such encoding"])
+def test_bar_where_block_characters_cannot_be_written_is_of_number_signs(encoding):
+    assert format_bar(0.35, 4, encoding) == "##"
+    assert format_bar(0, 4, encoding) == ""

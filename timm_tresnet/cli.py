@@ -1,15 +1,67 @@
 """The `timm-tresnet` command: classify images, list variants, convert checkpoints, export and measure networks."""
 
 import argparse
+import difflib
+import functools
+import importlib.metadata
 import io
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from timm_tresnet.commands import CommandError, benchmark, classify, convert, export
 from timm_tresnet.commands import list as listing
 
 _COMMANDS = {"classify": classify, "list": listing, "convert": convert, "export": export, "benchmark": benchmark}
+
+
+class _ShowVersions(argparse.Action):
+    """Prints the versions that the report of an error needs; the packages themselves are not imported for it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *values: object) -> None:
+        print(", ".join(map(_name_version, ("timm-tresnet", "timm", "torch"))))
+        parser.exit()
+
+
+def _name_version(package: str) -> str:
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:  # timm from a clone, say
+        return f"{package} of unknown version"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line, with an example for each command."""
+    examples = [f"timm-tresnet {command.EXAMPLE}" for command in _COMMANDS.values()]
+    parser = _make_one(argparse.ArgumentParser, examples, prog="timm-tresnet", description="TResNet models for timm.")
+    about = {"nargs": 0, "default": argparse.SUPPRESS, "help": "print the versions and exit"}
+    parser.add_argument("--version", action=_ShowVersions, **about)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in _COMMANDS.items():
+        make = functools.partial(commands.add_parser, name)
+        command.add_options(_make_one(make, [f"timm-tresnet {command.EXAMPLE}"], **command.ABOUT))
+    return parser
+
+
+def _make_one(
+    make: Callable[..., argparse.ArgumentParser], examples: Sequence[str], description: str, **about: Any
+) -> argparse.ArgumentParser:
+    width = shutil.get_terminal_size().columns - 2  # as argparse has it
+    return make(
+        description=textwrap.fill(description, width),
+        epilog="\n  ".join(["example:" if len(examples) == 1 else "examples:", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # which leaves the lines of the examples as they are
+        **about,
+    )
+
+
+def _suggest(word: str) -> str:
+    close = difflib.get_close_matches(word, _COMMANDS, n=1)
+    known = f"did you mean {close[0]}?" if close else f"choose from {', '.join(_COMMANDS)}"
+    return f"there is no command {word!r}; {known}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,10 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes can be what it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
-    parser = argparse.ArgumentParser(prog="timm-tresnet", description="TResNet models for timm.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, command in _COMMANDS.items():
-        command.add_options(commands.add_parser(name, **command.ABOUT))
+    parser = make_parser()
+    if words and not words[0].startswith("-") and words[0] not in _COMMANDS:
+        parser.error(_suggest(words[0]))
     options = vars(parser.parse_args(words))
     command = _COMMANDS[options.pop("command")]
     try:

@@ -4,13 +4,14 @@ import os
 import stat
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from timm_tresnet.errors import summarise
 
-SAMPLES = Path(__file__).parent / "samples"
+_SAMPLES = Path(__file__).parent / "samples"  # a folder for each model in the package, called as its weights are
+SAMPLES = _SAMPLES / "test_tresnet.r64_cifar10"
 
 # Of Pillow's decoders those that many files pass through every day.
 FORMATS = {
@@ -26,6 +27,12 @@ _LARGEST_RATIO = 100  # of the sides; a narrow image is huge once its short side
 _GROUND = (255, 255, 255)  # behind what is transparent: such images are mostly drawn for white pages
 _16_BITS = ("I;16", "I;16L", "I;16B", "I;16N")  # modes of Pillow; of a PNG, older releases say "I"
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF's tags; 0 for the second: 0 is white
+
+
+def find_samples(pretrained_cfg: Mapping[str, Any]) -> Path:
+    """Folder of the photographs in the package that a model knows: its own if it is in the package, else `SAMPLES`."""
+    name = f"{pretrained_cfg.get('architecture')}.{pretrained_cfg.get('tag')}"
+    return {folder.name: folder for folder in _SAMPLES.iterdir()}.get(name, SAMPLES)
 
 
 def find_images(paths: Sequence[Path]) -> Iterator[Path]:

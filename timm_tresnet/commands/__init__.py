@@ -1,7 +1,8 @@
 """The commands of `timm-tresnet`, a module each.
 
-A command has ABOUT, what its parser says of it; `add_options(parser)`; and `run(words, **options)`, which gets the
-words of the whole command line and the options by name, and returns the exit status.
+A command has ABOUT, what its parser says of it; EXAMPLE, what can be typed behind `timm-tresnet`;
+`add_options(parser)`; and `run(words, **options)`, which gets the words of the whole command line and the options by
+name, and returns the exit status.
 """
 
 from typing import Any

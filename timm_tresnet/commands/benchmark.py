@@ -15,6 +15,7 @@ ABOUT = {
     "ratios to the first one's in the same rounds, and memory kept for backward. Weights are random. "
     "benchmarks/paper_tables.py in the repository is the long form.",
 }
+EXAMPLE = "benchmark resnet50 tresnet_m --rounds 3"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

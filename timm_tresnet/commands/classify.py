@@ -10,16 +10,19 @@ from typing import Any
 
 from timm_tresnet.commands import CommandError, load_model
 from timm_tresnet.commands.options import at_least
-from timm_tresnet.images import SAMPLES, find_images, printable, read_image
+from timm_tresnet.images import find_images, find_samples, printable, read_image
 from timm_tresnet.labels import is_multi_label, label_lookup
-from timm_tresnet.tables import format_columns
+from timm_tresnet.tables import format_bar, format_columns
 
 ABOUT = {
     "help": "say what is on images",
-    "description": "Say what is on images. Without IMAGE, classifies the sample photographs in the package.",
+    "description": "Say what is on images. Without IMAGE, classifies photographs in the package.",
 }
+EXAMPLE = "classify --top-k 5 photo.jpg folder/"
 _EMBEDDED = "test_tresnet"
 _BATCH_SIZE = 32
+_BAR_WIDTH = 20
+_FEW_CLASSES = 20  # that are named on one line
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -76,10 +79,12 @@ def run(
     """Classify, print what was found, and name the files that cannot be read."""
     from tqdm import tqdm
 
-    paths = list(find_images(images or [SAMPLES]))
-    if not paths:
+    paths = list(find_images(images))
+    if images and not paths:
         raise CommandError(f"no images in {', '.join(map(printable, images))}")
     network = _load_artifact(*engine, trust) if engine else load_model(model)
+    if not images:
+        paths = list(find_images([find_samples(network.pretrained_cfg)]))
     if network.num_classes == 0:
         raise CommandError(f"{engine[1] if engine else model} is a backbone without classes")
     if network.in_chans != 3:
@@ -97,12 +102,14 @@ def run(
     if as_json:
         print(json.dumps(results, indent=2))
     else:
+        if not images:
+            print(_describe_samples(paths, network, engine[1] if engine else model))
+            results = [{**result, "image": path.name} for path, result in zip(paths, results, strict=True)]
         _print_predictions(results)
         if not images and not engine:
             print(
-                f"\nThese are the photographs in the package; {_EMBEDDED} knows the ten classes of CIFAR-10 and takes "
-                "everything for one of them.\nFor the 1000 classes of ImageNet, with weights from the Hugging Face "
-                "Hub:\n    timm-tresnet classify --model tresnet_m.miil_in21k_ft_in1k IMAGE..."
+                "\nFor the 1000 classes of ImageNet, with weights from the Hugging Face Hub:\n"
+                "    timm-tresnet classify --model tresnet_m.miil_in21k_ft_in1k IMAGE..."
             )
     unreadable = [result for result in results if "error" in result]
     for result in unreadable:
@@ -201,11 +208,35 @@ def _classify_batch(
     return results
 
 
+def _describe_samples(paths: Sequence[Path], network: Any, name: str) -> str:
+    describe, count = label_lookup(network), network.num_classes
+    named = f": {', '.join(map(describe, range(count)))}" if count <= _FEW_CLASSES else ""
+    return f"The {len(paths)} photographs in the package, by {name}, which knows {count} classes{named}.\n"
+
+
 def _print_predictions(results: list[dict[str, Any]]) -> None:
+    """Print a line for each image; on a terminal, one for each of its classes, with a bar."""
+    done = [result for result in results if "predictions" in result]
+    if not done:
+        return
+    if sys.stdout.isatty():
+        rows = [row for result in done for row in _draw_predictions(result)]
+    else:
+        rows = [
+            [result["image"], *(f"{entry['label']} {entry['probability']:.1%}" for entry in result["predictions"])]
+            for result in done
+        ]
+    print(format_columns(rows))
+
+
+def _draw_predictions(result: dict[str, Any]) -> list[list[str]]:
     rows = [
-        [result["image"], *(f"{entry['label']} {entry['probability']:.1%}" for entry in result["predictions"])]
-        for result in results
-        if "predictions" in result
+        [
+            f"{entry['probability']:6.1%}",
+            format_bar(entry["probability"], _BAR_WIDTH, sys.stdout.encoding).ljust(_BAR_WIDTH),
+            entry["label"],
+        ]
+        for entry in result["predictions"]
     ]
-    if rows:
-        print(format_columns(rows))
+    first, *others = rows or [["", "", "nothing probable enough"]]
+    return [[result["image"], *first], *(["", *row] for row in others)]

@@ -16,6 +16,7 @@ ABOUT = {
     "that timm.create_model('local-dir:FOLDER', pretrained=True) loads. What a checkpoint is comes from its "
     "tensors, what they cannot tell from its public weight or these options. Nothing in a checkpoint is executed.",
 }
+EXAMPLE = "convert tresnet_l_448.pth --output converted"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ ABOUT = {
     "description": "Write a network with its weights as one artifact for another engine, checked against PyTorch, and "
     "a JSON file beside it that says how to feed it.",
 }
+EXAMPLE = "export test_tresnet --format onnx --output network.onnx"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

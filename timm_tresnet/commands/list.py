@@ -9,7 +9,11 @@ from typing import Any
 
 from timm_tresnet.tables import format_columns
 
-ABOUT = {"help": "list the variants and their weights"}
+ABOUT = {
+    "help": "list the variants and their weights",
+    "description": "List the variants and their weights: size, input, accuracy, and where the weights are.",
+}
+EXAMPLE = "list --json"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
