@@ -70,7 +70,7 @@ def test_help_has_an_example_for_each_command_that_its_parser_takes(capsys):
     [
         ("clasify", "there is no command 'clasify'; did you mean classify?"),
         ("bench", "there is no command 'bench'; did you mean benchmark?"),
-        ("frobnicate", "there is no command 'frobnicate'; choose from classify, list, convert, "),
+        ("frobnicate", "there is no command 'frobnicate'; choose from classify, list, demo, "),
     ],
 )
 def test_a_command_typed_wrongly_is_answered_with_the_right_one(typed, answer, capsys):

@@ -1,4 +1,4 @@
-"""The `timm-tresnet` command: classify images, list variants, convert checkpoints, export and measure networks."""
+"""The `timm-tresnet` command: classify images, list variants, show a demo, convert, export and measure."""
 
 import argparse
 import difflib
@@ -12,10 +12,17 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from timm_tresnet.commands import CommandError, benchmark, classify, convert, export
+from timm_tresnet.commands import CommandError, benchmark, classify, convert, demo, export
 from timm_tresnet.commands import list as listing
 
-_COMMANDS = {"classify": classify, "list": listing, "convert": convert, "export": export, "benchmark": benchmark}
+_COMMANDS = {
+    "classify": classify,
+    "list": listing,
+    "demo": demo,
+    "convert": convert,
+    "export": export,
+    "benchmark": benchmark,
+}
 
 
 class _ShowVersions(argparse.Action):

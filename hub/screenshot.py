@@ -1,0 +1,47 @@
+"""Take the picture of the demo that the documentation shows.
+
+timm-tresnet demo --port 7860 &
+python hub/screenshot.py http://127.0.0.1:7860 docs/demo.webp
+
+Needs `pip install playwright` and a Chromium, such as Debian's.
+"""
+
+import argparse
+import io
+import shutil
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+from timm_tresnet.files import whole
+from timm_tresnet.images import SAMPLES
+
+_SIZE = {"width": 1100, "height": 840}
+
+
+def take_screenshot(url: str) -> Image.Image:
+    """The page of a demo that runs, with a photograph of the package on it."""
+    with sync_playwright() as driver:
+        program = shutil.which("chromium") or driver.chromium.executable_path
+        with driver.chromium.launch(executable_path=program, args=["--no-sandbox"]) as browser:
+            page = browser.new_page(viewport=_SIZE)
+            page.goto(url)
+            for name in ("cat", "deer"):  # the first of all is slow, which the time on the page would show
+                page.locator("#photograph input[type=file]").set_input_files(SAMPLES / f"{name}.jpg")
+                page.locator("#first-note").get_by_text(f"where “{name}” is").wait_for()
+                page.locator("#photograph button[aria-label=Clear]").wait_for()
+                if name == "cat":
+                    page.locator("#photograph button[aria-label=Clear]").click()
+            page.locator("#first-picture img").evaluate("image => image.decode()")
+            page.wait_for_timeout(1000)  # bars grow
+            return Image.open(io.BytesIO(page.screenshot()))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Take the picture of the demo that the documentation shows.")
+    parser.add_argument("url", help="where the demo is")
+    parser.add_argument("file", type=Path, help="image to write")
+    arguments = parser.parse_args()
+    with whole(arguments.file) as unfinished:
+        take_screenshot(arguments.url).convert("RGB").save(unfinished, quality=80, method=6)
