@@ -1,4 +1,4 @@
-"""What a repository of converted weights has to hold; publish.py and verify.py share it."""
+"""What a repository of converted weights, or a Space, has to hold; publish.py and verify.py share it."""
 
 import dataclasses
 import hashlib
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, RepoCard
 from huggingface_hub.hf_api import RepoFile
 from safetensors import safe_open
 
@@ -22,7 +22,13 @@ from timm_tresnet.labels import is_multi_label
 from timm_tresnet.loading import build_skeleton
 
 WEIGHTS, CONFIG, CARD = REQUIRED = ("model.safetensors", "config.json", "README.md")
+SPACE_REQUIRED = (CARD, "requirements.txt")
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar")
+
+SPACE_SDK = "gradio"
+_SPACE_METADATA = ("title", "sdk", "sdk_version", "app_file", "license")
+_COLOURS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")  # that the Hub's pages have
+_LONGEST_DESCRIPTION = 60
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -65,18 +71,19 @@ def hash_file(content: bytes | Path) -> LocalFile:
     return LocalFile(content, size, sha256.hexdigest(), git_blob.hexdigest())
 
 
-def list_files(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
+def list_files(api: HfApi, repo_id: str, commit: str, repo_type: str = "model") -> dict[str, RepoFile]:
     """List the files of a repository.
 
     Args:
         api: client of the Hub.
         repo_id: the repository.
         commit: which revision.
+        repo_type: "model" or "space".
 
     Returns:
         What the Hub says of each file, by its path.
     """
-    tree = api.list_repo_tree(repo_id, revision=commit, recursive=True)
+    tree = api.list_repo_tree(repo_id, revision=commit, recursive=True, repo_type=repo_type)
     return {file.path: file for file in tree if isinstance(file, RepoFile)}
 
 
@@ -123,6 +130,32 @@ def find_problems(folder: Path, shapes: Shapes, repo_id: str) -> list[str]:
     return problems + _check_card(folder / CARD, public, repo_id)
 
 
+def find_space_problems(folder: Path) -> list[str]:
+    """Check the card of a Space, by which the Hub runs it.
+
+    Args:
+        folder: holds README.md and the app.
+
+    Returns:
+        What is wrong, one sentence each.
+    """
+    data, problems = _read_card(folder / CARD)
+    if problems:
+        return problems
+    problems = [f"{CARD} has no {name}, which the Hub needs" for name in _SPACE_METADATA if not data.get(name)]
+    if data.get("sdk", SPACE_SDK) != SPACE_SDK:
+        problems.append(f"{CARD} has sdk {data.get('sdk')!r} instead of {SPACE_SDK!r}")
+    app = data.get("app_file")
+    if app and not (isinstance(app, str) and (folder / app).is_file()):
+        problems.append(f"{CARD} has app_file {app!r}, which is not there")
+    if len(str(data.get("short_description"))) > _LONGEST_DESCRIPTION:
+        problems.append(f"{CARD} has a short_description of more than {_LONGEST_DESCRIPTION} characters")
+    for name in ("colorFrom", "colorTo"):
+        if data.get(name, _COLOURS[0]) not in _COLOURS:
+            problems.append(f"{CARD} has {name} {data.get(name)!r} instead of one of {', '.join(_COLOURS)}")
+    return problems
+
+
 def _check_weights(folder: Path, shapes: Shapes) -> list[str]:
     try:
         model = build_skeleton(f"local-dir:{folder.absolute()}")
@@ -151,14 +184,22 @@ def _compare_with_catalogue(config: dict[str, Any], public: PublicWeight) -> lis
     ]
 
 
-def _check_card(path: Path, public: PublicWeight | None, repo_id: str) -> list[str]:
+def _read_card(path: Path, kind: type[RepoCard] = RepoCard) -> tuple[Any, list[str]]:
+    """Metadata of a card, or what is wrong with it."""
     content = path.read_text(encoding="utf-8", errors="replace")
     if not content.startswith("---\n"):
-        return [f"{CARD} has no metadata"]
+        return None, [f"{CARD} has no metadata"]
     try:
-        data = ModelCard(content).data
+        return kind(content).data, []
     except Exception as error:  # the client takes the metadata apart unchecked, so that any error is one of its shape
-        return [f"{CARD} has metadata that the Hub cannot read: {summarise(error)}"]
+        return None, [f"{CARD} has metadata that the Hub cannot read: {summarise(error)}"]
+
+
+def _check_card(path: Path, public: PublicWeight | None, repo_id: str) -> list[str]:
+    data, problems = _read_card(path, ModelCard)
+    if problems:
+        return problems
+    content = path.read_text(encoding="utf-8", errors="replace")
     expected = {"library_name": "timm"}
     if public and public.license:
         expected["license"] = public.license

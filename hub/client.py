@@ -39,9 +39,9 @@ def _restrain(request: Any) -> None:
         request.headers.pop("Authorization", None)
 
 
-def find_commit(api: HfApi, repo_id: str, revision: str | None = None) -> str:
+def find_commit(api: HfApi, repo_id: str, revision: str | None = None, repo_type: str = "model") -> str:
     """The hash of a branch, a tag or, by default, the newest commit; it is about to become part of a path."""
-    commit = api.model_info(repo_id, revision=revision).sha
+    commit = api.repo_info(repo_id, revision=revision, repo_type=repo_type).sha
     if not re.fullmatch("[0-9a-f]{40}", str(commit)):
         raise TypeError(f"{str(commit)[:99]!r} is no hash of a commit")
     return str(commit)

@@ -1,7 +1,8 @@
-"""Publish a folder of converted weights as a Hub repository.
+"""Publish a folder of converted weights as a Hub repository, or hub/space as a Space.
 
 python hub/publish.py FOLDER --repo ORG/NAME                             # says what would change, changes nothing
 python hub/publish.py FOLDER --repo ORG/NAME --push --revision-tag v1    # does it
+python hub/publish.py hub/space --repo ORG/NAME --space --push
 
 The login is that of the huggingface_hub client (`hf auth login` or HF_TOKEN). After an interruption, run it again: what
 has arrived is not sent again.
@@ -21,9 +22,12 @@ from checks import (
     CONFIG,
     PICKLES,
     REQUIRED,
+    SPACE_REQUIRED,
+    SPACE_SDK,
     WEIGHTS,
     LocalFile,
     find_problems,
+    find_space_problems,
     hash_file,
     list_files,
     read_shapes,
@@ -52,8 +56,9 @@ class Plan:
         commit: newest one of the repository; None if there is no repository yet.
         states: "new", "changed" or "same", by path.
         others: paths that only the repository has; they stay.
-        differences: of config.json and README.md, as unified diffs.
+        differences: of config.json and README.md, or of every file of a Space, as unified diffs.
         tags: commit of each tag of the repository.
+        repo_type: "model" or "space".
     """
 
     repo_id: str
@@ -63,6 +68,7 @@ class Plan:
     others: list[str]
     differences: list[str]
     tags: dict[str, str]
+    repo_type: str = "model"
 
     @property
     def to_send(self) -> list[str]:
@@ -83,15 +89,7 @@ def read_folder(folder: Path, repo_id: str) -> dict[str, LocalFile]:
     Raises:
         ValueError: if the folder is not fit to be published; the message lists everything that is wrong.
     """
-    paths = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    }
-    problems = [f"{name} is missing" for name in REQUIRED if name not in paths]
-    problems += [f"{name} is a pickle, which is not published" for name in paths if name.endswith(PICKLES)]
-    if problems:
-        raise ValueError("\n".join(problems))
+    paths = _list_files(folder, REQUIRED)
     card = (folder / CARD).read_text(encoding="utf-8").replace(PLACEHOLDER, f"hf-hub:{repo_id}").encode()
     with tempfile.TemporaryDirectory() as checked:
         (Path(checked) / CONFIG).write_bytes((folder / CONFIG).read_bytes())
@@ -105,36 +103,69 @@ def read_folder(folder: Path, repo_id: str) -> dict[str, LocalFile]:
     return {name: hash_file(card if name == CARD else path) for name, path in paths.items()}
 
 
-def make_plan(api: HfApi, files: dict[str, LocalFile], repo_id: str) -> Plan:
+def read_space(folder: Path) -> dict[str, LocalFile]:
+    """Read and check the files of a Space.
+
+    Args:
+        folder: such as hub/space.
+
+    Returns:
+        Files by path in the repository; hidden ones are left out.
+
+    Raises:
+        ValueError: if the folder is not fit to be published; the message lists everything that is wrong.
+    """
+    paths = _list_files(folder, SPACE_REQUIRED)
+    problems = find_space_problems(folder)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return {name: hash_file(path) for name, path in paths.items()}
+
+
+def _list_files(folder: Path, required: Sequence[str]) -> dict[str, Path]:
+    paths = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+    }
+    problems = [f"{name} is missing" for name in required if name not in paths]
+    problems += [f"{name} is a pickle, which is not published" for name in paths if name.endswith(PICKLES)]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return paths
+
+
+def make_plan(api: HfApi, files: dict[str, LocalFile], repo_id: str, repo_type: str = "model") -> Plan:
     """Compare files with those of a repository.
 
     Args:
         api: client of the Hub.
-        files: from `read_folder`.
+        files: from `read_folder` or `read_space`.
         repo_id: the repository, which need not exist.
+        repo_type: "model" or "space".
 
     Returns:
         What publishing would change.
     """
     try:
-        commit = find_commit(api, repo_id)
+        commit = find_commit(api, repo_id, repo_type=repo_type)
     except GatedRepoError:
         raise
     except RepositoryNotFoundError:
-        return Plan(repo_id, files, None, dict.fromkeys(files, "new"), [], [], {})
-    held = list_files(api, repo_id, commit)
+        return Plan(repo_id, files, None, dict.fromkeys(files, "new"), [], [], {}, repo_type)
+    held = list_files(api, repo_id, commit, repo_type)
     states = {
         path: "new" if path not in held else "same" if file.is_same(held[path]) else "changed"
         for path, file in files.items()
     }
     differences = [
-        _show_difference(api, repo_id, commit, path, files[path])
-        for path in (CONFIG, CARD)
+        _show_difference(api, repo_id, commit, path, files[path], repo_type)
+        for path in (files if repo_type == "space" else (CONFIG, CARD))
         if states[path] == "changed"
     ]
-    tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
+    tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id, repo_type=repo_type).tags}
     others = sorted(path for path in held if path not in files and not path.startswith("."))
-    return Plan(repo_id, files, commit, states, others, differences, tags)
+    return Plan(repo_id, files, commit, states, others, differences, tags, repo_type)
 
 
 def describe(plan: Plan) -> str:
@@ -146,10 +177,11 @@ def describe(plan: Plan) -> str:
     Returns:
         Several lines.
     """
+    name = f"the Space {plan.repo_id}" if plan.repo_type == "space" else plan.repo_id
     if plan.commit:
-        lines = [f"{plan.repo_id} is at {plan.commit}"]
+        lines = [f"{name} is at {plan.commit}"]
     else:
-        lines = [f"{plan.repo_id} will be created (or is private and this login may not see it)"]
+        lines = [f"{name} will be created (or is private and this login may not see it)"]
     lines += [f"  {state:8} {path} ({plan.files[path].size} bytes)" for path, state in plan.states.items()]
     lines += [f"  {'stays':8} {path} (only in the repository)" for path in plan.others]
     return "\n".join([*lines, *plan.differences])
@@ -174,8 +206,9 @@ def push(api: HfApi, plan: Plan, tag: str | None = None) -> str:
         raise PublishError(f"tag {tag} of {plan.repo_id} is commit {plan.tags[tag]} already; choose another name")
     commit = plan.commit
     if commit is None:
-        api.create_repo(plan.repo_id)  # fails if someone else has made it since
-        commit = find_commit(api, plan.repo_id)
+        sdk = {"space_sdk": SPACE_SDK} if plan.repo_type == "space" else {}
+        api.create_repo(plan.repo_id, repo_type=plan.repo_type, **sdk)  # fails if someone else has made it since
+        commit = find_commit(api, plan.repo_id, repo_type=plan.repo_type)
     if plan.to_send:
         operations = [
             CommitOperationAdd(path_in_repo=path, path_or_fileobj=plan.files[path].content) for path in plan.to_send
@@ -186,17 +219,22 @@ def push(api: HfApi, plan: Plan, tag: str | None = None) -> str:
             operations,
             commit_message=message,
             parent_commit=commit,  # on what the plan saw, or not at all
+            repo_type=plan.repo_type,
         ).oid
     _verify_upload(api, plan, commit)
     if tag and tag not in plan.tags:
-        api.create_tag(plan.repo_id, tag=tag, revision=commit)
+        api.create_tag(plan.repo_id, tag=tag, revision=commit, repo_type=plan.repo_type)
     return commit
 
 
 def _verify_upload(api: HfApi, plan: Plan, commit: str) -> None:
     with tempfile.TemporaryDirectory() as empty_cache:
         downloaded = api.snapshot_download(
-            plan.repo_id, revision=commit, cache_dir=empty_cache, allow_patterns=list(plan.files)
+            plan.repo_id,
+            revision=commit,
+            cache_dir=empty_cache,
+            allow_patterns=list(plan.files),
+            repo_type=plan.repo_type,
         )
         different = [
             path
@@ -209,11 +247,15 @@ def _verify_upload(api: HfApi, plan: Plan, commit: str) -> None:
         )
 
 
-def _show_difference(api: HfApi, repo_id: str, commit: str, path: str, file: LocalFile) -> str:
+def _show_difference(api: HfApi, repo_id: str, commit: str, path: str, file: LocalFile, repo_type: str) -> str:
     with tempfile.TemporaryDirectory() as cache:
-        downloaded = Path(api.hf_hub_download(repo_id, path, revision=commit, cache_dir=cache))
+        downloaded = Path(api.hf_hub_download(repo_id, path, revision=commit, cache_dir=cache, repo_type=repo_type))
         old = downloaded.read_text(encoding="utf-8", errors="replace")
-    new = file.content.decode() if isinstance(file.content, bytes) else file.content.read_text(encoding="utf-8")
+    new = (
+        file.content.decode()
+        if isinstance(file.content, bytes)
+        else file.content.read_text(encoding="utf-8", errors="replace")
+    )
     names = f"{repo_id}/{path}", f"new {path}"
     lines = list(difflib.unified_diff(old.splitlines(), new.splitlines(), *names, lineterm="", n=1))
     if len(lines) > _SHOWN_LINES:
@@ -236,20 +278,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 if all went well, else 1.
     """
-    parser = argparse.ArgumentParser(description="Publish a folder of converted weights as a Hub repository.")
-    parser.add_argument("folder", type=Path, help="holds model.safetensors, config.json and README.md")
+    parser = argparse.ArgumentParser(
+        description="Publish a folder of converted weights as a Hub repository, or hub/space as a Space."
+    )
+    parser.add_argument("folder", type=Path, help="holds model.safetensors, config.json and README.md, or a Space")
     parser.add_argument("--repo", type=_repo_id, required=True, metavar="ORG/NAME", help="repository on the Hub")
+    parser.add_argument("--space", action="store_true", help="the folder is that of a Space")
     parser.add_argument("--push", action="store_true", help="do it; without this, only say what would change")
     parser.add_argument("--revision-tag", metavar="TAG", help="tag for the published revision")
     arguments = parser.parse_args(argv)
+    repo_type = "space" if arguments.space else "model"
     try:
-        files = read_folder(arguments.folder, arguments.repo)
+        files = read_space(arguments.folder) if arguments.space else read_folder(arguments.folder, arguments.repo)
     except (OSError, ValueError) as error:
         print(f"publish: {error}", file=sys.stderr)
         return 1
     api = connect()
     try:
-        plan = make_plan(api, files, arguments.repo)
+        plan = make_plan(api, files, arguments.repo, repo_type)
         print(describe(plan))
         if not arguments.push:
             print("nothing was changed; --push does it")

@@ -69,7 +69,7 @@ class HubServer:
         url: what HF_ENDPOINT has to be.
         requests: (method, path, status) of every request, in order; a broken-off upload has no status and no entry.
         logins: the Authorization header of every request, "" where there is none.
-        repositories: by "owner/name".
+        repositories: by "owner/name", Spaces by "spaces/owner/name".
         faults: of several for one request, the first counts; spent ones are dropped.
         objects: content of LFS files by SHA-256.
     """
@@ -163,6 +163,8 @@ class _Handler(BaseHTTPRequestHandler):
             for method, pattern, answer in self._ROUTES:
                 if self.command in method and (match := pattern.fullmatch(path)):
                     arguments = match.groupdict()
+                    if arguments.pop("kind", "models") == "spaces":
+                        arguments["repo_id"] = f"spaces/{arguments['repo_id']}"
                     if self.command in ("POST", "PUT"):
                         arguments["body"] = body
                     answer(self, **arguments)
@@ -215,7 +217,9 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._find_repository(repo_id)
         commit = self._find_commit(repository, revision or "main")
         siblings = [{"rfilename": path} for path in _list_files(repository.revisions[commit])]
-        self._send_json({"id": repo_id, "sha": commit, "siblings": siblings, "gated": repository.gated})
+        self._send_json(
+            {"id": repo_id.removeprefix("spaces/"), "sha": commit, "siblings": siblings, "gated": repository.gated}
+        )
 
     def _send_tree(self, repo_id: str, revision: str) -> None:
         repository = self._find_repository(repo_id)
@@ -237,6 +241,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._need_token()
         request = json.loads(body)
         repo_id = f"{request['organization']}/{request['name']}"
+        if request.get("type") == "space":
+            if request.get("sdk") not in ("gradio", "docker", "static"):
+                raise _HubError(400)
+            repo_id = f"spaces/{repo_id}"
         if repo_id in self.hub.repositories:
             self._send_json({"error": "You already created this repo", "url": f"{self.hub.url}/{repo_id}"}, 409)
             return
@@ -310,19 +318,20 @@ class _Handler(BaseHTTPRequestHandler):
         repository.tags[name] = self._find_commit(repository, revision)
         self._send_json({})
 
-    _REPO_ID, _REVISION = r"(?P<repo_id>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
+    _REPO_ID, _REVISION = r"(?P<repo_id>(?:spaces/)?[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
+    _API = r"/api/(?P<kind>models|spaces)/(?P<repo_id>[^/]+/[^/]+)"
     _ROUTES = (
         (("GET", "HEAD"), re.compile(rf"/{_REPO_ID}/resolve/{_REVISION}/(?P<path>.+)"), _send_file),
-        (("GET", "HEAD"), re.compile(rf"/api/models/{_REPO_ID}(?:/revision/{_REVISION})?"), _send_info),
-        (("GET",), re.compile(rf"/api/models/{_REPO_ID}/tree/{_REVISION}"), _send_tree),
-        (("GET",), re.compile(rf"/api/models/{_REPO_ID}/refs"), _send_refs),
+        (("GET", "HEAD"), re.compile(rf"{_API}(?:/revision/{_REVISION})?"), _send_info),
+        (("GET",), re.compile(rf"{_API}/tree/{_REVISION}"), _send_tree),
+        (("GET",), re.compile(rf"{_API}/refs"), _send_refs),
         (("POST",), re.compile(r"/api/repos/create"), _create_repository),
         (("POST",), re.compile(r"/api/validate-yaml"), _validate_card),
-        (("POST",), re.compile(rf"/api/models/{_REPO_ID}/preupload/{_REVISION}"), _choose_upload_modes),
+        (("POST",), re.compile(rf"{_API}/preupload/{_REVISION}"), _choose_upload_modes),
         (("POST",), re.compile(rf"/{_REPO_ID}\.git/info/lfs/objects/batch"), _offer_uploads),
         (("PUT",), re.compile(r"/lfs-objects/(?P<oid>[0-9a-f]{64})"), _store_object),
-        (("POST",), re.compile(rf"/api/models/{_REPO_ID}/commit/{_REVISION}"), _commit),
-        (("POST",), re.compile(rf"/api/models/{_REPO_ID}/tag/{_REVISION}"), _tag),
+        (("POST",), re.compile(rf"{_API}/commit/{_REVISION}"), _commit),
+        (("POST",), re.compile(rf"{_API}/tag/{_REVISION}"), _tag),
     )
 
     def _need_token(self) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 import reference
@@ -359,6 +360,90 @@ def test_unfit_folder_is_refused_before_a_request(hub, publish, folder, damage, 
     output = capsys.readouterr().err
     for finding in findings:
         assert finding in output
+    assert hub.requests == []
+
+
+# ---- a Space
+
+
+@pytest.fixture
+def space(tmp_path):
+    return shutil.copytree(HUB / "space", tmp_path / "space")
+
+
+@pytest.fixture
+def publish_space(tools, space):
+    return lambda *options: tools["publish"].main([str(space), "--repo", "owner/demo", "--space", *options])
+
+
+def test_space_is_created_with_its_sdk_and_comes_back_as_it_was_sent(hub, publish_space, space, run_child, capsys):
+    assert publish_space() == 0
+    assert "the Space owner/demo will be created" in capsys.readouterr().out
+    assert hub.repositories == {}
+    (space / "__pycache__").mkdir()
+    (space / "__pycache__" / "app.pyc").touch()
+    assert publish_space("--push", "--revision-tag", "v1") == 0
+    assert list(hub.repositories) == ["spaces/owner/demo"]
+    (*_, commit) = hub.repositories["spaces/owner/demo"].revisions
+    assert hub.repositories["spaces/owner/demo"].tags == {"v1": commit}
+    files = {path.name: path.read_bytes() for path in (HUB / "space").iterdir() if path.is_file()}
+    assert {"app.py", "README.md", "requirements.txt"} <= {*files}
+    printed = run_child(
+        """
+from pathlib import Path
+from huggingface_hub import HfApi
+folder = Path(HfApi().snapshot_download("owner/demo", revision="v1", repo_type="space"))
+print(*sorted(path.name for path in folder.iterdir()))
+print((folder / "app.py").read_text(), end="")
+"""
+    )
+    names, _, app = printed.partition("\n")
+    assert names.split() == sorted([".gitattributes", *files])
+    assert app.encode() == files["app.py"]
+
+
+def test_update_of_a_space_shows_the_difference_in_its_app(hub, publish_space, space, capsys):
+    publish_space("--push")
+    (space / "app.py").write_text((space / "app.py").read_text() + "# more\n")
+    capsys.readouterr()
+    assert publish_space("--push") == 0
+    output = capsys.readouterr().out
+    assert re.search(r"changed +app\.py", output)
+    assert re.search(r"same +README\.md", output)
+    assert "\n+# more" in output
+    (*_, revision) = hub.repositories["spaces/owner/demo"].revisions.values()
+    assert (revision / "app.py").read_bytes() == (space / "app.py").read_bytes()
+    assert publish_space("--push") == 0
+    assert len(hub.repositories["spaces/owner/demo"].revisions) == 3  # the first is the Hub's own
+
+
+def replace_in_card(old, new):
+    def damage(space):
+        card = (space / "README.md").read_text(encoding="utf-8")
+        assert old in card
+        (space / "README.md").write_text(card.replace(old, new), encoding="utf-8")
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "finding"),
+    [
+        (lambda space: (space / "requirements.txt").unlink(), "requirements.txt is missing"),
+        (lambda space: (space / "app.py").unlink(), "README.md has app_file 'app.py', which is not there"),
+        (lambda space: (space / "weights.pth").touch(), "weights.pth is a pickle"),
+        (lambda space: (space / "README.md").write_text("# demo\n"), "README.md has no metadata"),
+        (replace_in_card("sdk: gradio", "sdk: docker"), "README.md has sdk 'docker' instead of 'gradio'"),
+        (replace_in_card("sdk_version", "version"), "README.md has no sdk_version, which the Hub needs"),
+        (replace_in_card("colorTo: green", "colorTo: teal"), "README.md has colorTo 'teal' instead of one of red, "),
+        (replace_in_card("short_description: ", "short_description: " + "x" * 60), "of more than 60 characters"),
+    ],
+    ids=["requirements", "app", "pickle", "metadata", "sdk", "version", "colour", "description"],
+)
+def test_unfit_space_is_refused_before_a_request(hub, publish_space, space, damage, finding, capsys):
+    damage(space)
+    assert publish_space("--push") == 1
+    assert finding in capsys.readouterr().err
     assert hub.requests == []
 
 
