@@ -120,8 +120,9 @@ def page(demo):
 
 
 def upload(page, path):
-    field = page.locator("#photograph input[type=file]")
-    if not field.count():  # a file is there
+    field, held = (page.locator(f"#photograph {part}") for part in ("input[type=file]", "[data-testid=download-link]"))
+    field.or_(held).first.wait_for(state="attached")
+    if held.count():
         page.locator("#photograph button[aria-label=Clear]").click()
     field.set_input_files(path)
 
