@@ -22,8 +22,8 @@ _LOADED = 3  # networks at once
 
 _ABOUT = """# TResNet, side by side
 Drop a photograph, choose weights, and see what the network finds, where
-([Grad-CAM](https://arxiv.org/abs/1610.02391)) and how long it takes. The model in the package,
-`test_tresnet.r64_cifar10`, knows ten classes and nothing else."""
+([Grad-CAM](https://arxiv.org/abs/1610.02391)) and how long it takes. The models in the package, called `test_…`, are
+tiny and know a few classes."""
 
 
 def list_weights() -> tuple[list[str], list[str]]:
@@ -48,7 +48,7 @@ def build_demo(weights: Sequence[str], beside: str | None = None) -> gradio.Bloc
     Returns:
         The page, to be served by `serve_demo`.
     """
-    samples = [str(path) for path in find_images([SAMPLES])]
+    samples = [str(path) for path in find_images([SAMPLES.parent])]  # those of every model in the package
     keeping = (_KEPT_S, _KEPT_S)
     with gradio.Blocks(title="TResNet", analytics_enabled=False, delete_cache=keeping, fill_width=True) as page:
         gradio.Markdown(_ABOUT)
