@@ -27,11 +27,12 @@ tiny and know a few classes."""
 
 
 def list_weights() -> tuple[list[str], list[str]]:
-    """Names of the weights that load without being converted: those in the package, and those on the Hub."""
+    """Names of the weights that load without being converted: in the package, a variant's own first; on the Hub."""
     configs = {
         name: timm.models.get_pretrained_cfg(name) for name in timm.list_models(module="tresnet", pretrained=True)
     }
     embedded = [name for name, config in configs.items() if config.file]
+    embedded.sort(key=lambda name: timm.models.get_pretrained_cfg(name.partition(".")[0]).tag != configs[name].tag)
     return embedded, [name for name, config in configs.items() if config.hf_hub_id and name not in embedded]
 
 
