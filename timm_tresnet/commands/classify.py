@@ -211,7 +211,8 @@ def _classify_batch(
 def _describe_samples(paths: Sequence[Path], network: Any, name: str) -> str:
     describe, count = label_lookup(network), network.num_classes
     named = f": {', '.join(map(describe, range(count)))}" if count <= _FEW_CLASSES else ""
-    return f"The {len(paths)} photographs in the package, by {name}, which knows {count} classes{named}.\n"
+    shown = f"{len(paths)} photographs" if len(paths) > 1 else "photograph"
+    return f"The {shown} in the package, by {name}, which knows {count} classes{named}.\n"
 
 
 def _print_predictions(results: list[dict[str, Any]]) -> None:
