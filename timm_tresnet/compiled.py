@@ -10,15 +10,15 @@ saved                                      "activations"  "expansions"  grad che
 =========================================  =============  ============  ==================
 convolution of feature maps, blur          yes            yes           no
 1x1 convolution that widens fourfold       yes            no            no
-the same, more than fourfold               no             no            no
+the same, more than fourfold               no             yes           no
 convolution in squeeze-and-excitation      yes            yes           yes
 statistics of norms, means of channels     yes            yes           yes
 random numbers                             yes            yes           yes
 =========================================  =============  ============  ==================
 
 A 1x1 convolution that widens fourfold is the last one of a bottleneck. One does more, on the shortcut into the first
-bottleneck of TResNet-M: it makes much of little. Regions end where eager mode keeps an output (`timm_tresnet.stages`):
-with the whole body as one, or each block, more is kept or a step peaks higher (`benchmarks/README.md`).
+bottleneck of TResNet-M: it makes much of little, but with "expansions" a step would peak higher without it. Regions end
+where eager mode keeps an output (`timm_tresnet.stages`). `benchmarks/README.md` has what was measured of other choices.
 """
 
 import functools
@@ -80,7 +80,7 @@ def _saves_convolution(setting: str, x: Tensor, weight: Tensor) -> bool:
         return True
     outputs, inputs, *kernel = weight.shape
     widening = outputs / inputs if kernel == [1, 1] else 0
-    return {"activations": widening <= 4, "expansions": widening < 4, "convolutions": False}[setting]
+    return {"activations": widening <= 4, "expansions": widening != 4, "convolutions": False}[setting]
 
 
 _CONTEXTS = {
