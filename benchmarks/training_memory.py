@@ -92,6 +92,21 @@ def compile_apart(make: Callable[[str], nn.Module], budget: float, model: str) -
     return torch.compile(make(model), backend=backend, fullgraph=True, dynamic=False)
 
 
+def make_regions(ends: str, model: str) -> nn.Module:
+    """This package's TResNet, whose regions for the compiler end elsewhere than they do."""
+    network = make_ours("activations", model)
+    for stage in (network.body.layer1, network.body.layer2, network.body.layer3, network.body.layer4):
+        stage._keeps_output = functools.partial(REGION_ENDS[ends], len(stage))
+    return network
+
+
+REGION_ENDS: dict[str, Callable[[int, int], bool]] = {  # of a stage's length and a block's position
+    "body": lambda blocks, position: False,  # one region of the whole body
+    "stages": lambda blocks, position: position == blocks - 1,
+    "pairs": lambda blocks, position: (blocks - position) % 2 == 1,
+    "blocks": lambda blocks, position: True,
+}
+
 ROWS: dict[str, Callable[[str], nn.Module]] = {  # row -> what makes the network, from the model's name
     "resnet50": lambda model: make_network("resnet50"),
     BUILTIN: make_builtin,
@@ -113,11 +128,15 @@ COMPILED_ROWS: dict[str, Callable[[str], nn.Module]] = {
         for row in ("resnet50", "none", "activations", "expansions", "checkpointing")
     },
 }
+REGION_ROWS: dict[str, Callable[[str], nn.Module]] = {
+    f"{COMPILED}-regions-{ends}": functools.partial(compile_apart, functools.partial(make_regions, ends), 1.0)
+    for ends in REGION_ENDS
+}
 
 
 def make_row(row: str, settings: argparse.Namespace) -> nn.Module:
     """The network of a row, in training mode, on the device and in the memory format of the settings."""
-    network = {**ROWS, **CONVERTED_ROWS, **COMPILED_ROWS}[row](settings.model)
+    network = {**ROWS, **CONVERTED_ROWS, **COMPILED_ROWS, **REGION_ROWS}[row](settings.model)
     return network.to(settings.device, memory_format=choose_memory_format(settings.channels_last)).train()
 
 
@@ -154,7 +173,7 @@ def measure_memory(row: str, settings: argparse.Namespace) -> dict[str, int | No
     compute_loss(network, images, labels, settings.amp).backward()
     memory = {"peak": measure_peak(network, images, labels, settings.amp)}
     memory["kept"] = measure_kept(network, images, labels, settings.amp)
-    if settings.max_batch and row not in COMPILED_ROWS:  # these would be compiled for every size tried
+    if settings.max_batch and not row.startswith(COMPILED):  # these would be compiled for every size tried
         del images, labels
 
         def step(size: int) -> None:
@@ -225,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    every_row = [*ROWS, *CONVERTED_ROWS, *COMPILED_ROWS]
+    every_row = [*ROWS, *CONVERTED_ROWS, *COMPILED_ROWS, *REGION_ROWS]
     parser = argparse.ArgumentParser(
         description="What training keeps for backward, what a step peaks at and what it costs."
     )
