@@ -104,14 +104,24 @@ def _must_step_aside() -> bool:
 
 def is_transforming() -> bool:
     """Whether a transform of `torch.func`, forward mode or a mode is at work, or hooks of users run in every module."""
-    hooks, modes = nn.modules.module, torch.overrides._get_current_function_mode_stack()
+    modes = torch.overrides._get_current_function_mode_stack()
     return (
         bool(torch.utils._python_dispatch._get_current_dispatch_mode_stack())
         or any(type(mode) is not DeviceContext for mode in modes)
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
-        or bool(hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
+        or has_global_hooks()
+    )
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks of users run in every module."""
+    hooks = nn.modules.module
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
     )
 
 

@@ -9,10 +9,18 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from timm_tresnet.blocks import ResidualBlock
+from timm_tresnet.blocks import BasicBlock, Bottleneck, ResidualBlock
 from timm_tresnet.compiled import run_region
-from timm_tresnet.layers import ActivatedBatchNorm2d, ConvNormAct
-from timm_tresnet.rebuild import is_foreign, is_transforming, open_tape, pausing, recording, repeating_convolutions
+from timm_tresnet.layers import ActivatedBatchNorm2d, ConvNormAct, ReLU, SpaceToDepth
+from timm_tresnet.rebuild import (
+    has_global_hooks,
+    is_foreign,
+    is_transforming,
+    open_tape,
+    pausing,
+    recording,
+    repeating_convolutions,
+)
 
 # A module, what the compiler is to rebuild of it ("none", "activations", "expansions", "convolutions"), and whether it
 # keeps the output.
@@ -56,9 +64,10 @@ class Recorded(nn.Sequential):
         return x
 
     def _forward_compiled(self, x: Tensor) -> Tensor:
-        rebuilds = self.training and torch.is_grad_enabled() and not _is_exporting()
-        for modules, setting in _group(self._list_steps()):
-            if rebuilds and setting != "none":
+        rebuilds = self.training and torch.is_grad_enabled() and not _is_exporting() and not has_global_hooks()
+        regions = _group(self._list_steps()) if rebuilds else [(list(self), "none")]
+        for modules, setting in regions:
+            if setting != "none":
                 x = run_region(modules, x, setting)
             else:
                 for module in modules:
@@ -68,14 +77,14 @@ class Recorded(nn.Sequential):
     def _list_steps(self) -> list[_Step]:
         steps: list[_Step] = []
         for position, module in enumerate(self):
-            if isinstance(module, Stage) and not is_foreign(module, deep=False):
+            if type(module) is Stage and not is_foreign(module, deep=False) and not _has_hooks(module):
                 steps += module._list_steps()
             else:
                 steps.append(self._make_step(position, module))
         return steps
 
     def _make_step(self, position: int, module: nn.Module) -> _Step:
-        return module, "none" if isinstance(module, Stage) or not _fits_region(module) else self.rebuild, False
+        return module, self.rebuild if _fits_region(module) else "none", False
 
     def _run(self, position: int, module: nn.Module, x: Tensor) -> Tensor:
         tape = open_tape()
@@ -182,18 +191,31 @@ def _group(steps: list[_Step]) -> list[tuple[list[nn.Module], str]]:
 
 
 def _fits_region(module: nn.Module) -> bool:
-    """Whether a region can hold a module: nothing in it is of users, or draws or counts twice if it runs again."""
-    if is_foreign(module):
+    """Whether a region can hold a module: one of ours, and nothing in it draws, counts or overwrites if it runs again.
+
+    Hooks of FSDP, which free and gather weights, are among what no region can hold.
+    """
+    if type(module) not in (BasicBlock, Bottleneck, ConvNormAct, SpaceToDepth) or is_foreign(module):
         return False
     for part in module.modules():
+        if _has_hooks(part) or isinstance(part, nn.RReLU) or type(part).__module__ == "timm.layers.drop":
+            return False
         if isinstance(part, ActivatedBatchNorm2d):
             if not part.fits_region():
                 return False
-        elif isinstance(part, nn.modules.batchnorm._NormBase | nn.RReLU):
+        elif isinstance(part, nn.modules.batchnorm._NormBase):
             return False
-        elif type(part).__module__ == "timm.layers.drop":
-            return False
+        norm = type(part).__module__ == "timm.layers.norm_act" or isinstance(part, ActivatedBatchNorm2d)
+        for name, child in part.named_children():  # an activation may overwrite what a norm has made
+            if getattr(child, "inplace", False) and type(child) is not ReLU and not (norm and name == "act"):
+                return False
     return True
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _can_repeat(block: nn.Module) -> bool:

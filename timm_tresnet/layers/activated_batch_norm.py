@@ -86,8 +86,8 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
     @torch.jit.unused
     def fits_region(self) -> bool:
         """Whether a region (`timm_tresnet.compiled`) can hold this norm, so that statistics count once."""
-        plain = self.weight is not None and self.momentum is not None
-        return plain and not self.synchronized
+        affine = self.weight is not None and self.bias is not None
+        return affine and self.momentum is not None and not self.synchronized
 
     @torch.jit.unused
     def _is_distributed(self) -> bool:
