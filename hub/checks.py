@@ -171,9 +171,10 @@ def _check_weights(folder: Path, shapes: Shapes) -> list[str]:
 
 def _compare_with_catalogue(config: dict[str, Any], public: PublicWeight) -> list[str]:
     pretrained_cfg = config["pretrained_cfg"]
-    expected = json.loads(json.dumps(make_pretrained_cfg(public, public.converted_classes)))
+    classes = config.get("num_classes") if public.head == "unknown" else public.converted_classes
+    expected = json.loads(json.dumps(make_pretrained_cfg(public, classes)))
     pairs = [(name, pretrained_cfg.get(name), expected[name]) for name in public.known if name in expected]
-    pairs.append(("num_classes", config.get("num_classes"), public.converted_classes))
+    pairs.append(("num_classes", config.get("num_classes"), classes))
     pairs.append(("multi_label", is_multi_label(pretrained_cfg), is_multi_label(expected)))
     arguments = config.get("model_args", {})
     pairs += [(name, arguments.get(name), value) for name, value in public.slopes.items()]

@@ -57,6 +57,18 @@ def test_networks_without_batch_norm_are_exported_and_optimized_as_they_are(tmp_
     torch.testing.assert_close(ExportedModel("torch", path)(x), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
+@each_format
+def test_networks_with_ml_decoder_are_exported_with_constant_queries(format, tmp_path):
+    model = make_small("test_tresnet", head="ml_decoder", num_groups=3, decoder_embedding=16)
+    path = tmp_path / f"network{SUFFIXES[format]}"
+    export_model(model, path, format)
+    exported = ExportedModel(ENGINES[format], path)
+    for shape in [(1, 3, 64, 64), (3, 3, 36, 100)]:
+        x = torch.rand(shape)
+        with torch.no_grad():
+            assert relative_error(exported(x), model(x)) <= 1e-4
+
+
 def test_artifact_of_a_multi_label_network_says_so(tmp_path):
     model = timm.create_model("test_tresnet", pretrained_cfg_overlay={"notes": ("multi-label",)}).eval()
     output = tmp_path / "network.pt"

@@ -11,7 +11,9 @@ from reference import randomise, relative_error
 from timm.utils import reparameterize_model
 
 from timm_tresnet import fold_batch_norms, optimize_for_inference
+from timm_tresnet.deployment.folding import copy_folded
 from timm_tresnet.layers import ConvNormAct
+from timm_tresnet.layers.ml_decoder_head import FoldedQueries
 
 
 @pytest.mark.parametrize("variant", ["tresnet_m", "tresnet_v2_l", "test_tresnet"])
@@ -52,6 +54,14 @@ def test_folding_refuses_training_mode_and_norms_that_it_does_not_know():
     with pytest.raises(ValueError, match="GroupNorm"):
         fold_batch_norms(half)
     assert isinstance(half.body.conv1, ConvNormAct)
+
+
+def test_queries_are_folded_where_no_batch_norm_is():
+    model = timm.create_model("test_tresnet", norm_layer="groupnorm1", head="ml_decoder", decoder_embedding=16).eval()
+    folded = copy_folded(model)
+    assert isinstance(folded.head.queries, FoldedQueries)
+    x = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_folding_a_folded_network_changes_nothing():

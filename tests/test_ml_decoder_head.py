@@ -167,6 +167,7 @@ def test_folded_queries_are_constants_that_give_the_same_logits(options):
         folded.train().forward_head(features)
     with pytest.raises(ValueError, match="needs queries that are not folded"):
         folded.reset_classifier(3)
+    assert folded.num_classes == 7
     with pytest.raises(ValueError, match="not folded"):
         folded.set_label_embeddings(["a"], torch.zeros(1, 5))
     assert model.head.queries.vectors.any()  # the network itself stays as it was

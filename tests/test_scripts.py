@@ -73,6 +73,21 @@ def test_train_script_reaches_the_ingredients(run_python, image_folder, tmp_path
     assert "body.layer1.0.conv3.conv.weight" in state_dict
 
 
+def test_train_script_reaches_the_heads(run_python, image_folder, tmp_path):
+    run_script(
+        run_python,
+        "train.py",
+        *train_arguments(image_folder, "test_tresnet", tmp_path),
+        "--head-init-scale", "0.5", "--head-init-bias", "-3", "--layer-decay", "0.7", "--model-ema",
+        "--model-kwargs", "head=ml_decoder", "num_groups=1", "decoder_embedding=16",
+    )  # fmt: skip
+    checkpoint = torch.load(tmp_path / "run" / "last.pth.tar", weights_only=False)
+    assert checkpoint["state_dict"]["head.fc.weight"].shape == (1, 16, 2)
+    assert checkpoint["state_dict"]["head.fc.bias"].max() < -2
+    queries = checkpoint["state_dict"]["head.queries.vectors"]
+    assert torch.equal(checkpoint["state_dict_ema"]["head.queries.vectors"], queries)
+
+
 @pytest.mark.parametrize(
     ("before", "extra"),
     [(["-m", "timm_tresnet"], []), ([], ["--device-modules", "timm_tresnet"])],

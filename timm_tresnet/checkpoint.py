@@ -58,8 +58,9 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     """
     state_dict = unwrap(state_dict)
     state_dict = from_official(state_dict) if OFFICIAL_STEM in state_dict else rename_head(state_dict)
-    if QUERIES in state_dict and isinstance(model.head, MLDecoderHead):
-        _fit_queries(state_dict, model.head)
+    head = getattr(model, "head", None)
+    if QUERIES in state_dict and isinstance(head, MLDecoderHead) and head.decodes:
+        _fit_queries(state_dict, head)
     if _STEM in state_dict:
         state_dict[_STEM] = adapt_stem(state_dict[_STEM], model.get_parameter(_STEM).shape[1])
     return state_dict
@@ -71,7 +72,7 @@ def _fit_queries(state_dict: dict[str, Tensor], head: MLDecoderHead) -> None:
     classes = queries.shape[0] if head.label_embedding else bias.numel()
     if head.num_classes and head.num_classes != classes:
         del state_dict[QUERIES]
-    elif not head.num_classes and head.decodes:
+    elif not head.num_classes and queries.shape[1:] == head.queries.vectors.shape[1:]:
         head.queries.set_vectors(queries)
 
 

@@ -239,12 +239,15 @@ class TResNet(nn.Module):
         Args:
             num_classes: number of classes; 0 for no classifier.
             global_pool: pooling before the classifier; None to leave it as it is, "" for none.
+
+        Raises:
+            ValueError: if the queries of an ML-Decoder head are folded.
         """
         weight = self.body.conv1.conv.weight
-        self.num_classes = num_classes
         self.head.in_features = self.num_features  # pruning changes it
         kept = set(self.head.modules())
         self.head.reset(num_classes, global_pool)
+        self.num_classes = num_classes
         self.head.to(device=weight.device, dtype=weight.dtype)
         self.head.train(self.training)
         self.head_hidden_size = self._head_hidden_size()
