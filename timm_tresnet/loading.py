@@ -67,7 +67,9 @@ def build_skeleton(name: str, called: str = config.NAME) -> nn.Module:
             if parameters > _MOST_PARAMETERS:
                 raise ValueError(f"it has {parameters:.1e} parameters, more than {_MOST_PARAMETERS:.0e}")
             # Before 1.0.31 timm leaves the size's first number as it was, whatever in_chans is.
-            model(torch.empty(1, model.in_chans, *model.pretrained_cfg.get("input_size", (3, 224, 224))[1:]))
+            logits = model(torch.empty(1, model.in_chans, *model.pretrained_cfg.get("input_size", (3, 224, 224))[1:]))
+            if model.num_classes and logits.ndim != 2:
+                raise ValueError("it needs a global_pool to classify images, got ''")
     # Whatever timm's layers raise for arguments that are right each by itself.
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{called} describes no network that can be run: {summarise(error)}") from error
