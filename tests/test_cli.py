@@ -55,7 +55,7 @@ def test_help_has_an_example_for_each_command_that_its_parser_takes(capsys):
         cli.main(["--help"])
     page = capsys.readouterr().out
     examples = re.findall(r"^  timm-tresnet (.*)$", page.partition("examples:\n")[2], re.MULTILINE)
-    commands = re.findall(r"^    (\w+)", page.partition("options:")[0], re.MULTILINE)
+    commands = re.findall(r"^    ([\w-]+)", page.partition("options:")[0], re.MULTILINE)
     assert [example.split()[0] for example in examples] == commands
     for example in examples:
         name, *_ = words = shlex.split(example)

@@ -49,7 +49,8 @@ def build_demo(weights: Sequence[str], beside: str | None = None) -> gradio.Bloc
     Returns:
         The page, to be served by `serve_demo`.
     """
-    samples = [str(path) for path in find_images([SAMPLES.parent])]  # those of every model in the package
+    folders = sorted(SAMPLES.parent.iterdir(), key=lambda folder: folder != SAMPLES)  # of every model in the package
+    samples = [str(path) for path in find_images(folders)]
     keeping = (_KEPT_S, _KEPT_S)
     with gradio.Blocks(title="TResNet", analytics_enabled=False, delete_cache=keeping, fill_width=True) as page:
         gradio.Markdown(_ABOUT)
