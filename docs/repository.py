@@ -14,7 +14,13 @@ from mkdocs.structure.pages import Page
 _JOINING = (  # patterns, from the root of the repository
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "CITATION.cff"),
     *("benchmarks/README.md", "benchmarks/results/*.svg", "benchmarks/results/*.md"),
-    *("hub/README.md", "tests/ACCEPTANCE.md", "timm_tresnet/rebuild.py", "timm_tresnet/compiled.py"),
+    *(
+        "hub/README.md",
+        "notebooks/*.ipynb",
+        "tests/ACCEPTANCE.md",
+        "timm_tresnet/rebuild.py",
+        "timm_tresnet/compiled.py",
+    ),
 )
 
 

@@ -46,6 +46,7 @@ NOT_RUN = {  # how a command begins -> why it is not run as it stands, and what 
     "python validate.py": "likewise",
     "bash distributed_train.sh": "needs 8 GPUs; train.py parses its options",
     "torchrun": "needs several GPUs or machines; torchrun and train.py parse their options, tests/test_main.py runs it",
+    "timm-tresnet demo": "serves until it is interrupted; its options are parsed, tests/test_demo.py runs it",
     "timm-tresnet benchmark": "takes minutes; its options are parsed, tests/test_commands_benchmark.py runs it",
 }
 NARROW = {  # of each variant; no two alike, so that a checkpoint can be recognised

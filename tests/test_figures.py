@@ -240,7 +240,7 @@ CLAIMS: dict[str, list[tuple[str, Callable[[], tuple[Any, ...]]]]] = {  # page -
             "int8 runs at {:.2f}x of timm's own float32",
             lambda: (statistics.median(find_row("inference_epyc_2.json", "openvino, int8", batch_size=8)["ratios"]),),
         ),
-        ("knows the {} public files", lambda: (len(load_catalogue()),)),
+        ("knows {} public weights", lambda: (len(load_catalogue()),)),
     ],
     "docs/measurements.md": [
         (
@@ -286,7 +286,7 @@ def test_every_bullet_of_what_you_get_has_a_number_that_is_checked_here():
     text = (ROOT / "README.md").read_text(encoding="utf-8").split("## What you get")[1].split("\n## ")[0]
     bullets = [" ".join(bullet.split()) for bullet in text.split("\n- ")[1:]]
     patterns = [re.sub(r"\\{.*?\\}", r"[\\d.]+", re.escape(sentence)) for sentence, _ in CLAIMS["README.md"]]
-    others = [r"16 of them", r"with 2 processes"]  # counted below, and by tests/conftest.py
+    others = [r"20 of them", r"3 heads", r"with 2 processes"]  # counted below, and by tests/conftest.py
     for bullet in bullets:
         assert any(re.search(pattern, bullet) for pattern in patterns + others), bullet
 
@@ -294,8 +294,10 @@ def test_every_bullet_of_what_you_get_has_a_number_that_is_checked_here():
 def test_ingredients_are_as_many_as_the_table_has_arguments():
     (table,) = (table for table in read_tables(ROOT / "docs" / "start.md") if table.header[0] == "argument")
     names = [name for row in table.rows for name in re.findall(r"`(\w+)`", row[0])]
-    assert len(names) == len(set(names)) == 16
+    assert len(names) == len(set(names)) == 20
     assert set(names) <= set(inspect.signature(TResNet).parameters)
+    (heads,) = (table for table in read_tables(ROOT / "docs" / "tagging.md") if table.header[0] == "`head`")
+    assert len(heads.rows) == 3
 
 
 # ---- variants and weights
@@ -303,7 +305,7 @@ def test_ingredients_are_as_many_as_the_table_has_arguments():
 
 def test_variants_have_the_sizes_that_the_command_prints(capsys):
     cli.main(["list"])
-    printed = dict(re.findall(r"^(\w+)\.\w+ +[\d.]+ +([\d.]+) +224x224", capsys.readouterr().out, re.MULTILINE))
+    printed = dict(re.findall(r"^([\w.]+) +[\d.]+ +([\d.]+) +224x224", capsys.readouterr().out, re.MULTILINE))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (table,) = (table for table in read_tables(ROOT / "README.md") if table.header[1] == "blocks per stage")
     assert [row[0] for row in table.rows] == [f"`{name}`" for name in ARCHITECTURES if name != "test_tresnet"]
@@ -311,7 +313,7 @@ def test_variants_have_the_sizes_that_the_command_prints(capsys):
         name = label.strip("`")
         model = timm.create_model(name, device="meta")
         assert parameters == f"{sum(each.numel() for each in model.parameters()) / 1e6:.1f} M"
-        assert float(gmacs) == pytest.approx(float(printed[name]), abs=0.06)
+        assert float(gmacs) == pytest.approx(float(printed[f"{name}.{default_cfgs[name].tags[0]}"]), abs=0.06)
         settings = {"width_factor": 1.0, "v2": False, **ARCHITECTURES[name]}
         assert blocks.startswith(", ".join(map(str, settings["layers"])))
         assert ("bottlenecks throughout" in blocks) == settings["v2"]
