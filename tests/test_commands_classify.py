@@ -13,6 +13,7 @@ from PIL import Image
 from timm_tresnet import cli
 from timm_tresnet.commands import classify
 from timm_tresnet.images import SAMPLES
+from timm_tresnet.labels import make_notes
 
 CIFAR10 = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
 
@@ -259,6 +260,24 @@ def test_classify_prints_every_label_above_the_threshold(options, labels, tagger
         assert entry["probability"] == pytest.approx(torch.tensor(logit).sigmoid().item())
     assert cli.main(["classify", "--model", tagger, *options, *[str(SAMPLES / "cat.jpg")] * 2]) == 0
     assert capsys.readouterr().out.count("%") == 2 * len(labels)
+
+
+def test_classify_takes_a_threshold_of_its_own_for_each_label_and_artifacts_too(tmp_path, capsys):
+    notes = make_notes(True, [0.9, 0.2, 0.6])
+    model = timm.create_model("test_tresnet", num_classes=3, pretrained_cfg_overlay={"notes": notes})
+    model.head.fc.weight.data.zero_()
+    model.head.fc.bias.data = torch.tensor([2.0, -1.0, 0.5])  # 0.88, 0.27, 0.62
+    labels = {"label_names": ["sky", "sea", "boat"]}
+    timm.models.save_for_hf(model, tmp_path / "tagger", safe_serialization=True, model_config=labels)
+    tagger, artifact = f"local-dir:{tmp_path / 'tagger'}", str(tmp_path / "tagger.pt")
+    assert cli.main(["export", tagger, "--format", "torchscript", "--output", artifact]) == 0
+    capsys.readouterr()
+    for source in (["--model", tagger], ["--engine", "torch", artifact, "--trust"]):
+        for options, expected in (([], ["boat", "sea"]), (["--threshold", "0.8"], ["sky"])):
+            assert cli.main(["classify", "--json", *source, *options, str(SAMPLES / "cat.jpg")]) == 0
+            (result,) = json.loads(capsys.readouterr().out)
+            assert [entry["label"] for entry in result["predictions"]] == expected
+    assert json.loads(Path(f"{artifact}.json").read_text())["label_thresholds"] == [0.9, 0.2, 0.6]
 
 
 def test_images_with_different_numbers_of_labels_make_a_table(capsys):

@@ -3,7 +3,7 @@ import argparse
 import pytest
 
 from timm_tresnet import cli
-from timm_tresnet.commands.options import add_comparison_options, at_least, image_size, new_file
+from timm_tresnet.commands.options import add_comparison_options, at_least, between, image_size, new_file
 
 
 def test_image_sizes_that_the_stem_cannot_take_are_refused(capsys):
@@ -24,6 +24,14 @@ def test_numbers_below_the_least_are_refused():
     for kind, text in ((int, "0"), (float, "nan")):
         with pytest.raises(argparse.ArgumentTypeError, match=f"needs a number from 1 on, got {text}"):
             at_least(1, kind)(text)
+
+
+def test_numbers_are_from_the_least_to_the_greatest():
+    assert between(0, 1)("0.5") == 0.5
+    assert between(0, 30, int)("30") == 30
+    for text in ("-0.1", "1.5", "nan"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"needs a number from 0 to 1, got {text}"):
+            between(0, 1)(text)
 
 
 def test_files_of_results_are_new(tmp_path):

@@ -71,3 +71,18 @@ def test_first_form_of_the_config_is_accepted(tmp_path):
     path.write_text(json.dumps({**config, "model_args": {}}))
     with pytest.raises(ValueError, match=r'config.json has "model_args", which is no field of timm'):
         read_config(path)
+
+
+def test_thresholds_in_the_notes_are_checked(tmp_path):
+    path = tmp_path / "config.json"
+    config = {
+        "architecture": "test_tresnet",
+        "num_classes": 2,
+        "pretrained_cfg": {"notes": ["thresholds: [0.5, 0.25]"]},
+    }
+    path.write_text(json.dumps(config))
+    assert read_config(path) == config
+    config["pretrained_cfg"]["notes"] = ["thresholds: [0.5, 2.5]"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="config.json has notes that are wrong: needs the note of thresholds to be"):
+        read_config(path)

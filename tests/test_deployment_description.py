@@ -49,6 +49,7 @@ def test_description_is_read_as_it_was_written(shape):
         },
         class_names=["cat", "dog"],
         multi_label=True,
+        label_thresholds=[0.25, 0.5] if free else None,
     )
     written = description.to_json()
     assert ("size_multiple" in written["input"]) == free
@@ -113,3 +114,13 @@ def test_what_is_no_description_is_refused_in_one_sentence(content, tmp_path, ca
     assert cli.main(["classify", "--engine", "torch", str(tmp_path / "network.pt2"), "--trust"]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert "network.pt2.json" in line
+
+
+def test_thresholds_are_one_for_each_class_or_left_out_as_by_older_versions(artifact):
+    description = json.loads(artifact("torch-export").with_name("network.pt2.json").read_text())
+    del description["label_thresholds"]
+    assert Description.from_json(description).label_thresholds is None
+    with pytest.raises(ValueError, match="needs label_thresholds for 10 classes, got 2"):
+        Description.from_json({**description, "label_thresholds": [0.5, 0.5]})
+    with pytest.raises(ValueError, match="label_thresholds to be a list"):
+        Description.from_json({**description, "label_thresholds": [2.0] * 10})

@@ -1,7 +1,7 @@
 import pytest
 import timm
 
-from timm_tresnet.labels import LABEL_SETS, is_multi_label, label_config, label_lookup
+from timm_tresnet.labels import LABEL_SETS, is_multi_label, label_config, label_lookup, make_notes, read_thresholds
 
 COUNTS = {"imagenet-1k": 1000, "imagenet-21k-p": 11221, "coco": 80, "voc": 20}
 
@@ -82,3 +82,20 @@ def test_classes_are_named_by_config_then_imagenet_then_number():
 )
 def test_config_says_whether_an_image_has_any_number_of_labels(config, multi_label):
     assert is_multi_label(config) == multi_label
+
+
+def test_thresholds_are_read_as_they_were_noted():
+    thresholds = [0.25, 0.1234567, 1.0]
+    config = {"notes": make_notes(True, thresholds)}
+    assert is_multi_label(config)
+    assert read_thresholds(config, 3) == pytest.approx(thresholds, abs=1e-6)
+    assert read_thresholds(config, 4) is None  # the classifier has been replaced
+    assert read_thresholds({"notes": make_notes(True)}, 3) is None
+    assert read_thresholds({"notes": None}, 3) is None
+    assert make_notes(False) == ()
+
+
+@pytest.mark.parametrize("note", ["thresholds: [0.5, 2]", "thresholds: 0.5", "thresholds: [", 'thresholds: ["a"]'])
+def test_thresholds_that_are_none_are_refused(note):
+    with pytest.raises(ValueError, match="needs the note of thresholds to be"):
+        read_thresholds({"notes": [note]}, 2)

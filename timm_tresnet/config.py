@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from timm_tresnet.labels import read_thresholds
 from timm_tresnet.schema import FLAG, TEXT, Kind, Table, choice, find_fault, integer, list_of, map_of, number, read_json
 
 NAME = "config.json"
@@ -135,6 +136,10 @@ def _find_contradiction(config: dict[str, Any]) -> str | None:
         return (
             f"needs num_classes to be the same everywhere, got {classes} and {arguments['num_classes']} in model_args"
         )
+    try:
+        read_thresholds(pretrained_cfg, classes)
+    except ValueError as error:
+        return f"has notes that are wrong: {error}"
     in_chans = arguments.get("in_chans", (pretrained_cfg.get("input_size") or [3])[0])
     for name in ("mean", "std"):
         values = pretrained_cfg.get(name)

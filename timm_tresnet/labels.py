@@ -1,11 +1,15 @@
 """What the classes of weights are called, in the order of their outputs, and whether an image can have several."""
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from timm_tresnet.schema import find_fault, list_of, number
 
 # Of timm's pretrained config, whose fields are fixed, only the notes can say it and reach `model.pretrained_cfg` from
 # the registry, the Hub and a folder alike.
 MULTI_LABEL = "multi-label"
+_THRESHOLDS = "thresholds: "  # before a JSON list with one for each label, in another note
 
 # MS-COCO's 80 "thing" categories by ascending category id, which is how ASL and ML-Decoder number them
 # (`CocoDetection.cat2cat` in their helper_functions.py); names from COCO's instances_val2014.json.
@@ -77,3 +81,41 @@ def label_lookup(model: Any) -> Callable[[int], str]:
 def is_multi_label(pretrained_cfg: Mapping[str, Any]) -> bool:
     """Whether an image can have any number of the classes, each with a sigmoid, as the weights' config says."""
     return MULTI_LABEL in (pretrained_cfg.get("notes") or ())
+
+
+def make_notes(multi_label: bool, thresholds: Sequence[float] | None = None) -> tuple[str, ...]:
+    """Notes of a pretrained config.
+
+    Args:
+        multi_label: whether an image can have any number of the classes.
+        thresholds: from which probability on an image has each label; None if nobody says.
+    """
+    notes = [MULTI_LABEL] if multi_label else []
+    if thresholds is not None:
+        notes.append(_THRESHOLDS + json.dumps([float(f"{threshold:.6g}") for threshold in thresholds]))
+    return tuple(notes)
+
+
+def read_thresholds(pretrained_cfg: Mapping[str, Any], num_classes: int) -> list[float] | None:
+    """From which probability on an image has each label, as the weights' config says; None if it does not.
+
+    Args:
+        pretrained_cfg: of the network.
+        num_classes: number of labels; thresholds for another number belong to a classifier that has been replaced.
+
+    Raises:
+        ValueError: if the note is not one that `make_notes` writes.
+    """
+    notes = pretrained_cfg.get("notes") or ()
+    for note in (notes,) if isinstance(notes, str) else notes:
+        if note.startswith(_THRESHOLDS):
+            fault = None
+            try:
+                thresholds = json.loads(note.removeprefix(_THRESHOLDS))
+                fault = find_fault(thresholds, list_of(number(0, 1), 0, 1_000_000), "the note of thresholds")
+            except ValueError as error:
+                fault = f"needs the note of thresholds to be JSON: {error}"
+            if fault:
+                raise ValueError(fault)
+            return thresholds if len(thresholds) == num_classes else None
+    return None

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from timm_tresnet.commands import CommandError, load_model
-from timm_tresnet.commands.options import at_least
+from timm_tresnet.commands.options import at_least, between
 from timm_tresnet.images import find_images, find_samples, printable, read_image
-from timm_tresnet.labels import is_multi_label, label_lookup
+from timm_tresnet.labels import is_multi_label, label_lookup, read_thresholds
 from timm_tresnet.tables import format_bar, format_columns
 
 ABOUT = {
@@ -21,6 +21,7 @@ ABOUT = {
 EXAMPLE = "classify --top-k 5 photo.jpg folder/"
 _EMBEDDED = "test_tresnet"
 _BATCH_SIZE = 32
+_THRESHOLD = 0.5  # of labels that have none of their own
 _BAR_WIDTH = 20
 _FEW_CLASSES = 20  # that are named on one line
 
@@ -49,20 +50,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", default=3, type=at_least(1), metavar="K", help="how many classes (default: 3)")
     parser.add_argument(
         "--threshold",
-        default=0.5,
-        type=_probability,
+        type=between(0, 1),
         metavar="P",
         help="for models with any number of labels an image: print every label at least this probable, instead of the "
-        "top K (default: %(default)s)",
+        f"top K (default: what the model says for each label, else {_THRESHOLD})",
     )
     parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
-
-
-def _probability(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"needs a number from 0 to 1, got {value}")
-    return value
 
 
 def run(
@@ -73,7 +66,7 @@ def run(
     engine: tuple[str, str] | None,
     trust: bool,
     top_k: int,
-    threshold: float,
+    threshold: float | None,
     as_json: bool,
 ) -> int:
     """Classify, print what was found, and name the files that cannot be read."""
@@ -131,7 +124,7 @@ def classify_images(
     paths: Sequence[Path],
     top_k: int,
     advance: Callable[[int], None] = lambda count: None,
-    threshold: float = 0.5,
+    threshold: float | None = None,
 ) -> list[dict[str, Any]]:
     """Classify image files with the preprocessing that the model's weights were made for.
 
@@ -140,7 +133,8 @@ def classify_images(
         paths: image files.
         top_k: how many classes to report for each.
         advance: is told after each batch how many images that were.
-        threshold: of a model whose images have any number of labels, every label at least this probable is reported.
+        threshold: of a model whose images have any number of labels, every label at least this probable is reported;
+            None for what the weights' config says for each label, or 0.5.
 
     Returns:
         For each path, in order, a dict with "image" and either "predictions", a list of dicts with "label", "index" and
@@ -151,7 +145,7 @@ def classify_images(
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
     describe = label_lookup(model)
     if is_multi_label(model.pretrained_cfg):
-        choose = functools.partial(_choose_probable, threshold=threshold)
+        choose = functools.partial(_choose_probable, thresholds=_choose_thresholds(model, threshold))
     else:
         choose = functools.partial(_choose_top, count=top_k)
     results = []
@@ -162,17 +156,25 @@ def classify_images(
     return results
 
 
+def _choose_thresholds(model: Any, threshold: float | None) -> list[float]:
+    """For each label the probability from which on an image has it."""
+    own = read_thresholds(model.pretrained_cfg, model.num_classes)
+    if threshold is None and own is not None:
+        return own
+    return [_THRESHOLD if threshold is None else threshold] * model.num_classes
+
+
 def _choose_top(logits: Any, count: int) -> list[tuple[int, float]]:
     """Index and probability of the most probable classes of one image, of which one is right."""
     top = logits.softmax(-1).topk(min(count, len(logits)))
     return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
 
-def _choose_probable(logits: Any, threshold: float) -> list[tuple[int, float]]:
-    """Index and probability of every label of one image that is probable enough."""
+def _choose_probable(logits: Any, thresholds: Sequence[float]) -> list[tuple[int, float]]:
+    """Index and probability of every label of one image that is probable enough for it, most probable first."""
     probabilities, indices = logits.sigmoid().sort(descending=True)
-    count = int((probabilities >= threshold).sum())
-    return list(zip(indices[:count].tolist(), probabilities[:count].tolist(), strict=True))
+    pairs = zip(indices.tolist(), probabilities.tolist(), strict=True)
+    return [(index, probability) for index, probability in pairs if probability >= thresholds[index]]
 
 
 def _classify_batch(

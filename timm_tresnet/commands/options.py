@@ -25,6 +25,18 @@ def at_least(least: int, kind: type = int) -> Callable[[str], float]:
     return number
 
 
+def between(least: float, most: float, kind: type = float) -> Callable[[str], float]:
+    """What makes a number and refuses smaller and greater ones."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not least <= value <= most:  # nan neither
+            raise argparse.ArgumentTypeError(f"needs a number from {least} to {most}, got {value}")
+        return value
+
+    return number
+
+
 def image_size(text: str) -> int:
     """The side of images, in pixels."""
     size = int(text)

@@ -18,7 +18,7 @@ from timm_tresnet.deployment.int8 import CalibrationImages
 from timm_tresnet.errors import summarise
 from timm_tresnet.files import whole
 from timm_tresnet.images import SAMPLES, find_images, read_image
-from timm_tresnet.labels import MULTI_LABEL, is_multi_label, label_lookup
+from timm_tresnet.labels import is_multi_label, label_lookup, make_notes, read_thresholds
 from timm_tresnet.layers import SpaceToDepth
 from timm_tresnet.schema import read_json
 
@@ -50,8 +50,8 @@ def export_model(
 
     Returns:
         What the JSON file, FILE.onnx.json and so on, says: "input" (name, shape, dtype, and for a dynamic size its
-        multiple and minimum), "output", "preprocessing" as timm means it, "class_names", "multi_label", "precision",
-        "check" and versions.
+        multiple and minimum), "output", "preprocessing" as timm means it, "class_names", "multi_label",
+        "label_thresholds", "precision", "check" and versions.
 
     Raises:
         ValueError: if an argument is not one of the above, or the folder has too few images.
@@ -132,6 +132,7 @@ def _describe(
         preprocessing=timm.data.resolve_data_config({"input_size": input_size}, model=model),
         class_names=list(map(label_lookup(model), range(model.num_classes))),
         multi_label=is_multi_label(config),
+        label_thresholds=read_thresholds(config, model.num_classes),
     )
 
 
@@ -214,7 +215,7 @@ class ExportedModel:
         self.pretrained_cfg = {
             **described.preprocessing,
             "label_names": described.class_names,
-            "notes": (MULTI_LABEL,) if described.multi_label else (),
+            "notes": make_notes(described.multi_label, described.label_thresholds),
         }
         self._batch_size = described.shape[0]
         self._artifact = artifact

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_tresnet.config import PREPROCESSING
-from timm_tresnet.schema import FLAG, TEXT, Kind, Table, choice, find_fault, integer, list_of
+from timm_tresnet.schema import FLAG, TEXT, Kind, Table, choice, find_fault, integer, list_of, number
 
 AXES = ("batch", "channels", "height", "width")  # of the images; in the file, those that are free
 _SIDE = integer(1, 65536)
@@ -43,6 +43,7 @@ _TABLE = Table(
         "preprocessing": Table(PREPROCESSING, tuple(PREPROCESSING)),
         "class_names": list_of(TEXT, 0, 1_000_000),
         "multi_label": FLAG,
+        "label_thresholds": list_of(number(0, 1), 0, 1_000_000).or_null(),
     },
     ("model", "format", "precision", "input", "output", "preprocessing", "class_names", "multi_label"),
 )
@@ -67,6 +68,7 @@ class Description:
         preprocessing: of an image file, as timm means it.
         class_names: one for each logit.
         multi_label: whether an image can have several of the classes.
+        label_thresholds: from which probability on an image has each class; None where nobody says.
     """
 
     model: str
@@ -78,6 +80,7 @@ class Description:
     preprocessing: dict[str, Any]
     class_names: list[str]
     multi_label: bool
+    label_thresholds: list[float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What the file says, but for how the artifact was made and checked."""
@@ -94,6 +97,7 @@ class Description:
             "preprocessing": self.preprocessing,
             "class_names": self.class_names,
             "multi_label": self.multi_label,
+            "label_thresholds": self.label_thresholds,
         }
 
     @classmethod
@@ -116,6 +120,7 @@ class Description:
             shape=tuple(None if side in AXES else side for side in image["shape"]),
             size_limits=(image.get("size_multiple", 1), image.get("size_minimum", 1)),
             num_classes=described["output"]["shape"][1],
+            label_thresholds=described.get("label_thresholds"),  # which older files do not have
             **{name: described[name] for name in as_they_are},
         )
 
@@ -126,6 +131,9 @@ def _find_contradiction(described: dict[str, Any]) -> str | None:
     preprocessing, classes = described["preprocessing"], described["output"]["shape"][1]
     if len(described["class_names"]) != classes:
         return f"needs class_names for {classes} classes, got {len(described['class_names'])}"
+    thresholds = described.get("label_thresholds")
+    if thresholds is not None and len(thresholds) != classes:
+        return f"needs label_thresholds for {classes} classes, got {len(thresholds)}"
     for side, size in zip((channels, *sides), preprocessing["input_size"], strict=True):
         if side not in (*AXES, size):
             return f"needs preprocessing.input_size to fit input.shape, got {size} instead of {side}"
