@@ -1,4 +1,4 @@
-"""The `timm-tresnet` command: classify images, list variants, show a demo, convert, export and measure."""
+"""The `timm-tresnet` command: classify images, list variants, show a demo, convert, train, export and measure."""
 
 import argparse
 import difflib
@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from timm_tresnet.commands import CommandError, benchmark, classify, convert, demo, export
+from timm_tresnet.commands import CommandError, benchmark, classify, convert, demo, export, train_tagger
 from timm_tresnet.commands import list as listing
 
 _COMMANDS = {
@@ -20,6 +20,7 @@ _COMMANDS = {
     "list": listing,
     "demo": demo,
     "convert": convert,
+    "train-tagger": train_tagger,
     "export": export,
     "benchmark": benchmark,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -83,7 +84,7 @@ config = timm.data.resolve_data_config(model=extractor)
 for features in extractor(torch.rand(1, *config["input_size"])):
     print(features.shape)
 ```"""
-_EMBED = """\
+EMBED = """\
 ```python
 import timm
 import torch
@@ -132,17 +133,17 @@ def make_card(public: PublicWeight | None, architecture: str, num_classes: int, 
     if repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, re.ASCII):
         raise ValueError(f"make_card needs repo_id to be OWNER/NAME, got {repo_id!r}")
     name = public.name if public else repo_id.partition("/")[2] if repo_id else architecture
-    sections = [f"# {_plain(name)}", _introduce(public, architecture, num_classes)]
+    sections = [f"# {plain(name)}", _introduce(public, architecture, num_classes)]
     if table := _tabulate(public, num_classes):
         sections.append(table)
     sections += _explain_use(public, num_classes, f"hf-hub:{repo_id}" if repo_id else PLACEHOLDER)
     if public:
-        data = map(_plain, filter(None, (public.pretraining, public.dataset)))
+        data = map(plain, filter(None, (public.pretraining, public.dataset)))
         sections += ["## Training data", f"{', then '.join(data)}."]
         official = _refer("official code", public.code)
-        licence = f"{_plain(public.license)}, as the {official}." if public.license else _UNLICENSED
+        licence = f"{plain(public.license)}, as the {official}." if public.license else _UNLICENSED
         sections += ["## Licence", licence]
-    sections += ["## Citation", _cite(public)]
+    sections += ["## Citation", cite([public.paper] if public else [])]
     metadata = _describe(public, name, num_classes).to_yaml()
     return f"---\n{metadata}\n---\n" + "\n\n".join(sections) + "\n"
 
@@ -190,12 +191,14 @@ def _introduce(public: PublicWeight | None, architecture: str, num_classes: int)
     kind = "A multi-label image classifier" if public and public.multi_label else "An image classifier"
     if not num_classes:
         kind = "An image feature extractor"
-    text = f"{kind}: TResNet ({_link(_TRESNET)}), variant {_code(architecture)}, for timm with the plugin timm-tresnet."
+    text = (
+        f"{kind}: TResNet ({link(_TRESNET)}), variant {as_code(architecture)}, for timm with the plugin timm-tresnet."
+    )
     if public is None:
         return f"{text} Converted from a checkpoint whose training is not known."
-    files = " or ".join(map(_code, public.files))
+    files = " or ".join(map(as_code, public.files))
     code = _refer("code", public.code)
-    source = f"The weights are those of {_link(public.paper)}, converted from {files} of its {code}."
+    source = f"The weights are those of {link(public.paper)}, converted from {files} of its {code}."
     if public.head == "query2label" and not num_classes:
         source += " The Query2Label head is left out."
     return f"{text} {source}"
@@ -209,10 +212,10 @@ def _tabulate(public: PublicWeight | None, num_classes: int) -> str:
         if public.input_size:
             rows.append(("image", _describe_preprocessing(public)))
         if public.metric:
-            metric = f"{public.metric.value} %, published in {_plain(public.metric.published)}"
+            metric = f"{public.metric.value} %, published in {plain(public.metric.published)}"
             if not _has_published_head(public, num_classes):
                 metric += "; that is with the published head, which is not part of these weights"
-            rows.append((_plain(f"{public.metric.name} on {public.dataset}"), metric))
+            rows.append((plain(f"{public.metric.name} on {public.dataset}"), metric))
     return format_markdown(["", ""], rows) if rows else ""
 
 
@@ -222,12 +225,12 @@ def _describe_preprocessing(public: PublicWeight) -> str:
         resizing = f"resized to {size} × {size} pixels whatever its shape"
     else:
         resizing = f"shorter side resized to {int(size / public.crop_pct)} pixels, then the central {size} × {size}"
-    text = f"RGB, {resizing} ({_plain(str(public.interpolation))})"
+    text = f"RGB, {resizing} ({plain(str(public.interpolation))})"
     return f"{text}; mean {list(public.mean)}, std {list(public.std)}" if public.mean and public.std else text
 
 
 def _explain_use(public: PublicWeight | None, num_classes: int, model: str) -> list[str]:
-    examples = {"Feature maps": _FEATURES, "Embeddings": _EMBED, "Fine-tuning": _FINE_TUNE}
+    examples = {"Feature maps": _FEATURES, "Embeddings": EMBED, "Fine-tuning": _FINE_TUNE}
     if num_classes:
         examples = {"Classification": _CLASSIFY, **examples}
     activation = "sigmoid()" if public and public.multi_label else "softmax(-1)"
@@ -237,9 +240,9 @@ def _explain_use(public: PublicWeight | None, num_classes: int, model: str) -> l
     return sections
 
 
-def _cite(public: PublicWeight | None) -> str:
-    papers = dict.fromkeys([public.paper, _TRESNET] if public else [_TRESNET])
-    return "\n\n".join(_format_bibtex(paper) for paper in papers)
+def cite(papers: Sequence[str]) -> str:
+    """BibTeX of papers, arXiv:NUMBER, and of TResNet's own behind them."""
+    return "\n\n".join(_format_bibtex(paper) for paper in dict.fromkeys([*papers, _TRESNET]))
 
 
 def _format_bibtex(paper: str) -> str:
@@ -255,7 +258,8 @@ def _has_published_head(public: PublicWeight, num_classes: int) -> bool:
     return bool(num_classes) and num_classes == public.converted_classes
 
 
-def _link(paper: str) -> str:
+def link(paper: str) -> str:
+    """A paper, arXiv:NUMBER, with its address."""
     return f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})"
 
 
@@ -263,15 +267,16 @@ def _refer(text: str, address: str) -> str:
     """A link, if the address is one of a page and nothing else."""
     if re.fullmatch(r"https://[\w.~/-]+", address, re.ASCII):
         return f"[{text}]({address})"
-    return f"{text} ({_plain(address)})"
+    return f"{text} ({plain(address)})"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text in one line that Markdown and HTML take for nothing else."""
     return re.sub(r"([\\`*\[\]<>#~])", r"\\\1", " ".join(text.split()))
 
 
-def _code(text: str) -> str:
+def as_code(text: str) -> str:
+    """Text in one line, set as code."""
     return f"`{' '.join(text.split()).replace('`', chr(39))}`"
 
 

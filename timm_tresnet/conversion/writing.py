@@ -40,7 +40,7 @@ def write_folder(
         OSError: if it cannot be written.
     """
     folder = Path(folder).absolute()
-    _check_free(folder, overwrite)
+    check_free(folder, overwrite)
     with whole(folder, overwrite) as partial:
         partial.mkdir()
         (partial / "model.safetensors").write_bytes(save(conversion.state_dict, metadata={"format": "pt"}))
@@ -50,10 +50,15 @@ def write_folder(
         (partial / "README.md").write_text(card, encoding="utf-8")
         if check is not None:
             check(partial)
-        _check_free(folder, overwrite)  # again: this took a while
+        check_free(folder, overwrite)  # again: this took a while
 
 
-def _check_free(folder: Path, overwrite: bool) -> None:
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that must not be written.
+
+    Raises:
+        FileExistsError: if it holds something and overwrite is not set, or something that no conversion writes.
+    """
     if not folder.exists():
         return
     held = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else None

@@ -1,0 +1,114 @@
+import pytest
+import timm
+import torch
+from tagged import SMALL
+from torch import nn
+
+pytest.importorskip("lightning.pytorch", reason="install lightning, of the extra tagging")
+pytest.importorskip("torchmetrics", reason="install torchmetrics, of the extra tagging")
+
+from timm_tresnet.tagging.module import Tagger, make_loss
+from timm_tresnet.tagging.settings import Settings
+
+
+def official_loss(logits, targets, gamma_neg=4, gamma_pos=0, clip=0.05):
+    """The asymmetric loss term by term (arXiv:2009.14119, "Asymmetric Loss"); its focusing weights have no gradient."""
+    total = torch.zeros((), dtype=logits.dtype)
+    for logit, target in zip(logits.flatten(), targets.flatten(), strict=True):
+        probability = logit.sigmoid()
+        if target == 1:
+            total = total - (1 - probability).detach() ** gamma_pos * probability.log()
+        else:
+            shifted = (probability - clip).clamp(min=0)
+            total = total - shifted.detach() ** gamma_neg * (1 - shifted).log()
+    return total
+
+
+def test_the_loss_is_the_official_one_with_its_gradient():
+    logits = (torch.randn(6, 5, dtype=torch.float64) * 3).requires_grad_()
+    targets = (torch.rand(6, 5) < 0.3).double()
+    expected = torch.autograd.grad(official_loss(logits, targets), logits)[0]
+    loss = make_loss(Settings())
+    found = torch.autograd.grad(loss(logits, targets), logits)[0]
+    torch.testing.assert_close(loss(logits, targets).double(), official_loss(logits, targets), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_plain_cross_entropy_is_summed_too():
+    logits, targets = torch.randn(6, 5), torch.randint(2, (6, 5)).float()
+    expected = official_loss(logits, targets, gamma_neg=0, clip=0)
+    torch.testing.assert_close(make_loss(Settings(loss="bce"))(logits, targets), expected)
+
+
+class Trainer:
+    """As much of Lightning's as configuring asks for."""
+
+    estimated_stepping_batches = 100
+
+
+def make_tagger(monkeypatch, **settings):
+    network = timm.create_model("test_tresnet", num_classes=3, **SMALL)
+    tagger = Tagger(network, Settings(**settings), held_out=4)
+    monkeypatch.setattr(Tagger, "trainer", Trainer())
+    return tagger
+
+
+def test_norms_and_biases_do_not_decay(monkeypatch):
+    tagger = make_tagger(monkeypatch)
+    optimizer = tagger.configure_optimizers()["optimizer"]
+    assert type(optimizer).__name__ == "Adam"
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for module in tagger.network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            plain = isinstance(module, nn.BatchNorm2d) or name == "bias"
+            assert decay[id(parameter)] == (0 if plain else 1e-4)
+
+
+def test_one_cycle_rises_for_a_fifth_and_ends_near_zero(monkeypatch):
+    tagger = make_tagger(monkeypatch)
+    configured = tagger.configure_optimizers()
+    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        tagger.lr_scheduler_step(scheduler, None)
+    assert rates.index(max(rates)) == 19
+    assert max(rates) == pytest.approx(1e-4)
+    assert rates[-1] < 1e-7
+
+
+def test_schedules_of_timm_go_by_steps(monkeypatch):
+    tagger = make_tagger(monkeypatch, sched="cosine", epochs=10, warmup_epochs=1)
+    configured = tagger.configure_optimizers()
+    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    rates = []
+    for step in range(1, 100):
+        monkeypatch.setattr(Tagger, "global_step", step)
+        tagger.lr_scheduler_step(scheduler, None)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[4] < rates[9] == max(rates)
+    assert rates[-1] < 1e-6 < rates[50]
+
+
+def test_the_average_is_no_part_of_what_is_trained(monkeypatch):
+    tagger = make_tagger(monkeypatch)
+    assert len(list(tagger.parameters())) == len(list(tagger.network.parameters()))
+    assert not any(name.startswith("average") for name in tagger.state_dict())
+
+
+def test_images_that_cannot_be_read_have_no_part_in_the_loss(monkeypatch):
+    tagger = make_tagger(monkeypatch).train()
+    batch = {
+        "image": torch.rand(3, 3, 32, 32),
+        "target": torch.randint(2, (3, 3)).float(),
+        "index": torch.tensor([5, 6, 7]),
+        "readable": torch.tensor([True, False, True]),
+    }
+    loss = tagger.training_step(batch, 0)
+    logits = tagger.network(batch["image"])
+    torch.testing.assert_close(loss, tagger.loss(logits[[0, 2]], batch["target"][[0, 2]]))
+    assert tagger.unreadable == {6}
+    batch["readable"][:] = False
+    tagger.training_step(batch, 0).backward()  # zero, with a gradient
+    assert not any(parameter.grad.any() for parameter in tagger.network.parameters())

@@ -1,0 +1,66 @@
+"""What a training is told."""
+
+import dataclasses
+from typing import Any
+
+LOSSES = ("asl", "bce")
+SCHEDULES = ("onecycle", "cosine", "step", "poly", "tanh")
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a network is trained; what is not said is as in official training (train.py of ASL and ML_Decoder).
+
+    Args:
+        model: name of the weights to start from, as `timm_tresnet.loading.load_network` takes it.
+        from_scratch: start from random weights instead.
+        model_args: arguments of the network that differ from those of the weights, such as its head.
+        image_size: side of the images, in pixels; None for that of the weights.
+        epochs: how often each image is seen.
+        batch_size: images in a step, of each process.
+        accumulate: steps whose gradients are added up before the weights change.
+        opt: optimizer, a name that timm knows.
+        lr: the highest learning rate.
+        weight_decay: of all weights but biases and norms.
+        sched: how the learning rate goes: one of `SCHEDULES`.
+        warmup_epochs: epochs in which it rises, for all but onecycle, which takes the first fifth.
+        loss: one of `LOSSES`.
+        gamma_neg: focusing of the asymmetric loss on labels that an image lacks.
+        gamma_pos: focusing on those that it has.
+        clip: probability up to which a label that an image lacks costs nothing.
+        ema_decay: of the moving average of the weights, a step.
+        cutout: side of the square that is painted over, as a share of the image's; 0 for none.
+        randaugment: magnitude of RandAugment, up to 30; 0 for none.
+        precision: one of `PRECISIONS`; None for 16-mixed with CUDA, else 32-true.
+        channels_last: keep images and weights with their channels last in memory.
+        sync_bn: batch norm over all processes.
+        held_out: share of the training images to measure with, where there are none of their own for that.
+        seed: of all that is drawn.
+    """
+
+    model: str = "tresnet_m"
+    from_scratch: bool = False
+    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    image_size: int | None = None
+    epochs: int = 40  # ML_Decoder's; ASL's train.py stops after 40 of 80
+    batch_size: int = 56  # ML_Decoder's, at 448 pixels
+    accumulate: int = 1
+    opt: str = "adam"  # both
+    lr: float = 1e-4  # both
+    weight_decay: float = 1e-4  # both
+    sched: str = "onecycle"  # both
+    warmup_epochs: int = 0
+    loss: str = "asl"
+    gamma_neg: float = 4.0  # both, as are the next two
+    gamma_pos: float = 0.0
+    clip: float = 0.05
+    ema_decay: float = 0.9997  # both
+    cutout: float = 0.5  # both
+    randaugment: int = 9  # torchvision's default; see `timm_tresnet.tagging.transforms`
+    precision: str | None = None
+    channels_last: bool = False
+    sync_bn: bool = False
+    held_out: float = 0.1
+    seed: int = 0

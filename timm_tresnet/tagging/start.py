@@ -1,0 +1,93 @@
+"""The network that a training starts from."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from timm_tresnet import config
+from timm_tresnet.catalogue import load_catalogue
+from timm_tresnet.errors import summarise
+from timm_tresnet.labels import is_multi_label, label_lookup
+from timm_tresnet.loading import load_network
+
+
+def make_network(
+    name: str, model_args: Mapping[str, Any], labels: Sequence[str], pretrained: bool = True
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Make a network for labels, from weights that may be for other classes or have another head.
+
+    Whatever of the weights fits is taken: the body and, if the head is of the same kind, what it has in front of its
+    last layer; that too if the weights are a tagger's for the same labels.
+
+    Args:
+        name: of the weights, as `timm_tresnet.loading.load_network` takes it.
+        model_args: arguments of the network that differ from those of the weights.
+        labels: one for each output.
+        pretrained: False to draw the weights.
+
+    Returns:
+        The network, and the arguments that make it of its variant: model_args and those that came with the weights.
+
+    Raises:
+        ValueError: if there is no such network, it cannot be had or built, or its body differs from the weights'.
+    """
+    source = load_network(name) if pretrained else None
+    try:
+        network = timm.create_model(name, pretrained=False, num_classes=len(labels), **model_args)
+    # What timm and the network raise for arguments and names that are wrong.
+    except (AssertionError, FileNotFoundError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"cannot make the network {name} with {dict(model_args)}: {summarise(error)}") from error
+    if network.in_chans != 3:
+        raise ValueError(f"{name} takes {network.in_chans} channels, images are read in 3")
+    if source is not None:
+        _take_weights(network, source, labels)
+    return network, {**_arguments_of_weights(name), **model_args}
+
+
+def _take_weights(network: nn.Module, source: nn.Module, labels: Sequence[str]) -> None:
+    same = is_multi_label(source.pretrained_cfg) and source.num_classes == len(labels)
+    if not (same and list(map(label_lookup(source), range(len(labels)))) == list(labels)):
+        source.reset_classifier(len(labels))
+    weights, wanted = source.state_dict(), network.state_dict()
+    of_head = {key for key in wanted if key.startswith("head.")}
+    fits = {key for key in wanted if key in weights and weights[key].shape == wanted[key].shape}
+    missing = sorted(wanted.keys() - fits - of_head)
+    if missing:
+        raise ValueError(f"the body differs from that of the weights, which do not fit {missing[0]} and others")
+    if type(source.head) is not type(network.head) or not of_head <= fits:
+        fits -= of_head
+    network.load_state_dict({key: weights[key] if key in fits else wanted[key] for key in wanted})
+
+
+def _arguments_of_weights(name: str) -> dict[str, Any]:
+    source, _, rest = name.partition(":")
+    if not rest:
+        public = load_catalogue().get(name)
+        return dict(public.network_arguments) if public else {}
+    if source.lower().replace("_", "-") == "local-dir":
+        return dict(config.read_config(Path(rest) / config.NAME).get("model_args", {}))
+    return dict(timm.models.load_model_config_from_hf(rest)[2] or {})
+
+
+def make_pretrained_cfg(network: nn.Module, image_size: int | None) -> dict[str, Any]:
+    """What timm's pretrained config says of a network that is trained by this package: how its images are prepared.
+
+    Args:
+        network: from `make_network`.
+        image_size: side of its images, in pixels; None for that of the weights.
+    """
+    start = network.pretrained_cfg
+    size = image_size or start["input_size"][-1]
+    return {
+        "input_size": [3, size, size],
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "crop_mode": "squash",  # official training resizes to a square, whatever the image's shape
+        "mean": list(start["mean"]),
+        "std": list(start["std"]),
+        "first_conv": start["first_conv"],
+        "classifier": start["classifier"],
+    }

@@ -1,0 +1,391 @@
+"""A training from annotations to a folder that timm loads."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import math
+import os
+import pickle
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import timm.data
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import nn
+
+from timm_tresnet.conversion.reading import name_some
+from timm_tresnet.conversion.writing import check_free
+from timm_tresnet.errors import summarise
+from timm_tresnet.files import whole
+from timm_tresnet.images import printable
+from timm_tresnet.schema import read_json, show
+from timm_tresnet.tagging.annotations import Annotations
+from timm_tresnet.tagging.card import Training
+from timm_tresnet.tagging.data import LabelledImages, make_loader
+from timm_tresnet.tagging.module import Tagger
+from timm_tresnet.tagging.settings import Settings
+from timm_tresnet.tagging.start import make_network, make_pretrained_cfg
+from timm_tresnet.tagging.transforms import make_transform
+from timm_tresnet.tagging.writing import Tagged, write_tagger
+
+_RUN = "run.json"
+_CHECKPOINT = "last.ckpt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a training writes, and what it finds there.
+
+    Args:
+        output: the folder that it ends with.
+        resume: go on with a training that was stopped, if there is one.
+        overwrite: replace what an earlier training has left.
+    """
+
+    output: Path
+    resume: bool = False
+    overwrite: bool = False
+
+    @property
+    def work(self) -> Path:
+        """The folder of checkpoints and logs."""
+        return self.output.with_name(self.output.name + ".training")
+
+    @property
+    def checkpoint(self) -> Path:
+        """All that a training needs to go on, as it was after the last epoch."""
+        return self.work / _CHECKPOINT
+
+
+def count_processes() -> int:
+    """Number of processes that `torchrun` has started for this training."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Whether this one writes and speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def train_tagger(
+    training: Annotations,
+    measuring: Annotations | None,
+    settings: Settings,
+    place: Place,
+    *,
+    device: str = "auto",
+    workers: int = 0,
+    command: str = "",
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Train a network to tag images, and write a folder for `timm.create_model('local-dir:FOLDER', pretrained=True)`.
+
+    Args:
+        training: the images to train on.
+        measuring: those to choose the best epoch and the thresholds with; None to hold out some of the first.
+        settings: of the training.
+        place: where to write.
+        device: "auto", "cpu", "cuda" or "mps".
+        workers: processes that read images, for each process that trains.
+        command: what the card says it was made with.
+        say: is told, a line at a time, how it goes.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError: if something cannot be written.
+        ValueError: if settings, data and what is there already do not go together.
+    """
+    if measuring is None:
+        training, measuring = hold_out(training, settings.held_out, settings.seed)
+    check_free(place.output, place.overwrite)
+    torch.manual_seed(settings.seed)
+    network, model_args = make_network(
+        settings.model, settings.model_args, training.names, pretrained=not settings.from_scratch
+    )
+    pretrained_cfg = make_pretrained_cfg(network, settings.image_size)
+    _check_runs(network, pretrained_cfg)
+    if settings.channels_last:
+        network.to(memory_format=torch.channels_last)
+    data = _make_data_sets(training, measuring, settings, pretrained_cfg)
+    _check_positives(data["measuring"])
+    processes, process = count_processes(), int(os.environ.get("RANK", "0"))
+    if process == 0:
+        _prepare_place(place, {"settings": dataclasses.asdict(settings), "processes": processes, **_fingerprint(data)})
+    checkpoint = place.checkpoint if place.resume and place.checkpoint.exists() else None
+    if checkpoint:
+        say(f"going on with {printable(checkpoint)}")
+
+    tagger = Tagger(network, settings, len(data["measuring"]))
+    with _quiet():
+        trainer = _make_trainer(settings, place, device, processes, say)
+        trainer.fit(
+            tagger,
+            *(
+                make_loader(images, settings.batch_size, name == "training", workers, process, processes, settings.seed)
+                for name, images in data.items()
+            ),
+            ckpt_path=checkpoint,
+            weights_only=True,
+        )
+    if process == 0:
+        tagged = _summarise(tagger, model_args, pretrained_cfg, data, training, measuring, command)
+        write_tagger(tagged, place.output, tagger.network, place.overwrite)
+        for line in _tell_result(tagger, data["training"], place.output):
+            say(line)
+    return place.output
+
+
+def hold_out(annotations: Annotations, share: float, seed: int) -> tuple[Annotations, Annotations]:
+    """Split images at random into those to train on and a share, at least one, to measure with.
+
+    Raises:
+        ValueError: if there are too few images for both.
+    """
+    count = max(1, round(share * len(annotations.examples)))
+    if len(annotations.examples) <= count:
+        raise ValueError(
+            f"{annotations.called} has {len(annotations.examples)} images, too few to hold {count} of them out; give "
+            "others to measure with by --val"
+        )
+    order = torch.randperm(len(annotations.examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out, kept = sorted(order[:count]), sorted(order[count:])
+    first, second = (
+        dataclasses.replace(annotations, examples=tuple(annotations.examples[index] for index in indices))
+        for indices in (kept, held_out)
+    )
+    return first, second
+
+
+def _check_runs(network: nn.Module, pretrained_cfg: dict[str, Any]) -> None:
+    """Refuse an image size that the network cannot take, before the data is read."""
+    try:
+        with torch.inference_mode():
+            network.eval()(torch.zeros(1, *pretrained_cfg["input_size"]))
+    except (RuntimeError, ValueError) as error:
+        size = pretrained_cfg["input_size"][-1]
+        raise ValueError(f"the network cannot be run on images of {size}x{size} pixels: {summarise(error)}") from error
+    network.train()
+
+
+def _make_data_sets(
+    training: Annotations, measuring: Annotations, settings: Settings, pretrained_cfg: dict[str, Any]
+) -> dict[str, LabelledImages]:
+    size = pretrained_cfg["input_size"][-1]
+    augmenting = make_transform(
+        size, pretrained_cfg["mean"], pretrained_cfg["std"], settings.cutout, settings.randaugment
+    )
+    # As `timm-tresnet classify` prepares images, so that thresholds are for what it sees
+    plain = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg))
+    names = training.names
+    return {
+        "training": LabelledImages(training.examples, names, augmenting, size, settings.seed),
+        "measuring": LabelledImages(measuring.examples, names, plain, size),
+    }
+
+
+def _check_positives(images: LabelledImages) -> None:
+    if not images.count_labels().any():
+        raise ValueError("none of the images to measure with has a label; hold out more, or give others by --val")
+
+
+def _fingerprint(data: dict[str, LabelledImages]) -> dict[str, str]:
+    return {f"{name} images": images.fingerprint() for name, images in data.items()}
+
+
+def _prepare_place(place: Place, run: dict[str, Any]) -> None:
+    """Make the folder of checkpoints, or see that what is there is of the same training."""
+    note = place.work / _RUN
+    before = read_json(note) if note.exists() else None
+    if before is not None and place.resume:
+        differing = _find_differences(before, run)
+        if differing:
+            raise ValueError(
+                f"{printable(place.work)} holds a training with other {name_some(differing)}; resume it with what it "
+                "was begun with, or begin anew with --overwrite"
+            )
+        return
+    if place.work.exists() and any(place.work.iterdir()):
+        if not place.overwrite:
+            raise FileExistsError(
+                f"{printable(place.work)} holds a training that was not finished or is kept; go on with it by "
+                "--resume, or begin anew with --overwrite"
+            )
+        shutil.rmtree(place.work)
+    place.work.mkdir(parents=True, exist_ok=True)
+    with whole(note) as unfinished:
+        unfinished.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+
+
+def _find_differences(before: Any, now: dict[str, Any]) -> list[str]:
+    """Names of what differs, with both values."""
+    now = json.loads(json.dumps(now))  # tuples become lists
+    before = before if isinstance(before, dict) else {}
+    settings = before.get("settings") if isinstance(before.get("settings"), dict) else {}
+    pairs = {name: (settings.get(name), value) for name, value in now["settings"].items()}
+    pairs |= {name: (before.get(name), value) for name, value in now.items() if name != "settings"}
+    return [
+        name if name.endswith(" images") else f"{name} ({show(old)}, now {show(new)})"
+        for name, (old, new) in pairs.items()
+        if old != new
+    ]
+
+
+class _WholeCheckpoints(TorchCheckpointIO):
+    """Lightning's checkpoints, of which a kill or a full disk leaves the old one or the new one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with whole(Path(path)) as unfinished:
+            super().save_checkpoint(checkpoint, unfinished, storage_options)
+
+    def load_checkpoint(self, path: Any, *arguments: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return super().load_checkpoint(path, *arguments, **kwargs)
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:  # of what wants to run code, or is damaged
+            raise ValueError(f"{path} is no checkpoint of a training: {summarise(error)}") from error
+
+
+class _Teller(Callback):
+    """Says a line after each epoch, and how to go on if one is interrupted."""
+
+    def __init__(self, epochs: int, say: Callable[[str], None]) -> None:
+        self._epochs = epochs
+        self._say = say
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        row = pl_module.history[-1]
+        if not math.isfinite(row["loss"]):
+            raise ValueError(
+                f"the loss is not finite in epoch {row['epoch']}; try a lower --lr, or --precision 32-true"
+            )
+        self._say(
+            f"epoch {row['epoch']}/{self._epochs}: loss {row['loss']:.3f}, mAP {row['network']['mAP']:.2f}, of the "
+            f"moving average {row['average']['mAP']:.2f}"
+        )
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt):
+            self._say("interrupted; --resume goes on after the last whole epoch")
+
+
+def _make_trainer(
+    settings: Settings, place: Place, device: str, processes: int, say: Callable[[str], None]
+) -> pl.Trainer:
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    bar = is_first_process() and sys.stderr.isatty()
+    make = functools.partial(
+        pl.Trainer,
+        accelerator=device,
+        devices=local,
+        num_nodes=processes // local,
+        strategy="ddp" if processes > 1 else "auto",
+        precision=settings.precision or ("16-mixed" if cuda else "32-true"),  # official training uses autocast
+        max_epochs=settings.epochs,
+        accumulate_grad_batches=settings.accumulate,
+        sync_batchnorm=settings.sync_bn,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+        enable_model_summary=False,
+        enable_progress_bar=bar,
+        plugins=[_WholeCheckpoints()],
+        logger=CSVLogger(place.work, name="", version=None),
+        callbacks=[
+            _Teller(settings.epochs, say),
+            ModelCheckpoint(
+                place.work,
+                filename=place.checkpoint.stem,
+                save_top_k=1,
+                save_on_train_epoch_end=True,
+                enable_version_counter=False,
+            ),
+            *([TQDMProgressBar()] if bar else []),
+        ],
+        default_root_dir=place.work,
+    )
+    try:
+        return make()
+    except MisconfigurationException as error:
+        raise ValueError(f"this machine cannot do that: {error}") from error
+
+
+_ADVICE = (  # of Lightning, which does not hold here
+    "The '.*_dataloader' does not have many workers",
+    "The number of training batches",
+    "Checkpoint directory .* exists and is not empty",
+    "(GPU|MPS) available but not used",
+    ".*LeafSpec.* is deprecated",  # it asks PyTorch in the old way
+)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's advice."""
+    logger = logging.getLogger("lightning.pytorch")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in _ADVICE:
+                warnings.filterwarnings("ignore", message=f".*{message}")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+def _summarise(
+    tagger: Tagger,
+    model_args: dict[str, Any],
+    pretrained_cfg: dict[str, Any],
+    data: dict[str, LabelledImages],
+    training: Annotations,
+    measuring: Annotations,
+    command: str,
+) -> Tagged:
+    best = tagger.best
+    return Tagged(
+        architecture=tagger.network.pretrained_cfg["architecture"],
+        model_args=model_args,
+        pretrained_cfg=pretrained_cfg,
+        weights=best["weights"],
+        training=Training(
+            labels=training.names,
+            thresholds=best["thresholds"],
+            average_precisions=best["average_precisions"],
+            scores=best["scores"],
+            label_counts=data["training"].count_labels().tolist(),
+            images=(len(data["training"]), len(data["measuring"])),
+            data=(training.called, measuring.called),
+            settings=tagger.settings,
+            head=model_args.get("head", "linear"),
+            epoch=best["epoch"],
+            averaged=best["name"] == "average",
+            image_size=pretrained_cfg["input_size"][-1],
+            command=command,
+        ),
+    )
+
+
+def _tell_result(tagger: Tagger, images: LabelledImages, output: Path) -> Iterator[str]:
+    best = tagger.best
+    kind = "the moving average" if best["name"] == "average" else "the weights"
+    scores = ", ".join(f"{name} {value:.2f}" for name, value in best["scores"].items())
+    yield f"{printable(output)}: {kind} of epoch {best['epoch']}; on the held-out images {scores}"
+    if tagger.unreadable:
+        shown = name_some(printable(images.paths[index]) for index in sorted(tagger.unreadable))
+        yield f"skipped {len(tagger.unreadable)} images to train on that cannot be read: {shown}"
+    if tagger.history[-1]["unreadable"]:
+        yield f"skipped {tagger.history[-1]['unreadable']} images to measure with that cannot be read"

@@ -1,0 +1,85 @@
+"""The folder that a training ends with."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from timm_tresnet.conversion.writing import check_free
+from timm_tresnet.files import whole
+from timm_tresnet.labels import make_notes
+from timm_tresnet.loading import load_network
+from timm_tresnet.tagging.card import Training, make_card
+
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """A network that tags images.
+
+    Args:
+        architecture: its variant.
+        model_args: arguments that make it of the variant.
+        pretrained_cfg: how its images are prepared, as timm's pretrained config has it.
+        weights: its state dict.
+        training: how it was trained, its labels and how good it is.
+    """
+
+    architecture: str
+    model_args: dict[str, Any]
+    pretrained_cfg: dict[str, Any]
+    weights: dict[str, Tensor]
+    training: Training
+
+    def config(self) -> dict[str, Any]:
+        """config.json as timm reads it; labels and thresholds reach `pretrained_cfg` of the loaded network."""
+        notes = list(make_notes(True, self.training.thresholds))
+        described: dict[str, Any] = {"architecture": self.architecture, "num_classes": len(self.training.labels)}
+        if self.model_args:
+            described["model_args"] = self.model_args
+        pretrained_cfg = {**self.pretrained_cfg, "num_classes": len(self.training.labels), "notes": notes}
+        return {**described, "pretrained_cfg": pretrained_cfg, "label_names": list(self.training.labels)}
+
+
+def write_tagger(tagged: Tagged, folder: Path, network: nn.Module, overwrite: bool = False) -> None:
+    """Write model.safetensors, config.json and README.md, all or nothing.
+
+    Before they get their names, `timm.create_model('local-dir:...')` loads them, and the result is compared.
+
+    Args:
+        tagged: what to write.
+        folder: where to; must not exist or be empty.
+        network: of the weights' kind, whose logits the folder must give.
+        overwrite: replace an earlier one.
+
+    Raises:
+        FileExistsError: if the folder holds something and overwrite is not set, or something that is no tagger.
+        OSError: if it cannot be written.
+        RuntimeError: if the loaded network computes something else.
+    """
+    check_free(folder, overwrite)
+    with whole(folder, overwrite) as partial:
+        partial.mkdir()
+        weights = {name: tensor.contiguous() for name, tensor in tagged.weights.items()}
+        (partial / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
+        config = json.dumps(tagged.config(), indent=2, ensure_ascii=False)
+        (partial / "config.json").write_text(config + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(make_card(tagged.training, tagged.architecture), encoding="utf-8")
+        _compare(partial, tagged, network)
+        check_free(folder, overwrite)  # again: this took a while
+
+
+def _compare(folder: Path, tagged: Tagged, network: nn.Module) -> None:
+    network.load_state_dict(tagged.weights)
+    images = torch.rand(2, *tagged.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = network.cpu().eval()(images)
+        found = load_network(f"local-dir:{folder}")(images)
+    error = ((found - expected).norm() / expected.norm()).item()
+    if not error <= TOLERANCE:  # nan neither
+        raise RuntimeError(f"{folder} gives logits that differ from the trained network's by {error:.1e} (relative L2)")
