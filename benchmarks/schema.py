@@ -17,6 +17,7 @@ ROW_FIELDS = {  # script -> fields of each row; there may be more
     "launches": {"row", "step_ms", "step_ratio", "forward_ms", "backward_ms"},
     "paper_tables": _COMPARISON | {"top1", "top1_source"},
     "resolution": _COMPARISON,
+    "tagging": {"row", "seed", "mAP", "CF1", "OF1", "epochs"},
     "training_memory": {"row", "kept_mb", "kept_ratio", "peak_mb", "peak_ratio"},
 }
 

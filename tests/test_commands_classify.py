@@ -280,6 +280,14 @@ def test_classify_takes_a_threshold_of_its_own_for_each_label_and_artifacts_too(
     assert json.loads(Path(f"{artifact}.json").read_text())["label_thresholds"] == [0.9, 0.2, 0.6]
 
 
+def test_the_mosaic_in_the_package_is_tagged_by_the_network_beside_it(capsys):
+    assert cli.main(["classify", "--model", "test_tresnet.mosaic_cifar10"]) == 0
+    output = capsys.readouterr().out
+    assert output.count(".jpg") == 1
+    assert all(f"{name} " in output for name in ("cat", "horse", "ship", "truck"))
+    assert "which knows 10 classes: airplane, " in output
+
+
 def test_images_with_different_numbers_of_labels_make_a_table(capsys):
     classify._print_predictions(
         [

@@ -95,6 +95,13 @@ def test_thresholds_are_read_as_they_were_noted():
     assert make_notes(False) == ()
 
 
+def test_thresholds_reach_a_network_from_the_registry():
+    model = timm.create_model("test_tresnet.mosaic_cifar10", pretrained=True)
+    thresholds = read_thresholds(model.pretrained_cfg, model.num_classes)
+    assert len(thresholds) == len(model.pretrained_cfg["label_names"]) == 10
+    assert all(0 < threshold < 1 for threshold in thresholds)
+
+
 @pytest.mark.parametrize("note", ["thresholds: [0.5, 2]", "thresholds: 0.5", "thresholds: [", 'thresholds: ["a"]'])
 def test_thresholds_that_are_none_are_refused(note):
     with pytest.raises(ValueError, match="needs the note of thresholds to be"):

@@ -59,3 +59,20 @@ def test_many_labels_are_not_all_in_the_table():
         label_counts=[1] * many,
     )
     assert "and 500 more, which `config.json` names." in make_card(training, "tresnet_m")
+
+
+def test_the_example_of_a_card_runs(tmp_path, monkeypatch, capsys):
+    import re
+    import shutil
+
+    from timm_tresnet.images import find_samples
+
+    mosaics = find_samples({"architecture": "test_tresnet", "tag": "mosaic_cifar10"})
+    shutil.copy(next(mosaics.glob("*.jpg")), tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    card = make_card(TRAINING, "test_tresnet").replace("local-dir:FOLDER", "test_tresnet.mosaic_cifar10")
+    examples = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), {})
+    assert "ship 0." in capsys.readouterr().out

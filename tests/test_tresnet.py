@@ -112,7 +112,8 @@ def test_timm_builds_ours(variant):
 
 def test_registry_lists_every_variant_and_tag_once():
     assert list_models("*tresnet*") == list_models(module="tresnet") == sorted(VARIANTS)
-    assert list_pretrained("*tresnet*") == ["test_tresnet.r64_cifar10", *TAGS]
+    embedded = ["test_tresnet.mosaic_cifar10", "test_tresnet.r64_cifar10"]
+    assert list_pretrained("*tresnet*") == [*embedded, *TAGS]
     assert list_models(module="tresnet", pretrained=True) == list_pretrained("*tresnet*")
 
 

@@ -21,6 +21,7 @@ from timm.models import (
 
 from timm_tresnet.catalogue import PublicWeight, load_catalogue, make_pretrained_cfg
 from timm_tresnet.checkpoint import checkpoint_filter_fn
+from timm_tresnet.labels import make_notes
 from timm_tresnet.network import TResNet
 
 __all__ = ["TResNet"]  # timm adds each entrypoint
@@ -36,6 +37,22 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {  # blocks per stage and width
     "tresnet_v2_xl": {"layers": (3, 8, 34, 5), "v2": True},  # Alibaba-MIIL/ML_Decoder, its "tresnet_xl"
     "test_tresnet": {"layers": (2, 2, 3, 1), "width_factor": 0.25},
 }
+
+
+_WEIGHTS = Path(__file__).parent / "weights"
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_MOSAIC_THRESHOLDS = (
+    0.733822,
+    0.720875,
+    0.709961,
+    0.699107,
+    0.752827,
+    0.741801,
+    0.760516,
+    0.787939,
+    0.724124,
+    0.705942,
+)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -79,12 +96,22 @@ default_cfgs = generate_default_cfgs(
         "tresnet_v2_l.miil_in21k": _timm_hub(num_classes=11221),
         "tresnet_v2_xl.untrained": _cfg(),
         "test_tresnet.r64_cifar10": _cfg(
-            file=str(Path(__file__).parent / "weights" / "test_tresnet.r64_cifar10.safetensors"),
+            file=str(_WEIGHTS / "test_tresnet.r64_cifar10.safetensors"),
             num_classes=10,
             input_size=(3, 64, 64),
             pool_size=(2, 2),
             crop_pct=1.0,
-            label_names=tuple("airplane automobile bird cat deer dog frog horse ship truck".split()),
+            label_names=_CIFAR10,
+        ),
+        "test_tresnet.mosaic_cifar10": _cfg(  # hub/mosaic_cifar10; thresholds as `timm-tresnet train-tagger` chose them
+            file=str(_WEIGHTS / "test_tresnet.mosaic_cifar10.safetensors"),
+            num_classes=10,
+            input_size=(3, 64, 64),
+            pool_size=(2, 2),
+            crop_pct=1.0,
+            crop_mode="squash",
+            label_names=_CIFAR10,
+            notes=make_notes(True, _MOSAIC_THRESHOLDS),
         ),
         # Behind the others, so that no default changes.
         **{name: _public_weight_cfg(public) for name, public in load_catalogue().items() if not public.hf_hub_id},

@@ -1,6 +1,10 @@
-"""Store a checkpoint of timm's train.py as the half-precision safetensors file inside the package.
+"""Store a checkpoint as a half-precision safetensors file inside the package.
 
-python hub/test_tresnet/pack.py CHECKPOINT.pth.tar timm_tresnet/weights/test_tresnet.r64_cifar10.safetensors
+    python hub/test_tresnet/pack.py CHECKPOINT.pth.tar OUTPUT/test_tresnet.r64_cifar10.safetensors
+    python hub/test_tresnet/pack.py TAGGER/model.safetensors OUTPUT/test_tresnet.mosaic_cifar10.safetensors
+
+The first is of timm's train.py, the second of `timm-tresnet train-tagger`. The output's name says for which weights of
+the registry it is.
 """
 
 import argparse
@@ -14,18 +18,19 @@ from timm.models import load_state_dict
 from timm_tresnet.files import whole
 
 
-def pack(checkpoint: Path, output: Path) -> None:
-    """Check that a checkpoint fits `test_tresnet`, then write its weights in half precision.
+def pack(checkpoint: Path, output: Path, model: str = "test_tresnet") -> None:
+    """Check that a checkpoint fits a network, then write its weights in half precision.
 
     Args:
-        checkpoint: file that timm's train.py wrote.
+        checkpoint: file that timm's train.py or `timm-tresnet train-tagger` wrote.
         output: safetensors file to write; replaced only once the new one is complete.
+        model: name of the network in timm.
 
     Raises:
-        RuntimeError: if names or shapes of the checkpoint are not those of `test_tresnet`.
+        RuntimeError: if names or shapes of the checkpoint are not those of the network.
     """
     state_dict = load_state_dict(str(checkpoint), weights_only=True)
-    timm.create_model("test_tresnet").load_state_dict(state_dict)
+    timm.create_model(model).load_state_dict(state_dict)
     halves = {
         name: tensor.half().contiguous() if tensor.is_floating_point() else tensor
         for name, tensor in state_dict.items()
@@ -43,5 +48,5 @@ if __name__ == "__main__":
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("output", type=Path)
     arguments = parser.parse_args()
-    pack(arguments.checkpoint, arguments.output)
+    pack(arguments.checkpoint, arguments.output, arguments.output.stem)
     print(f"{arguments.output}: {arguments.output.stat().st_size} bytes")
