@@ -8,6 +8,7 @@ pytest.importorskip("lightning.pytorch", reason="install lightning, of the extra
 pytest.importorskip("torchmetrics", reason="install torchmetrics, of the extra tagging")
 
 from timm_tresnet.tagging.module import Tagger, make_loss
+from timm_tresnet.tagging.scores import score
 from timm_tresnet.tagging.settings import Settings
 
 
@@ -112,3 +113,35 @@ def test_images_that_cannot_be_read_have_no_part_in_the_loss(monkeypatch):
     batch["readable"][:] = False
     tagger.training_step(batch, 0).backward()  # zero, with a gradient
     assert not any(parameter.grad.any() for parameter in tagger.network.parameters())
+
+
+def test_images_that_two_processes_measured_count_once(monkeypatch):
+    tagger = make_tagger(monkeypatch)
+    tagger._loss_sum, tagger._loss_count = torch.tensor(6.0), 3
+    monkeypatch.setattr(tagger, "_gather", lambda values: values)
+    monkeypatch.setattr(tagger, "log_dict", lambda values: None)
+    monkeypatch.setattr(Tagger, "current_epoch", 4)
+    probabilities, targets = torch.rand(4, 3), torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]]).float()
+    measured = []
+    for order in ([2, 0, 3], [1, 2, 0]):  # of each process; 0 and 2 come twice, and 3 cannot be read
+        part = {"index": torch.tensor(order), "readable": torch.tensor([index != 3 for index in order])}
+        part |= {"target": targets[order], "network": probabilities[order], "average": probabilities[order].flip(1)}
+        measured.append(part)
+    tagger._measured = measured
+    tagger.on_validation_epoch_end()
+    (row,) = tagger.history
+    assert (row["epoch"], row["loss"], row["unreadable"]) == (5, 2.0, 1)
+    assert row["network"] == score(probabilities[:3], targets[:3], 0.5)
+    assert row["average"] == score(probabilities[:3].flip(1), targets[:3], 0.5)
+    better = max(("network", "average"), key=lambda name: row[name]["mAP"])
+    assert (tagger.best["name"], tagger.best["epoch"]) == (better, 5)
+
+
+def test_nothing_that_can_be_read_is_an_error(monkeypatch):
+    tagger = make_tagger(monkeypatch)
+    tagger._loss_sum, tagger._loss_count = torch.tensor(0.0), 0
+    monkeypatch.setattr(tagger, "_gather", lambda values: values)
+    part = {"index": torch.tensor([0]), "readable": torch.tensor([True]), "target": torch.ones(1, 3)}
+    tagger._measured = [part | {"network": torch.rand(1, 3), "average": torch.rand(1, 3)}]
+    with pytest.raises(ValueError, match="none of the images to train on can be read"):
+        tagger.on_validation_epoch_end()

@@ -62,17 +62,17 @@ def run_processes(script, *arguments, launcher=(), check=True):
 
 @pytest.fixture(scope="session")
 def script(tmp_path_factory):
-    """A script that is the command; with KILL_AT, a process kills itself in that step."""
+    """A script that is the command; with KILL_AT, a process sends itself the signal KILL_WITH in that step."""
     path = tmp_path_factory.mktemp("script") / "command.py"
     path.write_text(
-        "import os, signal, sys\n"
+        "import os, sys\n"
         "from timm_tresnet import cli\n"
         "if 'KILL_AT' in os.environ:\n"
         "    from timm_tresnet.tagging.module import Tagger\n"
         "    step = Tagger.training_step\n"
         "    def training_step(self, batch, index):\n"
         "        if self.global_step == int(os.environ['KILL_AT']):\n"
-        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "            os.kill(os.getpid(), int(os.environ['KILL_WITH']))\n"
         "        return step(self, batch, index)\n"
         "    Tagger.training_step = training_step\n"
         "if __name__ == '__main__':\n"
@@ -117,6 +117,7 @@ def test_a_run_that_is_killed_and_resumed_gives_the_same_bits(train, script, dat
     words += ["layers=(1,1,1,1)", "width_factor=0.125", "decoder_embedding=8"]
     assert train(tmp_path / "whole", *words) == 0
     killed = tmp_path / "killed"
+    monkeypatch.setenv("KILL_WITH", str(int(signal.SIGKILL)))
     monkeypatch.setenv("KILL_AT", "7")  # in the second of three epochs of five steps
     arguments = ["train-tagger", data[0], "--val", data[1], "--output", killed, *WORDS, *words]
     assert run_processes(script, *arguments, check=False).returncode == -signal.SIGKILL
@@ -131,18 +132,22 @@ def test_a_run_that_is_killed_and_resumed_gives_the_same_bits(train, script, dat
     assert (tmp_path / "whole" / "config.json").read_bytes() == (killed / "config.json").read_bytes()
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_again(train, script, data, tmp_path, monkeypatch):
+def test_a_run_interrupted_before_its_first_checkpoint_begins_again(train, script, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("KILL_WITH", str(int(signal.SIGINT)))
     monkeypatch.setenv("KILL_AT", "2")
     words = ["train-tagger", data[0], "--val", data[1], "--output", tmp_path / "tagger", *WORDS, "--epochs", "1"]
-    assert run_processes(script, *words, check=False).returncode == -signal.SIGKILL
+    process = run_processes(script, *words, check=False)
+    assert process.returncode == 1
+    assert process.stdout == "interrupted; --resume goes on after the last whole epoch\n"
+    assert "Traceback" not in process.stderr
     assert train(tmp_path / "tagger", "--epochs", "1", "--resume") == 0
 
 
-def test_two_processes_train_one_network(script, data, tmp_path):
+def test_two_processes_train_one_network(data, tmp_path):
     output = tmp_path / "tagger"
     words = ["train-tagger", data[0], "--val", data[1], "--output", output, *WORDS, "--epochs", "2", "--sync-bn"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = run_processes(script, *words, launcher=launcher)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    process = run_processes("timm_tresnet", *words, launcher=launcher)
     assert process.stdout.count("epoch 2/2") == 1  # one of them speaks
     run = json.loads((tmp_path / "tagger.training" / "run.json").read_text())
     assert run["processes"] == 2

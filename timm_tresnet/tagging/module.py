@@ -113,6 +113,12 @@ class Tagger(pl.LightningModule):
             self._averaged_steps = self.global_step
             self.average.update(self.network)
 
+    def on_validation_start(self) -> None:
+        if self.trainer.world_size > 1:  # running statistics are each process's own; those of the first are kept
+            for network in (self.network, self.average.module):
+                for buffer in network.buffers():
+                    torch.distributed.broadcast(buffer, 0)
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         measured = {name: batch[name] for name in ("index", "readable", "target")}
         for name, network in zip(NETWORKS, (self.network, self.average.module), strict=True):
