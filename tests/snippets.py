@@ -28,6 +28,7 @@ from timm.models import save_for_hf
 
 from timm_tresnet import cli
 from timm_tresnet.images import SAMPLES
+from timm_tresnet.labels import make_notes
 from timm_tresnet.tresnet import ARCHITECTURES, default_cfgs
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +48,8 @@ NOT_RUN = {  # how a command begins -> why it is not run as it stands, and what 
     "bash distributed_train.sh": "needs 8 GPUs; train.py parses its options",
     "torchrun": "needs several GPUs or machines; torchrun and train.py parse their options, tests/test_main.py runs it",
     "timm-tresnet demo": "serves until it is interrupted; its options are parsed, tests/test_demo.py runs it",
+    "timm-tresnet train-tagger": "needs images, and takes hours for many; its options are parsed, "
+    "tests/test_tagging_training.py runs it",
     "timm-tresnet benchmark": "takes minutes; its options are parsed, tests/test_commands_benchmark.py runs it",
 }
 NARROW = {  # of each variant; no two alike, so that a checkpoint can be recognised
@@ -131,7 +134,7 @@ def run_command(words: list[str]) -> None:
         assert words[2].isdigit(), f"{shlex.join(words)}: distributed_train.sh begins with the number of processes"
         _parse_script("train.py", words[3:])
     elif words[:3] == ["python", "-m", "timm_tresnet"]:
-        run_command(["python", *words[3:]])
+        run_command(["python" if words[3].endswith(".py") else "timm-tresnet", *words[3:]])
     elif words[0] == "python" and words[1] in ("train.py", "validate.py"):
         _parse_script(words[1], words[2:])
     elif words[:2] == ["pip", "install"]:
@@ -204,6 +207,9 @@ def make_stand_ins(text: str, folder: Path, hub: HubServer, patch: pytest.Monkey
     ):
         tensors = reference.official_state_dict(NARROW[variant], planes=16, num_classes=classes)
         torch.save({"model": tensors}, folder / name)
+    tagger = timm.create_model("tresnet_m", num_classes=3)
+    tagger.pretrained_cfg["notes"] = make_notes(True, [0.25, 0.5, 0.75])
+    save_for_hf(tagger, folder / "coco_tagger", safe_serialization=True)
     photographs = sorted(SAMPLES.rglob("*.jpg"))[:3]
     (folder / "photo.jpg").write_bytes(photographs[0].read_bytes())
     for name in ("folder", "photos"):
@@ -214,7 +220,7 @@ def make_stand_ins(text: str, folder: Path, hub: HubServer, patch: pytest.Monkey
     patch.chdir(folder)
     for key in NOT_RUN:
         if key.startswith("timm-tresnet "):  # its options are parsed all the same
-            module = importlib.import_module(f"timm_tresnet.commands.{key.split()[1]}")
+            module = importlib.import_module(f"timm_tresnet.commands.{key.split()[1].replace('-', '_')}")
             patch.setattr(module, "run", lambda words, **options: 0)
 
 
