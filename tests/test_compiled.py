@@ -160,7 +160,8 @@ def test_outputs_of_convolutions_are_kept_and_little_else():
 
 
 def test_expansions_are_not_kept():
-    assert kept_by("expansions").kept_maps().count("aten.convolution.default") == 6 * 2 + 2  # and of the blur and the shortcut
+    convolutions = kept_by("expansions").kept_maps().count("aten.convolution.default")
+    assert convolutions == 6 * 2 + 2  # and of the blur and the shortcut
 
 
 def test_checkpointing_keeps_every_second_output_and_no_convolution():

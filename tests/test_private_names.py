@@ -92,24 +92,6 @@ def test_batch_norm_returns_the_statistics_that_the_public_one_keeps_to_itself()
 
 
 @private(
-    "_batch_norm_impl_index_backward",
-    "leaky_relu_backward",
-    used_by="layers/activated_batch_norm.py, for the gradients that autograd computes",
-    instead="torch.autograd.grad of F.batch_norm and F.leaky_relu, which run the forward again",
-)
-def test_gradients_of_batch_norm_and_leaky_relu_are_those_of_autograd():
-    x, weight, bias = torch.randn(4, 3, 5, 5, requires_grad=True), torch.randn(3), torch.randn(3)
-    y = F.leaky_relu(F.batch_norm(x, None, None, weight, bias, True, 0.1, 1e-5), 0.1)
-    grad_y = torch.randn_like(y)
-    _, mean, rstd, reserve, index = torch._batch_norm_impl_index(x, weight, bias, None, None, True, 0.1, 1e-5, True)
-    grad = torch.ops.aten.leaky_relu_backward(grad_y, y, 0.1, True)
-    grad_x, *_ = torch.ops.aten._batch_norm_impl_index_backward(
-        index, x, grad, weight, None, None, mean, rstd, True, 1e-5, [True, True, True], reserve
-    )
-    assert torch.equal(grad_x, torch.autograd.grad(y, x, grad_y)[0])
-
-
-@private(
     "_raw_saved_input",
     "_raw_saved_other",
     "_raw_saved_self",
@@ -309,6 +291,28 @@ def test_modules_are_the_children_that_conversions_replace():
     unit.add_module = lambda name, module: added.append((name, type(module)))
     nn.SyncBatchNorm.convert_sync_batchnorm(unit)
     assert added == [("0", nn.SyncBatchNorm)]
+
+
+@private(
+    "_buffers",
+    "_compiled_call_impl",
+    "_conv_forward",
+    "_parameters",
+    used_by="plain_blocks.py, to read what is in a block, and to see whether all of it is as its constructor made it",
+    instead="getattr, several times as slow; without it, every block runs as modules",
+)
+def test_fields_of_a_module_are_those_that_it_runs_with():
+    conv, norm = nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(3)
+    assert conv.__dict__["_parameters"] == {"weight": conv.weight, "bias": None}
+    assert norm.__dict__["_buffers"]["running_mean"] is norm.running_mean
+    assert {"stride", "padding", "dilation", "groups", "padding_mode"} <= conv.__dict__.keys()
+    assert {"training", "track_running_stats", "momentum", "eps"} <= norm.__dict__.keys()
+    assert "_compiled_call_impl" not in conv.__dict__
+    conv.compile()
+    assert "_compiled_call_impl" in conv.__dict__
+    other = nn.Conv2d(3, 4, 1)
+    other._conv_forward = lambda x, weight, bias: weight is other.weight
+    assert other(torch.ones(1, 3, 2, 2)) is True
 
 
 @private(

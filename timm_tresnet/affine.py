@@ -23,11 +23,13 @@ def make_normalization(
         weight: (C,), or None for ones.
         bias: (C,), or None for zeros.
     """
+    if weight is not None:
+        weight, bias = weight.data, bias.data
     if x.is_cuda:
         affine = (None, None) if weight is None else (weight.clone(), bias.clone())
         return functools.partial(_normalize_on_cuda, mean=mean.clone(), rstd=rstd, weight=affine[0], bias=affine[1])
     scale, shift = make_affine(mean, rstd, weight, bias)
-    return functools.partial(scale_and_shift, scale=scale, shift=shift)
+    return functools.partial(_apply, scale, shift, *_neutral_statistics(scale))
 
 
 def make_affine(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -47,7 +49,11 @@ def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Affine map of each channel, x * scale + shift, by batch norm's own kernel and so in its arithmetic."""
     if not x.numel():  # which the kernel cannot take
         return x.clone()
-    return torch.native_batch_norm(x, scale, shift, *_neutral_statistics(scale), False, 0.0, 0.0)[0]
+    return _apply(scale, shift, *_neutral_statistics(scale), x)
+
+
+def _apply(scale: Tensor, shift: Tensor, zeros: Tensor, ones: Tensor, x: Tensor) -> Tensor:
+    return torch.native_batch_norm(x, scale, shift, zeros, ones, False, 0.0, 0.0)[0]
 
 
 def _neutral_statistics(scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from timm_tresnet.blocks import BasicBlock, Bottleneck, ResidualBlock
 from timm_tresnet.compiled import run_region
 from timm_tresnet.layers import ActivatedBatchNorm2d, ConvNormAct, ReLU, SpaceToDepth
+from timm_tresnet.plain_blocks import read_block, run_block
 from timm_tresnet.rebuild import (
     has_global_hooks,
     is_foreign,
@@ -143,6 +144,17 @@ class Stage(Recorded):
 
     def _is_seen(self, position: int, block: nn.Module) -> bool:
         return not isinstance(block, ResidualBlock) or not block.has_own_parts() or is_foreign(block)
+
+    def _run(self, position: int, block: nn.Module, x: Tensor) -> Tensor:
+        tape = open_tape()
+        plain = None if tape is None else read_block(block)
+        if plain is None or type(x) is not Tensor or not x.numel():
+            return super()._run(position, block, x)
+        x, terms = run_block(plain, x, tape, self.grad_checkpointing)
+        tape.add_sum(x, *terms, keeps=self._keeps_output(position))
+        if tape.lost_weights():
+            tape.keep_last()
+        return x
 
     def _run_plainly(self, block: nn.Module, x: Tensor) -> Tensor:
         return _checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_tracing() else block(x)

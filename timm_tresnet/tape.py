@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_tresnet.saved import Kept, Rebuilt, Values, keep, release
+from timm_tresnet.saved import Kept, Rebuilt, Values, release
 
 # By the name of the autograd node: what it saves, the function that made its output, and the function's constants,
 # which the node has. The last letter 1 says that the function works in place.
@@ -33,7 +33,7 @@ _PASSING = ("RegisterPostBackwardFunctionBackward",)  # FSDP's, which hands its 
 
 # Of a tensor that is dear to make, or not known how, and that nobody but our layers has: who needs it has saved it.
 _DEAR = object()
-_Source = Kept | Rebuilt | object | None  # None: others see the tensor
+Source = Kept | Rebuilt | object | None  # None: others see the tensor
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,10 @@ class Again:
     Args:
         function: makes the output, without side effects.
         is_convolution: whether that costs as much as a convolution.
-        saves_output: whether it has saved its output, behind its input.
     """
 
     function: Callable[[Tensor], Tensor]
     is_convolution: bool = False
-    saves_output: bool = False
 
 
 class Tape:
@@ -63,11 +61,11 @@ class Tape:
 
     def __init__(self, setting: str) -> None:
         self.repeats_convolutions = False
-        self._setting = setting
+        self.repeats_expansions = setting == "expansions"
         self._expansions: set[Any] = set()  # nodes
         self._weights: list[Tensor] = []  # of convolutions that are to run again
         self._values = Values()
-        self._sources: dict[Any, _Source] = {}
+        self._sources: dict[Any, Source] = {}
         # The last output. It is let go when something has been made from it: what others see stays.
         self._last: Tensor | None = None
 
@@ -81,12 +79,68 @@ class Tape:
         elif type(source) is Rebuilt:
             release(node._raw_saved_tensors[0], source)
         self._sources[node] = self._make(node.again.function, source, version=y._version)
-        if node.again.saves_output:
+
+    def find(self, x: Tensor) -> Source:
+        """How a tensor can be had again."""
+        source = self._find((x.grad_fn, x.output_nr))
+        return Kept(x) if source is _DEAR else source
+
+    def add_convolution(self, y: Tensor, source: Source, repeats: bool) -> Source:
+        """Take up the output of a convolution whose input can be had again in a known way."""
+        node = y.grad_fn
+        if type(source) is Rebuilt:
+            release(node._raw_saved_input, source)
+        if not repeats or source is None:
+            return Kept(y)
+        return self._repeat_convolution(node, source)
+
+    def add_norm(self, source: Source, norm: Any, y: Tensor, function: Callable[[Tensor], Tensor]) -> Source:
+        """Take up y, which a function makes: what a norm, whose node is given, does, and maybe an activation in place.
+
+        Args:
+            source: of the norm's input.
+            norm: node of the norm.
+            y: output of all.
+            function: does it again.
+        """
+        self._let_go()
+        if type(source) is Rebuilt:
+            release(norm._raw_saved_input, source)
+        node = y.grad_fn
+        made = None if source is None else Rebuilt(function, (source,), self._values, y._version)
+        self._sources[node] = made
+        if node is not norm:
             self._last = y
+        return made
+
+    def add_blur(self, y: Tensor, source: Source, repeats: bool) -> Source:
+        """Take up a blurred tensor that can be had again in a known way."""
+        made = self._make(y.grad_fn.again.function, source) if repeats else None
+        return Kept(y) if made is None else made
+
+    def add_product(self, y: Tensor, source: Source) -> Source:
+        """Take up the product of a tensor that can be had again in a known way, and another one, which stays."""
+        node = y.grad_fn
+        if type(source) is Rebuilt:
+            release(node._raw_saved_self, source)
+        return self._make(torch.mul, source, _keep(node, "other"))
+
+    def add_sum(self, y: Tensor, *terms: Source, keeps: bool) -> None:
+        """Take up the output of a block, ReLU of a sum whose terms can be had again in a known way, to be kept or not.
+
+        Args:
+            y: the output.
+            terms: of the sum.
+            keeps: whether it stays, for others to be made from it.
+        """
+        self._let_go()
+        made = None if keeps else self._make(_add_and_rectify, *terms, version=y._version)
+        self._sources[y.grad_fn] = Kept(y) if made is None else made
+        self._last = y
 
     def add_expansion(self, y: Tensor) -> None:
         """Take up the output of a convolution that the setting "expansions" is about."""
-        if self._setting == "expansions":
+        if self.repeats_expansions:
             self._expansions.add(y.grad_fn)
 
     def add_output(self, y: Tensor) -> None:
@@ -133,7 +187,7 @@ class Tape:
             return
         node = y.grad_fn
         if y._version == source.version:
-            release(node._raw_saved_tensors[1] if hasattr(node, "again") else node._raw_saved_result, source)
+            release(node._raw_saved_result, source)
         else:  # then PyTorch has something to say about it
             self._sources[node] = None
 
@@ -146,12 +200,12 @@ class Tape:
         else:
             self._sources[node] = Kept(y)
 
-    def _make(self, function: Callable[..., Tensor], *inputs: _Source, **kwargs: Any) -> Rebuilt | None:
+    def _make(self, function: Callable[..., Tensor], *inputs: Source, **kwargs: Any) -> Rebuilt | None:
         if not all(isinstance(each, Kept | Rebuilt) for each in inputs):
             return None
         return Rebuilt(function, inputs, self._values, **kwargs)
 
-    def _find(self, edge: tuple[Any, int]) -> _Source:
+    def _find(self, edge: tuple[Any, int]) -> Source:
         """How the tensor at an edge of the graph can be had again."""
         node, index = edge
         if node is None:
@@ -170,13 +224,13 @@ class Tape:
         self._sources[node] = source = _DEAR if source is None else source
         return source
 
-    def _find_saved(self, node: Any, saved: Any) -> _Source:
-        """How the first input of a node, which the node has saved, can be had again."""
+    def _find_saved(self, node: Any, name: str) -> Source:
+        """How the first input of a node, which the node has saved under a name, can be had again."""
         source = self._find(node.next_functions[0])
         if source is _DEAR:
-            return keep(saved)
+            return _keep(node, name)
         if type(source) is Rebuilt:
-            release(saved, source)
+            release(getattr(node, f"_raw_saved_{name}"), source)
         return source
 
     def _follow_pointwise(
@@ -184,7 +238,7 @@ class Tape:
     ) -> Rebuilt | None:
         function = partial(function, **_read(node, constants))
         if saves == "self":
-            return self._make(function, self._find_saved(node, node._raw_saved_self))
+            return self._make(function, self._find_saved(node, "self"))
         source = self._find(node.next_functions[0])
         if not isinstance(source, Rebuilt):
             return None
@@ -193,18 +247,20 @@ class Tape:
         release(node._raw_saved_result, made)
         return made
 
-    def _follow_convolution(self, node: Any) -> _Source:
-        source = self._find_saved(node, node._raw_saved_input)
-        repeats = self.repeats_convolutions or node in self._expansions
-        plain = not node._saved_transposed and node._saved_bias_sym_sizes_opt == (0,)
-        if not (repeats and plain and isinstance(source, Kept | Rebuilt)):
+    def _follow_convolution(self, node: Any) -> Source:
+        source = self._find_saved(node, "input")
+        if not (self.repeats_convolutions or node in self._expansions):
             return _DEAR
+        plain = not node._saved_transposed and node._saved_bias_sym_sizes_opt == (0,)
+        return self._repeat_convolution(node, source) if plain and isinstance(source, Kept | Rebuilt) else _DEAR
+
+    def _repeat_convolution(self, node: Any, source: Kept | Rebuilt) -> Rebuilt:
         weight = node._saved_weight
         self._weights.append(weight)
         convolve = partial(F.conv2d, **_read(node, ("stride", "padding", "dilation", "groups")))
-        return self._make(convolve, source, Kept(weight))
+        return Rebuilt(convolve, (source, Kept(weight)), self._values)
 
-    def _follow_function(self, node: Any) -> _Source:
+    def _follow_function(self, node: Any) -> Source:
         source = self._find(node.next_functions[0])
         if node.again.is_convolution and not self.repeats_convolutions:
             return _DEAR
@@ -212,25 +268,38 @@ class Tape:
 
     def _follow_product(self, node: Any) -> Rebuilt | None:
         # Nothing is saved of the first factor if the other one has no gradient.
-        return self._make(torch.mul, self._find_saved(node, node._raw_saved_self), keep(node._raw_saved_other))
+        return self._make(torch.mul, self._find_saved(node, "self"), _keep(node, "other"))
 
     def _follow_sum(self, node: Any) -> Rebuilt | None:
         terms = [self._find(edge) for edge in node.next_functions]
         return self._make(torch.add, *terms) if node._saved_alpha == 1 else None
 
     def _follow_average_pool(self, node: Any) -> Rebuilt | None:
-        return self._make(partial(F.avg_pool2d, **_read(node, _POOL)), self._find_saved(node, node._raw_saved_self))
+        return self._make(partial(F.avg_pool2d, **_read(node, _POOL)), self._find_saved(node, "self"))
 
     def _follow_to_input(self, node: Any) -> None:
         """A function whose output is not rebuilt, but which has saved its input."""
-        self._find_saved(node, node._raw_saved_self)
+        self._find_saved(node, "self")
+
+
+def _add_and_rectify(x: Tensor, y: Tensor) -> Tensor:
+    return torch.relu_(x + y)
+
+
+def _keep(node: Any, name: str) -> Kept | None:
+    """What a node has saved under a name, for others to be made from it too; None if it has not, or not any more."""
+    try:
+        tensor = getattr(node, f"_saved_{name}")
+    except RuntimeError:  # it has been edited, about which PyTorch has something to say in backward
+        return None
+    return None if tensor is None else Kept(tensor)
 
 
 def _read(node: Any, constants: tuple[str, ...]) -> dict[str, Any]:
     return {name: getattr(node, f"_saved_{name}") for name in constants}
 
 
-_FOLLOWED: dict[str, Callable[[Tape, Any], _Source]] = {
+_FOLLOWED: dict[str, Callable[[Tape, Any], Source]] = {
     "AddBackward0": Tape._follow_sum,
     "AvgPool2DBackward0": Tape._follow_average_pool,
     "ConvolutionBackward0": Tape._follow_convolution,

@@ -16,7 +16,7 @@ from timm_tresnet.affine import make_normalization
 from timm_tresnet.compiled import is_in_region
 from timm_tresnet.layers.synchronized_norm import SynchronizedNorm, reduce_statistics
 from timm_tresnet.rebuild import open_tape, record_function
-from timm_tresnet.tape import Again
+from timm_tresnet.tape import Source, Tape
 
 
 @register_notrace_module
@@ -112,14 +112,12 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
     def _forward_recorded(
         self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, use_batch: bool, momentum: float
     ) -> Tensor:
-        if use_batch and x.numel() == x.shape[1]:
-            raise ValueError(f"Batch norm needs more than one value per channel when training, got {tuple(x.shape)}")
+        tape = open_tape()
         plain = type(self.act) is nn.LeakyReLU and nn.LeakyReLU.forward is _LEAKY_RELU_FORWARD
         fused = plain and self.act.inplace and type(self.drop) is nn.Identity
         slope = self.act.negative_slope if fused else None
         statistics = (running_mean, running_var, use_batch, momentum, self.eps)
-        y = _ActivatedNorm.apply(x, self.weight, self.bias, *statistics, slope)
-        record_function(x, y)
+        y, _ = run_norm(tape, x, tape.find(x), self.weight, self.bias, *statistics, slope)
         return y if fused else self.act(self.drop(y))
 
     @torch.jit.unused
@@ -149,71 +147,37 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
 _LEAKY_RELU_FORWARD = nn.LeakyReLU.forward  # which nobody has replaced yet
 
 
-class _ActivatedNorm(torch.autograd.Function):
-    """Batch norm, and leaky ReLU unless slope is None: one node for both. Runs, and saves, what PyTorch does."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        use_batch: bool,
-        momentum: float,
-        eps: float,
-        slope: float | None,
-    ) -> Tensor:
-        # What torch.batch_norm calls, for the statistics that torch.batch_norm does not return.
-        y, mean, rstd, reserve, implementation = torch._batch_norm_impl_index(
-            x, weight, bias, running_mean, running_var, use_batch, momentum, eps, torch.backends.cudnn.enabled
-        )
-        if slope is not None:
-            F.leaky_relu_(y, slope)
-        output = None if slope is None else y
-        ctx.save_for_backward(x, output, weight, running_mean, running_var, mean, rstd, reserve)
-        ctx.use_batch, ctx.eps, ctx.slope, ctx.implementation = use_batch, eps, slope, implementation
-        if not use_batch:
-            mean, rstd = running_mean, 1 / (running_var + eps).sqrt()
-        normalize = make_normalization(x, mean, rstd, weight, bias)
-        if slope is None:
-            ctx.again = Again(normalize)
-        else:
-            ctx.again = Again(functools.partial(_activate, normalize, slope), saves_output=True)
-        return y
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, weight, running_mean, running_var, mean, rstd, reserve = ctx.saved_tensors
-        if ctx.slope is not None:
-            grad_y = torch.ops.aten.leaky_relu_backward.default(grad_y, y, ctx.slope, True)
-        if torch.is_grad_enabled():  # to be differentiated again
-            statistics = (None, None) if ctx.use_batch else (running_mean, running_var)
-            bias = None if weight is None else torch.zeros_like(weight).requires_grad_()
-            y = F.batch_norm(x, *statistics, weight, bias, ctx.use_batch, 0.0, ctx.eps)
-            found = {}
-            for name, source, needed in zip("xwb", (x, weight, bias), ctx.needs_input_grad, strict=False):
-                if needed and source is not None and source.requires_grad:
-                    found[name] = source
-            grads = torch.autograd.grad(y, list(found.values()), grad_y, create_graph=True)
-            by_name = dict(zip(found, grads, strict=True))
-            return *(by_name.get(name) for name in "xwb"), *[None] * 6
-        grads = torch.ops.aten._batch_norm_impl_index_backward.default(
-            ctx.implementation,
-            x,
-            grad_y,
-            weight,
-            running_mean,
-            running_var,
-            mean,
-            rstd,
-            ctx.use_batch,
-            ctx.eps,
-            ctx.needs_input_grad[:3],
-            reserve,
-        )
-        return *grads, None, None, None, None, None, None
+def run_norm(
+    tape: Tape,
+    x: Tensor,
+    source: Source,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_batch: bool,
+    momentum: float,
+    eps: float,
+    slope: float | None,
+) -> tuple[Tensor, Source]:
+    """Batch norm, and leaky ReLU in place unless slope is None; a tape takes up the output and says what makes it."""
+    if use_batch and x.numel() == x.shape[1]:
+        raise ValueError(f"Batch norm needs more than one value per channel when training, got {tuple(x.shape)}")
+    # What torch.batch_norm calls, for the statistics that torch.batch_norm does not return.
+    y, mean, rstd, _, _ = torch._batch_norm_impl_index(
+        x, weight, bias, running_mean, running_var, use_batch, momentum, eps, torch.backends.cudnn.enabled
+    )
+    node = y.grad_fn
+    if slope is not None:
+        F.leaky_relu_(y, slope)
+    if node is None or not x.numel():
+        return y, None
+    if not use_batch:
+        mean, rstd = running_mean, 1 / (running_var + eps).sqrt()
+    function = make_normalization(x, mean, rstd, weight, bias)
+    if slope is not None:
+        function = functools.partial(_activate, function, slope)
+    return y, tape.add_norm(source, node, y, function)
 
 
 class _NormFromStatistics(torch.autograd.Function):

@@ -1,0 +1,132 @@
+import pytest
+import timm
+import torch
+from comparing import images, make_model, saved_bytes, train_step
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from timm_tresnet import plain_blocks, rebuild, stages
+from timm_tresnet.blocks import Bottleneck
+from timm_tresnet.layers import ActivatedBatchNorm2d
+
+
+def make_block(stride=2, **kwargs):
+    """A block with everything that one can have."""
+    return Bottleneck(8, 4, stride, act_layer=nn.LeakyReLU, **kwargs).train()
+
+
+def all_blocks(model):
+    return [block for stage in model.body if isinstance(stage, stages.Stage) for block in stage]
+
+
+@pytest.mark.parametrize("name", ["tresnet_m", "tresnet_v2_l"])
+def test_every_block_of_the_papers_networks_qualifies(name):
+    model = timm.create_model(name, width_factor=0.125).train()
+    assert all(plain_blocks.read_block(block) is not None for block in all_blocks(model))
+
+
+@pytest.mark.parametrize("setting", ["activations", "expansions", "checkpointing"])
+@pytest.mark.parametrize("kwargs", [{}, {"v2": True}, {"aa_layer": False, "use_se": False}], ids=["m", "v2", "bare"])
+def test_straight_line_computes_and_keeps_what_the_modules_do(setting, kwargs, monkeypatch):
+    ran = []
+    run_block = stages.run_block
+    monkeypatch.setattr(stages, "run_block", lambda *args: ran.append(args) or run_block(*args))
+    straight = train_step(make_model(setting, **kwargs), images())
+    kept = saved_bytes(make_model(setting, **kwargs), images())
+    assert ran
+    monkeypatch.setattr(stages, "read_block", lambda block: None)
+    modules = train_step(make_model(setting, **kwargs), images())
+    assert all(torch.equal(straight[name], modules[name]) for name in modules)
+    assert kept == saved_bytes(make_model(setting, **kwargs), images())
+
+
+def set_attribute(name, value):
+    def edit(block, patch):
+        *path, last = name.split(".")
+        module = block.get_submodule(".".join(path))
+        patch.setitem(module.__dict__, last, value)
+
+    return edit
+
+
+def replace(name, module):
+    return lambda block, patch: block.set_submodule(name, module)
+
+
+def freeze(name):
+    return lambda block, patch: block.get_parameter(name).requires_grad_(False)
+
+
+def patch_class(kind, name):
+    original = getattr(kind, name)
+    return lambda block, patch: patch.setattr(kind, name, lambda *args, **kwargs: original(*args, **kwargs))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        pytest.param(lambda block, patch: block.conv1.register_forward_hook(lambda *_: None), id="forward_hook"),
+        pytest.param(lambda block, patch: block.se.register_forward_pre_hook(lambda *_: None), id="pre_hook"),
+        pytest.param(lambda block, patch: block.act.register_full_backward_hook(lambda *_: None), id="backward_hook"),
+        pytest.param(lambda block, patch: block.conv2.bn.compile(), id="compiled"),
+        pytest.param(lambda block, patch: parametrizations.weight_norm(block.conv1.conv), id="parametrization"),
+        pytest.param(lambda block, patch: block.conv1.bn.eval(), id="norm_in_eval_mode"),
+        pytest.param(lambda block, patch: block.conv1.bn.synchronize(), id="synchronised"),
+        pytest.param(lambda block, patch: block.conv2.aa.kernel.requires_grad_(), id="trained_blur"),
+        pytest.param(lambda block, patch: delattr(block, "se"), id="part_gone"),
+        pytest.param(set_attribute("conv1.conv.forward", lambda x: x), id="forward_of_a_convolution"),
+        pytest.param(set_attribute("conv1.conv._conv_forward", lambda *_: None), id="conv_forward"),
+        pytest.param(set_attribute("conv1.conv.padding_mode", "reflect"), id="padding_mode"),
+        pytest.param(set_attribute("se.fc1.padding_mode", "reflect"), id="padding_mode_of_the_gate"),
+        pytest.param(set_attribute("conv1.bn.momentum", None), id="cumulative_average"),
+        pytest.param(set_attribute("conv1.bn.track_running_stats", False), id="no_statistics"),
+        pytest.param(set_attribute("conv1.bn.act.inplace", False), id="activation_not_in_place"),
+        pytest.param(set_attribute("act.inplace", False), id="relu_not_in_place"),
+        pytest.param(set_attribute("se.act.inplace", False), id="relu_of_the_gate_not_in_place"),
+        pytest.param(replace("conv1.bn.act", nn.SiLU()), id="other_activation"),
+        pytest.param(replace("conv1.bn.act", nn.ReLU(inplace=True)), id="relu_in_a_unit"),
+        pytest.param(replace("conv1.bn.drop", nn.Dropout(0.5)), id="dropout"),
+        pytest.param(replace("conv1.bn", nn.BatchNorm2d(4)), id="other_norm"),
+        pytest.param(replace("conv1.bn", ActivatedBatchNorm2d(4, affine=False)), id="norm_without_weight"),
+        pytest.param(replace("conv1.conv", nn.Conv2d(8, 4, 1)), id="bias"),
+        pytest.param(replace("conv1", nn.Identity()), id="no_unit"),
+        pytest.param(replace("conv3", nn.Identity()), id="no_expansion"),
+        pytest.param(replace("se", nn.Sequential()), id="no_excitation"),
+        pytest.param(replace("se.gate", nn.Identity()), id="no_gate"),
+        pytest.param(replace("drop_path", nn.Sequential()), id="other_drop_path"),
+        pytest.param(freeze("conv1.conv.weight"), id="frozen_convolution"),
+        pytest.param(freeze("conv2.bn.bias"), id="frozen_bias"),
+        pytest.param(patch_class(nn.Conv2d, "forward"), id="class_of_convolutions"),
+        pytest.param(patch_class(nn.Conv2d, "_conv_forward"), id="class_of_convolutions_below"),
+        pytest.param(patch_class(nn.LeakyReLU, "forward"), id="class_of_activations"),
+        pytest.param(patch_class(nn.Module, "__call__"), id="class_of_modules"),
+        pytest.param(patch_class(Bottleneck, "forward"), id="class_of_blocks"),
+    ],
+)
+def test_block_with_something_unusual_in_it_does_not_qualify(edit, monkeypatch):
+    block = make_block()
+    assert plain_blocks.read_block(block) is not None
+    edit(block, monkeypatch)
+    assert plain_blocks.read_block(block) is None
+
+
+def test_block_of_a_subclass_or_with_drop_path_does_not_qualify():
+    class Mine(Bottleneck):
+        pass
+
+    assert plain_blocks.read_block(Mine(8, 4, act_layer=nn.LeakyReLU).train()) is None
+    assert plain_blocks.read_block(make_block(drop_path_rate=0.1)) is None
+
+
+def test_block_does_not_qualify_under_autocast_or_without_gradients():
+    block = make_block()
+    with torch.autocast("cpu"):
+        assert plain_blocks.read_block(block) is None
+    with torch.no_grad():
+        assert plain_blocks.read_block(block) is None
+
+
+def test_single_value_per_channel_is_refused_as_by_modules():
+    model = make_model("activations")
+    with pytest.raises(ValueError, match="more than one value per channel"), rebuild.recording("activations"):
+        model.body.layer3(torch.randn(1, 32, 2, 2, requires_grad=True) * 1)
