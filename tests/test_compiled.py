@@ -225,6 +225,16 @@ def replace_an_activation(model):
     return model
 
 
+def overwrite_what_is_saved(model):
+    model.body.layer3[1].se.act = nn.SiLU(inplace=True)
+    return model
+
+
+def lose_a_bias(model):
+    model.body.layer3[1].conv2.bn.bias = None
+    return model
+
+
 def draw_in_an_activation(model):
     model.body.layer3[1].conv1.bn.act = nn.RReLU()
     return model
@@ -264,9 +274,9 @@ def test_networks_that_users_changed_give_the_same_numbers(change, setting):
     assert_close(compiled_step(setting, change=change)[0], plain_step(change))
 
 
-@pytest.mark.parametrize("change", [draw_in_an_activation, use_timms_drop_path])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_modules_that_draw_in_place_draw_once(change, backend):
+@pytest.mark.parametrize("change", [draw_in_an_activation, use_timms_drop_path, overwrite_what_is_saved, lose_a_bias])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.thorough)])
+def test_modules_that_no_region_can_hold_are_left_alone(change, backend):
     step, _ = compiled_step("activations", backend=backend, change=change)
     assert_close(step, plain_step(change))
 
@@ -281,6 +291,47 @@ def test_hooks_of_users_run_once_a_step():
     step, compiler = compiled_step("activations", change=add_hook)
     assert len(calls) == len(compiler.graphs) == 1
     assert_close(step, plain_step())
+
+
+def test_hooks_on_all_modules_run_once_in_each():
+    calls = []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, inputs, output: calls.append(1))
+    try:
+        step, _ = compiled_step("activations")
+        compiled_calls = len(calls)
+        expected = plain_step()
+    finally:
+        hook.remove()
+    assert compiled_calls == len(calls) - compiled_calls
+    assert_close(step, expected)
+
+
+class Breaks(nn.Module):
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return x * 1.0
+
+
+def test_statistics_count_once_where_the_compiler_has_given_up():
+    def separate(model):
+        for position in (2, 1):
+            model.body.layer3.insert(position, Breaks())
+        return model
+
+    torch.compiler.reset()
+    model = separate(make_model("activations", **SMALL)).double()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        model.body.layer3.compile(backend="eager")
+        torch.manual_seed(3)
+        step = train_step(model, images(4).double())
+    assert_close(step, plain_step(separate))
+
+
+def test_graphs_with_regions_can_be_cached_on_the_disk():
+    """PyTorch passes over contexts without a hash; it must differ with the setting."""
+    from timm_tresnet.compiled import _CONTEXTS
+
+    assert len({contexts.cache_hash for contexts in _CONTEXTS.values()}) == 3
 
 
 @pytest.mark.parametrize(

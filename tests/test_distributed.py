@@ -30,6 +30,7 @@ BOUNDS = {"none": 1, "activations": 0.5, "expansions": 0.45, "checkpointing": 0.
 WRAPPED = ["network", "stages", "blocks"]  # what FSDP gathers at a time
 FSDP_CASES = [(setting, wrapped, "frozen") for setting in SETTINGS for wrapped in WRAPPED]
 FSDP_CASES += [(setting, "blocks", "synchronized") for setting in SETTINGS]
+COMPILED_CASES = [("none", "stages"), ("activations", "stages"), ("activations", "blocks")]  # and what FSDP gathers
 
 
 def make_network(setting, norms):
@@ -128,6 +129,11 @@ def run_process(folder):
         save_gathered(model, Path(folder) / "gathered.pt")
         if SHOWS_SAVED:
             results["kept", setting, wrapped, norms] = saved_bytes(model, parts[0])
+    for setting, wrapped in COMPILED_CASES if has_fully_shard() else []:
+        model = shard(setting, wrapped, "frozen")
+        for module in [model] if wrapped == "stages" else [model.body.layer2, model.body.layer3]:
+            module.compile(backend="aot_eager")
+        results["compiled", setting, wrapped] = gather(train(model, model, parts))
     for setting in SETTINGS if has_fully_shard() else []:
         model = shard_mixed(setting)
         results[setting, "mixed"] = gather(train(model, model, [part.float() for part in parts]))
@@ -207,6 +213,13 @@ def test_checkpoint_of_data_parallel_training_loads_plainly(folder, processes):
 def test_sharded_network_trains_like_one_process_with_the_whole_batch(processes, alone, case):
     for result in processes:
         assert_equal_weights(result[case], alone("plain", case[-1]))
+
+
+@pytest.mark.skipif(not has_fully_shard(), reason="this PyTorch has no torch.distributed.fsdp.fully_shard")
+@pytest.mark.parametrize("case", COMPILED_CASES, ids="-".join)
+def test_sharded_and_compiled_network_trains_like_one_process_with_the_whole_batch(processes, alone, case):
+    for result in processes:
+        assert_equal_weights(result["compiled", *case], alone("plain", "frozen"))
 
 
 @pytest.mark.skipif(not has_fully_shard(), reason="this PyTorch has no torch.distributed.fsdp.fully_shard")
