@@ -133,9 +133,9 @@ class Stage(Recorded):
     def _make_step(self, position: int, block: nn.Module) -> _Step:
         if not _fits_region(block):
             return block, "none", False
-        return block, "convolutions" if self.grad_checkpointing else self.rebuild, self._keeps_output(position)
+        return block, "convolutions" if self.grad_checkpointing else self.rebuild, self.keeps_output(position)
 
-    def _keeps_output(self, position: int) -> bool:
+    def keeps_output(self, position: int) -> bool:
         # Where convolutions run again, longer chains keep less, but more of them is alive at once.
         if self.grad_checkpointing:
             return (len(self) - position) % 2 == 1
@@ -151,7 +151,7 @@ class Stage(Recorded):
         if plain is None or type(x) is not Tensor or not x.numel():
             return super()._run(position, block, x)
         x, terms = run_block(plain, x, tape, self.grad_checkpointing)
-        tape.add_sum(x, *terms, keeps=self._keeps_output(position))
+        tape.add_sum(x, *terms, keeps=self.keeps_output(position))
         if tape.lost_weights():
             tape.keep_last()
         return x
@@ -167,7 +167,7 @@ class Stage(Recorded):
             x = block(x)
             if x.grad_fn is None:
                 return x
-            tape.add_kept(x) if self._keeps_output(position) else tape.add_output(x)
+            tape.add_kept(x) if self.keeps_output(position) else tape.add_output(x)
         return x
 
 

@@ -74,7 +74,7 @@ class BottleneckHead(nn.Module):
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.drop(self.global_pool(x))
-        unpooled = x.ndim == 4
+        unpooled = self.global_pool.pool_type == ""
         if unpooled:
             x = x.permute(0, 2, 3, 1)
         x = self.embedding(x)

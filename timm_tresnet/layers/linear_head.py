@@ -18,6 +18,6 @@ class LinearHead(ClassifierHead):
         x = self.drop(self.global_pool(x))
         if pre_logits:
             return x
-        if x.ndim == 4:
+        if self.global_pool.pool_type == "":
             return self.fc(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.fc(x)

@@ -33,9 +33,7 @@ class Cutout(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         (top, bottom), (left, right) = params["rows"], params["columns"]
-        return self._call_kernel(
-            v2.functional.erase, inpt, top, left, bottom - top, right - left, params["colour"], inplace=False
-        )
+        return v2.functional.erase(inpt, top, left, bottom - top, right - left, params["colour"])
 
 
 def _draw_range(side: int, share: float) -> tuple[int, int]:
