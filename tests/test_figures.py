@@ -180,6 +180,22 @@ def test_ratios_of_larger_variants_are_what_the_files_say():
         assert cells == expected + [f"{row['kept_ratio']:.2f}x, {row['peak_ratio']:.2f}x" for row in others]
 
 
+def test_scores_of_taggers_are_what_the_file_says():
+    (table,) = (table for table in read_tables(ROOT / "docs" / "tagging.md") if table.header[0] == "head, loss")
+    heads = {"ML-Decoder": "ml_decoder", "linear": "linear"}
+    losses = {"asymmetric loss": "asl", "binary cross-entropy": "bce"}
+    (name,) = table.files
+    assert len(table.rows) == len({row["row"] for row in load(name)["rows"]})
+    for label, *cells in table.rows:
+        head, loss = label.split(", ")
+        runs = [row for row in load(name)["rows"] if row["row"] == f"{heads[head]}, {losses[loss]}"]
+        scores = {metric: [run[metric] for run in runs] for metric in ("mAP", "CF1", "OF1")}
+        least, most = min(scores["mAP"]), max(scores["mAP"])
+        means = [f"{statistics.mean(scores[metric]):.2f}" for metric in ("mAP", "CF1", "OF1")]
+        assert cells == [means[0], f"{statistics.stdev(scores['mAP']):.2f}", f"{least:.2f}-{most:.2f}", *means[1:]]
+        assert len(runs) == 3
+
+
 # ---- sentences
 
 
