@@ -23,8 +23,8 @@ where eager mode keeps an output (`timm_tresnet.stages`). `benchmarks/README.md`
 
 import functools
 import hashlib
+import marshal
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ _in_region = False  # while the compiler traces one
 
 def is_in_region() -> bool:
     """Whether the compiler is tracing a region, where nothing may work in place but on running statistics."""
-    return torch.compiler.is_compiling() and _in_region
+    return _in_region and torch.compiler.is_compiling()
 
 
 def run_region(modules: list[nn.Module], x: Tensor, setting: str) -> Tensor:
@@ -87,6 +87,10 @@ def _saves_convolution(setting: str, x: Tensor, weight: Tensor) -> bool:
     return {"activations": widening <= 4, "expansions": widening != 4, "convolutions": False}[setting]
 
 
+# Of the code that decides, which may change without the version.
+_POLICY_HASH = hashlib.sha256(marshal.dumps((_choose.__code__, _saves_convolution.__code__, str(_SAVED)))).hexdigest()
+
+
 def _make_contexts(setting: str) -> functools.partial:
     make = functools.partial(
         create_selective_checkpoint_contexts,
@@ -94,7 +98,7 @@ def _make_contexts(setting: str) -> functools.partial:
         allow_cache_entry_mutation=True,  # running statistics change again in the next forward
     )
     # Without this, the compiler does not look for graphs that it has cached on the disk.
-    make.cache_hash = f"{setting} {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
+    make.cache_hash = f"{setting} {_POLICY_HASH}"
     return make
 
 

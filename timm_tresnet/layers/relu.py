@@ -20,9 +20,6 @@ class ReLU(nn.ReLU):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            return self._forward_eager(x)
+            if is_in_region():
+                return F.relu(x)
         return F.relu(x, inplace=self.inplace)
-
-    @torch.jit.unused
-    def _forward_eager(self, x: Tensor) -> Tensor:
-        return F.relu(x, inplace=self.inplace and not is_in_region())
