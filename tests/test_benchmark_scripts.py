@@ -174,6 +174,37 @@ def test_int8_accuracy_counts_every_test_image(photos, tmp_path, capsys):
     assert "has them for airplane, automobile, bird, deer, dog, frog, horse, ship, tiger" in capsys.readouterr().err
 
 
+def test_tagging_trains_each_head_and_goes_on_with_what_is_there(tmp_path, capsys):
+    pytest.importorskip("lightning.pytorch", reason="install the extra tagging")
+    pytest.importorskip("torchmetrics", reason="install the extra tagging")
+    for name, count in (("train", 8), ("val", 8), ("test", 8)):
+        (tmp_path / name).mkdir()
+        rows = ["file,labels"]
+        for index in range(count):
+            Image.new("RGB", (64, 64), (30 * index, 200 * (index % 2), 90)).save(tmp_path / name / f"{index}.png")
+            rows.append(f"{name}/{index}.png,{'cat;dog' if index % 2 else 'dog' if index % 3 else 'cat'}")
+        (tmp_path / f"{name}.csv").write_text("\n".join(rows))
+    work = tmp_path / "work"
+    words = [
+        "--data",
+        str(tmp_path),
+        "--work",
+        str(work),
+        "--seeds",
+        "1",
+        "--losses",
+        "asl",
+        "--decoder-embedding",
+        "8",
+    ]
+    rows = run("tagging", tmp_path, *words)["rows"]
+    assert [row["row"] for row in rows] == ["ml_decoder, asl", "linear, asl"]
+    assert all(0 < row["mAP"] <= 100 for row in rows)
+    (tmp_path / "tagging.json").unlink()
+    assert run("tagging", tmp_path, *words)["rows"] == rows  # read, not trained again
+    assert capsys.readouterr().err.count("epoch 1/1") == 2
+
+
 # ---- files of results, and pictures of them
 
 
