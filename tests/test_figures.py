@@ -229,7 +229,7 @@ def _range(field: str) -> str:
 
 
 def _memory(row: str, field: str = "peak_ratio") -> float:
-    return find_row("training_memory_m_epyc_5.json", row)[field]
+    return find_row("training_memory_m_epyc_8.json", row)[field]
 
 
 _WORDS = {3: ("third", "three"), 6: ("sixth", "six")}
