@@ -74,6 +74,30 @@ def test_every_head_works_with_and_without_classes_and_pooling(head):
                 torch.testing.assert_close(model(x), model.forward_head(features, pre_logits=True))
 
 
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((3, "foo"), "needs global_pool to name a pooling of timm's, .*got 'foo'"),
+        ((3, 1), "needs global_pool to name a pooling of timm's, .*got 1"),
+        ((-1,), "needs num_classes to be an integer of at least 0, got -1"),
+        ((2.5,), "needs num_classes to be an integer of at least 0, got 2.5"),
+        ((True,), "needs num_classes to be an integer of at least 0, got True"),
+    ],
+    ids=["pooling", "no_text", "negative", "fraction", "bool"],
+)
+def test_a_classifier_that_cannot_be_changes_nothing(head, given, message):
+    model = TResNet(layers=LAYERS, width_factor=0.125, num_classes=7, head=head).eval()
+    x = torch.rand(1, 3, 64, 64)
+    expected = model(x)
+    with pytest.raises(ValueError, match=message):
+        model.reset_classifier(*given)
+    assert model.num_classes == 7
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=message):
+        TResNet(layers=LAYERS, head=head, num_classes=given[0], global_pool=(*given, "avg")[1])
+
+
 @pytest.mark.parametrize("head", ["linear", "bottleneck"])
 def test_without_pooling_each_pixel_has_the_logits_of_its_own_features(head):
     model = TResNet(layers=LAYERS, width_factor=0.125, num_classes=5, head=head).eval()

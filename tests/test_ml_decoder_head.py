@@ -376,8 +376,28 @@ def test_names_of_labels_come_with_their_word_embeddings():
         (["a", "b", "a"], torch.zeros(3, 5), "a name for each label, got a twice"),
         ([], torch.zeros(0, 5), r"got \(0, 5\)"),
         (["a", 2], torch.zeros(2, 5), "needs names to be texts"),
+        ("ab", torch.zeros(2, 5), "a list of names, got 'ab'"),
+        (None, torch.zeros(2, 5), "a list of names, got None"),
+        (["a", "b"], "ab", "vectors as a tensor, an array or a list .*, got str"),
+        (["a", "b"], None, "vectors as a tensor, an array or a list .*, got NoneType"),
+        (["a", "b"], [torch.zeros(5), torch.zeros(4)], "one of equal width for each label, got list"),
+        (["a", "b"], torch.zeros(2, 5).to_sparse(), r"dense vectors, got torch.sparse_coo; call to_dense\(\)"),
     ],
-    ids=["fewer_names", "width", "integers", "nan", "twice", "none", "numbers"],
+    ids=[
+        "fewer_names",
+        "width",
+        "integers",
+        "nan",
+        "twice",
+        "none",
+        "numbers",
+        "one_text",
+        "no_names",
+        "texts",
+        "no_vectors",
+        "ragged",
+        "sparse",
+    ],  # fmt: skip
 )
 def test_labels_that_do_not_fit_are_refused_and_change_nothing(names, vectors, message):
     model = make_network(num_groups=None, label_embedding=5)
@@ -386,6 +406,81 @@ def test_labels_that_do_not_fit_are_refused_and_change_nothing(names, vectors, m
         model.set_label_embeddings(names, vectors)
     assert model.num_classes == 7
     assert torch.equal(model.head.queries.vectors, before)
+
+
+@pytest.mark.parametrize("saved", [0, 4], ids=["labels_to_come", "labels"])
+def test_the_last_layer_serves_other_labels_too(saved, tmp_path):
+    options = {"head": "ml_decoder", "decoder_embedding": 16, "label_embedding": 5}
+    source = timm.create_model("test_tresnet", num_classes=saved, **options).eval()
+    nn.init.normal_(source.head.fc.weight)
+    nn.init.normal_(source.head.fc.bias)
+    kept = {name: tensor.clone() for name, tensor in source.head.fc.state_dict().items()}
+    timm.models.save_for_hf(source, tmp_path, safe_serialization=True, model_args=options)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=5).eval()
+    source.reset_classifier(0)
+    source.reset_classifier(5)
+    for model in (loaded, source):
+        torch.testing.assert_close(dict(model.head.fc.state_dict()), kept, rtol=0, atol=0)
+        assert model(torch.rand(1, 3, 64, 64)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("options", [{"num_groups": 4}, {"label_embedding": 5}], ids=["groups", "labels"])
+def test_a_network_without_classes_takes_the_weights_of_one_that_lost_them(options):
+    model = make_network(**{"num_groups": None, "num_classes": 2, **options})
+    model.reset_classifier(0)
+    assert isinstance(model.get_classifier(), nn.Identity)
+    fresh = make_network(**{"num_groups": None, "num_classes": 0, **options})
+    assert isinstance(fresh.get_classifier(), nn.Identity)
+    fresh.load_state_dict(model.state_dict())
+    x = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(fresh(x), model(x), rtol=0, atol=0)
+
+
+def test_what_is_put_in_inside_inference_mode_can_be_trained_with():
+    for options in ({}, {"num_groups": None, "label_embedding": 5}):
+        model = make_network(**options).train()
+        with torch.inference_mode():
+            model.reset_classifier(3)
+            if "label_embedding" in options:
+                model.set_label_embeddings(["a", "b"], torch.randn(2, 5))
+        model(torch.rand(2, 3, 64, 64)).sum().backward()
+        assert all(parameter.grad is not None for parameter in model.head.parameters())
+
+
+def test_word_embeddings_may_come_one_by_one():
+    model = make_network(num_groups=None, label_embedding=5)
+    vectors = torch.randn(3, 5)
+    for given in (list(vectors), tuple(vectors.numpy()), vectors.tolist()):
+        model.set_label_embeddings(["a", "b", "c"], torch.zeros(3, 5))
+        model.set_label_embeddings(["a", "b", "c"], given)
+        torch.testing.assert_close(model.head.queries.vectors, vectors)
+
+
+def test_names_of_labels_go_with_their_classifier():
+    options = {"head": "ml_decoder", "decoder_embedding": 16, "label_embedding": 5}
+    model = timm.create_model("test_tresnet", num_classes=3, **options)
+    model.set_label_embeddings(["a", "b"], torch.randn(2, 5))
+    model.reset_classifier(2)
+    assert "label_names" not in model.pretrained_cfg
+    assert model.default_cfg is model.pretrained_cfg
+    assert timm.create_model("test_tresnet").pretrained_cfg["label_names"]  # nobody else's
+
+
+def test_numbers_that_overflow_in_the_networks_precision_are_refused():
+    model = make_network(num_groups=None, label_embedding=5)
+    with pytest.raises(ValueError, match="NaN or infinite in torch.float32"):
+        model.set_label_embeddings(["a"], torch.full((1, 5), 1e39, dtype=torch.float64))
+    with pytest.raises(ValueError, match="NaN or infinite in torch.float16"):
+        model.half().set_label_embeddings(["a"], torch.full((1, 5), 1e6))
+
+
+def test_labels_of_a_network_that_hands_out_its_feature_map_are_refused():
+    model = make_network(num_groups=None, label_embedding=5, num_classes=0, global_pool="")
+    with pytest.raises(ValueError, match=r"needs a decoder, .* call reset_classifier\(1, 'avg'\)"):
+        model.set_label_embeddings(["a"], torch.zeros(1, 5))
+    model.reset_classifier(1, "avg")
+    model.set_label_embeddings(["a", "b"], torch.zeros(2, 5))
+    assert model(torch.rand(1, 3, 64, 64)).shape == (1, 2)
 
 
 @pytest.mark.parametrize("options", [{}, {"head": "linear", "decoder_embedding": None}], ids=["groups", "linear"])

@@ -2,9 +2,10 @@
 
 import functools
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
-from timm.layers import LayerType, get_act_layer
+from timm.layers import LayerType, SelectAdaptivePool2d, get_act_layer
 from torch import nn
 
 STRIDES_AND_DILATIONS = {  # by output stride: strides of the stages, dilations before and after their downsampling
@@ -20,6 +21,22 @@ def choose(argument: str, value: Any, choices: dict[Any, Any]) -> Any:
         names = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"TResNet needs {argument} to be one of {names}, got {value!r}")
     return choices[value]
+
+
+def check_classes(num_classes: Any) -> None:
+    """Refuse what is no number of classes."""
+    if not isinstance(num_classes, Integral) or isinstance(num_classes, bool) or num_classes < 0:
+        raise ValueError(f"TResNet needs num_classes to be an integer of at least 0, got {num_classes!r}")
+
+
+def check_pooling(global_pool: Any) -> None:
+    """Refuse what is no pooling of timm's; "" is none."""
+    try:
+        SelectAdaptivePool2d(pool_type=global_pool)
+    except (AssertionError, AttributeError, TypeError):
+        raise ValueError(
+            f"TResNet needs global_pool to name a pooling of timm's, such as 'avg', or '' for none, got {global_pool!r}"
+        ) from None
 
 
 def per_stage(argument: str, value: Any) -> list[Any]:

@@ -67,13 +67,17 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
 
 
 def _fit_queries(state_dict: dict[str, Tensor], head: MLDecoderHead) -> None:
-    """Leave out queries for other classes, as timm does with the classifier; without classes, the file's stay."""
+    """Leave out queries for other classes, as timm does with the classifier, which of labels is the same for all."""
     queries, bias = state_dict[QUERIES], state_dict.get("head.fc.bias", torch.empty(0))
     classes = queries.shape[0] if head.label_embedding else bias.numel()
-    if head.num_classes and head.num_classes != classes:
-        del state_dict[QUERIES]
-    elif not head.num_classes and queries.shape[1:] == head.queries.vectors.shape[1:]:
-        head.queries.set_vectors(queries)
+    if head.num_classes != classes:
+        if head.num_classes:
+            del state_dict[QUERIES]
+        if head.label_embedding:  # timm takes these out of the state dict
+            own = head.state_dict(prefix="head.")
+            for name in ("head.fc.weight", "head.fc.bias"):
+                if name in state_dict and state_dict[name].shape == own[name].shape:
+                    own[name].copy_(state_dict[name])
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

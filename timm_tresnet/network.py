@@ -2,14 +2,22 @@
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from timm.layers import LayerType, calculate_drop_path_rates
 from torch import Tensor, nn
 
-from timm_tresnet.arguments import STRIDES_AND_DILATIONS, choose, per_stage, resolve_activation, take_indices
+from timm_tresnet.arguments import (
+    STRIDES_AND_DILATIONS,
+    check_classes,
+    check_pooling,
+    choose,
+    per_stage,
+    resolve_activation,
+    take_indices,
+)
 from timm_tresnet.blocks import BasicBlock, Bottleneck
 from timm_tresnet.heads import choose_head
 from timm_tresnet.layers import BlurPool2d, BottleneckHead, ConvNormAct, MLDecoderHead, SpaceToDepth
@@ -102,6 +110,8 @@ class TResNet(nn.Module):
         blocks = [choose("block", name, _BLOCKS) for name in per_stage("block", block)]
         use_se = per_stage("use_se", use_se)
         anti_alias = choose("aa_layer", aa_layer, {"blur": True, True: True, False: False, "": False})
+        check_classes(num_classes)
+        check_pooling(global_pool)
         strides, dilations = choose("output_stride", output_stride, STRIDES_AND_DILATIONS)
         choose("stem", stem, dict.fromkeys(("space_to_depth", "conv7x7")))
         planes = int(64 * width_factor)
@@ -227,26 +237,37 @@ class TResNet(nn.Module):
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The last linear layer, of ML-Decoder that of all groups, or an identity without classes."""
-        return self.head.fc
+        return self.head.fc if self.num_classes else nn.Identity()  # that of labels waits for them
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put in a new classifier, drawn as for a new network, on the device and in the dtype of this one.
 
         The embedding of a bottleneck head stays while the pooling does, the decoder of ML-Decoder always, with new
-        queries. Without pooling, every pixel of the feature map is classified; ML-Decoder needs no pooling.
+        queries. With label_embedding its last layer stays too, as it serves all labels: give it theirs by
+        `set_label_embeddings`. Without pooling, every pixel of the feature map is classified; ML-Decoder needs no
+        pooling. Names of the old classes leave `pretrained_cfg`.
 
         Args:
             num_classes: number of classes; 0 for no classifier.
             global_pool: pooling before the classifier; None to leave it as it is, "" for none.
 
         Raises:
-            ValueError: if the queries of an ML-Decoder head are folded.
+            ValueError: if there is no such pooling or number of classes, or the queries of an ML-Decoder head are
+                folded; nothing has changed then.
         """
+        check_classes(num_classes)
+        if global_pool is not None:
+            check_pooling(global_pool)
         weight = self.body.conv1.conv.weight
-        self.head.in_features = self.num_features  # pruning changes it
         kept = set(self.head.modules())
-        self.head.reset(num_classes, global_pool)
+        in_features, self.head.in_features = self.head.in_features, self.num_features  # pruning changes it
+        try:
+            with torch.inference_mode(False):  # what is made inside that mode can never be trained with
+                self.head.reset(num_classes, global_pool)
+        except ValueError:
+            self.head.in_features = in_features
+            raise
         self.num_classes = num_classes
         self.head.to(device=weight.device, dtype=weight.dtype)
         self.head.train(self.training)
@@ -254,6 +275,15 @@ class TResNet(nn.Module):
         for module in self.head.modules():
             if isinstance(module, nn.Linear) and module not in kept and not isinstance(self.head, MLDecoderHead):
                 nn.init.normal_(module.weight, std=0.01)
+        self._update_pretrained_cfg()
+
+    def _update_pretrained_cfg(self, **fields: Any) -> None:
+        """Replace the names of the classes, and whatever else is given, where timm has put a config."""
+        if hasattr(self, "pretrained_cfg"):  # timm puts it there, and the same as default_cfg
+            gone = ("label_names", "label_descriptions")
+            self.pretrained_cfg = {name: value for name, value in self.pretrained_cfg.items() if name not in gone}
+            self.pretrained_cfg |= fields
+            self.default_cfg = self.pretrained_cfg
 
     @torch.jit.ignore
     def set_label_embeddings(self, names: Sequence[str], vectors: Tensor) -> None:
@@ -263,15 +293,17 @@ class TResNet(nn.Module):
 
         Args:
             names: of the labels, each a different one.
-            vectors: their word embeddings, (len(names), label_embedding), as a tensor or what becomes one.
+            vectors: their word embeddings, (len(names), label_embedding), as a tensor, an array, or a list of these.
 
         Raises:
             ValueError: if the network has no such head or its queries are folded, names are not different texts, or
-                vectors are not finite numbers of that shape.
+                vectors are not numbers of that shape that are finite in the network's dtype.
         """
         if not isinstance(self.head, MLDecoderHead):
             raise ValueError("set_label_embeddings needs a network with head='ml_decoder' and label_embedding=WIDTH")
-        names, vectors = list(names), torch.as_tensor(vectors)
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise ValueError(f"set_label_embeddings needs a list of names, got {names!r}")
+        names, vectors = list(names), _as_vectors(vectors)
         if not all(isinstance(name, str) for name in names):
             raise ValueError("set_label_embeddings needs names to be texts, got others among them")
         twice = [name for name, count in Counter(names).items() if count > 1]
@@ -283,10 +315,7 @@ class TResNet(nn.Module):
             )
         self.head.set_label_embeddings(vectors)
         self.num_classes = len(names)
-        if hasattr(self, "pretrained_cfg"):  # timm puts it there, and the same as default_cfg
-            others = {name: value for name, value in self.pretrained_cfg.items() if name != "label_descriptions"}
-            self.pretrained_cfg = {**others, "num_classes": len(names), "label_names": tuple(names)}
-            self.default_cfg = self.pretrained_cfg
+        self._update_pretrained_cfg(num_classes=len(names), label_names=tuple(names))
 
     def forward_intermediates(
         self,
@@ -392,6 +421,19 @@ def _make_stage(
         stage.append(block(in_channels, planes, stride, dilation, drop_path_rate=rate, **kwargs))
         in_channels, stride, dilation = planes * block.expansion, 1, (dilation[1],) * 2
     return stage
+
+
+def _as_vectors(vectors: Any) -> Tensor:
+    """Word embeddings as a tensor, from one, an array, or a list of either or of lists of numbers."""
+    try:
+        if isinstance(vectors, list | tuple):
+            return torch.stack([torch.as_tensor(vector) for vector in vectors])
+        return torch.as_tensor(vectors)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            "set_label_embeddings needs vectors as a tensor, an array or a list with one of equal width for each "
+            f"label, got {type(vectors).__name__}: {str(error).partition(chr(10))[0]}"
+        ) from error
 
 
 def _smallest_side(body: nn.Module) -> int:

@@ -120,7 +120,8 @@ class ClassQueries(nn.Module):
     @torch.jit.ignore
     def set_vectors(self, vectors: Tensor) -> None:
         """Put in other vectors, on the device and in the dtype of those that were there."""
-        self.vectors = vectors.detach().to(self.vectors, copy=True)
+        with torch.inference_mode(False):  # what is made inside that mode can never be trained with
+            self.vectors = vectors.detach().to(self.vectors, copy=True)
 
     def forward(self, batch_size: int) -> tuple[Tensor, Tensor]:
         if self.vectors.shape[0] == 0:
@@ -314,12 +315,13 @@ class MLDecoderHead(nn.Module):
             return
         if self.label_embedding:
             num_queries = num_classes
-            self.fc = nn.Linear(width, 1, **factory_kwargs)
+            if not isinstance(getattr(self, "fc", None), nn.Linear):  # it serves all labels, so other ones keep it
+                self.fc = nn.Linear(width, 1, **factory_kwargs)
+                self._draw_classifier()
         else:
             num_queries = min(self.num_groups, num_classes or self.num_groups)
             grouped = functools.partial(GroupLinear, num_queries, width, num_classes, **factory_kwargs)
             self.fc = grouped() if num_classes > 0 else nn.Identity()
-        self._draw_classifier()
         if getattr(self.embedding, "in_features", None) != self.in_features:
             self.embedding = nn.Linear(self.in_features, width, **factory_kwargs)
         if isinstance(self.decoder, nn.Identity):
@@ -344,7 +346,9 @@ class MLDecoderHead(nn.Module):
         self._draw_classifier()
 
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
-        """Put in a new last layer and, unless there are no classes, new queries; the decoder stays while it is needed.
+        """Put in new queries, unless there are no classes, and for groups a new last layer; the decoder stays.
+
+        That of labels serves whatever labels there are, and stays too. All is new after a feature map was handed out.
 
         Args:
             num_classes: number of classes; 0 for none.
@@ -365,24 +369,42 @@ class MLDecoderHead(nn.Module):
             vectors: a word embedding for each label, (num_classes, D).
 
         Raises:
-            ValueError: if the head has groups instead of labels, or its queries are folded, or vectors are not finite
-                numbers of that shape.
+            ValueError: if the head has groups instead of labels, or its queries are folded, or it hands out the feature
+                map, or vectors are not numbers of that shape that are finite in the dtype of the head.
         """
+        if self.label_embedding is not None and not self.decodes:
+            raise ValueError(
+                "set_label_embeddings needs a decoder, and this network hands out its feature map; call "
+                "reset_classifier(1, 'avg') before, or make the network with a global_pool other than ''"
+            )
         if not isinstance(self.queries, ClassQueries) or self.label_embedding is None:
             raise ValueError(
                 "set_label_embeddings needs a head that makes queries of word embeddings, not folded; make the network "
                 "with head='ml_decoder' and label_embedding=WIDTH"
             )
+        if vectors.layout != torch.strided:
+            raise ValueError(f"set_label_embeddings needs dense vectors, got {vectors.layout}; call to_dense() on them")
         shape = tuple(vectors.shape)
         if len(shape) != 2 or shape[0] < 1 or shape[1] != self.label_embedding or not vectors.is_floating_point():
             raise ValueError(
                 f"set_label_embeddings needs vectors of shape (labels, {self.label_embedding}) in floating point, got "
                 f"{shape} in {vectors.dtype}"
             )
-        if not torch.isfinite(vectors).all():
-            raise ValueError("set_label_embeddings needs vectors of finite numbers, got some that are NaN or infinite")
+        dtype = self.queries.vectors.dtype
+        if not torch.isfinite(vectors.to(dtype)).all():
+            raise ValueError(
+                f"set_label_embeddings needs vectors of finite numbers, got some that are NaN or infinite in {dtype}"
+            )
         self.queries.set_vectors(vectors)
         self.num_classes = shape[0]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Without classes, as many queries as the state dict has, such as it is behind `reset(0)`."""
+        vectors = state_dict.get(f"{prefix}queries.vectors")
+        if self.num_classes == 0 and isinstance(self.queries, ClassQueries) and vectors is not None:
+            if vectors.shape[1:] == self.queries.vectors.shape[1:]:
+                self.queries.set_vectors(vectors)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if not self.decodes:
