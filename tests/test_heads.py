@@ -1,4 +1,7 @@
+import logging
+
 import pytest
+import timm
 import torch
 
 from timm_tresnet import TResNet
@@ -25,8 +28,9 @@ def test_heads_have_names(options, kind):
 def test_options_reach_the_head():
     assert choose_head("bottleneck")(6, num_classes=3).hidden_features == 512
     assert choose_head("bottleneck", head_features=8)(6, num_classes=3).hidden_features == 8
-    head = choose_head("ml_decoder", num_groups=2, decoder_embedding=16, label_embedding=5)(6, num_classes=3)
-    assert (head.num_groups, head.decoder_embedding, head.label_embedding) == (2, 16, 5)
+    head = choose_head("ml_decoder", num_groups=2, decoder_embedding=16)(6, num_classes=3)
+    assert (head.num_groups, head.decoder_embedding, head.label_embedding) == (2, 16, None)
+    assert choose_head("ml_decoder", label_embedding=5)(6, num_classes=3).label_embedding == 5
     assert HEAD_ARGUMENTS == {"head", "head_features", "num_groups", "decoder_embedding", "label_embedding"}
 
 
@@ -42,8 +46,14 @@ def test_options_reach_the_head():
         ({"head": "bottleneck", "head_features": 0}, "needs head_features to be at least 1 or None, got 0"),
         ({"head": "ml_decoder", "num_groups": -1}, "needs num_groups to be at least 1 or None, got -1"),
         ({"head": "ml_decoder", "decoder_embedding": 7.5}, "needs decoder_embedding to be at least 1 or None, got 7.5"),
+        ({"head": "ml_decoder", "num_groups": True}, "needs num_groups to be at least 1 or None, got True"),
+        ({"head": ["linear"]}, r"needs head to be one of 'linear', 'bottleneck', 'ml_decoder', got \['linear'\]"),
+        (
+            {"head": "ml_decoder", "num_groups": 3, "label_embedding": 5},
+            "needs num_groups or label_embedding, not both, got 3 and 5",
+        ),
     ],
-    ids=["name", "group", "bottleneck", "zero", "negative", "fraction"],
+    ids=["name", "group", "bottleneck", "zero", "negative", "fraction", "bool", "list", "groups_and_labels"],
 )
 def test_what_fits_no_head_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
@@ -105,3 +115,77 @@ def test_without_pooling_each_pixel_has_the_logits_of_its_own_features(head):
     pooled = model.forward_head(features[:, :, 1:2, 1:2])
     model.head.global_pool = type(model.head.global_pool)(pool_type="")
     torch.testing.assert_close(model.forward_head(features)[:, :, 1, 1], pooled)
+
+
+BODY = {"layers": LAYERS, "width_factor": 0.125, "num_classes": 5}
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"head": "linear"}, LinearHead),
+        ({"head": "bottleneck"}, BottleneckHead),
+        ({"label_embedding": 6}, MLDecoderHead),
+        ({"num_groups": 3}, MLDecoderHead),
+    ],
+    ids=["linear", "bottleneck", "labels", "groups"],
+)
+def test_options_of_a_tag_stop_nobody_from_choosing_another_head(options, kind):
+    model = timm.create_model("tresnet_m.ml_decoder_openimages", **options, **BODY)
+    assert type(model.head) is kind
+    assert getattr(model.head, "label_embedding", None) == options.get("label_embedding")
+    with pytest.raises(ValueError, match="needs head='ml_decoder' for num_groups=3, got head='linear'"):
+        timm.create_model("tresnet_m.ml_decoder_openimages", head="linear", num_groups=3, **BODY)
+
+
+SAVED = {
+    "linear": {"head": "linear"},
+    "bottleneck": {"head": "bottleneck", "head_features": 24},
+    "groups": {"head": "ml_decoder", "decoder_embedding": 16, "num_groups": 3},
+    "labels": {"head": "ml_decoder", "decoder_embedding": 16, "label_embedding": 6},
+}
+CHOSEN = {
+    **SAVED,
+    "wider": {"head": "bottleneck", "head_features": 32},
+    "wider_decoder": {"head": "ml_decoder", "decoder_embedding": 32},
+    "other_groups": {"head": "ml_decoder", "num_groups": 2},
+}
+
+
+@pytest.mark.parametrize("num_classes", [5, 4], ids=["same_classes", "other_classes"])
+@pytest.mark.parametrize("saved", SAVED)
+def test_another_head_is_new_and_the_body_is_that_of_the_weights(saved, num_classes, tmp_path, caplog):
+    source = timm.create_model("test_tresnet", num_classes=5, **SAVED[saved])
+    timm.models.save_for_hf(source, tmp_path / "a", safe_serialization=True, model_args=SAVED[saved])
+    x = torch.rand(1, 3, 64, 64)
+    features = source.eval().forward_features(x)
+    for name, options in CHOSEN.items():
+        if (saved, name) == ("labels", "other_groups") or (saved, name) == ("labels", "groups"):
+            continue  # asks for groups and labels, which is refused
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "timm_tresnet"):
+            model = timm.create_model(
+                f"local-dir:{tmp_path / 'a'}", pretrained=True, num_classes=num_classes, **options
+            )
+        torch.testing.assert_close(model.eval().forward_features(x), features, rtol=0, atol=0)
+        assert model(x).shape == (1, num_classes)
+        assert ("The head differs from that of the weights" in caplog.text) == (name != saved)
+        # What timm then writes down can be loaded again, though it still names the options of the first head.
+        timm.models.save_for_hf(model, tmp_path / name, safe_serialization=True)
+        again = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).eval()
+        torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
+
+
+def test_other_groups_keep_the_decoder_of_the_weights(tmp_path):
+    source = timm.create_model("test_tresnet", num_classes=5, **SAVED["groups"])
+    timm.models.save_for_hf(source, tmp_path, safe_serialization=True, model_args=SAVED["groups"])
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_groups=2)
+    torch.testing.assert_close(model.head.decoder.state_dict(), source.head.decoder.state_dict(), rtol=0, atol=0)
+    assert model.head.queries.vectors.shape == (2, 16)
+
+
+def test_a_head_that_nobody_asked_to_differ_is_no_new_one(tmp_path):
+    source = timm.create_model("test_tresnet", num_classes=5, **SAVED["bottleneck"])
+    timm.models.save_for_hf(source, tmp_path, safe_serialization=True, model_args={"head": "linear"})
+    with pytest.raises(RuntimeError, match="head.embedding.weight"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True, head="linear")

@@ -1,5 +1,6 @@
 """Weights under the official names, and stems for other numbers of channels, as a TResNet takes them."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,11 @@ from torch import Tensor, nn
 
 from timm_tresnet.layers import MLDecoderHead
 
+_logger = logging.getLogger(__name__)
+
+_HEAD = "head."
 QUERIES = "head.queries.vectors"
+_OF_CLASSES = {"head.fc.weight", "head.fc.bias", QUERIES}
 _STEM = "body.conv1.conv.weight"
 OFFICIAL_STEM = "body.conv1.0.weight"
 
@@ -42,7 +47,9 @@ _OFFICIAL_HEAD = {  # bottleneck (Alibaba-MIIL/ASL); ML-Decoder (Alibaba-MIIL/ML
 _OFFICIAL_PROJECTION = "head.decoder.layers.0.multihead_attn.in_proj_"  # of queries, then of keys and values
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_filter_fn(
+    state_dict: Mapping[str, Any], model: nn.Module, other_head: bool = False
+) -> dict[str, Tensor]:
     """Make a checkpoint loadable into model: ours and timm's names as they are, the official ones translated.
 
     A checkpoint of the official code has its tensors under `model` or `state_dict`, maybe each behind `module.`, and
@@ -52,6 +59,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     Args:
         state_dict: the checkpoint.
         model: the TResNet that is to load it.
+        other_head: model was asked to have another head than the checkpoint's. What does not fit stays as it was drawn:
+            only the classifier if the rest of the head fits, else all of it.
 
     Returns:
         Tensors under the names of model.
@@ -59,6 +68,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     state_dict = unwrap(state_dict)
     state_dict = from_official(state_dict) if OFFICIAL_STEM in state_dict else rename_head(state_dict)
     head = getattr(model, "head", None)
+    if other_head and isinstance(head, nn.Module):
+        state_dict = _fit_other_head(state_dict, head)
     if QUERIES in state_dict and isinstance(head, MLDecoderHead) and head.decodes:
         _fit_queries(state_dict, head)
     if _STEM in state_dict:
@@ -66,18 +77,37 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     return state_dict
 
 
+def _fit_other_head(state_dict: dict[str, Tensor], head: nn.Module) -> dict[str, Tensor]:
+    """Put what head was drawn with in place of what does not fit it, and say so."""
+    own = head.state_dict(prefix=_HEAD)
+    in_file = {name: tensor for name, tensor in state_dict.items() if name.startswith(_HEAD)}
+    misfits = {
+        name
+        for name in own.keys() | in_file.keys()
+        if name not in own or name not in in_file or own[name].shape != in_file[name].shape
+    }
+    if misfits <= _OF_CLASSES:
+        new = {name: own[name] for name in misfits & own.keys()}
+        in_file = {name: tensor for name, tensor in in_file.items() if name not in misfits}
+    else:
+        new, in_file = own, {}
+    if new:
+        _logger.info("The head differs from that of the weights, so these are new: %s", ", ".join(sorted(new)))
+    body = {name: tensor for name, tensor in state_dict.items() if not name.startswith(_HEAD)}
+    return {**body, **in_file, **new}
+
+
 def _fit_queries(state_dict: dict[str, Tensor], head: MLDecoderHead) -> None:
     """Leave out queries for other classes, as timm does with the classifier, which of labels is the same for all."""
     queries, bias = state_dict[QUERIES], state_dict.get("head.fc.bias", torch.empty(0))
     classes = queries.shape[0] if head.label_embedding else bias.numel()
-    if head.num_classes != classes:
-        if head.num_classes:
-            del state_dict[QUERIES]
-        if head.label_embedding:  # timm takes these out of the state dict
-            own = head.state_dict(prefix="head.")
-            for name in ("head.fc.weight", "head.fc.bias"):
-                if name in state_dict and state_dict[name].shape == own[name].shape:
-                    own[name].copy_(state_dict[name])
+    if head.num_classes and head.num_classes != classes:
+        del state_dict[QUERIES]
+    if head.label_embedding:  # timm takes the last layer out of the state dict if the number of classes differs
+        own = head.state_dict(prefix=_HEAD)
+        for name in ("head.fc.weight", "head.fc.bias"):
+            if name in state_dict and state_dict[name].shape == own[name].shape:
+                own[name].copy_(state_dict[name])
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +186,7 @@ def rename_head(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             parts = {_OFFICIAL_HEAD[official] + name.removeprefix(official): tensor}
             if name == _OFFICIAL_CLASSIFIER and tensor.ndim == 2:
                 parts = {"head.fc.weight": tensor.T}
-        elif name.startswith(_OFFICIAL_PROJECTION) and len(tensor) % 3 == 0:
+        elif name.startswith(_OFFICIAL_PROJECTION) and tensor.ndim and len(tensor) % 3 == 0:
             query, key_value = tensor.split([len(tensor) // 3, len(tensor) // 3 * 2])
             kind = name.removeprefix(_OFFICIAL_PROJECTION)
             parts = {f"head.queries.proj.{kind}": query, f"head.decoder.kv.{kind}": key_value}

@@ -21,6 +21,7 @@ from timm.models import (
 
 from timm_tresnet.catalogue import PublicWeight, load_catalogue, make_pretrained_cfg
 from timm_tresnet.checkpoint import checkpoint_filter_fn
+from timm_tresnet.heads import drop_inherited, same_head
 from timm_tresnet.labels import make_notes
 from timm_tresnet.network import TResNet
 
@@ -149,14 +150,19 @@ def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None,
     public = _find_public_weight(variant, kwargs.get("pretrained_cfg"))
     if public and pretrained:
         _check_source(public, kwargs)
+    # Newer timm says which arguments a folder or repository has; older ones mix them with those of the call.
+    source = public.network_arguments if public else kwargs.get("pretrained_model_args") or {}
+    kwargs = drop_inherited({**(public.network_arguments if public else {}), **kwargs}, source)
+    other_head = not same_head(kwargs, drop_inherited(source, source))
+    load = functools.partial(checkpoint_filter_fn, other_head=other_head)
     try:
         return build_model_with_cfg(
             build,
             variant,
             pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
+            pretrained_filter_fn=load,
             feature_cfg={"out_indices": (1, 2, 3, 4), "flatten_sequential": True},
-            **{**ARCHITECTURES[variant], **(public.network_arguments if public else {}), **kwargs},
+            **{**ARCHITECTURES[variant], **kwargs},
         )
     except LocalEntryNotFoundError as error:
         reason = "it is not in the cache and the Hub cannot be reached"

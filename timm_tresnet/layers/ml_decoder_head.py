@@ -287,7 +287,7 @@ class MLDecoderHead(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("num_groups", num_groups), ("label_embedding", label_embedding)):
-            if value is not None and value < 1:
+            if value is not None and (isinstance(value, bool) or value < 1):
                 raise ValueError(f"MLDecoderHead needs {name} to be at least 1 or None, got {value}")
         if decoder_embedding < 1 or decoder_embedding % _HEADS:
             raise ValueError(

@@ -10,6 +10,7 @@ from torch import nn
 from timm_tresnet import config
 from timm_tresnet.catalogue import load_catalogue
 from timm_tresnet.errors import summarise
+from timm_tresnet.heads import drop_inherited
 from timm_tresnet.labels import is_multi_label, label_lookup
 from timm_tresnet.loading import load_network
 
@@ -44,7 +45,8 @@ def make_network(
         raise ValueError(f"{name} takes {network.in_chans} channels, images are read in 3")
     if source is not None:
         _take_weights(network, source, labels)
-    return network, {**_arguments_of_weights(name), **model_args}
+    of_weights = _arguments_of_weights(name)
+    return network, drop_inherited({**of_weights, **model_args}, of_weights)
 
 
 def _take_weights(network: nn.Module, source: nn.Module, labels: Sequence[str]) -> None:
