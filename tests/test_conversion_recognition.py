@@ -1,4 +1,5 @@
 import argparse
+import re
 
 import pytest
 import reference
@@ -8,6 +9,7 @@ from converting import SMALL, assert_gives, load_folder, save_checkpoint
 from safetensors.torch import save_file
 
 from timm_tresnet import TResNet, convert_checkpoint, write_folder
+from timm_tresnet.loading import load_network
 
 CUSTOM = (1, 1, 2, 1)
 
@@ -166,6 +168,61 @@ def test_class_names_in_the_file_become_label_names(tmp_path):
     write_folder(convert_checkpoint(file), tmp_path / "folder")
     model = load_folder(tmp_path / "folder")
     assert list(model.pretrained_cfg["label_names"]) == names
+
+
+GOOD_NAMES = [f"label {index}" for index in range(10)]
+NAMES = {
+    "list": GOOD_NAMES,
+    "tuple": tuple(GOOD_NAMES),
+    "any_order": {index: GOOD_NAMES[index] for index in (3, 1, 0, 2, 6, 5, 4, 9, 8, 7)},
+    "keys_of_json": {str(index): name for index, name in reversed(list(enumerate(GOOD_NAMES)))},
+}
+NO_NAMES = {
+    "none": (None, "needs a dict or a list of names, got NoneType"),
+    "text": ("abcdefghij", "needs a dict or a list of names, got str"),
+    "fewer": (GOOD_NAMES[:9], "needs 10 names, one for each class, got 9"),
+    "gap": ({**dict(enumerate(GOOD_NAMES[:9])), 10: "x"}, "needs the keys 0 to 9"),
+    "from_one": (dict(enumerate(GOOD_NAMES, 1)), "needs the keys 0 to 9"),
+    "texts": ({name: index for index, name in enumerate(GOOD_NAMES)}, "needs the keys 0 to 9"),
+    "twice": (["a", *GOOD_NAMES[1:9], "a"], "needs a name for each class, got a more than once"),
+    "empty": ([*GOOD_NAMES[:9], " "], 'needs name 9 to be text without control characters, got " "'),
+    "numbers": ([*GOOD_NAMES[:9], 7], "needs name 9 to be text without control characters, got int"),
+    "escape": ([*GOOD_NAMES[:9], "\x1b[31m"], r'needs name 9 to be text .*, got "\\u001b\[31m"'),
+    "surrogate": ([*GOOD_NAMES[:9], "\ud800"], r'needs name 9 to be text .*, got "\\ud800"'),
+}
+
+
+@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+def test_names_are_in_the_order_of_the_outputs(names, tensors, tmp_path):
+    conversion = convert_checkpoint(save_checkpoint({"model": tensors, "idx_to_class": names}, tmp_path / "a.pth"))
+    assert conversion.labels == {"label_names": GOOD_NAMES}
+    assert not any("idx_to_class" in note for note in conversion.notes)
+
+
+@pytest.mark.parametrize(("names", "fault"), NO_NAMES.values(), ids=NO_NAMES)
+def test_names_that_cannot_be_used_are_left_out_and_the_note_says_why(names, fault, tensors, tmp_path):
+    conversion = convert_checkpoint(save_checkpoint({"model": tensors, "idx_to_class": names}, tmp_path / "a.pth"))
+    assert conversion.labels == {}
+    (note,) = (note for note in conversion.notes if "idx_to_class" in note)
+    assert re.match(f"the file's idx_to_class was left out: it {fault}", note)
+    write_folder(conversion, tmp_path / "folder")
+    assert load_network(f"local-dir:{tmp_path / 'folder'}").num_classes == 10
+
+
+def test_names_without_labels_are_left_out_too(tmp_path):
+    tensors = reference.official_state_dict(**SMALL, head="ml_decoder", decoder_embedding=64, zero_shot=True)
+    file = save_checkpoint({"model": tensors, "idx_to_class": GOOD_NAMES}, tmp_path / "a.pth")
+    notes = convert_checkpoint(file).notes
+    assert any("idx_to_class was left out: it needs 0 names, one for each class, got 10" in note for note in notes)
+
+
+def test_a_zero_shot_network_without_labels_can_be_converted_again(tmp_path):
+    tensors = reference.official_state_dict(**SMALL, head="ml_decoder", decoder_embedding=64, zero_shot=True)
+    first = convert_checkpoint(save_checkpoint({"model": tensors}, tmp_path / "a.pth"))
+    save_file(first.state_dict, tmp_path / "b.safetensors")
+    again = convert_checkpoint(tmp_path / "b.safetensors")
+    assert (again.num_classes, again.model_args) == (0, first.model_args)
+    torch.testing.assert_close(again.state_dict, first.state_dict, rtol=0, atol=0)
 
 
 def test_a_head_in_official_names_on_a_timm_network_is_taken(tmp_path):

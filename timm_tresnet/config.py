@@ -101,10 +101,19 @@ def read_config(path: Path, called: str | None = None) -> dict[str, Any]:
     """
     called = called or str(path)
     config = read_json(path, called)
+    check_config(config, called)
+    return config
+
+
+def check_config(config: Any, called: str = NAME) -> None:
+    """Check every field of what a config.json holds or is to hold.
+
+    Raises:
+        ValueError: as in `read_config`.
+    """
     fault = find_fault(config, _choose_table(config)) or _find_contradiction(config)
     if fault:
         raise ValueError(f"{called} {fault}")
-    return config
 
 
 def _choose_table(config: Any) -> Table:

@@ -160,6 +160,8 @@ def _note(found: Recognised, misfits: list[str], facts: Facts) -> Iterator[str]:
             "the word embeddings of the labels are not in the file: the network answers once it has been given some, "
             "by model.set_label_embeddings(names, vectors)"
         )
+    if found.names_fault:
+        yield f"the file's idx_to_class was left out: it {found.names_fault}"
     if found.inplace_abn:
         yield "In-Place ABN weights became batch norm weights, |w| + 1e-5"
     if found.dtypes:

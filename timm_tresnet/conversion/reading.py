@@ -17,6 +17,9 @@ from torch import Tensor
 from timm_tresnet.checkpoint import unwrap
 
 _NAMES_SHOWN = 20
+# Numbers of 8 and 4 bits mean nothing without the scales that come with them.
+_WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_COUNTERS = (*_WEIGHTS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 # What torch.load raises for a damaged file depends on where the damage is.
 _UNREADABLE = (
     AssertionError,
@@ -88,10 +91,16 @@ def take_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         raise ValueError(f"unexpected, no tensors: {name_some(map(str, foreign))}")
     tensors: dict[str, Tensor] = {name: value.detach() for name, value in weights.items()}
     for name, tensor in tensors.items():
+        counter = name.endswith("num_batches_tracked")
         dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
-        number = tensor.is_floating_point() or (name.endswith("num_batches_tracked") and not tensor.is_complex())
+        number = tensor.dtype in (_COUNTERS if counter else _WEIGHTS)
         if not dense or not number or tensor.device.type != "cpu":
-            raise ValueError(f"{name} needs to hold plain floating-point numbers, got {tensor.dtype}, {tensor.layout}")
+            raise ValueError(
+                f"{name} needs to hold plain floating-point numbers of 16 to 64 bits, got {tensor.dtype}, "
+                f"{tensor.layout}"
+            )
+        if tensor.ndim == 0 and not counter:
+            raise ValueError(f"{name} needs at least one dimension, got a single number")
         # A few bytes can claim to be a huge tensor that repeats them.
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f"{name} of shape {tuple(tensor.shape)} is larger than what the file holds of it")

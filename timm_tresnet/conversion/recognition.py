@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from timm_tresnet.checkpoint import (
     rename_head,
 )
 from timm_tresnet.conversion.reading import name_some, take_tensors
+from timm_tresnet.schema import TEXT, show
 from timm_tresnet.tresnet import ARCHITECTURES, TResNet
 
 _STEM = "body.conv1.conv.weight"
@@ -47,7 +49,8 @@ class Recognised:
         inplace_abn: whether norm weights were taken for In-Place ABN's and became |w| + 1e-5.
         least_norm_weight: smallest norm weight in the file, where only its names say that they are In-Place ABN's.
         dtypes: floating-point types in the file other than single precision.
-        class_names: those in the file, as ASL and ML-Decoder have them; empty if it has none.
+        class_names: those in the file, as ASL and ML-Decoder have them; empty if it has none that can be used.
+        names_fault: why those in the file cannot be used; empty if it has none, or they can be.
     """
 
     architecture: str
@@ -60,6 +63,7 @@ class Recognised:
     least_norm_weight: float | None = None
     dtypes: frozenset[torch.dtype] = frozenset()
     class_names: tuple[str, ...] = ()
+    names_fault: str = ""
 
 
 def recognise(checkpoint: Mapping[str, Any], norm_weights: str | None = None, custom: bool = False) -> Recognised:
@@ -90,6 +94,7 @@ def recognise(checkpoint: Mapping[str, Any], norm_weights: str | None = None, cu
         weights[QUERIES] = torch.empty(0, head_args["label_embedding"])
     architecture, model_args = _detect(weights, blurred, custom)
     model_args |= head_args
+    class_names, names_fault = _read_class_names(checkpoint, num_classes)
     norms = [tensor for name, tensor in tensors.items() if name.endswith(".1.weight") and tensor.numel()]
     least = min((norm.min().item() for norm in norms), default=0.0) if official and norm_weights is None else None
     return Recognised(
@@ -102,7 +107,8 @@ def recognise(checkpoint: Mapping[str, Any], norm_weights: str | None = None, cu
         inplace_abn=inplace_abn,
         least_norm_weight=least,
         dtypes=frozenset(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()) - {torch.float32},
-        class_names=_find_class_names(checkpoint, num_classes),
+        class_names=class_names,
+        names_fault=names_fault,
     )
 
 
@@ -115,12 +121,41 @@ def _rename(tensors: dict[str, Tensor], official: bool, inplace_abn: bool) -> di
     }
 
 
-def _find_class_names(checkpoint: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
-    in_file = checkpoint.get("idx_to_class")
-    if not isinstance(in_file, Mapping) or len(in_file) != num_classes:
-        return ()
-    names = tuple(in_file.values())  # in order, as the official code reads them
-    return names if all(isinstance(name, str) for name in names) else ()
+def _read_class_names(checkpoint: Mapping[str, Any], num_classes: int) -> tuple[tuple[str, ...], str]:
+    """Names of the classes in the order of their outputs, or why those in the file are none.
+
+    Keys of a dict are numbers of outputs. The official `infer.py` reads the values in the order in which they were put
+    in, which is the same only where the keys ascend.
+    """
+    if "idx_to_class" not in checkpoint:
+        return (), ""
+    in_file = checkpoint["idx_to_class"]
+    if not isinstance(in_file, Mapping | list | tuple):
+        return (), f"needs a dict or a list of names, got {type(in_file).__name__}"
+    if len(in_file) != num_classes:
+        return (), f"needs {num_classes} names, one for each class, got {len(in_file)}"
+    names = in_file
+    if isinstance(in_file, Mapping):
+        indices = [_read_index(key) for key in in_file]
+        if set(indices) != set(range(num_classes)):
+            return (), f"needs the keys 0 to {num_classes - 1}"
+        by_index = dict(zip(indices, in_file.values(), strict=True))
+        names = [by_index[index] for index in range(num_classes)]
+    for index, name in enumerate(names):
+        if not TEXT.fits(name) or not name.strip():
+            shown = show(name) if isinstance(name, str) else type(name).__name__
+            return (), f"needs name {index} to be {TEXT.words}, got {shown}"
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        return (), f"needs a name for each class, got {name_some(twice)} more than once"
+    return tuple(names), ""
+
+
+def _read_index(key: Any) -> int | None:
+    """Number of an output, from a key that may be one of JSON."""
+    if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10:
+        return int(key)
+    return key if type(key) is int else None
 
 
 def _find_blurs(weights: Mapping[str, Tensor]) -> bool:
@@ -146,7 +181,8 @@ def _detect_head(weights: Mapping[str, Tensor]) -> tuple[str, int, dict[str, Any
     """Kind of the head, its number of classes, and the network's arguments for it, from names and shapes."""
     for name, dimensions in _DIMENSIONS.items():
         shape = tuple(weights[name].shape) if name in weights else (1,) * dimensions[0]
-        if len(shape) not in dimensions or 0 in shape:
+        to_come = name == QUERIES and "head.queries.embed.fc.weight" in weights  # of labels, so there may be none
+        if len(shape) not in dimensions or 0 in shape[to_come:]:
             raise ValueError(f"{name} needs {' or '.join(map(str, dimensions))} dimensions, got shape {shape}")
     embedding, classifier = weights.get("head.embedding.weight"), weights.get("head.fc.weight")
     if any(_QUERY2LABEL.match(name) for name in weights):

@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors.torch import save
 
+from timm_tresnet.config import check_config
 from timm_tresnet.conversion.card import make_card
 from timm_tresnet.conversion.description import Conversion
 from timm_tresnet.conversion.reading import name_some
@@ -38,14 +39,17 @@ def write_folder(
     Raises:
         FileExistsError: if the folder holds something and overwrite is not set, or something that is no conversion.
         OSError: if it cannot be written.
+        ValueError: if config.json would be one that is refused when it is loaded; names the field.
     """
+    config = _config(conversion)
+    check_config(config)
     folder = Path(folder).absolute()
     check_free(folder, overwrite)
     with whole(folder, overwrite) as partial:
         partial.mkdir()
         (partial / "model.safetensors").write_bytes(save(conversion.state_dict, metadata={"format": "pt"}))
-        config = json.dumps(_config(conversion), indent=2, ensure_ascii=False)
-        (partial / "config.json").write_text(config + "\n", encoding="utf-8")
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        (partial / "config.json").write_text(text + "\n", encoding="utf-8")
         card = make_card(conversion.public_weight, conversion.architecture, conversion.num_classes, repo_id)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if check is not None:
