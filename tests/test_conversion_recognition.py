@@ -399,11 +399,19 @@ REFUSED = {
     ),
     "sparse": (
         lambda tensors: {**tensors, "head.fc.bias": torch.zeros(10).to_sparse()},
-        "head.fc.bias needs to hold plain floating-point numbers, got torch.float32, torch.sparse_coo",
+        "head.fc.bias needs to hold plain floating-point numbers of 16 to 64 bits, got torch.float32, torch.sparse_coo",
     ),
     "integers": (
         lambda tensors: {**tensors, "head.fc.bias": torch.zeros(10, dtype=torch.int8)},
-        "head.fc.bias needs to hold plain floating-point numbers, got torch.int8",
+        "head.fc.bias needs to hold plain floating-point numbers of 16 to 64 bits, got torch.int8",
+    ),
+    "eight_bits": (
+        lambda tensors: {**tensors, "body.conv1.1.weight": tensors["body.conv1.1.weight"].to(torch.float8_e4m3fn)},
+        "body.conv1.1.weight needs to hold plain floating-point numbers of 16 to 64 bits, got torch.float8_e4m3fn",
+    ),
+    "a_number": (
+        lambda tensors: {**tensors, "body.conv1.1.bias": torch.tensor(1.0)},
+        "body.conv1.1.bias",
     ),
     "nowhere": (
         lambda tensors: {**tensors, "head.fc.bias": torch.zeros(10, device="meta")},
