@@ -18,7 +18,7 @@ random numbers                             yes            yes           yes
 
 A 1x1 convolution that widens fourfold is the last one of a bottleneck. One does more, on the shortcut into the first
 bottleneck of TResNet-M: it makes much of little, but with "expansions" a step would peak higher without it. Regions end
-where eager mode keeps an output (`timm_tresnet.stages`). `benchmarks/README.md` has what was measured of other choices.
+where eager mode keeps an output (`timm_tresnet.stages`). `docs/measurements.md` has what was measured of other ends.
 """
 
 import functools
