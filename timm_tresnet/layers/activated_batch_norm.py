@@ -125,9 +125,8 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
         self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
     ) -> Tensor:
         """In training, with operators that give statistics alone, for `timm_tresnet.compiled` to save."""
+        _check_values(x)
         count = x.numel() // x.shape[1]
-        if count == 1:
-            raise ValueError(f"Batch norm needs more than one value per channel when training, got {tuple(x.shape)}")
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.no_grad():
             var, mean = torch.var_mean(x.to(dtype), dim=(0, 2, 3), correction=0)
@@ -161,8 +160,8 @@ def run_norm(
     slope: float | None,
 ) -> tuple[Tensor, Source]:
     """Batch norm, and leaky ReLU in place unless slope is None; a tape takes up the output and says what makes it."""
-    if use_batch and x.numel() == x.shape[1]:
-        raise ValueError(f"Batch norm needs more than one value per channel when training, got {tuple(x.shape)}")
+    if use_batch:
+        _check_values(x)
     # What torch.batch_norm calls, for the statistics that torch.batch_norm does not return.
     y, mean, rstd, _, _ = torch._batch_norm_impl_index(
         x, weight, bias, running_mean, running_var, use_batch, momentum, eps, torch.backends.cudnn.enabled
@@ -178,6 +177,11 @@ def run_norm(
     if slope is not None:
         function = functools.partial(_activate, function, slope)
     return y, tape.add_norm(source, node, y, function)
+
+
+def _check_values(x: Tensor) -> None:
+    if x.numel() == x.shape[1]:
+        raise ValueError(f"Batch norm needs more than one value per channel when training, got {tuple(x.shape)}")
 
 
 class _NormFromStatistics(torch.autograd.Function):
