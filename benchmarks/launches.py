@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from training_memory import BUILTIN
 
 from timm_tresnet.commands.options import at_least, new_file
-from timm_tresnet.measuring import BUILTIN_PREFIX, make_network
+from timm_tresnet.measuring import BUILTIN_PREFIX, DTYPES, make_network
 from timm_tresnet.results import start_results, write_results
 from timm_tresnet.tables import format_markdown
 
@@ -34,11 +34,12 @@ def make_networks() -> dict[str, nn.Module]:
     return {name: network.train() for name, network in networks.items()}
 
 
-def measure_step(network: nn.Module, images: Tensor) -> tuple[float, float]:
-    """Milliseconds of the forward and of the backward."""
+def measure_step(network: nn.Module, images: Tensor, amp: str | None = None) -> tuple[float, float]:
+    """Milliseconds of the forward, under autocast to the dtype that amp names, and of the backward."""
     network.zero_grad()
     start = time.thread_time()
-    loss = network(images).square().mean()
+    with torch.autocast("cpu", dtype=DTYPES.get(amp), enabled=amp is not None):
+        loss = network(images).square().mean()
     middle = time.thread_time()
     loss.backward()
     return (middle - start) * 1e3, (time.thread_time() - middle) * 1e3
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=at_least(1), default=40, help="default: %(default)s")
     parser.add_argument("--batch-size", type=at_least(1), default=2, help="default: %(default)s")
     parser.add_argument("--image-size", type=at_least(32), default=32, help="default: %(default)s")
+    parser.add_argument("--amp", choices=list(DTYPES), help="autocast to this dtype")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="file for the results, must not exist yet")
     settings = parser.parse_args(words)
     torch.set_num_threads(1)
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps: dict[str, list[tuple[float, float]]] = {name: [] for name in networks}
     for _ in range(settings.steps):
         for name, network in networks.items():
-            steps[name].append(measure_step(network, images))
+            steps[name].append(measure_step(network, images, settings.amp))
     least = {name: min(map(sum, times)) for name, times in steps.items()}
     for name, times in steps.items():
         forward, backward = (min(column) for column in zip(*times, strict=True))

@@ -1,7 +1,7 @@
 import pytest
 import timm
 import torch
-from comparing import images, make_model, saved_bytes, train_step
+from comparing import SMALL, images, make_model, saved_bytes, train_step
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -27,17 +27,23 @@ def test_every_block_of_the_papers_networks_qualifies(name):
 
 @pytest.mark.parametrize("setting", ["activations", "expansions", "checkpointing"])
 @pytest.mark.parametrize("kwargs", [{}, {"v2": True}, {"aa_layer": False, "use_se": False}], ids=["m", "v2", "bare"])
-def test_straight_line_computes_and_keeps_what_the_modules_do(setting, kwargs, monkeypatch):
+@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16], ids=str)
+def test_straight_line_computes_and_keeps_what_the_modules_do(amp, setting, kwargs, monkeypatch):
     ran = []
     run_block = stages.run_block
     monkeypatch.setattr(stages, "run_block", lambda *args: ran.append(args) or run_block(*args))
-    straight = train_step(make_model(setting, **kwargs), images())
-    kept = saved_bytes(make_model(setting, **kwargs), images())
-    assert ran
+
+    def run():
+        with torch.autocast("cpu", dtype=amp or torch.bfloat16, enabled=amp is not None):
+            step = train_step(make_model(setting, **kwargs), images())
+            return step, saved_bytes(make_model(setting, **kwargs), images())
+
+    straight, kept = run()
+    assert len(ran) == 2 * sum(SMALL["layers"])  # in two forwards
     monkeypatch.setattr(stages, "read_block", lambda block: None)
-    modules = train_step(make_model(setting, **kwargs), images())
+    modules, kept_by_modules = run()
     assert all(torch.equal(straight[name], modules[name]) for name in modules)
-    assert kept == saved_bytes(make_model(setting, **kwargs), images())
+    assert kept == kept_by_modules
 
 
 def set_attribute(name, value):
@@ -118,12 +124,31 @@ def test_block_of_a_subclass_or_with_drop_path_does_not_qualify():
     assert plain_blocks.read_block(make_block(drop_path_rate=0.1)) is None
 
 
-def test_block_does_not_qualify_under_autocast_or_without_gradients():
-    block = make_block()
-    with torch.autocast("cpu"):
-        assert plain_blocks.read_block(block) is None
+def test_plain_tensors_can_be_taken():
+    assert plain_blocks.can_take(torch.randn(2, 8, 4, 4))
+    assert not plain_blocks.can_take(torch.randn(0, 8, 4, 4))
+    assert not plain_blocks.can_take(nn.Parameter(torch.randn(2, 8, 4, 4)))
     with torch.no_grad():
-        assert plain_blocks.read_block(block) is None
+        assert not plain_blocks.can_take(torch.randn(2, 8, 4, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_tensors_of_its_dtype_can_be_taken(dtype):
+    x = torch.randn(2, 8, 4, 4)
+    with torch.autocast("cpu", dtype=dtype):
+        assert plain_blocks.can_take(x.to(dtype))
+        assert not plain_blocks.can_take(x)
+        assert not plain_blocks.can_take(x.double())
+        with torch.autocast("cpu", enabled=False):
+            assert plain_blocks.can_take(x)
+
+
+def test_under_autocast_of_another_device_no_tensor_can_be_taken():
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert not plain_blocks.can_take(torch.randn(2, 8, 4, 4))
+    finally:
+        torch.set_autocast_enabled("cuda", False)
 
 
 def test_single_value_per_channel_is_refused_as_by_modules():

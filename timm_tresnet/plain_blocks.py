@@ -46,11 +46,22 @@ class PlainBlock(NamedTuple):
     downsample: nn.Module
 
 
+def can_take(x: Tensor) -> bool:
+    """Whether nothing is unusual in what a block takes and where it runs.
+
+    Under autocast, a convolution saves its input only if that has autocast's dtype already, else a copy.
+    """
+    if type(x) is not Tensor or not x.numel() or not torch.is_grad_enabled():
+        return False
+    if not torch._C._is_any_autocast_enabled():
+        return True
+    device = x.device.type
+    return torch.is_autocast_enabled(device) and x.dtype == torch.get_autocast_dtype(device)
+
+
 def read_block(block: nn.Module) -> PlainBlock | None:
-    """What is in a block, if nothing is unusual in it and where it runs; None if something is."""
+    """What is in a block, if nothing is unusual in it; None if something is."""
     if not (type(block) is BasicBlock or type(block) is Bottleneck) or not _is_untouched(block):
-        return None
-    if not torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
         return None
     get = block.__dict__["_modules"].get
     act, se, downsample, conv3 = get("act"), get("se"), get("downsample"), get("conv3")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from timm_tresnet.blocks import BasicBlock, Bottleneck, ResidualBlock
 from timm_tresnet.compiled import run_region
 from timm_tresnet.layers import ActivatedBatchNorm2d, ConvNormAct, ReLU, SpaceToDepth
-from timm_tresnet.plain_blocks import read_block, run_block
+from timm_tresnet.plain_blocks import can_take, read_block, run_block
 from timm_tresnet.rebuild import (
     has_global_hooks,
     is_foreign,
@@ -147,8 +147,8 @@ class Stage(Recorded):
 
     def _run(self, position: int, block: nn.Module, x: Tensor) -> Tensor:
         tape = open_tape()
-        plain = None if tape is None else read_block(block)
-        if plain is None or type(x) is not Tensor or not x.numel():
+        plain = read_block(block) if tape is not None and can_take(x) else None
+        if plain is None:
             return super()._run(position, block, x)
         x, terms = run_block(plain, x, tape, self.grad_checkpointing)
         tape.add_sum(x, *terms, keeps=self.keeps_output(position))
