@@ -27,8 +27,6 @@ from timm_tresnet.rebuild import (
 # keeps the output.
 _Step = tuple[nn.Module, str, bool]
 
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since PyTorch 2.7
-
 
 class Recorded(nn.Sequential):
     """Modules in order; `timm_tresnet.rebuild` decides what they keep for backward in training."""
@@ -169,6 +167,11 @@ class Stage(Recorded):
                 return x
             tape.add_kept(x) if self.keeps_output(position) else tape.add_output(x)
         return x
+
+
+def _is_exporting() -> bool:
+    """Whether torch.export traces; before PyTorch 2.14, `torch.compiler.is_exporting()` says so of torch.compile too."""
+    return getattr(torch.compiler, "_is_exporting_flag", False)  # there since PyTorch 2.7
 
 
 def _find_kept_outputs(blocks: int) -> tuple[int, ...]:
