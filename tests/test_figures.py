@@ -200,7 +200,7 @@ def test_scores_of_taggers_are_what_the_file_says():
 
 
 def _batch(row: str) -> int:
-    return find_row("training_memory_m_float16_h100.json", row)["largest_batch"]
+    return find_row("training_memory_m_float16_h200.json", row)["largest_batch"]
 
 
 def _speed(row: str, reference: str) -> float:
@@ -249,11 +249,11 @@ CLAIMS: dict[str, list[tuple[str, Callable[[], tuple[Any, ...]]]]] = {  # page -
         ("a step peaks at {:.2f}x of timm's own", lambda: (_memory("activations"),)),
         ("peaks at a {} of ResNet-50's: {} times its batch", lambda: _WORDS[_quotient("resnet50", "checkpointing")]),
         (
-            "{} images instead of {} in 16 GB of an H100, at {:.2f}x of the step time",
+            "{} images instead of {} in 16 GB of an H200, at {:.2f}x of the step time",
             lambda: (
                 _batch("activations"),
                 _batch("built-in"),
-                statistics.median(find_row("training_memory_m_float16_h100.json", "activations")["step_ratios"]),
+                statistics.median(find_row("training_memory_m_float16_h200.json", "activations")["step_ratios"]),
             ),
         ),
         ("{} of {} rows of their flags", _acceptance),
