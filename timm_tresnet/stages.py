@@ -170,7 +170,7 @@ class Stage(Recorded):
 
 
 def _is_exporting() -> bool:
-    """Whether torch.export traces; before PyTorch 2.14, `torch.compiler.is_exporting()` says so of torch.compile too."""
+    """Whether torch.export traces; `torch.compiler.is_exporting()` says so of torch.compile too (before 2.14)."""
     return getattr(torch.compiler, "_is_exporting_flag", False)  # there since PyTorch 2.7
 
 
