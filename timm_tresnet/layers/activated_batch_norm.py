@@ -194,7 +194,9 @@ class _NormFromStatistics(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.eps = eps
         mean, rstd, weight, bias = (each[:, None, None] for each in (mean, rstd, weight, bias))
-        return ((x - mean) * rstd * weight + bias).to(x.dtype)
+        y = (x - mean) * rstd * weight + bias
+        # Not always y.to(x.dtype): where that changes nothing, the gradients of PyTorch 2.11's compiler are zero.
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
