@@ -37,7 +37,7 @@ class Compiler:
         return self._backend(graph, inputs)
 
     def _take_forward(self, graph, inputs):
-        for node in graph.graph.output_node().args[0]:
+        for node in list(graph.graph.nodes)[-1].args[0]:
             value = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
             if isinstance(value, torch.Tensor) and node.op == "call_function":
                 self.kept.append((str(node.target), tuple(value.shape), value.numel() * value.element_size()))
