@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from timm_tresnet.commands import CommandError, benchmark, classify, convert, demo, export, train_tagger
+from timm_tresnet.commands import CommandError, benchmark, classify, convert, demo, export, recipe, train_tagger
 from timm_tresnet.commands import list as listing
 
 _COMMANDS = {
@@ -20,10 +20,12 @@ _COMMANDS = {
     "list": listing,
     "demo": demo,
     "convert": convert,
+    "recipe": recipe,
     "train-tagger": train_tagger,
     "export": export,
     "benchmark": benchmark,
 }
+_PASSING_ON = {"recipe"}  # what is behind -- is meant for another program
 
 
 class _ShowVersions(argparse.Action):
@@ -88,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     if words and not words[0].startswith("-") and words[0] not in _COMMANDS:
         parser.error(_suggest(words[0]))
-    options = vars(parser.parse_args(words))
+    own = words[: words.index("--")] if words and words[0] in _PASSING_ON and "--" in words else words
+    options = vars(parser.parse_args(own))
     command = _COMMANDS[options.pop("command")]
     try:
         status = command.run(words, **options)
