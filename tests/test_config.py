@@ -32,6 +32,7 @@ def test_defaults_of_the_network_fit():
         {"in_chans": 4},
         {"layers": (1, 1, 1, 1), "width_factor": 1.5, "block": "basic", "stem": "conv7x7", "use_se": False},
         {"aa_layer": False, "act_layer": "relu", "norm_layer": "groupnorm1", "output_stride": 16, "rebuild": "none"},
+        {"norm_layer": "frozenbatchnorm2d"},
         {"head_features": 64, "negative_slope": 0.25, "stem_negative_slope": 0.0, "v2": True},
     ],
     ids=lambda arguments: "_".join(arguments) or "plain",

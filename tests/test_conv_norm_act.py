@@ -68,6 +68,18 @@ def test_conv_norm_act_takes_another_norm():
     assert layer(torch.randn(1, 3, 2, 2)).min() >= 0
 
 
+def test_conv_norm_act_takes_timms_frozen_norm_by_name():
+    layer = ConvNormAct(3, 8, 1, act_layer=nn.ReLU, norm_layer="frozenbatchnorm2d", dtype=torch.float64).train()
+    assert [name for name, _ in layer.named_parameters()] == ["conv.weight"]
+    for name in ("weight", "bias", "running_mean"):
+        getattr(layer.bn, name).normal_()
+    layer.bn.running_var.uniform_(0.5, 2)
+    x = torch.randn(1, 3, 2, 2, dtype=torch.float64)
+    norm = {name: getattr(layer.bn, name) for name in ("running_mean", "running_var", "weight", "bias")}
+    expected = F.batch_norm(F.conv2d(x, layer.conv.weight), **norm, training=False).relu()
+    torch.testing.assert_close(layer(x), expected)
+
+
 def test_conv_norm_act_takes_a_norm_that_knows_neither_device_nor_dtype():
     def make_norm(num_features, apply_act):
         return nn.BatchNorm2d(num_features) if apply_act else nn.InstanceNorm2d(num_features)

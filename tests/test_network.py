@@ -80,6 +80,22 @@ def test_every_ingredient_can_be_exchanged(kwargs):
         assert feature.shape == (1, info["num_chs"], 64 // info["reduction"], 64 // info["reduction"])
 
 
+def test_frozen_norms_are_those_of_the_pretrained_weights_and_stay_so():
+    model = timm.create_model("test_tresnet", pretrained=True, norm_layer="frozenbatchnorm2d").train()
+    frozen = timm.layers.freeze_batch_norm_2d(timm.create_model("test_tresnet", pretrained=True)).train()
+    x = torch.randn(1, 3, 64, 64)  # one image, of which no statistics could be taken
+    torch.testing.assert_close(model(x), frozen(x), rtol=0, atol=0)
+    before = dict(frozen.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).square().sum().backward()
+    optimizer.step()
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name, _ in model.named_parameters()}
+    assert not any(".bn." in name for name in changed)
+
+
 def test_ingredients_end_up_where_they_belong():
     model = TResNet(**SMALL, negative_slope=0.1, stem_negative_slope=0.2, aa_layer=False, use_se=(0, 1, 0, 1))
     assert model.body.conv1.bn.act.negative_slope == 0.2

@@ -31,8 +31,8 @@ MODEL_ARGS: dict[str, Kind] = {  # arguments of `TResNet`, but for its device an
     "stem_negative_slope": _SLOPE,
     "norm_layer": choice(
         "batchnorm2d", "batchnorm", "groupnorm", "groupnorm1", "layernorm2d", "rmsnorm2d", "frn", "frntlu",
-        "evonormb0", "evonormb1", "evonormb2", "evonorms0", "evonorms0a", "evonorms1", "evonorms1a", "evonorms2",
-        "evonorms2a",
+        "frozenbatchnorm2d", "evonormb0", "evonormb1", "evonormb2", "evonorms0", "evonorms0a", "evonorms1",
+        "evonorms1a", "evonorms2", "evonorms2a",
     ),
     "output_stride": choice(8, 16, 32),
     "global_pool": choice(

@@ -49,7 +49,8 @@ class TResNet(nn.Module):
         act_layer: activation after the norms, a name or class that timm knows; the sum of a block keeps its ReLU.
         negative_slope: slope of "leaky_relu" in the blocks.
         stem_negative_slope: slope of "leaky_relu" in the stem.
-        norm_layer: normalisation, a name or class that timm knows.
+        norm_layer: normalisation, a name or class that timm knows; "frozenbatchnorm2d" for batch norms that keep the
+            weights and statistics they have, which have to come from pretrained weights.
         output_stride: 32, or 16 or 8 to dilate the last one or two stages instead of striding.
         global_pool: pooling before the classifier, as `timm.layers.SelectAdaptivePool2d` takes it; "" for none.
         head: "linear", a linear layer behind the pooling; "bottleneck", two of them, see

@@ -76,8 +76,8 @@ class ConvNormAct(nn.Module):
         stride: stride of the convolution.
         dilation: step between the kernel's taps, in pixels.
         act_layer: activation after the norm, as `timm.layers.get_norm_act_layer` takes it; None for no activation.
-        norm_layer: normalisation; ActivatedBatchNorm2d for "batchnorm2d", anything else as
-            `timm.layers.get_norm_act_layer` takes it.
+        norm_layer: normalisation; ActivatedBatchNorm2d for "batchnorm2d", timm's FrozenBatchNormAct2d for
+            "frozenbatchnorm2d", anything else as `timm.layers.get_norm_act_layer` takes it.
         aa: anti-aliasing layer that does the downsampling, after the activation.
         expands: whether the setting "expansions" of `timm_tresnet.rebuild` is about this convolution.
         device: device of the parameters.
@@ -116,6 +116,8 @@ class ConvNormAct(nn.Module):
         )
         if norm_layer == "batchnorm2d":
             norm_act = functools.partial(ActivatedBatchNorm2d, act_layer=act_layer)
+        elif norm_layer == "frozenbatchnorm2d":  # which timm has no name for
+            norm_act = functools.partial(FrozenBatchNormAct2d, act_layer=act_layer)
         else:
             norm_act = get_norm_act_layer(norm_layer, act_layer)
         given = {name: value for name, value in factory_kwargs.items() if value is not None}
