@@ -94,6 +94,9 @@ def test_frozen_norms_are_those_of_the_pretrained_weights_and_stay_so():
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name, _ in model.named_parameters()}
     assert not any(".bn." in name for name in changed)
+    plain = timm.create_model("test_tresnet").eval()
+    plain.load_state_dict(after)
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_ingredients_end_up_where_they_belong():

@@ -59,8 +59,9 @@ def test_wheel_holds_the_package_with_its_data_and_nothing_else(built):
         names = {name for name in wheel.namelist() if not name.startswith(f"{STEM}.dist-info/")}
         entry_points = wheel.read(f"{STEM}.dist-info/entry_points.txt").decode()
     files = [path for path in (ROOT / "timm_tresnet").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert names == {path.relative_to(ROOT).as_posix() for path in files}
-    assert {Path(name).suffix for name in names} >= {".py", ".toml", ".jpg", ".safetensors"}
+    recipes = {f"timm_tresnet/recipes/{path.name}" for path in (ROOT / "recipes").iterdir()}
+    assert names == {path.relative_to(ROOT).as_posix() for path in files} | recipes
+    assert {Path(name).suffix for name in names} >= {".py", ".toml", ".jpg", ".safetensors", ".yaml"}
     assert "timm_tresnet = timm_tresnet:_autoload" in entry_points
     assert "timm-tresnet = timm_tresnet.cli:main" in entry_points
 
@@ -81,6 +82,8 @@ def test_wheel_works_where_it_is_installed_alone(built, run_python, tmp_path):
     assert version == PROJECT["version"]
     assert module == "timm_tresnet.network"
     assert "cat" in run_python("-m", "timm_tresnet", "classify", PYTHONPATH=str(target)).stdout
+    recipe = run_python("-m", "timm_tresnet", "recipe", "transfer", "--show", PYTHONPATH=str(target)).stdout
+    assert recipe == (ROOT / "recipes" / "transfer.yaml").read_text()
 
 
 @needs_tools

@@ -1,6 +1,7 @@
 """`timm-tresnet recipe` prints a training recipe as a command line for timm's train.py."""
 
 import argparse
+import ast
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ def run(
     """Print the list of recipes, a recipe's file, or the command line that it stands for."""
     recipes = find_recipes()
     if name is None:
-        if show or data_dir or model:
+        if len(words) > 1:
             raise CommandError(f"name a recipe: {', '.join(recipes)}")
         print(format_columns([[known, _read_summary(file)] for known, file in recipes.items()]))
         return 0
@@ -49,7 +50,7 @@ def run(
         print(recipes[name].read_text(encoding="utf-8"), end="")
         return 0
     if not data_dir or not model:
-        raise CommandError("needs --data-dir DIR and --model MODEL, or --show for the file")
+        raise CommandError(f"recipe {name} needs --data-dir DIR and --model MODEL, or --show to print its file")
     given = {"data_dir": data_dir, "model": model} | ({"num_classes": num_classes} if num_classes else {})
     further = words[words.index("--") + 1 :] if "--" in words else []
     print(shlex.join(["python", "train.py", *format_flags(given | read_recipe(recipes[name])), *further]))
@@ -82,12 +83,22 @@ def format_flags(recipe: dict[str, Any]) -> list[str]:
             raise ValueError(f"no flag of train.py says {name}: {value}; leave it out")
         flags.append(f"--{name.replace('_', '-')}")
         if isinstance(value, dict):
-            flags += [f"{key}={entry}" for key, entry in value.items()]
+            flags += [f"{key}={_format_entry(entry)}" for key, entry in value.items()]
         elif isinstance(value, list):
             flags += map(str, value)
         elif value is not True:
             flags.append(str(value))
     return flags
+
+
+def _format_entry(entry: Any) -> str:
+    """A value of --model-kwargs: train.py reads a Python literal, or else a text."""
+    if isinstance(entry, str):
+        try:
+            ast.literal_eval(entry)
+        except (ValueError, SyntaxError):
+            return entry
+    return repr(entry)
 
 
 def _read_summary(file: Path) -> str:

@@ -1,0 +1,91 @@
+import shlex
+
+import pytest
+
+from timm_tresnet import cli
+from timm_tresnet.commands.recipe import find_recipes, format_flags, read_recipe
+
+GIVEN = ["--data-dir", "flowers", "--model", "tresnet_m"]
+
+
+def print_line(capsys, *words):
+    assert cli.main(["recipe", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_without_a_name_the_recipes_are_listed_with_a_line_each(capsys):
+    lines = print_line(capsys).splitlines()
+    assert [line.split()[0] for line in lines] == list(find_recipes())
+    (transfer,) = [line for line in lines if line.startswith("transfer ")]
+    assert transfer.endswith("  Fine-tune pretrained weights on a small data set.")
+
+
+def test_show_prints_the_file_as_it_is(capsys):
+    assert print_line(capsys, "transfer", "--show") == find_recipes()["transfer"].read_text()
+
+
+def test_the_command_line_has_every_value_of_the_recipe_as_a_flag(capsys):
+    line = print_line(capsys, "memory", *GIVEN)
+    assert line.startswith("python train.py --data-dir flowers --model tresnet_m --pretrained --model-kwargs rebuild=")
+    words = shlex.split(line)
+    for name in read_recipe(find_recipes()["memory"]):
+        assert words.count(f"--{name.replace('_', '-')}") == 1
+    assert words[words.index("--lr") + 1] == "0.0002"
+
+
+def test_the_command_line_is_quoted_for_the_shell(capsys):
+    line = print_line(capsys, "transfer", "--data-dir", "my images; $(ls)", "--model", "it's")
+    assert shlex.split(line)[2:6] == ["--data-dir", "my images; $(ls)", "--model", "it's"]
+    assert "'my images; $(ls)'" in line
+
+
+def test_further_flags_come_last_so_that_they_win(capsys):
+    line = print_line(
+        capsys, "transfer", *GIVEN, "--num-classes", "102", "--", "--epochs", "5", "--mean", "0", "0", "0"
+    )
+    assert " --num-classes 102 " in line
+    assert line.endswith(" --epochs 5 --mean 0 0 0\n")
+
+
+def test_what_is_behind_two_dashes_is_not_looked_at(capsys):
+    assert print_line(capsys, "transfer", *GIVEN, "--", "--show", "--", "x").endswith(" --show -- x\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["transfr"], "there is no recipe 'transfr'; choose from frozen_norms, high_resolution, "),
+        (["transfer"], "recipe transfer needs --data-dir DIR and --model MODEL, or --show to print its file"),
+        (["transfer", "--model", "tresnet_m"], "needs --data-dir DIR and --model MODEL"),
+        (["--show"], "name a recipe: frozen_norms, "),
+        (GIVEN, "name a recipe: frozen_norms, "),
+        (["--", "--epochs", "5"], "name a recipe: frozen_norms, "),
+    ],
+    ids=["unknown", "no_data", "no_data_but_a_model", "show_what", "no_name", "flags_alone"],
+)
+def test_what_is_missing_or_wrong_is_said_in_a_sentence(words, message, capsys):
+    assert cli.main(["recipe", *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_flags_are_written_as_train_script_reads_them():
+    recipe = {
+        "amp": True,
+        "batch_size": 4,
+        "dist_bn": "",
+        "train_img_sizes": [32, 64],
+        "model_kwargs": {"rebuild": "expansions", "use_se": (True, False), "drop_rate": 0.5, "block": "1"},
+    }
+    assert format_flags(recipe) == [
+        "--amp", "--batch-size", "4", "--dist-bn", "", "--train-img-sizes", "32", "64",
+        "--model-kwargs", "rebuild=expansions", "use_se=(True, False)", "drop_rate=0.5", "block='1'",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [False, None])
+def test_what_no_flag_says_is_refused(value):
+    with pytest.raises(ValueError, match=f"no flag of train.py says amp: {value}; leave it out"):
+        format_flags({"amp": value})
