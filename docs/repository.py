@@ -17,6 +17,7 @@ _JOINING = (  # patterns, from the root of the repository
     *(
         "hub/README.md",
         "notebooks/*.ipynb",
+        "recipes/*.yaml",
         "tests/ACCEPTANCE.md",
         "timm_tresnet/rebuild.py",
         "timm_tresnet/compiled.py",

@@ -159,6 +159,9 @@ def _parse_script(name: str, words: Sequence[str]) -> None:
     module = importlib.util.module_from_spec(spec)
     with warnings.catch_warnings(action="ignore"):  # theirs
         spec.loader.exec_module(module)
+    if hasattr(module, "config_parser"):
+        config, words = module.config_parser.parse_known_args(words)
+        assert not config.config or (ROOT / config.config).is_file(), f"there is no {config.config}"
     options = module.parser.parse_args(words)
     assert options.data_dir == "IMAGES", f"{name} takes {options.data_dir} for the folder of images, not IMAGES"
 

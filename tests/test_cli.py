@@ -12,6 +12,12 @@ from timm_tresnet import cli
 from timm_tresnet.images import SAMPLES
 
 
+def test_an_option_that_no_command_has_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["list", "--epochs", "5"])
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --epochs 5\n")
+
+
 def test_installed_command_works_offline():
     command = Path(sys.executable).parent / "timm-tresnet"
     process = subprocess.run(

@@ -98,6 +98,20 @@ def test_a_line_without_a_source_and_a_missing_heading_are_found():
     assert find_gaps("# Train\n" + text.partition("\n")[2]) == ["what it is for, in a sentence"]
 
 
+def test_the_page_has_every_recipe_with_figures_of_its_file():
+    page = (FILES[0].parents[1] / "docs" / "recipes.md").read_text()
+    rows = re.findall(r"^\| \[`(\w+)`\]\(\.\./recipes/(\w+)\.yaml\) \|.*\| (.*?)\|$", page, re.MULTILINE)
+    assert sorted(name for name, _, _ in rows) == NAMES
+    for name, file, published in rows:
+        assert name == file
+        head = find_recipes()[name].read_text().partition("\n\n")[0]
+        figures = re.findall(r"\d+\.\d+", published)
+        assert set(figures) <= set(re.findall(r"\d+\.\d+", head))
+        assert bool(figures) != ("Published: nothing" in head)
+    readme = (FILES[0].parents[1] / "README.md").read_text()
+    assert f"{len(NAMES)} recipes for timm's `train.py`" in readme
+
+
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_numbers_are_not_texts(file):
     for value in read_recipe(file).values():

@@ -25,7 +25,7 @@ _COMMANDS = {
     "export": export,
     "benchmark": benchmark,
 }
-_PASSING_ON = {"recipe"}  # what is behind -- is meant for another program
+_PASSING_ON = {"recipe": "train.py"}  # what is behind -- is meant for that program
 
 
 class _ShowVersions(argparse.Action):
@@ -91,7 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and not words[0].startswith("-") and words[0] not in _COMMANDS:
         parser.error(_suggest(words[0]))
     own = words[: words.index("--")] if words and words[0] in _PASSING_ON and "--" in words else words
-    options = vars(parser.parse_args(own))
+    options, unknown = parser.parse_known_args(own)
+    if unknown:
+        hint = f"; flags of {_PASSING_ON[words[0]]} go behind --" if words[0] in _PASSING_ON else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    options = vars(options)
     command = _COMMANDS[options.pop("command")]
     try:
         status = command.run(words, **options)
