@@ -55,3 +55,11 @@ def test_convert_warns_of_bad_numbers(checkpoints, tmp_path, capsys):
     torch.save(tensors, checkpoints / "nan.pth")
     assert cli.main(["convert", str(checkpoints / "nan.pth"), "--output", str(tmp_path / "new")]) == 0
     assert "nan.pth: NaN or infinite values in head.fc.bias" in capsys.readouterr().err
+
+
+def test_the_old_name_of_a_public_weight_is_taken_and_not_shown(capsys):
+    words = ["convert", "file.pth", "--output", "folder", "--recipe", "tresnet_m.miil_in1k"]
+    assert cli.make_parser().parse_args(words).public_weight == "tresnet_m.miil_in1k"
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["convert", "--help"])
+    assert "recipe" not in capsys.readouterr().out

@@ -27,11 +27,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
     parser.add_argument(
-        "--public-weight",
-        "--recipe",
-        metavar="NAME",
-        help="a public weight, see `timm-tresnet list`; default: by the file's name",
+        "--public-weight", metavar="NAME", help="a public weight, see `timm-tresnet list`; default: by the file's name"
     )
+    parser.add_argument("--recipe", dest="public_weight", help=argparse.SUPPRESS)  # its name before 0.2
     parser.add_argument(
         "--norm-weights",
         choices=("abn", "bn"),
