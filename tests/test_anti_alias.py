@@ -6,6 +6,7 @@ from torch import nn
 from timm_tresnet import rebuild
 from timm_tresnet.layers import BlurPool2d, StrideOneAvgPool2d, anti_alias
 from timm_tresnet.layers.anti_alias import ShortcutPool2d
+from timm_tresnet.saved import Blank
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
@@ -113,10 +114,45 @@ def test_blur_computes_in_the_dtype_of_its_input(dtype):
     assert torch.equal(BlurPool2d(3)(x), BlurPool2d(3, dtype=dtype)(x))
 
 
-def test_gradients_of_the_blur_are_those_of_its_output():
-    x = torch.randn(2, 3, 6, 5, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("on_cuda", [False, True], ids=["autograd", "as_on_cuda"])
+def test_gradients_of_the_recorded_blur_are_those_of_its_output(on_cuda, monkeypatch):
+    monkeypatch.setattr(anti_alias, "_is_channels_last_on_cuda", lambda x: on_cuda)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     for stride, dilation in ((2, 1), (1, 1), (1, 2)):
-        kernel = BlurPool2d(3, dtype=torch.float64).kernel
-        assert torch.autograd.gradcheck(
-            lambda x, k=kernel, s=stride, d=dilation: anti_alias._BlurPool.apply(x, k, s, d), x
-        )
+        layer = BlurPool2d(3, stride, dilation, dtype=torch.float64)
+
+        def run(x, layer=layer):
+            with rebuild.recording("activations"):
+                return layer(x * x)  # of which there is a second derivative
+
+        assert torch.autograd.gradcheck(run, x)
+        assert torch.autograd.gradgradcheck(run, x)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("on_cuda", [False, True], ids=["autograd", "as_on_cuda"])
+def test_recorded_blur_keeps_nothing_of_the_size_of_its_input(on_cuda, autocast, monkeypatch):
+    monkeypatch.setattr(anti_alias, "_is_channels_last_on_cuda", lambda x: on_cuda)
+    x = torch.randn(2, 3, 4, 6, requires_grad=True) * 1
+    with torch.autocast("cpu", enabled=autocast), rebuild.recording("activations"):
+        y = BlurPool2d(3)(x)
+    assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
+    convolution = y.grad_fn
+    blank = convolution._saved_input
+    assert (blank.shape, blank.dtype) == ((2, 3, 6, 8), y.dtype)
+    padding = convolution.next_functions[0][0]
+    while padding.name() != ("_ReflectOnCudaBackward" if on_cuda else "ReflectionPad2DBackward0"):
+        padding = padding.next_functions[0][0]
+    if not on_cuda:
+        assert padding._saved_self.shape == x.shape
+        assert padding._saved_self.data_ptr() != x.data_ptr()
+
+
+def test_gradient_of_the_recorded_blur_reads_no_values(monkeypatch):
+    monkeypatch.setattr(Blank, "take", lambda blank: torch.full(blank.shape, torch.nan))
+    x, layer = torch.randn(2, 3, 6, 5, requires_grad=True), BlurPool2d(3)
+    expected = torch.autograd.grad(layer(x).square().sum(), x)
+    with rebuild.recording("activations"):
+        y = layer(x)
+    assert y.grad_fn._saved_input.isnan().all()
+    assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], expected[0])

@@ -222,24 +222,6 @@ def test_native_batch_norm_takes_statistics_and_sums_gradients():
 
 
 @private(
-    "convolution_backward",
-    "reflection_pad2d_backward",
-    used_by="layers/anti_alias.py, for the blur's gradient without the blurred image",
-    instead="torch.autograd.grad of F.conv2d and F.pad, which run the forward again",
-)
-def test_gradients_of_padding_and_convolution_need_only_the_shape_of_their_input():
-    x, kernel = torch.randn(2, 3, 5, 6, requires_grad=True), torch.randn(3, 1, 3, 3)
-    padded = F.pad(x, [1, 1, 1, 1], mode="reflect")
-    y = F.conv2d(padded, kernel, stride=2, groups=3)
-    grad_y = torch.randn_like(y)
-    settings = [None, [2, 2], [0, 0], [1, 1], False, [0, 0], 3, [True, False, False]]
-    grad_padded = torch.ops.aten.convolution_backward(grad_y, torch.empty_like(padded), kernel, *settings)[0]
-    shape_only = grad_y.new_empty(()).expand(x.shape)
-    grad_x = torch.ops.aten.reflection_pad2d_backward(grad_padded, shape_only, [1, 1, 1, 1])
-    torch.testing.assert_close(grad_x, torch.autograd.grad(y, x, grad_y)[0])
-
-
-@private(
     "batch_norm_elemt",
     used_by="affine.py, for batch norm in one kernel on CUDA",
     instead="scale_and_shift, as on the CPU",
@@ -295,6 +277,7 @@ def test_modules_are_the_children_that_conversions_replace():
 
 @private(
     "_buffers",
+    "_call_impl",
     "_compiled_call_impl",
     "_conv_forward",
     "_parameters",
@@ -313,6 +296,8 @@ def test_fields_of_a_module_are_those_that_it_runs_with():
     other = nn.Conv2d(3, 4, 1)
     other._conv_forward = lambda x, weight, bias: weight is other.weight
     assert other(torch.ones(1, 3, 2, 2)) is True
+    other._call_impl = lambda x: x
+    assert other(1) == 1
 
 
 @private(

@@ -237,6 +237,14 @@ def test_network_with_eval_norms_edited_between_forward_and_backward(edit, model
 
 
 @same_as_plain()
+def test_slopes_that_are_tensors_edited_between_forward_and_backward(model):
+    slopes = [m for m in model.modules() if isinstance(m, nn.LeakyReLU)]
+    for m in slopes:
+        m.negative_slope = torch.tensor(0.25)
+    return step_after(model, lambda y: [m.negative_slope.mul_(3) for m in slopes])
+
+
+@same_as_plain()
 def test_running_var_of_eval_norm_edited_through_data(model):
     for u in units(model):
         u.bn.eval()

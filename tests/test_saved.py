@@ -1,9 +1,10 @@
 import threading
+import weakref
 
 import pytest
 import torch
 
-from timm_tresnet.saved import Kept, Rebuilt, Values, keep, release
+from timm_tresnet.saved import Blank, Kept, Rebuilt, Values, keep, release, release_values
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def rebuilt(made, value, *inputs, values=None, **kwargs):
         made.append(value)
         return torch.full((3,), float(value)) + sum(inputs)
 
-    return Rebuilt(function, inputs, values or Values(), **kwargs)
+    return Rebuilt(function, inputs, Values() if values is None else values, **kwargs)
 
 
 def test_kept_tensor_is_given_out_until_it_is_edited():
@@ -50,7 +51,7 @@ def test_value_is_shared_within_a_pass_and_dropped_after_it(made):
     for count in (1, 2):
         y.sum().backward(retain_graph=True)
         assert made == [2] * count
-        assert not values._passes
+        assert not values
     assert torch.equal(x.grad, torch.full((3,), 8.0))  # what was made, not x
 
 
@@ -65,7 +66,7 @@ def test_value_for_which_somebody_does_not_ask_is_dropped_too(made):
     source.use()  # somebody who will not ask
     torch.autograd.grad(y.sum(), other, retain_graph=True)
     assert made == [2]
-    assert not values._passes
+    assert not values
 
 
 def test_failed_pass_leaves_its_values_to_the_next_one(made):
@@ -79,7 +80,7 @@ def test_failed_pass_leaves_its_values_to_the_next_one(made):
     handle.remove()
     y.sum().backward()
     assert made == [2, 2]
-    assert not values._passes
+    assert not values
 
 
 def test_other_version_of_a_tensor_is_kept_as_it_is(made):
@@ -113,12 +114,34 @@ def test_layout_is_that_of_the_tensor():
     assert torch.equal(source.take(), x)
 
 
+def test_blank_has_shape_layout_and_dtype_of_the_tensor_and_not_the_tensor():
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    storage = weakref.ref(x.untyped_storage())
+    blank = Blank(x)
+    del x
+    assert storage() is None
+    tensor = blank.take()
+    assert (tensor.shape, tensor.dtype, tensor.device.type) == ((2, 3, 4, 5), torch.float64, "cpu")
+    assert tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_values_that_backward_does_not_read_are_let_go():
+    x = torch.ones(1, 1, 4, 4, requires_grad=True)
+    node = (y := torch.nn.functional.conv2d(x, torch.ones(1, 1, 3, 3))).grad_fn
+    release_values(node._raw_saved_input)
+    assert node._saved_input.data_ptr() != x.data_ptr()
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(grad[0, 0, 0], torch.tensor([1.0, 2.0, 2.0, 1.0]))
+
+
 def test_hooks_of_others_are_left_alone(made):
     x = torch.ones(3, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
         node = (x * x).grad_fn
     assert not release(node._raw_saved_self, rebuilt(made, 1))
     assert keep(node._raw_saved_self) is None
+    release_values(node._raw_saved_self)
+    assert node._saved_self.data_ptr() == x.data_ptr()
 
 
 def test_what_is_not_saved_is_not_let_go(made):
@@ -158,4 +181,4 @@ def test_threads_that_share_a_graph_share_no_values(made):
         thread.join()
     assert len(grads) == 200
     assert all(torch.equal(grad, torch.full((1000,), 4.0)) for grad in grads)
-    assert not source.values._passes
+    assert not source.values

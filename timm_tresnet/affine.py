@@ -4,15 +4,16 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _neutral: dict[tuple[torch.Size, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}  # of as many channels
 
 
 def make_normalization(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, slope: float | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """What does to x again what batch norm did, whatever becomes of the weights meanwhile.
+    """What does to x again what batch norm, and leaky ReLU, did, whatever becomes of the weights meanwhile.
 
     On the CPU in batch norm's arithmetic, to the last bit; on CUDA in one kernel, at most one rounding from cuDNN's.
 
@@ -22,14 +23,15 @@ def make_normalization(
         rstd: 1 / sqrt(var + eps) of each channel, (C,).
         weight: (C,), or None for ones.
         bias: (C,), or None for zeros.
+        slope: that of the leaky ReLU, or None for no such.
     """
     if weight is not None:
         weight, bias = weight.data, bias.data
     if x.is_cuda:
         affine = (None, None) if weight is None else (weight.clone(), bias.clone())
-        return functools.partial(_normalize_on_cuda, mean=mean.clone(), rstd=rstd, weight=affine[0], bias=affine[1])
+        return functools.partial(_normalize_on_cuda, mean.clone(), rstd, *affine, slope)
     scale, shift = make_affine(mean, rstd, weight, bias)
-    return functools.partial(_apply, scale, shift, *_neutral_statistics(scale))
+    return functools.partial(_apply, scale, shift, *_neutral_statistics(scale), slope)
 
 
 def make_affine(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -49,11 +51,12 @@ def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Affine map of each channel, x * scale + shift, by batch norm's own kernel and so in its arithmetic."""
     if not x.numel():  # which the kernel cannot take
         return x.clone()
-    return _apply(scale, shift, *_neutral_statistics(scale), x)
+    return _apply(scale, shift, *_neutral_statistics(scale), None, x)
 
 
-def _apply(scale: Tensor, shift: Tensor, zeros: Tensor, ones: Tensor, x: Tensor) -> Tensor:
-    return torch.native_batch_norm(x, scale, shift, zeros, ones, False, 0.0, 0.0)[0]
+def _apply(scale: Tensor, shift: Tensor, zeros: Tensor, ones: Tensor, slope: float | None, x: Tensor) -> Tensor:
+    y = torch.native_batch_norm(x, scale, shift, zeros, ones, False, 0.0, 0.0)[0]
+    return y if slope is None else F.leaky_relu_(y, slope)
 
 
 def _neutral_statistics(scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +69,10 @@ def _neutral_statistics(scale: Tensor) -> tuple[Tensor, Tensor]:
     return statistics
 
 
-def _normalize_on_cuda(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _normalize_on_cuda(
+    mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, slope: float | None, x: Tensor
+) -> Tensor:
     if not x.numel():  # which the kernel cannot take
         return x.clone()
-    return torch.batch_norm_elemt(x, weight, bias, mean, rstd, 0.0)  # the last one is in rstd already
+    y = torch.batch_norm_elemt(x, weight, bias, mean, rstd, 0.0)  # the last one is in rstd already
+    return y if slope is None else F.leaky_relu_(y, slope)

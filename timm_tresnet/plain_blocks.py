@@ -6,6 +6,7 @@ its modules would call, in their order, and puts the hooks where they belong. Au
 nothing is computed otherwise. Any other block runs as modules, and `timm_tresnet.tape` reads the graph.
 """
 
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,20 +16,25 @@ from torch import Tensor, nn
 from timm_tresnet.blocks import BasicBlock, Bottleneck
 from timm_tresnet.layers import ActivatedBatchNorm2d, BlurPool2d, ConvNormAct, ReLU, ShortcutPool2d, SqueezeExcite
 from timm_tresnet.layers.activated_batch_norm import run_norm
-from timm_tresnet.rebuild import repeating_convolutions
+from timm_tresnet.layers.anti_alias import blur_pool, pool_recorded
 from timm_tresnet.tape import Source, Tape
 
 # All that there is in such a block, of exactly these types: what FSDP or a parametrization changes is of another one.
-_FORWARDS = {
-    kind: kind.forward
-    for kind in (
-        *(BasicBlock, Bottleneck, ConvNormAct, ActivatedBatchNorm2d, BlurPool2d, ReLU, ShortcutPool2d, SqueezeExcite),
-        *(nn.Conv2d, nn.Identity, nn.LeakyReLU, nn.Sequential, nn.Sigmoid),
-    )
-}
-_CALLS = nn.Module.__call__, nn.Conv2d._conv_forward
+_KINDS = (
+    *(BasicBlock, Bottleneck, ConvNormAct, ActivatedBatchNorm2d, BlurPool2d, ReLU, ShortcutPool2d, SqueezeExcite),
+    *(nn.Conv2d, nn.Identity, nn.LeakyReLU, nn.Sequential, nn.Sigmoid),
+)
+_get_forward = operator.attrgetter("forward")
 
-_Unit = tuple[Tensor, tuple[Any, ...], tuple[Any, ...], Tensor, nn.Module | None, bool]
+
+def _get_methods() -> list[Any]:
+    """What runs when such a module is called."""
+    return [nn.Module.__call__, nn.Module._call_impl, nn.Conv2d._conv_forward, *map(_get_forward, _KINDS)]
+
+
+_METHODS = _get_methods()  # which nobody has replaced yet
+
+_Unit = tuple[Tensor, tuple[Any, ...], tuple[Any, ...], Tensor, tuple[Any, ...] | None, bool]
 
 
 class PlainBlock(NamedTuple):
@@ -36,14 +42,14 @@ class PlainBlock(NamedTuple):
 
     Args:
         units: of each unit the weight and the settings of the convolution, arguments of `run_norm`,
-            num_batches_tracked, the blur or None, and whether it is an expansion.
+            num_batches_tracked, arguments of `blur_pool` or None, and whether it is an expansion.
         gate: arguments of the two convolutions that make the gate of the squeeze-and-excitation, if there is one.
-        downsample: of the shortcut.
+        shortcut: whether the shortcut pools, and its unit; None if it is the input itself.
     """
 
     units: list[_Unit]
     gate: tuple[tuple[Any, ...], tuple[Any, ...]] | None
-    downsample: nn.Module
+    shortcut: tuple[bool, _Unit] | None
 
 
 def can_take(x: Tensor) -> bool:
@@ -61,142 +67,175 @@ def can_take(x: Tensor) -> bool:
 
 def read_block(block: nn.Module) -> PlainBlock | None:
     """What is in a block, if nothing is unusual in it; None if something is."""
-    if not (type(block) is BasicBlock or type(block) is Bottleneck) or not _is_untouched(block):
+    kind = type(block)
+    if not (kind is BasicBlock or kind is Bottleneck) or _get_methods() != _METHODS:
         return None
     get = block.__dict__["_modules"].get
-    act, se, downsample, conv3 = get("act"), get("se"), get("downsample"), get("conv3")
-    if type(get("drop_path")) is not nn.Identity or type(act) is not ReLU or not act.inplace or downsample is None:
+    act, se, downsample, drop_path = get("act"), get("se"), get("downsample"), get("drop_path")
+    if type(drop_path) is not nn.Identity or type(act) is not ReLU or not act.inplace:
         return None
-    units = [_read_unit(get("conv1")), _read_unit(get("conv2"))]
-    if conv3 is not None:
-        units.append(_read_unit(conv3))
-    if None in units or (conv3 is None) is not (type(block) is BasicBlock):
-        return None
+    parts = [block, act, drop_path]  # all modules that would run
+    units, gate, shortcut = [], None, None
+    for name in ("conv1", "conv2") if kind is BasicBlock else ("conv1", "conv2", "conv3"):
+        unit = _read_unit(get(name), parts)
+        if unit is None:
+            return None
+        units.append(unit)
     if type(se) is nn.Identity:
-        return PlainBlock(units, None, downsample)
-    gate = _read_gate(se)
-    return None if gate is None else PlainBlock(units, gate, downsample)
+        parts.append(se)
+    elif (gate := _read_gate(se, parts)) is None:
+        return None
+    if type(downsample) is nn.Identity:
+        parts.append(downsample)
+    elif (shortcut := _read_shortcut(downsample, parts)) is None:
+        return None
+    return PlainBlock(units, gate, shortcut) if _are_untouched(parts) else None
 
 
-def run_block(plain: PlainBlock, x: Tensor, tape: Tape, repeats: bool) -> tuple[Tensor, tuple[Source, Source]]:
+def run_block(plain: PlainBlock, x: Tensor, tape: Tape) -> tuple[Tensor, tuple[Source, Source]]:
     """Run a block; its output, a ReLU, and how the two terms of the sum before that can be had again.
 
     Args:
         plain: the block.
         x: what it takes.
         tape: the open one.
-        repeats: whether its convolutions run again in backward.
     """
-    units, gate, downsample = plain
+    units, gate, shortcut = plain
     source = tape.find(x)
-    if type(downsample) is nn.Identity:
-        shortcut, source_of_shortcut = x, source
+    if shortcut is None:
+        y, source_of_y = x, source
     else:
-        with repeating_convolutions(repeats):
-            shortcut = downsample(x)
-            source_of_shortcut = tape.find(shortcut)
-    y, source = _run_unit(units[0], x, source, tape, repeats)
-    y, source = _run_unit(units[1], y, source, tape, repeats)
+        y, source_of_y = _run_shortcut(*shortcut, x, source, tape)
+    z, source = _run_unit(units[0], x, source, tape)
+    z, source = _run_unit(units[1], z, source, tape)
     if gate is not None:
-        squeezed = torch.relu_(F.conv2d(y.mean((2, 3), keepdim=True), *gate[0]))
-        y = y * torch.sigmoid(F.conv2d(squeezed, *gate[1]))
-        source = tape.add_product(y, source)
+        squeezed = torch.relu_(F.conv2d(z.mean((2, 3), keepdim=True), *gate[0]))
+        excitation = torch.sigmoid(F.conv2d(squeezed, *gate[1]))
+        z = z * excitation
+        source = tape.add_product(z, source, excitation)
     if len(units) == 3:
-        y, source = _run_unit(units[2], y, source, tape, repeats)
-    return torch.relu_(y + shortcut), (source, source_of_shortcut)
+        z, source = _run_unit(units[2], z, source, tape)
+    return torch.relu_(z + y), (source, source_of_y)
 
 
-def _is_untouched(block: nn.Module) -> bool:
-    """Whether all in a block is of a known type, without hooks and with its own forward."""
-    if (nn.Module.__call__, nn.Conv2d._conv_forward) != _CALLS:
-        return False
-    modules = [block]
-    for each in modules:  # which grows meanwhile
-        kind = type(each)
-        if kind not in _FORWARDS or kind.forward is not _FORWARDS[kind]:
-            return False
-        fields = each.__dict__
+def _are_untouched(parts: list[nn.Module]) -> bool:
+    """Whether modules have neither hooks nor methods of their own."""
+    for part in parts:
+        fields = part.__dict__
         if (
             fields["_forward_hooks"]
             or fields["_forward_pre_hooks"]
             or fields["_backward_hooks"]
             or fields["_backward_pre_hooks"]
             or "forward" in fields
+            or "_call_impl" in fields
             or "_conv_forward" in fields
             or "_compiled_call_impl" in fields
         ):
             return False
-        modules += fields["_modules"].values()
     return True
 
 
-def _read_unit(unit: nn.Module | None) -> _Unit | None:
+def _read_unit(unit: nn.Module | None, parts: list[nn.Module]) -> _Unit | None:
     if type(unit) is not ConvNormAct:
         return None
     get = unit.__dict__["_modules"].get
-    convolution, norm, blur = _read_convolution(get("conv")), get("bn"), get("aa")
+    conv, norm, aa = get("conv"), get("bn"), get("aa")
+    convolution = _read_convolution(conv)
     if convolution is None or type(norm) is not ActivatedBatchNorm2d:
         return None
     fields = norm.__dict__
-    parts, parameters, buffers = fields["_modules"], fields["_parameters"], fields["_buffers"]
-    gamma, beta, act = parameters.get("weight"), parameters.get("bias"), parts.get("act")
+    children, parameters, buffers = fields["_modules"], fields["_parameters"], fields["_buffers"]
+    gamma, beta = parameters.get("weight"), parameters.get("bias")
     mean, var, count = buffers.get("running_mean"), buffers.get("running_var"), buffers.get("num_batches_tracked")
-    weight, bias, *settings = convolution
+    act, drop = children.get("act"), children.get("drop")
+    weight, settings = convolution
     usual = (
         type(gamma) is type(beta) is nn.Parameter
         and type(mean) is type(var) is type(count) is Tensor
         and weight.requires_grad
         and gamma.requires_grad
         and beta.requires_grad
-        and bias is None
+        and settings[0] is None
         and fields["training"]
         and fields["track_running_stats"]
         and fields["momentum"] is not None
         and not fields["synchronized"]
-        and type(parts.get("drop")) is nn.Identity
+        and type(drop) is nn.Identity
     )
     if not usual:
         return None
-    slope = None
-    if type(act) is nn.LeakyReLU and act.inplace:
+    slope = blur = None
+    if type(act) is nn.LeakyReLU and act.inplace and type(act.negative_slope) is float:
         slope = act.negative_slope
     elif type(act) is not nn.Identity:
         return None
-    if type(blur) is nn.Identity:
-        blur = None
-    elif type(blur) is not BlurPool2d or "kernel" not in blur._buffers or blur.kernel.requires_grad:
+    if type(aa) is BlurPool2d and type(kernel := aa._buffers.get("kernel")) is Tensor and not kernel.requires_grad:
+        blur = kernel, aa.stride, aa.dilation
+    elif type(aa) is not nn.Identity:
         return None
+    parts += unit, conv, norm, act, drop, aa
     arguments = (gamma, beta, mean, var, True, fields["momentum"], fields["eps"], slope)
-    return weight, (bias, *settings), arguments, count, blur, unit.__dict__["expands"]
+    return weight, settings, arguments, count, blur, unit.__dict__["expands"]
 
 
-def _read_gate(se: nn.Module | None) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
+def _read_shortcut(downsample: nn.Module, parts: list[nn.Module]) -> tuple[bool, _Unit] | None:
+    """Whether it pools, and the unit behind that."""
+    layers = list(downsample.__dict__["_modules"].values()) if type(downsample) is nn.Sequential else []
+    pools = len(layers) == 2 and type(layers[0]) is ShortcutPool2d
+    if len(layers) != 1 + pools:
+        return None
+    unit = _read_unit(layers[-1], parts)
+    parts += downsample, *layers[:pools]
+    return None if unit is None else (pools, unit)
+
+
+def _read_gate(se: nn.Module | None, parts: list[nn.Module]) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
+    """Arguments of the two convolutions, without what they take."""
     if type(se) is not SqueezeExcite:
         return None
     get = se.__dict__["_modules"].get
-    first, second, act = _read_convolution(get("fc1")), _read_convolution(get("fc2")), get("act")
-    usual = type(act) is ReLU and act.inplace and type(get("gate")) is nn.Sigmoid
-    return (first, second) if usual and first is not None and second is not None else None
+    fc1, act, fc2, gate = get("fc1"), get("act"), get("fc2"), get("gate")
+    first, second = _read_convolution(fc1), _read_convolution(fc2)
+    if first is None or second is None or type(act) is not ReLU or not act.inplace or type(gate) is not nn.Sigmoid:
+        return None
+    parts += se, fc1, act, fc2, gate
+    return (first[0], *first[1]), (second[0], *second[1])
 
 
-def _read_convolution(conv: nn.Module | None) -> tuple[Any, ...] | None:
-    """Arguments of a convolution, without what it takes."""
+def _read_convolution(conv: nn.Module | None) -> tuple[Tensor, tuple[Any, ...]] | None:
+    """The weight and the other arguments of a convolution, without what it takes."""
     if type(conv) is not nn.Conv2d:
         return None
     fields = conv.__dict__
-    weight, bias = fields["_parameters"].get("weight"), fields["_parameters"].get("bias")
-    if type(weight) is not nn.Parameter or fields["padding_mode"] != "zeros":
+    parameters, stride, padding, dilation = (
+        fields["_parameters"],
+        fields["stride"],
+        fields["padding"],
+        fields["dilation"],
+    )
+    weight = parameters.get("weight")
+    tuples = type(stride) is type(padding) is type(dilation) is tuple  # a list may be edited until backward
+    if type(weight) is not nn.Parameter or not tuples or fields["padding_mode"] != "zeros":
         return None
-    return weight, bias, fields["stride"], fields["padding"], fields["dilation"], fields["groups"]
+    return weight, (parameters.get("bias"), stride, padding, dilation, fields["groups"])
 
 
-def _run_unit(unit: _Unit, x: Tensor, source: Source, tape: Tape, repeats: bool) -> tuple[Tensor, Source]:
+def _run_shortcut(pools: bool, unit: _Unit, x: Tensor, source: Source, tape: Tape) -> tuple[Tensor, Source]:
+    if pools:
+        x = pool_recorded(x)
+        source = tape.find(x)
+    return _run_unit(unit, x, source, tape)
+
+
+def _run_unit(unit: _Unit, x: Tensor, source: Source, tape: Tape) -> tuple[Tensor, Source]:
     weight, settings, norm, num_batches_tracked, blur, expands = unit
-    z = F.conv2d(x, weight, *settings)
-    source = tape.add_convolution(z, source, repeats or (expands and tape.repeats_expansions))
+    y = F.conv2d(x, weight, *settings)
+    source = tape.add_convolution(y, source, settings, expands)
     num_batches_tracked.add_(1)
-    y, source = run_norm(tape, z, source, *norm)
-    if blur is not None:
-        y = blur(y)
-        source = tape.add_blur(y, source, repeats)
-    return y, source
+    y, node, function = run_norm(y, *norm)
+    if blur is None:
+        return y, tape.add_inner_norm(source, node, y, function)
+    tape.add_norm(source, node, y, function)
+    y = blur_pool(y, *blur)
+    return y, tape.find(y)

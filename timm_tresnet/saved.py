@@ -1,5 +1,6 @@
 """What stands for a tensor that autograd has saved: the tensor itself, or how it is made again."""
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable
@@ -7,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+_get_pass = torch._C._current_graph_task_id  # -1 outside of backward passes
 
 
 class Kept:
@@ -31,25 +34,28 @@ class Kept:
         return self.tensor
 
 
-class Values:
-    """What the backward passes through a graph have made and not yet given to all who ask: each thread's latest pass.
+class Values(dict[int, dict[int, list[Any]]]):
+    """What the backward passes through a graph have made and not yet given to all who ask, by the number of the pass.
 
-    A pass drops what it has made at its end: not all who could ask do where not every gradient is wanted, and the
-    graph may live on. If it fails, the next one does.
+    Of each pass it is the value, and the number of those who have not asked yet, by the id of what stands for the
+    tensor. A pass drops what it has made at its end: not all who could ask do where not every gradient is wanted, and
+    the graph may live on. If it fails, the next one of its thread does.
     """
 
     def __init__(self) -> None:
-        self._passes: dict[int, tuple[int, dict[int, list[Any]]]] = {}  # by thread
+        super().__init__()
+        self._latest: dict[int, int] = {}  # by thread
 
-    def of_pass(self, number: int) -> dict[int, list[Any]]:
-        """Value and number of those who have not asked yet, by the id of what stands for the tensor."""
+    def __missing__(self, number: int) -> dict[int, list[Any]]:
         thread = threading.get_ident()
-        held, values = self._passes.get(thread, (-1, {}))
-        if held != number:
-            values = {}
-            self._passes[thread] = number, values
-            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._passes.pop, thread, None))
+        self._drop(thread)
+        self._latest[thread] = number
+        values = self[number] = {}
+        torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._drop, thread))
         return values
+
+    def _drop(self, thread: int) -> None:
+        self.pop(self._latest.pop(thread, -1), None)
 
 
 class Rebuilt:
@@ -97,12 +103,9 @@ class Rebuilt:
         return self
 
     def take(self) -> Tensor:
-        if self.uses == 1:
+        if self.uses == 1 or (number := _get_pass()) < 0:
             return self._make()
-        number = torch._C._current_graph_task_id()
-        if number < 0:
-            return self._make()
-        values = self.values.of_pass(number)
+        values = self.values[number]
         held = values.get(id(self))
         if held is None:
             value = self._make()
@@ -114,13 +117,27 @@ class Rebuilt:
         return held[0]
 
     def _make(self) -> Tensor:
-        values = [source.take() for source in self.inputs]
         if self.in_place and not (type(self.inputs[0]) is Rebuilt and self.inputs[0].uses == 1):
-            values[0] = values[0].clone()  # others have it too
-        value = self.function(*values)
+            value = self.function(self.inputs[0].take().clone())  # others have it too
+        elif len(self.inputs) == 1:
+            value = self.function(self.inputs[0].take())
+        else:
+            value = self.function(*[source.take() for source in self.inputs])
         if self.stride is not None and value.stride() != self.stride:
             value = torch.empty_strided(value.shape, self.stride, dtype=value.dtype, device=value.device).copy_(value)
         return value
+
+
+class Blank:
+    """A tensor whose values do not matter: a linear function's backward asks for its input and does not read it."""
+
+    __slots__ = ("shape", "stride", "dtype", "device")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.stride, self.dtype, self.device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+    def take(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
 def release(saved: Any, source: Rebuilt) -> bool:
@@ -130,6 +147,12 @@ def release(saved: Any, source: Rebuilt) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def release_values(saved: Any) -> None:
+    """Let go of what an autograd node has saved and does not read; it stays where others have hooks."""
+    with contextlib.suppress(RuntimeError):
+        saved.register_hooks(Blank, Blank.take)
 
 
 def keep(saved: Any) -> Kept | None:

@@ -148,7 +148,11 @@ class Stage(Recorded):
         plain = read_block(block) if tape is not None and can_take(x) else None
         if plain is None:
             return super()._run(position, block, x)
-        x, terms = run_block(plain, x, tape, self.grad_checkpointing)
+        tape.repeats_convolutions = self.grad_checkpointing
+        try:
+            x, terms = run_block(plain, x, tape)
+        finally:
+            tape.repeats_convolutions = False
         tape.add_sum(x, *terms, keeps=self.keeps_output(position))
         if tape.lost_weights():
             tape.keep_last()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_tresnet.saved import Kept, Rebuilt, Values, release
+from timm_tresnet.saved import Kept, Rebuilt, Values, release, release_values
 
 # By the name of the autograd node: what it saves, the function that made its output, and the function's constants,
 # which the node has. The last letter 1 says that the function works in place.
@@ -42,11 +42,9 @@ class Again:
 
     Args:
         function: makes the output, without side effects.
-        is_convolution: whether that costs as much as a convolution.
     """
 
     function: Callable[[Tensor], Tensor]
-    is_convolution: bool = False
 
 
 class Tape:
@@ -63,7 +61,7 @@ class Tape:
         self.repeats_convolutions = False
         self.repeats_expansions = setting == "expansions"
         self._expansions: set[Any] = set()  # nodes
-        self._weights: list[Tensor] = []  # of convolutions that are to run again
+        self._weights: list[torch.UntypedStorage] = []  # of convolutions that are to run again
         self._values = Values()
         self._sources: dict[Any, Source] = {}
         # The last output. It is let go when something has been made from it: what others see stays.
@@ -85,16 +83,23 @@ class Tape:
         source = self._find((x.grad_fn, x.output_nr))
         return Kept(x) if source is _DEAR else source
 
-    def add_convolution(self, y: Tensor, source: Source, repeats: bool) -> Source:
-        """Take up the output of a convolution whose input can be had again in a known way."""
+    def add_convolution(self, y: Tensor, source: Source, settings: tuple[Any, ...], expands: bool) -> Source:
+        """Take up y, the output of a convolution whose input can be had again in a known way.
+
+        Args:
+            y: the output.
+            source: of the input.
+            settings: the convolution's arguments but for input and weight.
+            expands: whether the setting "expansions" is about it.
+        """
         node = y.grad_fn
         if type(source) is Rebuilt:
             release(node._raw_saved_input, source)
-        if not repeats or source is None:
+        if source is None or not (self.repeats_convolutions or (expands and self.repeats_expansions)):
             return Kept(y)
-        return self._repeat_convolution(node, source)
+        return self._repeat_convolution(node, source, partial(_convolve, settings))
 
-    def add_norm(self, source: Source, norm: Any, y: Tensor, function: Callable[[Tensor], Tensor]) -> Source:
+    def add_norm(self, source: Source, norm: Any, y: Tensor, function: Callable[[Tensor], Tensor]) -> None:
         """Take up y, which a function makes: what a norm, whose node is given, does, and maybe an activation in place.
 
         Args:
@@ -107,23 +112,41 @@ class Tape:
         if type(source) is Rebuilt:
             release(norm._raw_saved_input, source)
         node = y.grad_fn
-        made = None if source is None else Rebuilt(function, (source,), self._values, y._version)
-        self._sources[node] = made
+        self._sources[node] = None if source is None else Rebuilt(function, (source,), self._values, y._version)
         if node is not norm:
             self._last = y
+
+    def add_inner_norm(self, source: Source, norm: Any, y: Tensor, function: Callable[[Tensor], Tensor]) -> Source:
+        """Take up y, as `add_norm` does, where it is sure that nobody else will see it."""
+        if source is None:
+            return None
+        if type(source) is Rebuilt:
+            release(norm._raw_saved_input, source)
+        made = Rebuilt(function, (source,), self._values, y._version)
+        node = y.grad_fn
+        if node is not norm:
+            release(node._raw_saved_result, made)
         return made
 
-    def add_blur(self, y: Tensor, source: Source, repeats: bool) -> Source:
-        """Take up a blurred tensor that can be had again in a known way."""
-        made = self._make(y.grad_fn.again.function, source) if repeats else None
-        return Kept(y) if made is None else made
+    def add_blur(self, x: Tensor, padded: Tensor, y: Tensor, function: Callable[[Tensor], Tensor]) -> None:
+        """Take up y, a convolution of padded x with constants, which a function makes of x again.
 
-    def add_product(self, y: Tensor, source: Source) -> Source:
-        """Take up the product of a tensor that can be had again in a known way, and another one, which stays."""
-        node = y.grad_fn
+        Backward reads neither. As the output of any convolution, y is made again only where these run again.
+        """
+        self._let_go()
+        node, padding = y.grad_fn, padded.grad_fn
+        release_values(node._raw_saved_input)
+        if padding.name() == "ReflectionPad2DBackward0":
+            release_values(padding._raw_saved_self)
+        source = self._find((x.grad_fn, x.output_nr))
+        made = self._make(function, source) if self.repeats_convolutions else None
+        self._sources[node] = _DEAR if made is None else made
+
+    def add_product(self, y: Tensor, source: Source, gate: Tensor) -> Source:
+        """Take up the product of a tensor that can be had again in a known way, and a gate, which stays."""
         if type(source) is Rebuilt:
-            release(node._raw_saved_self, source)
-        return self._make(torch.mul, source, _keep(node, "other"))
+            release(y.grad_fn._raw_saved_self, source)
+        return self._make(torch.mul, source, Kept(gate))
 
     def add_sum(self, y: Tensor, *terms: Source, keeps: bool) -> None:
         """Take up the output of a block, ReLU of a sum whose terms can be had again in a known way, to be kept or not.
@@ -174,7 +197,7 @@ class Tape:
         Sharded training (FSDP) frees a module's weights after its forward and gathers them again for its own backward,
         not for that of the module behind it.
         """
-        lost = any(not weight.untyped_storage().nbytes() for weight in self._weights)
+        lost = not all(map(torch.UntypedStorage.nbytes, self._weights))
         if lost:
             self._weights.clear()
         return lost
@@ -252,19 +275,18 @@ class Tape:
         if not (self.repeats_convolutions or node in self._expansions):
             return _DEAR
         plain = not node._saved_transposed and node._saved_bias_sym_sizes_opt == (0,)
-        return self._repeat_convolution(node, source) if plain and isinstance(source, Kept | Rebuilt) else _DEAR
-
-    def _repeat_convolution(self, node: Any, source: Kept | Rebuilt) -> Rebuilt:
-        weight = node._saved_weight
-        self._weights.append(weight)
+        if not plain or not isinstance(source, Kept | Rebuilt):
+            return _DEAR
         convolve = partial(F.conv2d, **_read(node, ("stride", "padding", "dilation", "groups")))
-        return Rebuilt(convolve, (source, Kept(weight)), self._values)
+        return self._repeat_convolution(node, source, convolve)
+
+    def _repeat_convolution(self, node: Any, source: Kept | Rebuilt, function: Callable[..., Tensor]) -> Rebuilt:
+        weight = node._saved_weight
+        self._weights.append(weight.untyped_storage())
+        return Rebuilt(function, (source, Kept(weight)), self._values)
 
     def _follow_function(self, node: Any) -> Source:
-        source = self._find(node.next_functions[0])
-        if node.again.is_convolution and not self.repeats_convolutions:
-            return _DEAR
-        return self._make(node.again.function, source)
+        return self._make(node.again.function, self._find(node.next_functions[0]))
 
     def _follow_product(self, node: Any) -> Rebuilt | None:
         # Nothing is saved of the first factor if the other one has no gradient.
@@ -280,6 +302,10 @@ class Tape:
     def _follow_to_input(self, node: Any) -> None:
         """A function whose output is not rebuilt, but which has saved its input."""
         self._find_saved(node, "self")
+
+
+def _convolve(settings: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(x, weight, *settings)
 
 
 def _add_and_rectify(x: Tensor, y: Tensor) -> Tensor:

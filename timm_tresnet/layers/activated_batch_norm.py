@@ -1,6 +1,5 @@
 """Batch norm and activation in one module, whose output is rebuilt from its input."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,6 @@ from timm_tresnet.affine import make_normalization
 from timm_tresnet.compiled import is_in_region
 from timm_tresnet.layers.synchronized_norm import SynchronizedNorm, reduce_statistics
 from timm_tresnet.rebuild import open_tape, record_function
-from timm_tresnet.tape import Source, Tape
 
 
 @register_notrace_module
@@ -114,10 +112,13 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
     ) -> Tensor:
         tape = open_tape()
         plain = type(self.act) is nn.LeakyReLU and nn.LeakyReLU.forward is _LEAKY_RELU_FORWARD
-        fused = plain and self.act.inplace and type(self.drop) is nn.Identity
+        number = plain and type(self.act.negative_slope) is float  # a tensor may be edited until backward
+        fused = number and self.act.inplace and type(self.drop) is nn.Identity
         slope = self.act.negative_slope if fused else None
         statistics = (running_mean, running_var, use_batch, momentum, self.eps)
-        y, _ = run_norm(tape, x, tape.find(x), self.weight, self.bias, *statistics, slope)
+        y, norm, function = run_norm(x, self.weight, self.bias, *statistics, slope)
+        if function is not None:
+            tape.add_norm(tape.find(x), norm, y, function)
         return y if fused else self.act(self.drop(y))
 
     @torch.jit.unused
@@ -147,9 +148,7 @@ _LEAKY_RELU_FORWARD = nn.LeakyReLU.forward  # which nobody has replaced yet
 
 
 def run_norm(
-    tape: Tape,
     x: Tensor,
-    source: Source,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
@@ -158,8 +157,12 @@ def run_norm(
     momentum: float,
     eps: float,
     slope: float | None,
-) -> tuple[Tensor, Source]:
-    """Batch norm, and leaky ReLU in place unless slope is None; a tape takes up the output and says what makes it."""
+) -> tuple[Tensor, Any, Callable[[Tensor], Tensor] | None]:
+    """Batch norm, and leaky ReLU in place unless slope is None.
+
+    Returns:
+        The output, the norm's autograd node, and what makes the output of x again; None if nobody is going to ask.
+    """
     if use_batch:
         _check_values(x)
     # What torch.batch_norm calls, for the statistics that torch.batch_norm does not return.
@@ -170,13 +173,10 @@ def run_norm(
     if slope is not None:
         F.leaky_relu_(y, slope)
     if node is None or not x.numel():
-        return y, None
+        return y, node, None
     if not use_batch:
         mean, rstd = running_mean, 1 / (running_var + eps).sqrt()
-    function = make_normalization(x, mean, rstd, weight, bias)
-    if slope is not None:
-        function = functools.partial(_activate, function, slope)
-    return y, tape.add_norm(source, node, y, function)
+    return y, node, make_normalization(x, mean, rstd, weight, bias, slope)
 
 
 def _check_values(x: Tensor) -> None:
@@ -205,7 +205,3 @@ class _NormFromStatistics(torch.autograd.Function):
             grad_y, x, weight.to(mean.dtype), None, None, mean, rstd, True, ctx.eps, [True, True, True]
         )
         return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None, None
-
-
-def _activate(normalize: Callable[[Tensor], Tensor], slope: float, x: Tensor) -> Tensor:
-    return F.leaky_relu_(normalize(x), slope)

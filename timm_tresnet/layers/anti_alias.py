@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from timm_tresnet.rebuild import open_tape
-from timm_tresnet.tape import Again
+from timm_tresnet.tape import Again, Tape
 
 
 @torch.fx.wrap
@@ -26,8 +26,9 @@ def blur_pool(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
     if kernel.dtype != x.dtype:  # as in FSDP's mixed precision, which casts no buffers; exact, and no node if traced
         kernel = kernel.to(x.dtype)
     if not torch.jit.is_scripting():
-        if open_tape() is not None and not kernel.requires_grad:
-            return _BlurPool.apply(x, kernel, stride, dilation)
+        tape = open_tape()
+        if tape is not None and not kernel.requires_grad:
+            return _blur_recorded(tape, x, kernel, stride, dilation)
         x = _pad(x, dilation)
     else:
         x = F.pad(x, [dilation, dilation, dilation, dilation], mode="reflect")
@@ -51,65 +52,37 @@ def _is_channels_last_on_cuda(x: Tensor) -> bool:
     return x.is_cuda and _is_channels_last(x)
 
 
+def _blur_recorded(tape: Tape, x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
+    fast = dilation == 1 and _is_channels_last_on_cuda(x)
+    padded = _ReflectOnCuda.apply(x) if fast else _pad(x, dilation)
+    y = F.conv2d(padded, kernel, stride=stride, dilation=dilation, groups=kernel.shape[0])
+    if y.grad_fn is not None:
+        blur = functools.partial(_blur, kernel=kernel, stride=stride, dilation=dilation, dtype=y.dtype)
+        tape.add_blur(x, padded, y, blur)
+    return y
+
+
 def _blur(x: Tensor, kernel: Tensor, stride: int, dilation: int, dtype: torch.dtype) -> Tensor:
     """blur_pool in a dtype: that of its output under autocast, which converts both."""
     padded = _pad(x.to(dtype), dilation)
     return F.conv2d(padded, kernel.to(dtype), stride=stride, dilation=dilation, groups=kernel.shape[0])
 
 
-class _BlurPool(torch.autograd.Function):
-    """blur_pool, which is linear in x: backward needs x's shape only, where autograd would keep the padded x."""
+class _ReflectOnCuda(torch.autograd.Function):
+    """_pad by one pixel in channels-last layout on CUDA, with a backward that makes fewer copies than autograd's."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
-        padded = _pad(x, dilation)
-        y = F.conv2d(padded, kernel, stride=stride, dilation=dilation, groups=kernel.shape[0])
-        blur = functools.partial(_blur, kernel=kernel, stride=stride, dilation=dilation, dtype=y.dtype)
-        ctx.again = Again(blur, is_convolution=True)
-        ctx.stride, ctx.dilation = stride, dilation
-        ctx.memory_format = torch.channels_last if _is_channels_last(padded) else torch.contiguous_format
-        ctx.input_shape, ctx.input_dtype, ctx.padded_dtype = x.shape, x.dtype, padded.dtype  # autocast pads in single
-        ctx.save_for_backward(kernel)
-        return y
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        return _pad(x, 1)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
-        (kernel,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again
-            x = torch.zeros(ctx.input_shape, dtype=ctx.input_dtype, device=grad_y.device, requires_grad=True)
-            return torch.autograd.grad(ctx.again.function(x), x, grad_y, create_graph=True)[0], None, None, None
-        batch, channels, height, width = ctx.input_shape
-        padding = [ctx.dilation] * 4
-        # What autograd calls, with an input that has the right shape and layout but no values: those do not matter, but
-        # torch.nn.grad.conv2d_input's expanded one gets a slower kernel, which sums in half precision where grad_y is.
-        padded = torch.empty(
-            (batch, channels, height + 2 * ctx.dilation, width + 2 * ctx.dilation),
-            dtype=grad_y.dtype,
-            device=grad_y.device,
-            memory_format=ctx.memory_format,
-        )
-        grad_padded, _, _ = torch.ops.aten.convolution_backward(
-            grad_y,
-            padded,
-            kernel.to(grad_y.dtype),
-            None,
-            [ctx.stride] * 2,
-            [0, 0],
-            [ctx.dilation] * 2,
-            False,
-            [0, 0],
-            channels,
-            [True, False, False],
-        )
-        grad_padded = grad_padded.to(ctx.padded_dtype)
-        if ctx.dilation == 1 and _is_channels_last_on_cuda(grad_padded):
-            for dim in (2, 3):  # what `_pad` copied
-                grad_padded.select(dim, 2).add_(grad_padded.select(dim, 0))
-                grad_padded.select(dim, -3).add_(grad_padded.select(dim, -1))
-            return grad_padded[:, :, 1:-1, 1:-1].to(ctx.input_dtype), None, None, None
-        shape_only = grad_padded.new_empty(()).expand(ctx.input_shape)
-        grad_x = torch.ops.aten.reflection_pad2d_backward(grad_padded, shape_only, padding)
-        return grad_x.to(ctx.input_dtype), None, None, None
+    def backward(ctx: FunctionCtx, grad_y: Tensor) -> Tensor:
+        for dim in (2, 3):
+            first, grad_y, last = grad_y.split([1, grad_y.shape[dim] - 2, 1], dim)
+            grad_y = grad_y.clone()
+            grad_y.narrow(dim, 1, 1).add_(first)  # what `_pad` copied
+            grad_y.narrow(dim, -2, 1).add_(last)
+        return grad_y
 
 
 class BlurPool2d(nn.Module):
@@ -180,27 +153,33 @@ class ShortcutPool2d(nn.AvgPool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            return _shortcut_pool(x)
+            return pool_shortcut(x)
         return self._pool_recorded(x)
 
     @torch.jit.unused
     def _pool_recorded(self, x: Tensor) -> Tensor:
-        if open_tape() is not None and _is_channels_last_on_cuda(x) and x.shape[2] % 2 == x.shape[3] % 2 == 0:
-            return _EvenPool.apply(x)
-        return _shortcut_pool(x)
+        return pool_shortcut(x) if open_tape() is None else pool_recorded(x)
 
 
-def _shortcut_pool(x: Tensor) -> Tensor:
+def pool_shortcut(x: Tensor) -> Tensor:
+    """Function behind ShortcutPool2d."""
     return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
 
 
+def pool_recorded(x: Tensor) -> Tensor:
+    """pool_shortcut where a tape is open."""
+    if _is_channels_last_on_cuda(x) and x.shape[2] % 2 == x.shape[3] % 2 == 0:
+        return _EvenPool.apply(x)
+    return pool_shortcut(x)
+
+
 class _EvenPool(torch.autograd.Function):
-    """_shortcut_pool with a backward that is several times faster than PyTorch's on CUDA in channels-last layout."""
+    """pool_shortcut with a backward that is several times faster than PyTorch's on CUDA in channels-last layout."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
-        ctx.again = Again(_shortcut_pool)
-        return _shortcut_pool(x)
+        ctx.again = Again(pool_shortcut)
+        return pool_shortcut(x)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_y: Tensor) -> Tensor:
@@ -211,7 +190,7 @@ class _EvenPool(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: FunctionCtx, tangent: Tensor) -> Tensor:
-        return _shortcut_pool(tangent)
+        return pool_shortcut(tangent)
 
 
 class StrideOneAvgPool2d(nn.Module):
