@@ -25,6 +25,10 @@ _KINDS = (
     *(nn.Conv2d, nn.Identity, nn.LeakyReLU, nn.Sequential, nn.Sigmoid),
 )
 _get_forward = operator.attrgetter("forward")
+_get_convolution = operator.itemgetter("_parameters", "stride", "padding", "dilation", "groups", "padding_mode")
+_get_norm = operator.itemgetter(
+    *("_modules", "_parameters", "_buffers", "training", "track_running_stats", "momentum", "eps", "synchronized")
+)
 
 
 def _get_methods() -> list[Any]:
@@ -144,8 +148,7 @@ def _read_unit(unit: nn.Module | None, parts: list[nn.Module]) -> _Unit | None:
     convolution = _read_convolution(conv)
     if convolution is None or type(norm) is not ActivatedBatchNorm2d:
         return None
-    fields = norm.__dict__
-    children, parameters, buffers = fields["_modules"], fields["_parameters"], fields["_buffers"]
+    children, parameters, buffers, training, tracks, momentum, eps, synchronized = _get_norm(norm.__dict__)
     gamma, beta = parameters.get("weight"), parameters.get("bias")
     mean, var, count = buffers.get("running_mean"), buffers.get("running_var"), buffers.get("num_batches_tracked")
     act, drop = children.get("act"), children.get("drop")
@@ -157,10 +160,10 @@ def _read_unit(unit: nn.Module | None, parts: list[nn.Module]) -> _Unit | None:
         and gamma.requires_grad
         and beta.requires_grad
         and settings[0] is None
-        and fields["training"]
-        and fields["track_running_stats"]
-        and fields["momentum"] is not None
-        and not fields["synchronized"]
+        and training
+        and tracks
+        and momentum is not None
+        and not synchronized
         and type(drop) is nn.Identity
     )
     if not usual:
@@ -175,7 +178,7 @@ def _read_unit(unit: nn.Module | None, parts: list[nn.Module]) -> _Unit | None:
     elif type(aa) is not nn.Identity:
         return None
     parts += unit, conv, norm, act, drop, aa
-    arguments = (gamma, beta, mean, var, True, fields["momentum"], fields["eps"], slope)
+    arguments = (gamma, beta, mean, var, True, momentum, eps, slope)
     return weight, settings, arguments, count, blur, unit.__dict__["expands"]
 
 
@@ -207,18 +210,12 @@ def _read_convolution(conv: nn.Module | None) -> tuple[Tensor, tuple[Any, ...]] 
     """The weight and the other arguments of a convolution, without what it takes."""
     if type(conv) is not nn.Conv2d:
         return None
-    fields = conv.__dict__
-    parameters, stride, padding, dilation = (
-        fields["_parameters"],
-        fields["stride"],
-        fields["padding"],
-        fields["dilation"],
-    )
+    parameters, stride, padding, dilation, groups, padding_mode = _get_convolution(conv.__dict__)
     weight = parameters.get("weight")
     tuples = type(stride) is type(padding) is type(dilation) is tuple  # a list may be edited until backward
-    if type(weight) is not nn.Parameter or not tuples or fields["padding_mode"] != "zeros":
+    if type(weight) is not nn.Parameter or not tuples or padding_mode != "zeros":
         return None
-    return weight, (parameters.get("bias"), stride, padding, dilation, fields["groups"])
+    return weight, (parameters.get("bias"), stride, padding, dilation, groups)
 
 
 def _run_shortcut(pools: bool, unit: _Unit, x: Tensor, source: Source, tape: Tape) -> tuple[Tensor, Source]:

@@ -29,6 +29,7 @@ what                                                   in backward
 convolution's output                                   kept; it costs a convolution to make again
 norm, pointwise activation, product, sum, pool         rebuilt, if what they are made from is kept or rebuilt
 convolution or blur that is to run again               rebuilt
+input of a blur, and that padded                       neither; backward asks for their shape alone
 statistics, gates, random masks                        kept; they are small
 made, or needed, by any other function                 kept, as PyTorch keeps it
 modules of users' classes, with forwards or hooks of   theirs: kept, as PyTorch keeps it, and nothing is made

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_is_grad_enabled, _is_autocast_enabled = torch.is_grad_enabled, torch._C._is_any_autocast_enabled
 _get_pass = torch._C._current_graph_task_id  # -1 outside of backward passes
 
 
@@ -171,7 +172,7 @@ def keep(saved: Any) -> Kept | None:
 
 
 def _unpack(packed: Kept | Rebuilt) -> Tensor:
-    if not torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():  # as in nearly every backward
+    if not _is_grad_enabled() and not _is_autocast_enabled():  # as in nearly every backward
         return packed.take()
     source = packed
     while type(source) is Rebuilt:
