@@ -174,7 +174,7 @@ class Stage(Recorded):
 
 
 def _is_exporting() -> bool:
-    """Whether torch.export traces; `torch.compiler.is_exporting()` says so of torch.compile too (before 2.14)."""
+    """Whether torch.export traces; with PyTorch 2.11 `torch.compiler.is_exporting()` says so of torch.compile too."""
     return getattr(torch.compiler, "_is_exporting_flag", False)  # there since PyTorch 2.7
 
 
