@@ -4,7 +4,8 @@
 #     hub/test_tresnet/train.sh SCRIPTS DATA OUTPUT
 #
 # SCRIPTS: folder with timm's train.py and validate.py. DATA: folder that prepare.py wrote. OUTPUT: for checkpoints.
-# About an hour and a half on two cores. The second run starts from the weights of the first, with less augmentation.
+# About three hours on two cores. Each run starts from the weights of the one before: the second with less augmentation, the
+# third mixes images (mixup, CutMix), the fourth does not, the fifth does again. The ends of the last three are averaged.
 set -euo pipefail
 scripts=$1 data=$2 output=$3
 here=$(dirname "$0")
@@ -20,6 +21,16 @@ python "$scripts/train.py" "${common[@]}" --experiment first \
     --lr 0.1 --epochs 32 --warmup-epochs 2 --warmup-lr 0.01 --scale 0.5 1.0
 python "$scripts/train.py" "${common[@]}" --experiment second --initial-checkpoint "$output/first/last.pth.tar" \
     --lr 0.05 --epochs 16 --warmup-epochs 0 --scale 0.7 1.0 --ratio 0.85 1.18
-python "$here/pack.py" "$output/second/last.pth.tar" \
+later=(--sched-on-updates --model-kwargs rebuild=none)
+mixing=(--scale 0.6 1.0 --ratio 0.8 1.25 --mixup 0.2 --cutmix 1.0 --mixup-prob 0.5)
+python "$scripts/train.py" "${common[@]}" "${later[@]}" "${mixing[@]}" --experiment third \
+    --initial-checkpoint "$output/second/last.pth.tar" --lr 0.1 --epochs 80 --warmup-epochs 1 --warmup-lr 0.01
+python "$scripts/train.py" "${common[@]}" "${later[@]}" --experiment fourth \
+    --initial-checkpoint "$output/third/last.pth.tar" --lr 0.02 --epochs 16 --warmup-epochs 0 \
+    --scale 0.7 1.0 --ratio 0.85 1.18
+python "$scripts/train.py" "${common[@]}" "${later[@]}" "${mixing[@]}" --experiment fifth --seed 1 \
+    --initial-checkpoint "$output/fourth/last.pth.tar" --lr 0.05 --epochs 32 --warmup-epochs 0
+python "$here/average.py" "$data" "$output/average.safetensors" "$output"/{third,fourth,fifth}/last.pth.tar
+python "$here/pack.py" "$output/average.safetensors" \
     "$here/../../timm_tresnet/weights/test_tresnet.r64_cifar10.safetensors"
 python "$scripts/validate.py" --data-dir "$data" --split test --model test_tresnet --pretrained --device cpu -b 500
