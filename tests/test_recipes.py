@@ -1,5 +1,7 @@
 import importlib.util
+import math
 import os
+import random
 import re
 import shlex
 import sys
@@ -10,7 +12,7 @@ import timm
 import torch
 import torchvision.transforms as T
 import yaml
-from PIL import Image
+from PIL import Image, ImageOps
 
 from timm_tresnet import cli
 from timm_tresnet.commands.recipe import find_recipes, read_recipe
@@ -21,7 +23,10 @@ SCRIPTS = os.environ.get("TIMM_SCRIPTS")
 needs_scripts = pytest.mark.skipif(not SCRIPTS, reason="TIMM_SCRIPTS does not name a folder with timm's train.py")
 
 LINE = re.compile(r"^\w+: \S.* # (.+)$")
-SOURCE = re.compile(r"ours|arXiv:\d{4}\.\d{5}|timm [0-9a-f]{8}, train\.py|\w+#\d+|[\w./]+\.(?:md|py)\b")
+SOURCE = re.compile(
+    r"(?:ours|arXiv:\d{4}\.\d{5}|timm [0-9a-f]{8}, train\.py|(?:TResNet|ImageNet21K)#\d+|"
+    r"(?:README|Transfer_learning)\.md|(?:train|train_single_label|data_loader)\.py)(?![\w.]*\w)"
+)
 HEADINGS = ["Source: ", "Published", "Not expressed:", "Give it: "]
 
 
@@ -38,7 +43,8 @@ def find_gaps(text):
         comment = LINE.match(line)
         if not comment or not SOURCE.match(comment[1]):
             gaps.append(line)
-    return gaps
+    names = [line.partition(":")[0] for line in body.splitlines()]
+    return gaps + [f"{name} twice" for name in dict.fromkeys(names) if names.count(name) > 1]
 
 
 def find_faults(parser, recipe):
@@ -51,19 +57,28 @@ def find_faults(parser, recipe):
             faults.append(f"no flag for {name}")
             continue
         if type(action).__name__ == "ParseKwargs":
-            fits = isinstance(value, dict)
+            fits = isinstance(value, dict) and not any(map(_is_number_in_quotes, value.values()))
         elif action.nargs == 0:
             fits = value is True
         else:
             values = value if action.nargs in ("+", "*") or isinstance(action.nargs, int) else [value]
-            kinds = {float: (float, int), int: int, str: str}[action.type]
-            fits = isinstance(values, list) and all(
-                isinstance(one, kinds) and not isinstance(one, bool) and one in (action.choices or [one])
-                for one in values
+            kinds = {float: (float, int), int: int, str: str, None: str}[action.type]
+            fits = (
+                isinstance(values, list)
+                and len(values) == (action.nargs if isinstance(action.nargs, int) else len(values) or 1)
+                and all(
+                    isinstance(one, kinds) and not isinstance(one, bool) and one in (action.choices or [one])
+                    for one in values
+                )
+                and all(map(math.isfinite, [one for one in values if isinstance(one, float)]))
             )
         if not fits:
             faults.append(f"{name} cannot be {value!r}")
     return faults
+
+
+def _is_number_in_quotes(value):
+    return isinstance(value, str) and bool(re.fullmatch(r"[\d.+-]+(e[\d+-]+)?", value, re.IGNORECASE))
 
 
 @pytest.fixture
@@ -92,8 +107,10 @@ def test_every_recipe_says_what_it_is_and_where_each_line_comes_from(file):
 def test_a_line_without_a_source_and_a_missing_heading_are_found():
     text = FILES[0].read_text()
     assert find_gaps(text.replace("# Give it: ", "# Needs: ")) == ["Give it: "]
-    assert find_gaps(text + "lr: 0.1\n") == ["lr: 0.1"]
-    assert find_gaps(text + "lr: 0.1  # as usual\n") == ["lr: 0.1  # as usual"]
+    assert find_gaps(text + "momentum: 0.8\n") == ["momentum: 0.8"]
+    for source in ("as usual", "oursource", "notes.md", "train.pyc", "timm, train.py", "Other#5"):
+        assert find_gaps(text + f"momentum: 0.8  # {source}\n") == [f"momentum: 0.8  # {source}"]
+    assert find_gaps(text + "lr: 0.1  # ours\n") == ["lr twice"]  # YAML takes the last one without a word
     assert find_gaps(text.replace("not measured by us", "measured")) == ["not measured by us"]
     assert find_gaps("# Train\n" + text.partition("\n")[2]) == ["what it is for, in a sentence"]
 
@@ -116,7 +133,7 @@ def test_the_page_has_every_recipe_with_figures_of_its_file():
 def test_numbers_are_not_texts(file):
     for value in read_recipe(file).values():
         for one in value if isinstance(value, list) else [value]:
-            assert not re.fullmatch(r"[\d.+-]+(e[\d+-]+)?", str(one)) or not isinstance(one, str)
+            assert not _is_number_in_quotes(one)
 
 
 def test_recipes_that_build_on_another_agree_with_it():
@@ -131,7 +148,26 @@ def test_recipes_that_build_on_another_agree_with_it():
     assert frozen["model_ema_decay"] == pytest.approx(transfer["model_ema_decay"] ** share, abs=5e-5)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (37, 200), (200, 37), (101, 99), (375, 500)], ids=str)
+@pytest.mark.parametrize("name", [name for name in NAMES if "aa" in read_recipe(find_recipes()[name])])
+@pytest.mark.parametrize("deviations", [-4, 4])
+def test_augmentation_takes_images_at_every_magnitude(monkeypatch, name, deviations):
+    # Pillow 13 refuses to posterize to no bits, as AutoAugment v0 does, and random augmentation at magnitude 10.
+    transform = timm.data.create_transform(
+        (3, 32, 32), is_training=True, auto_augment=read_recipe(find_recipes()[name])["aa"]
+    )
+    monkeypatch.setattr(random, "gauss", lambda mean, std: mean + deviations * std)
+    bits = []
+    monkeypatch.setattr(ImageOps, "posterize", lambda image, kept: bits.append(kept) or image)
+    image = Image.new("RGB", (32, 32), (255, 128, 0))
+    for _ in range(300):
+        transform(image)
+    assert bits
+    assert all(1 <= kept <= 8 for kept in bits)
+
+
+@pytest.mark.parametrize(
+    "size", [(64, 64), (37, 200), (200, 37), (101, 99), (375, 500), (1, 2), (2, 9), (10, 3), (3, 2000)], ids=str
+)
 def test_scale_and_ratio_of_imagenet21k_squash_the_whole_image(size):
     recipe = read_recipe(find_recipes()["imagenet21k"])
     image = Image.fromarray(torch.randint(0, 255, (*size, 3), dtype=torch.uint8).numpy())
@@ -172,6 +208,14 @@ def test_train_script_has_every_flag_of_every_recipe(load_script, file):
         ({"scale": 0.5}, "scale cannot be 0.5"),
         ({"train_size_schedule": "growing"}, "train_size_schedule cannot be 'growing'"),
         ({"model_kwargs": "rebuild=none"}, "model_kwargs cannot be 'rebuild=none'"),
+        ({"model_kwargs": {"drop_rate": "1e-1"}}, "model_kwargs cannot be {'drop_rate': '1e-1'}"),
+        ({"input_size": [3, 224]}, "input_size cannot be [3, 224]"),
+        ({"scale": []}, "scale cannot be []"),
+        ({"lr": math.nan}, "lr cannot be nan"),
+        ({"mean": [0.5, "0.5", 0.5]}, "mean cannot be [0.5, '0.5', 0.5]"),
+        ({"data_dir": 5}, "data_dir cannot be 5"),
+        ({"local_rank": 1}, "no flag for local_rank"),
+        ({"config": "other.yaml"}, "no flag for config"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
