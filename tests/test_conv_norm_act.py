@@ -80,6 +80,15 @@ def test_conv_norm_act_takes_timms_frozen_norm_by_name():
     torch.testing.assert_close(layer(x), expected)
 
 
+def test_frozen_norms_can_be_unfrozen():
+    layer = make_trained(norm_layer="frozenbatchnorm2d")
+    x = torch.randn(2, 3, 4, 4)
+    expected = layer(x)
+    unfrozen = timm.layers.unfreeze_batch_norm_2d(layer)
+    assert "bn.weight" in dict(unfrozen.named_parameters())
+    torch.testing.assert_close(unfrozen.eval()(x), expected)
+
+
 def test_conv_norm_act_takes_a_norm_that_knows_neither_device_nor_dtype():
     def make_norm(num_features, apply_act):
         return nn.BatchNorm2d(num_features) if apply_act else nn.InstanceNorm2d(num_features)

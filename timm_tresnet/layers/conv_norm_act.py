@@ -122,6 +122,8 @@ class ConvNormAct(nn.Module):
             norm_act = get_norm_act_layer(norm_layer, act_layer)
         given = {name: value for name, value in factory_kwargs.items() if value is not None}
         self.bn = norm_act(out_channels, apply_act=act_layer is not None, **given)  # some norms know no device
+        if isinstance(self.bn, FrozenBatchNormAct2d):  # timm sets these in freezing, and reads them in unfreezing
+            self.bn.num_features, self.bn.affine = out_channels, True
         self.aa = nn.Identity() if aa is None else aa
         self.expands = expands
 
