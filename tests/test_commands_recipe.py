@@ -1,9 +1,12 @@
+import os
 import shlex
+import shutil
+import subprocess
 
 import pytest
 
 from timm_tresnet import cli
-from timm_tresnet.commands.recipe import find_recipes, format_flags, read_recipe
+from timm_tresnet.commands.recipe import find_recipes, format_flags, quote_word, read_recipe
 
 GIVEN = ["--data-dir", "flowers", "--model", "tresnet_m"]
 
@@ -37,6 +40,25 @@ def test_the_command_line_is_quoted_for_the_shell(capsys):
     line = print_line(capsys, "transfer", "--data-dir", "my images; $(ls)", "--model", "it's")
     assert shlex.split(line)[2:6] == ["--data-dir", "my images; $(ls)", "--model", "it's"]
     assert "'my images; $(ls)'" in line
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="bash is not installed")
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_a_shell_reads_every_word_back_whatever_the_terminal_can_print(encoding):
+    words = ["it's", 'a "b" $HOME `ls`', "!x", "~", "-", "", "ünï 目录", "a\nb\t\x1b[31m", "\\x41 'ü'", "\u00a0e\u0301"]
+    words.append(os.fsdecode(b"caf\xe9"))  # a name that is no UTF-8
+    line = " ".join(quote_word(word, encoding) for word in words)
+    assert line.isprintable()
+    printed = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {line}".encode(encoding).decode(encoding)], stdout=subprocess.PIPE, check=True
+    )
+    assert [os.fsdecode(word) for word in printed.stdout.split(b"\0")[:-1]] == words
+
+
+def test_values_that_begin_with_a_dash_are_joined_to_their_flags(capsys):
+    line = print_line(capsys, "transfer", "--data-dir=-my images", "--model=--amp")
+    assert shlex.split(line)[2:4] == ["--data-dir=-my images", "--model=--amp"]
+    assert format_flags({"head_init_bias": -4.6}) == ["--head-init-bias=-4.6"]
 
 
 def test_further_flags_come_last_so_that_they_win(capsys):

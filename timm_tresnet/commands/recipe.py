@@ -2,7 +2,9 @@
 
 import argparse
 import ast
+import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,8 @@ def run(
         raise CommandError(f"recipe {name} needs --data-dir DIR and --model MODEL, or --show to print its file")
     given = {"data_dir": data_dir, "model": model} | ({"num_classes": num_classes} if num_classes else {})
     further = words[words.index("--") + 1 :] if "--" in words else []
-    print(shlex.join(["python", "train.py", *format_flags(given | read_recipe(recipes[name])), *further]))
+    line = ["python", "train.py", *format_flags(given | read_recipe(recipes[name])), *further]
+    print(*(quote_word(word, sys.stdout.encoding or "utf-8") for word in line))
     return 0
 
 
@@ -74,21 +77,41 @@ def read_recipe(file: Path) -> dict[str, Any]:
 def format_flags(recipe: dict[str, Any]) -> list[str]:
     """The flags of train.py that say what `--config FILE` says.
 
-    True is the flag alone, a list its values one after the other, a mapping KEY=VALUE for each entry. False and None,
-    which no flag says, are refused.
+    True is the flag alone, a list its values one after the other, a mapping KEY=VALUE for each entry. What begins with
+    a dash, and would be read as a flag, is joined to its own by an equals sign. False and None, which no flag says, are
+    refused.
     """
     flags = []
     for name, value in recipe.items():
         if value is None or value is False:
             raise ValueError(f"no flag of train.py says {name}: {value}; leave it out")
-        flags.append(f"--{name.replace('_', '-')}")
-        if isinstance(value, dict):
-            flags += [f"{key}={_format_entry(entry)}" for key, entry in value.items()]
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            flags.append(flag)
+        elif isinstance(value, dict):
+            flags += [flag, *(f"{key}={_format_entry(entry)}" for key, entry in value.items())]
         elif isinstance(value, list):
-            flags += map(str, value)
-        elif value is not True:
-            flags.append(str(value))
+            flags += [flag, *map(str, value)]
+        else:
+            flags += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
     return flags
+
+
+def quote_word(word: str, encoding: str) -> str:
+    r"""A word as a shell reads it back.
+
+    Bytes that a terminal would act on, or that are no text or cannot be printed in this encoding, are spelled as in
+    $'caf\303\251', which bash, zsh and ksh read.
+    """
+    try:
+        word.encode(encoding)
+        printable = word.isprintable()
+    except UnicodeEncodeError:
+        printable = False
+    if printable:
+        return shlex.quote(word)
+    plain = set(range(ord(" "), ord("~") + 1)) - set(b"\\'")
+    return "$'" + "".join(chr(byte) if byte in plain else f"\\{byte:03o}" for byte in os.fsencode(word)) + "'"
 
 
 def _format_entry(entry: Any) -> str:
