@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from timm_tresnet.affine import make_affine, make_normalization, scale_and_shift
+from timm_tresnet.affine import make_affine, make_inference_normalization, make_normalization, scale_and_shift
 
 
 def make_values(dtype=torch.float32):
@@ -33,6 +33,23 @@ def test_normalization_is_batch_norms_to_the_last_bit_whatever_becomes_of_the_we
         tensor.data.mul_(2)
     assert torch.equal(normalize(x), y)
     assert torch.equal(y, F.batch_norm(x, None, None, weight / 2, bias / 2, True, 0.1, 1e-5))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_normalization_by_running_statistics_is_batch_norms_to_the_last_bit(dtype, memory_format, affine):
+    values = torch.float32 if dtype == torch.bfloat16 else dtype
+    for channels in (1, 5, 16, 37):
+        x = torch.randn(2, channels, 3, 5).to(dtype, memory_format=memory_format)
+        weight, bias = (torch.randn(channels, dtype=values) for _ in range(2)) if affine else (None, None)
+        mean, var = torch.randn(channels, dtype=values), 3 * torch.rand(channels, dtype=values)
+        y = F.leaky_relu(F.batch_norm(x, mean, var, weight, bias, eps=1e-4), 0.2)
+        normalize = make_inference_normalization(x, mean, var, 1e-4, weight, bias, 0.2)
+        for tensor in (mean, var, weight, bias):
+            if tensor is not None:
+                tensor.data.mul_(2)
+        assert torch.equal(normalize(x), y)
 
 
 def test_half_precision_is_computed_in_single():

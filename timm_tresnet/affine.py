@@ -31,7 +31,26 @@ def make_normalization(
         affine = (None, None) if weight is None else (weight.clone(), bias.clone())
         return functools.partial(_normalize_on_cuda, mean.clone(), rstd, *affine, slope)
     scale, shift = make_affine(mean, rstd, weight, bias)
-    return functools.partial(_apply, scale, shift, *_neutral_statistics(scale), slope)
+    return functools.partial(_apply, scale, shift, *_neutral_statistics(scale), 0.0, slope)
+
+
+def make_inference_normalization(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slope: float | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """As `make_normalization`, for batch norm that takes its running statistics, with their var instead of rstd.
+
+    Its kernel's 1 / sqrt(var + eps) is another one in the last bit, so it is called again as it was.
+    """
+    if x.is_cuda:
+        return make_normalization(x, mean, 1 / (var + eps).sqrt(), weight, bias, slope)
+    affine = (None, None) if weight is None else (weight.data.clone(), bias.data.clone())
+    return functools.partial(_apply, *affine, mean.clone(), var.clone(), eps, slope)
 
 
 def make_affine(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -51,11 +70,19 @@ def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Affine map of each channel, x * scale + shift, by batch norm's own kernel and so in its arithmetic."""
     if not x.numel():  # which the kernel cannot take
         return x.clone()
-    return _apply(scale, shift, *_neutral_statistics(scale), None, x)
+    return _apply(scale, shift, *_neutral_statistics(scale), 0.0, None, x)
 
 
-def _apply(scale: Tensor, shift: Tensor, zeros: Tensor, ones: Tensor, slope: float | None, x: Tensor) -> Tensor:
-    y = torch.native_batch_norm(x, scale, shift, zeros, ones, False, 0.0, 0.0)[0]
+def _apply(
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    slope: float | None,
+    x: Tensor,
+) -> Tensor:
+    y = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
     return y if slope is None else F.leaky_relu_(y, slope)
 
 

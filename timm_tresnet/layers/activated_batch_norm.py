@@ -11,7 +11,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from timm_tresnet.affine import make_normalization
+from timm_tresnet.affine import make_inference_normalization, make_normalization
 from timm_tresnet.compiled import is_in_region
 from timm_tresnet.layers.synchronized_norm import SynchronizedNorm, reduce_statistics
 from timm_tresnet.rebuild import open_tape, record_function
@@ -174,9 +174,9 @@ def run_norm(
         F.leaky_relu_(y, slope)
     if node is None or not x.numel():
         return y, node, None
-    if not use_batch:
-        mean, rstd = running_mean, 1 / (running_var + eps).sqrt()
-    return y, node, make_normalization(x, mean, rstd, weight, bias, slope)
+    if use_batch:
+        return y, node, make_normalization(x, mean, rstd, weight, bias, slope)
+    return y, node, make_inference_normalization(x, running_mean, running_var, eps, weight, bias, slope)
 
 
 def _check_values(x: Tensor) -> None:
