@@ -3,8 +3,8 @@
     python benchmarks/plots.py benchmarks/results/FILE.json ... --output benchmarks/results
 
 What is drawn depends on the script that made a file: accuracy against throughput of paper_tables, bars of ablation,
-curves of resolution; of training_memory, one picture of the files of each model, peak memory against the batch. Each is
-an SVG with its command and hardware under it. Needs matplotlib (the extra `plots`).
+curves of resolution and of transfer; of training_memory, one picture of the files of each model, peak memory against
+the batch. Each is an SVG with its command and hardware under it. Needs matplotlib (the extra `plots`).
 
 With `--readme NAME`, files of training_memory become the picture of README.md instead, NAME.svg and NAME_dark.svg for
 light and dark pages. What it shows is in its description too, as JSON.
@@ -53,6 +53,7 @@ _DARK = {  # what a dark page needs instead
     "grid.color": "#30363d",
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#e6edf3"),
 }
+_TRANSFER_DATA = {"mnist": "MNIST's digits, 28 px", "digits": "scikit-learn's digits, 8 px"}  # title of a panel
 _README_LINES = {  # row of training_memory -> label, colours on light and on dark, dashes
     "resnet50": ("ResNet-50", "#D55E00", "#E69F00", "-"),
     "built-in": ("timm's tresnet_m", "#555555", "#b1bac4", "-"),
@@ -72,7 +73,7 @@ def _finish(figure: Figure, results: Sequence[dict[str, Any]], notes: str = "") 
     first = results[0]
     hardware, settings = first["hardware"], first["settings"]
     machine = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
-    precision = f"autocast to {settings['amp']}" if settings["amp"] else "float32"
+    precision = f"autocast to {settings['amp']}" if settings.get("amp") else "float32"
     layout = "channels-last" if settings["channels_last"] else "NCHW"
     lines = textwrap.wrap(notes, 115)
     lines.append(
@@ -268,6 +269,41 @@ def draw_resolution(results: dict[str, Any]) -> Figure:
     return _finish(figure, [results], notes)
 
 
+def draw_transfer(results: dict[str, Any]) -> Figure:
+    """Accuracy against the number of training images, of each arm, for each data set."""
+    rows, names = results["rows"], results["settings"]["data"]
+    figure, panels = plt.subplots(1, len(names), sharey=True, squeeze=False, figsize=(8, 4.6))
+    labels = {"transfer": "from pretrained weights", "scratch": "from scratch"}
+    for axes, data in zip(panels[0], names, strict=True):
+        for index, (arm, label) in enumerate(labels.items()):
+            runs: dict[int, list[float]] = {}
+            for row in rows:
+                if (row["row"], row["data"]) == (arm, data):
+                    runs.setdefault(row["images_per_class"], []).append(row["top1"])
+            means = [statistics.mean(values) for values in runs.values()]
+            reach = [
+                [mean - min(values) for mean, values in zip(means, runs.values(), strict=True)],
+                [max(values) - mean for mean, values in zip(means, runs.values(), strict=True)],
+            ]
+            axes.errorbar(
+                list(runs), means, reach, color=_COLORS[index], marker=_MARKERS[index], capsize=4, label=label
+            )
+        counts = results["settings"]["images_per_class"]
+        axes.set_xscale("log")
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("training images a class")
+        axes.set_title(_TRANSFER_DATA[data], fontsize=11)
+    panels[0][0].set_ylim(0, 100)
+    panels[0][0].set_ylabel("top-1 on held-out images, %")
+    panels[0][0].legend(frameon=False)
+    seeds = len(results["settings"]["seeds"])
+    notes = (
+        f"Points are means, lines the range of {seeds} seeds, which draw the training images too. Not about ImageNet."
+    )
+    return _finish(figure, [results], notes)
+
+
 def _cycle(values: Sequence[str], names: Collection[str]) -> list[str]:
     return [values[index % len(values)] for index in range(len(names))]
 
@@ -278,7 +314,12 @@ def draw(paths: Sequence[Path]) -> dict[str, Figure]:
     Raises:
         ValueError: if a file is not whole, or there is no picture of what its script measures; names the file.
     """
-    single = {"paper_tables": draw_paper_tables, "ablation": draw_ablation, "resolution": draw_resolution}
+    single = {
+        "paper_tables": draw_paper_tables,
+        "ablation": draw_ablation,
+        "resolution": draw_resolution,
+        "transfer": draw_transfer,
+    }
     figures: dict[str, Figure] = {}
     memory: dict[tuple[Any, ...], list[tuple[Path, dict[str, Any]]]] = {}
     for path in paths:

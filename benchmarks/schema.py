@@ -19,6 +19,7 @@ ROW_FIELDS = {  # script -> fields of each row; there may be more
     "resolution": _COMPARISON,
     "tagging": {"row", "seed", "mAP", "CF1", "OF1", "epochs"},
     "training_memory": {"row", "kept_mb", "kept_ratio", "peak_mb", "peak_ratio"},
+    "transfer": {"row", "data", "images_per_class", "seed", "lr", "epochs", "top1", "top1_last", "images"},
 }
 
 

@@ -257,7 +257,7 @@ def test_results_of_an_unknown_script_are_refused(tmp_path):
 
 
 @needs_matplotlib
-@pytest.mark.parametrize("script", ["paper_tables", "ablation", "resolution", "training_memory"])
+@pytest.mark.parametrize("script", ["paper_tables", "ablation", "resolution", "training_memory", "transfer"])
 def test_pictures_are_drawn_from_committed_results(script, tmp_path, capsys):
     plots = importlib.import_module("plots")
     files = [path for path in find_results(script) if "compiled" not in path.stem]

@@ -134,7 +134,7 @@ MEASURED = [
     table
     for page in (ROOT / "README.md", ROOT / "docs" / "measurements.md")
     for table in read_tables(page)
-    if table.files and table.header[1] != "built-in"
+    if table.files and table.header[1] != "built-in" and table.header[0] not in ("data set", "learning rate")
 ]
 
 
@@ -196,6 +196,37 @@ def test_scores_of_taggers_are_what_the_file_says():
         assert len(runs) == 3
 
 
+def test_accuracies_after_transfer_are_what_the_file_says():
+    (table,) = (table for table in read_tables(ROOT / "docs" / "measurements.md") if table.header[0] == "data set")
+    (name,) = table.files
+    assert [header.split(":")[0] for header in table.header[2:]] == ["transfer", "scratch"]
+    assert len(table.rows) == len({(row["data"], row["images_per_class"]) for row in load(name)["rows"]}) == 6
+    data = {"MNIST": "mnist", "scikit-learn's digits": "digits"}
+    for label, count, *cells in table.rows:
+        for arm, cell in zip(("transfer", "scratch"), cells, strict=True):
+            fields = {"row": arm, "data": data[label], "images_per_class": int(count)}
+            runs = [row["top1"] for row in load(name)["rows"] if fields.items() <= row.items()]
+            assert len(runs) == 3
+            assert cell == f"{statistics.mean(runs):.2f} ({min(runs):.2f}-{max(runs):.2f})"
+
+
+def test_learning_rates_of_transfer_are_the_best_of_those_tried():
+    (table,) = (table for table in read_tables(ROOT / "docs" / "measurements.md") if table.header[0] == "learning rate")
+    (name,) = table.files
+    assert table.header[1:] == ["transfer: top-1, %", "scratch: top-1, %"]
+    assert len(table.rows) == len({row["lr"] for row in load(name)["rows"]})
+    for rate, *cells in table.rows:
+        assert cells == [f"{find_row(name, arm, lr=float(rate))['top1']:.2f}" for arm in ("transfer", "scratch")]
+    (final,) = (
+        table.files[0] for table in read_tables(ROOT / "docs" / "measurements.md") if "data set" in table.header
+    )
+    for arm in ("transfer", "scratch"):
+        tried = [row for row in load(name)["rows"] if row["row"] == arm]
+        assert load(final)["settings"][f"{arm}_lr"] == [max(tried, key=lambda row: row["top1"])["lr"]]
+    assert load(name)["settings"]["part"] == "validation"
+    assert load(final)["settings"]["part"] == "test"
+
+
 # ---- sentences
 
 
@@ -230,6 +261,10 @@ def _range(field: str) -> str:
 
 def _memory(row: str, field: str = "peak_ratio") -> float:
     return find_row("training_memory_m_epyc_8.json", row)[field]
+
+
+def _average(images_per_class: int, name: str, field: str = "top1") -> float:
+    return find_row(f"transfer_{name}_epyc_1.json", "transfer", images_per_class=images_per_class)[field]
 
 
 _WORDS = {3: ("third", "three"), 6: ("sixth", "six")}
@@ -296,6 +331,14 @@ CLAIMS: dict[str, list[tuple[str, Callable[[], tuple[Any, ...]]]]] = {  # page -
             lambda: tuple(_bfloat16(row) for row in ("activations", "expansions", "checkpointing")),
         ),
         ("{} in inference and {} in training", lambda: (_range("inference_ratios"), _range("train_ratios"))),
+        (
+            "of 10 images a class it is {:.2f} % right, with the warm-up {:.2f} %, the last weights {:.2f} %",
+            lambda: (_average(10, "no_warmup"), _average(10, "warmup"), _average(10, "warmup", "top1_last")),
+        ),
+        (
+            "after the 750 of 50 images a class {:.2f} %, {:.2f} % and {:.2f} %",
+            lambda: (_average(50, "no_warmup"), _average(50, "warmup"), _average(50, "warmup", "top1_last")),
+        ),
     ],
 }
 SENTENCES = [(page, *claim) for page, claims in CLAIMS.items() for claim in claims]

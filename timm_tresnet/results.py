@@ -1,9 +1,9 @@
 """What a measurement leaves: a line about where it ran, and a file of results."""
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -59,9 +59,9 @@ def start_results(
         packages: whose versions are recorded too, where they are installed.
     """
     machine = describe_machine(device)
-    machine["versions"] |= {
-        name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)
-    }
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            machine["versions"][name] = importlib.metadata.version(name)
     recorded = {name: value for name, value in vars(settings).items() if name not in ("json", *unrecorded)}
     today = datetime.date.today().isoformat()
     results = {"command": command, "date": today, **machine, "settings": recorded, "rows": []}

