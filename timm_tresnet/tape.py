@@ -109,22 +109,16 @@ class Tape:
             function: does it again.
         """
         self._let_go()
-        if type(source) is Rebuilt:
-            release(norm._raw_saved_input, source)
         node = y.grad_fn
-        self._sources[node] = None if source is None else Rebuilt(function, (source,), self._values, y._version)
+        self._sources[node] = self._follow_norm(source, norm, y, function)
         if node is not norm:
             self._last = y
 
     def add_inner_norm(self, source: Source, norm: Any, y: Tensor, function: Callable[[Tensor], Tensor]) -> Source:
         """Take up y, as `add_norm` does, where it is sure that nobody else will see it."""
-        if source is None:
-            return None
-        if type(source) is Rebuilt:
-            release(norm._raw_saved_input, source)
-        made = Rebuilt(function, (source,), self._values, y._version)
+        made = self._follow_norm(source, norm, y, function)
         node = y.grad_fn
-        if node is not norm:
+        if made is not None and node is not norm:
             release(node._raw_saved_result, made)
         return made
 
@@ -287,6 +281,15 @@ class Tape:
 
     def _follow_function(self, node: Any) -> Source:
         return self._make(node.again.function, self._find(node.next_functions[0]))
+
+    def _follow_norm(
+        self, source: Source, norm: Any, y: Tensor, function: Callable[[Tensor], Tensor]
+    ) -> Rebuilt | None:
+        if source is None:
+            return None
+        if type(source) is Rebuilt:
+            release(norm._raw_saved_input, source)
+        return Rebuilt(function, (source,), self._values, y._version)
 
     def _follow_product(self, node: Any) -> Rebuilt | None:
         # Nothing is saved of the first factor if the other one has no gradient.
