@@ -9,10 +9,7 @@ files, train/CLASS/ and test/CLASS/. The first `--images-per-class` training ima
 
 import argparse
 import csv
-import os
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,9 +18,10 @@ from typing import Any
 
 from ablation import VARIATIONS
 from command_line import format_command
+from train_script import add_scripts_option, check_scripts, collect, run_training, start_command
 
 from timm_tresnet.commands.options import at_least, new_file
-from timm_tresnet.results import start_results, write_results
+from timm_tresnet.results import start_results
 from timm_tresnet.tables import format_markdown
 
 # The others compute the same network.
@@ -53,8 +51,7 @@ def make_command(
     images: Path, output: Path, kwargs: dict[str, Any], seed: int, settings: argparse.Namespace
 ) -> list[str]:
     """The command that trains one network with one seed."""
-    # -P: the installed timm, not the copy beside the script
-    words = [sys.executable, "-P", str(settings.scripts / "train.py"), "--data-dir", str(images)]
+    words = [*start_command(settings), "--data-dir", str(images)]
     words += ["--model", "test_tresnet", "--num-classes", "10", "--img-size", str(settings.image_size)]
     words += ["--epochs", str(settings.epochs), "--warmup-epochs", "1", "--seed", str(seed), "--output", str(output)]
     words += ["--experiment", "run", "--batch-size", "128", "--opt", "sgd", "--lr", str(settings.lr), "--workers", "1"]
@@ -71,15 +68,23 @@ def train(command: Sequence[str], output: Path) -> float:
     Raises:
         RuntimeError: if it fails; with what it said last.
     """
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    if process.returncode:
-        raise RuntimeError(f"{shlex.join(command)} ended with status {process.returncode}:\n{process.stderr[-2000:]}")
+    run_training(command)
     with (output / "run" / "summary.csv").open(newline="") as file:
         return float(list(csv.DictReader(file))[-1]["eval_top1"])
 
 
 def measure(images: Path, settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of the results, one for each seed and variation; every variation has a seed before the next seed comes."""
+    """Rows of the results, one for each seed and variation; every variation has a seed before the next seed comes.
+
+    Args:
+        images: folder for the images that are used.
+        settings: of the script.
+
+    Raises:
+        ValueError: as in `select_images`.
+        RuntimeError: as in `train`.
+    """
+    select_images(settings.data, settings.images_per_class, images)
     for seed in range(settings.seeds):
         for name in settings.rows:
             with tempfile.TemporaryDirectory() as folder:
@@ -102,14 +107,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What ingredients do for a tiny network's accuracy on CIFAR-10.")
-    scripts = os.environ.get("TIMM_SCRIPTS")
-    parser.add_argument(
-        "--scripts",
-        type=Path,
-        default=scripts and Path(scripts),
-        metavar="FOLDER",
-        help="with timm's train.py (default: TIMM_SCRIPTS)",
-    )
+    add_scripts_option(parser)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="CIFAR-10 as image files")
     parser.add_argument("--rows", nargs="+", choices=list(ACCURACY_VARIATIONS), default=list(ACCURACY_VARIATIONS))
     parser.add_argument("--images-per-class", type=at_least(1), default=1000)
@@ -120,8 +118,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="file for the results, must not exist yet")
     settings = parser.parse_args(words)
-    if settings.scripts is None or not (settings.scripts / "train.py").is_file():
-        parser.error("--scripts needs a folder with timm's train.py, as a clone of its repository has")
+    check_scripts(parser, settings)
     return settings
 
 
@@ -131,23 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = _parse(words)
     command = format_command(__file__, words)
     results = start_results(command, settings.device, settings, unrecorded=("data", "scripts", "rows"))
-    status = 0
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            select_images(settings.data, settings.images_per_class, Path(folder))
-            for row in measure(Path(folder), settings):
-                results["rows"].append(row)
-        except (OSError, ValueError, RuntimeError) as error:
-            print(f"ablation_accuracy.py: {error}", file=sys.stderr)
-            status = 1
-        except KeyboardInterrupt:
-            print("interrupted: these are the networks that were trained to the end", file=sys.stderr)
-            status = 130
-    if results["rows"]:
-        print(format_table(results["rows"]))
-        if settings.json:
-            write_results(results, settings.json)
-    return status
+        return collect(measure(Path(folder), settings), results, settings.json, __file__, format_table)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ import hashlib
 import importlib
 import json
 import os
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -28,6 +26,7 @@ import numpy as np
 import timm
 import timm.data
 import torch
+import train_script
 import yaml
 from command_line import format_command
 from numpy.typing import NDArray
@@ -36,7 +35,7 @@ from PIL import Image
 from timm_tresnet.commands.options import at_least, new_file
 from timm_tresnet.conversion.reading import read_checkpoint
 from timm_tresnet.files import whole
-from timm_tresnet.results import start_results, write_results
+from timm_tresnet.results import start_results
 from timm_tresnet.tables import format_markdown
 
 ARMS = ("transfer", "scratch")
@@ -150,8 +149,7 @@ def make_command(
     run: Run, recipe: Path, weights: Path, images: Path, output: Path, settings: argparse.Namespace
 ) -> list[str]:
     """The command that trains one network."""
-    # -P: the installed timm, not the copy beside the script
-    words = [sys.executable, "-P", str(settings.scripts / "train.py"), "--config", str(recipe)]
+    words = [*train_script.start_command(settings), "--config", str(recipe)]
     words += ["--data-dir", str(images), "--output", str(output), "--experiment", "run", *make_flags(run, settings)]
     if run.arm == "transfer":  # named by its file, the weights' classifier is dropped, though it has ten classes too
         words += ["--pretrained", "--pretrained-path", str(weights)]
@@ -164,9 +162,7 @@ def train(command: Sequence[str], output: Path) -> dict[str, Any]:
     Raises:
         RuntimeError: if it fails; with what it said last.
     """
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    if process.returncode:
-        raise RuntimeError(f"{shlex.join(command)} ended with status {process.returncode}:\n{process.stderr[-2000:]}")
+    train_script.run_training(command)
     return dict(read_checkpoint(output / "run" / "last.pth.tar"))
 
 
@@ -275,14 +271,7 @@ def format_range(values: Sequence[float]) -> str:
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The transfer recipe from pretrained weights and from scratch.")
-    scripts = os.environ.get("TIMM_SCRIPTS")
-    parser.add_argument(
-        "--scripts",
-        type=Path,
-        default=scripts and Path(scripts),
-        metavar="FOLDER",
-        help="with timm's train.py (default: TIMM_SCRIPTS)",
-    )
+    train_script.add_scripts_option(parser)
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="for what is measured; goes on with what is there")
     parser.add_argument("--recipe", type=Path, default=RECIPE, metavar="FILE", help="default: recipes/transfer.yaml")
     embedded = [name for name in timm.list_pretrained("test_tresnet*") if timm.get_pretrained_cfg(name).file]
@@ -305,8 +294,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--part", choices=["test", "validation"], default="test", help="of the images, to measure on")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="file for the results, must not exist yet")
     settings = parser.parse_args(words)
-    if settings.scripts is None or not (settings.scripts / "train.py").is_file():
-        parser.error("--scripts needs a folder with timm's train.py, as a clone of its repository has")
+    train_script.check_scripts(parser, settings)
     if settings.batch_size > 10 * min(settings.images_per_class):
         parser.error(
             f"--batch-size needs at most the images of the smallest training, {10 * min(settings.images_per_class)}, "
@@ -325,22 +313,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     unrecorded = ("scripts", "work", "recipe")
     results = start_results(format_command(__file__, words), "cpu", settings, unrecorded=unrecorded, packages=packages)
     results["settings"]["recipe"] = yaml.safe_load(settings.recipe.read_text(encoding="utf-8"))
-    status = 0
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            for row in measure(settings.work or Path(folder), weights, settings):
-                results["rows"].append(row)
-        except (OSError, ValueError, RuntimeError) as error:
-            print(f"transfer.py: {error}", file=sys.stderr)
-            status = 1
-        except KeyboardInterrupt:
-            print("interrupted: these are the networks that were trained to the end", file=sys.stderr)
-            status = 130
-    if results["rows"]:
-        print(format_table(results["rows"]))
-        if settings.json:
-            write_results(results, settings.json)
-    return status
+        rows = measure(settings.work or Path(folder), weights, settings)
+        return train_script.collect(rows, results, settings.json, __file__, format_table)
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def test_both_arms_are_trained_and_measured_and_read_again(transfer, tmp_path, m
         commands.append(command)
         return subprocess.run(command, **options)
 
-    monkeypatch.setattr(transfer, "subprocess", argparse.Namespace(run=run))
+    monkeypatch.setattr(transfer.train_script, "subprocess", argparse.Namespace(run=run))
     words = ["--data", "digits", "--images-per-class", "2", "--batch-size", "10", "--seeds", "1", "--epochs", "2"]
     words += ["--work", str(work)]
     assert transfer.main([*words, "--json", str(tmp_path / "first.json")]) == 0
