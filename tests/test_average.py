@@ -1,23 +1,18 @@
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from scripts import load_script
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's data sets leave them open
-SCRIPT = Path(__file__).parents[1] / "hub" / "test_tresnet" / "average.py"
 
 
 @pytest.fixture
 def average():
-    spec = importlib.util.spec_from_file_location("average", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("hub/test_tresnet/average.py")
 
 
 @pytest.fixture

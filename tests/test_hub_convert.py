@@ -1,26 +1,21 @@
 import dataclasses
-import importlib.util
 import os
-from pathlib import Path
 
 import pytest
 import reference
 import timm
 import torch
+from scripts import load_script
 
 from timm_tresnet import checkpoint
 from timm_tresnet.catalogue import load_catalogue
 
-SCRIPT = Path(__file__).parents[1] / "hub" / "convert.py"
 NAME = "test_tresnet.demo"
 
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("hub_convert", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("hub/convert.py")
 
 
 @pytest.fixture

@@ -1,21 +1,15 @@
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import load_script
 from torch import nn
-
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "inference.py"
 
 
 @pytest.fixture
-def inference(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parent)  # as for a script
-    spec = importlib.util.spec_from_file_location("inference", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def inference():
+    return load_script("benchmarks/inference.py")
 
 
 def test_flops_are_two_for_each_multiply_add(inference):

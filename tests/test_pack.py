@@ -1,22 +1,16 @@
-import importlib.util
 import os
 import stat
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-
-SCRIPT = Path(__file__).parents[1] / "hub" / "test_tresnet" / "pack.py"
+from scripts import load_script
 
 
 @pytest.fixture
 def pack():
-    spec = importlib.util.spec_from_file_location("pack", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.pack
+    return load_script("hub/test_tresnet/pack.py").pack
 
 
 @pytest.fixture

@@ -1,12 +1,9 @@
-import importlib.util
 import os
 import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
-
-SCRIPT = Path(__file__).parents[1] / "hub" / "test_tresnet" / "prepare.py"
+from scripts import load_script
 
 
 class Photographs:
@@ -21,10 +18,7 @@ class Photographs:
 
 @pytest.fixture
 def prepare():
-    spec = importlib.util.spec_from_file_location("prepare", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("hub/test_tresnet/prepare.py")
 
 
 def test_photographs_are_written_into_numbered_files_of_their_class(prepare, tmp_path):

@@ -1,23 +1,20 @@
 import contextlib
-import importlib.util
 import random
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from scripts import load_script
 
 from timm_tresnet.tagging.annotations import read_annotations
 
-SCRIPT = Path(__file__).parents[1] / "hub" / "mosaic_cifar10" / "prepare.py"
 COLOURS = {"cat": (250, 0, 0), "dog": (0, 250, 0), "frog": (0, 0, 250)}
 
 
 @pytest.fixture
 def prepare(monkeypatch):
-    spec = importlib.util.spec_from_file_location("prepare_mosaics", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("hub/mosaic_cifar10/prepare.py")
     monkeypatch.setattr(module, "HELD_OUT", 8)
     return module
 

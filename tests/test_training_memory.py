@@ -1,13 +1,11 @@
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import load_script
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "training_memory.py"
 OURS = ["none", "activations", "expansions", "checkpointing", "split-bn", "frozen-bn"]
 
 IMAGES = 4 * 3 * 100 * 4  # bytes of (4, 3, 10, 10) in float32
@@ -17,12 +15,7 @@ LOSS = 4 * 8 * 4 + 4 * 8 + 4 + 4  # of cross entropy: log-probabilities, labels,
 
 @pytest.fixture(scope="module")
 def training_memory():
-    spec = importlib.util.spec_from_file_location("training_memory", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPT.parent)  # as for a script
-        spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/training_memory.py")
 
 
 class Toy(nn.Module):

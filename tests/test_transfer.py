@@ -3,28 +3,20 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from scripts import load_script
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "transfer.py"
 MODEL = "test_tresnet.r64_cifar10"
 LABELS = np.tile(np.arange(10), 60)
 
 
 @pytest.fixture(scope="module")
 def transfer():
-    spec = importlib.util.spec_from_file_location("transfer", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPT.parent)  # as for a script
-        patch.setitem(sys.modules, "transfer", module)  # where dataclasses look
-        spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/transfer.py")
 
 
 @pytest.fixture
