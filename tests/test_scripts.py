@@ -187,11 +187,11 @@ def test_onnx_export_script_exports_the_network(run_python, tmp_path):
 def test_trained_checkpoint_can_be_packed(run_python, image_folder, tmp_path):
     run_script(run_python, "train.py", *train_arguments(image_folder, "test_tresnet", tmp_path, num_classes=10))
     pack = Path(__file__).parents[1] / "hub" / "test_tresnet" / "pack.py"
-    output = tmp_path / "packed" / "weights.safetensors"
+    output = tmp_path / "packed" / "test_tresnet.r64_cifar10.safetensors"  # the name says of what they are
     run_python(pack, tmp_path / "run" / "last.pth.tar", output)
     packed = load_file(output)
     checkpoint = torch.load(tmp_path / "run" / "last.pth.tar", weights_only=False)["state_dict"]
     assert packed.keys() == checkpoint.keys()
     for name, tensor in packed.items():
         torch.testing.assert_close(tensor, checkpoint[name].to(tensor.dtype), rtol=0, atol=0)
-    assert [path.name for path in output.parent.iterdir()] == ["weights.safetensors"]
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
