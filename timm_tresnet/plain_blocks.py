@@ -69,10 +69,25 @@ def can_take(x: Tensor) -> bool:
     return torch.is_autocast_enabled(device) and x.dtype == torch.get_autocast_dtype(device)
 
 
-def read_block(block: nn.Module) -> PlainBlock | None:
-    """What is in a block, if nothing is unusual in it; None if something is."""
+def read_blocks(blocks: list[nn.Module]) -> list[PlainBlock]:
+    """What is in the first of some blocks, up to one in which something is unusual.
+
+    While they run, no code of users does, so they stay as they are read.
+    """
+    if _get_methods() != _METHODS:
+        return []
+    plain = []
+    for block in blocks:
+        read = _read_block(block)
+        if read is None:
+            break
+        plain.append(read)
+    return plain
+
+
+def _read_block(block: nn.Module) -> PlainBlock | None:
     kind = type(block)
-    if not (kind is BasicBlock or kind is Bottleneck) or _get_methods() != _METHODS:
+    if not (kind is BasicBlock or kind is Bottleneck):
         return None
     get = block.__dict__["_modules"].get
     act, se, downsample, drop_path = get("act"), get("se"), get("downsample"), get("drop_path")

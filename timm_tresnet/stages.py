@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from timm_tresnet.blocks import BasicBlock, Bottleneck, ResidualBlock
 from timm_tresnet.compiled import run_region
 from timm_tresnet.layers import ActivatedBatchNorm2d, ConvNormAct, ReLU, SpaceToDepth
-from timm_tresnet.plain_blocks import can_take, read_block, run_block
+from timm_tresnet.plain_blocks import PlainBlock, can_take, read_blocks, run_block
 from timm_tresnet.rebuild import (
     has_global_hooks,
     is_foreign,
@@ -22,6 +22,7 @@ from timm_tresnet.rebuild import (
     recording,
     repeating_convolutions,
 )
+from timm_tresnet.tape import Tape
 
 # A module, what the compiler is to rebuild of it ("none", "activations", "expansions", "convolutions"), and whether it
 # keeps the output.
@@ -58,8 +59,11 @@ class Recorded(nn.Sequential):
             return self._forward_compiled(x)
         traced = torch.jit.is_tracing() or not isinstance(x, Tensor)
         with nullcontext() if traced or not self.training else recording(self.rebuild, x):
-            for position, module in enumerate(self):
-                x = self._run(position, module, x)
+            return self._run_all(x)
+
+    def _run_all(self, x: Tensor) -> Tensor:
+        for position, module in enumerate(self):
+            x = self._run(position, module, x)
         return x
 
     def _forward_compiled(self, x: Tensor) -> Tensor:
@@ -143,11 +147,25 @@ class Stage(Recorded):
     def _is_seen(self, position: int, block: nn.Module) -> bool:
         return not isinstance(block, ResidualBlock) or not block.has_own_parts() or is_foreign(block)
 
-    def _run(self, position: int, block: nn.Module, x: Tensor) -> Tensor:
+    def _run_all(self, x: Tensor) -> Tensor:
         tape = open_tape()
-        plain = read_block(block) if tape is not None and can_take(x) else None
-        if plain is None:
-            return super()._run(position, block, x)
+        if tape is None:
+            return super()._run_all(x)
+        ahead: list[PlainBlock] | None = None
+        for position, block in enumerate(self):
+            plain = None
+            if can_take(x):
+                if ahead is None:  # several at once are read faster than one by one
+                    ahead = read_blocks(list(self)[position:])
+                plain = ahead.pop(0) if ahead else None
+            if plain is not None:
+                x = self._run_straight(position, plain, x, tape)
+            else:
+                x = self._run(position, block, x)
+                ahead = None  # code of users may have changed what comes next
+        return x
+
+    def _run_straight(self, position: int, plain: PlainBlock, x: Tensor, tape: Tape) -> Tensor:
         tape.repeats_convolutions = self.grad_checkpointing
         try:
             x, terms = run_block(plain, x, tape)
