@@ -22,7 +22,53 @@ def all_blocks(model):
 @pytest.mark.parametrize("name", ["tresnet_m", "tresnet_v2_l"])
 def test_every_block_of_the_papers_networks_qualifies(name):
     model = timm.create_model(name, width_factor=0.125).train()
-    assert all(plain_blocks.read_block(block) is not None for block in all_blocks(model))
+    blocks = all_blocks(model)
+    assert len(plain_blocks.read_blocks(blocks)) == len(blocks)
+
+
+def test_blocks_are_read_up_to_one_with_something_unusual_in_it():
+    blocks = [make_block(1) for _ in range(4)]
+    blocks[2].register_forward_hook(lambda *_: None)
+    assert len(plain_blocks.read_blocks(blocks)) == 2
+    assert len(plain_blocks.read_blocks(blocks[3:])) == 1
+
+
+def test_blocks_behind_one_with_something_unusual_in_it_run_straight_again(monkeypatch):
+    ran = []
+    run_block = stages.run_block
+    monkeypatch.setattr(stages, "run_block", lambda *args: ran.append(args) or run_block(*args))
+    model = make_model("activations", layers=(1, 1, 4, 1))
+    model.body.layer3[1].register_forward_hook(lambda *_: None)
+    model(images())
+    assert len(ran) == 1 + 1 + 3 + 1
+
+
+@pytest.mark.parametrize("setting", ["activations", "expansions", "checkpointing"])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        pytest.param(lambda block: setattr(block.conv2.bn.act, "negative_slope", 0.5), id="slope"),
+        pytest.param(lambda block: setattr(block.conv1.bn, "momentum", 0.7), id="momentum"),
+        pytest.param(lambda block: block.conv2.bn.eval(), id="eval_mode"),
+        pytest.param(lambda block: setattr(block, "drop_path", nn.Hardtanh()), id="replaced_part"),
+        pytest.param(lambda block: block.conv1.register_forward_hook(lambda *args: args[-1] * 2), id="hook"),
+        pytest.param(lambda block: block.conv3.conv.requires_grad_(False), id="frozen"),
+    ],
+)
+def test_block_that_a_hook_of_one_before_edits_runs_as_edited(edit, setting):
+    def run(setting):
+        model = make_model(setting, layers=(1, 1, 4, 1))
+        stage = model.body.layer3
+
+        def hook(*_):
+            edit(stage[2])
+
+        stage[1].act.register_forward_hook(hook)
+        return train_step(model, images())
+
+    edited, expected = run(setting), run("none")
+    assert edited.keys() == expected.keys()
+    assert all(edited[name] is value is None or torch.equal(edited[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("setting", ["activations", "expansions", "checkpointing"])
@@ -40,7 +86,7 @@ def test_straight_line_computes_and_keeps_what_the_modules_do(amp, setting, kwar
 
     straight, kept = run()
     assert len(ran) == 2 * sum(SMALL["layers"])  # in two forwards
-    monkeypatch.setattr(stages, "read_block", lambda block: None)
+    monkeypatch.setattr(stages, "read_blocks", lambda blocks: [])
     modules, kept_by_modules = run()
     assert all(torch.equal(straight[name], modules[name]) for name in modules)
     assert kept == kept_by_modules
@@ -119,17 +165,17 @@ def patch_class(kind, name):
 )
 def test_block_with_something_unusual_in_it_does_not_qualify(edit, monkeypatch):
     block = make_block()
-    assert plain_blocks.read_block(block) is not None
+    assert plain_blocks.read_blocks([block])
     edit(block, monkeypatch)
-    assert plain_blocks.read_block(block) is None
+    assert not plain_blocks.read_blocks([block])
 
 
 def test_block_of_a_subclass_or_with_drop_path_does_not_qualify():
     class Mine(Bottleneck):
         pass
 
-    assert plain_blocks.read_block(Mine(8, 4, act_layer=nn.LeakyReLU).train()) is None
-    assert plain_blocks.read_block(make_block(drop_path_rate=0.1)) is None
+    assert not plain_blocks.read_blocks([Mine(8, 4, act_layer=nn.LeakyReLU).train()])
+    assert not plain_blocks.read_blocks([make_block(drop_path_rate=0.1)])
 
 
 def test_plain_tensors_can_be_taken():

@@ -19,19 +19,26 @@ def make_normalization(
 
     Args:
         x: what the norm took, (N, C, H, W).
-        mean: of each channel, (C,).
-        rstd: 1 / sqrt(var + eps) of each channel, (C,).
+        mean: of each channel, (C,), which nobody edits.
+        rstd: 1 / sqrt(var + eps) of each channel, (C,), which nobody edits.
         weight: (C,), or None for ones.
         bias: (C,), or None for zeros.
         slope: that of the leaky ReLU, or None for no such.
     """
-    if weight is not None:
-        weight, bias = weight.data, bias.data
     if x.is_cuda:
-        affine = (None, None) if weight is None else (weight.clone(), bias.clone())
-        return functools.partial(_normalize_on_cuda, mean.clone(), rstd, *affine, slope)
-    scale, shift = make_affine(mean, rstd, weight, bias)
-    return functools.partial(_apply, scale, shift, *_neutral_statistics(scale), 0.0, slope)
+        affine = (None, None) if weight is None else (weight.data.clone(), bias.data.clone())
+        return functools.partial(_normalize_on_cuda, mean, rstd, *affine, slope)
+    if weight is not None and mean.dtype == weight.dtype == torch.float32:
+        scale, shift = rstd * weight.data, bias.data.clone()
+    else:
+        dtype = torch.promote_types(mean.dtype, torch.float32)
+        scale = rstd.to(dtype) if weight is None else rstd.to(dtype) * weight.data.to(dtype)
+        shift = torch.zeros_like(scale) if bias is None else bias.data.to(dtype, copy=True)
+        if mean.dtype != dtype:  # half precision, whose kernel has one rounding more
+            shift -= mean.to(dtype) * scale
+            mean = torch.zeros_like(scale)
+    _, ones = _neutral_statistics(scale)  # with them the kernel takes its weight for the scale, and does the rest
+    return functools.partial(_apply, scale, shift, mean, ones, 0.0, slope)
 
 
 def make_inference_normalization(
@@ -48,7 +55,7 @@ def make_inference_normalization(
     Its kernel's 1 / sqrt(var + eps) is another one in the last bit, so it is called again as it was.
     """
     if x.is_cuda:
-        return make_normalization(x, mean, 1 / (var + eps).sqrt(), weight, bias, slope)
+        return make_normalization(x, mean.clone(), 1 / (var + eps).sqrt(), weight, bias, slope)
     affine = (None, None) if weight is None else (weight.data.clone(), bias.data.clone())
     return functools.partial(_apply, *affine, mean.clone(), var.clone(), eps, slope)
 
