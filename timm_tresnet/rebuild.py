@@ -75,6 +75,8 @@ _KNOWN_MODULES = (
 _OURS = "timm_tresnet."
 _FSDP = ("torch.distributed.fsdp.", "torch.distributed._composable.fsdp.")
 
+_find_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # PyTorch 2.5 has it not
+
 _state = threading.local()
 
 
@@ -101,21 +103,31 @@ def recording(setting: str, x: Tensor | None = None) -> Iterator[None]:
 
 
 def _must_step_aside() -> bool:
-    # PyTorch has no public way to ask for hooks of others, but refuses ours on what has been saved under them.
+    return is_transforming() or not torch._C._autograd._saved_tensors_hooks_is_enabled() or _has_hooks_of_others()
+
+
+def _has_hooks_of_others() -> bool:
+    """Whether others have hooks on all that is saved."""
+    if _find_top_hooks is not None:
+        return _find_top_hooks(True) is not None
+    # PyTorch refuses ours on what has been saved under theirs.
     node = torch.ones((), device="cpu", requires_grad=True).exp().grad_fn
-    return is_transforming() or keep(node._raw_saved_result) is None
+    return keep(node._raw_saved_result) is None
 
 
 def is_transforming() -> bool:
     """Whether a transform of `torch.func`, forward mode or a mode is at work, or hooks of users run in every module."""
-    modes = torch.overrides._get_current_function_mode_stack()
     return (
-        bool(torch.utils._python_dispatch._get_current_dispatch_mode_stack())
-        or any(type(mode) is not DeviceContext for mode in modes)
+        torch._C._len_torch_dispatch_stack() > 0
+        or (torch._C._len_torch_function_stack() > 0 and _has_modes_of_others())
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or has_global_hooks()
     )
+
+
+def _has_modes_of_others() -> bool:
+    return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
 
 
 def has_global_hooks() -> bool:

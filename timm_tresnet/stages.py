@@ -57,8 +57,9 @@ class Recorded(nn.Sequential):
     def _forward_eager(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self._forward_compiled(x)
-        traced = torch.jit.is_tracing() or not isinstance(x, Tensor)
-        with nullcontext() if traced or not self.training else recording(self.rebuild, x):
+        if not self.training or open_tape() is not None or torch.jit.is_tracing() or not isinstance(x, Tensor):
+            return self._run_all(x)
+        with recording(self.rebuild, x):
             return self._run_all(x)
 
     def _run_all(self, x: Tensor) -> Tensor:
