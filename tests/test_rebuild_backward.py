@@ -140,11 +140,12 @@ def test_reentrant_backward_in_the_middle(model):
     y = model(inputs())
     w = model.body.layer2[0].conv2.conv.weight
     inner, total = [], y.sum()
-    model.body.layer3[2].conv1.bn.weight.register_hook(
+    handle = model.body.layer3[2].conv1.bn.weight.register_hook(
         lambda g: inner.append(torch.autograd.grad(total, w, retain_graph=True)[0])
     )
     loss = y.square().mean()
     loss.backward(retain_graph=True)
+    handle.remove()  # which holds the graph, which holds the weight: nobody would ever free them
     return {**collect(model, loss), "inner": inner[0]}
 
 
