@@ -114,7 +114,7 @@ ROWS = [
     ),
     Row("torchscript", "--torchscript", expected="close", note=_ROUNDING),
     Row("sync_bn_one_process", "--sync-bn", note="one process: timm converts nothing"),
-    Row("split_bn", "--aug-splits 2 --split-bn --aa rand-m9-mstd0.5-inc1"),
+    Row("split_bn", "--aug-splits 2 --split-bn --aa rand-m9-mstd0.5-inc1-mmax9"),
     Row("resplit", "--aug-splits 2 --resplit --reprob 0.3 --aa original"),
     Row("jsd_loss", "--aug-splits 3 --jsd-loss"),
     Row("jsd_loss_split_bn", "--aug-splits 3 --jsd-loss --split-bn --channels-last"),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from packaging.version import Version
 from torch import nn
 
-from timm_tresnet.layers import BlurPool2d, ConvNormAct
+from timm_tresnet.layers import ActivatedBatchNorm2d, BlurPool2d, ConvNormAct
 
 
 def test_conv_norm_act_is_convolution_then_batch_norm_then_activation_then_blur():
@@ -66,6 +66,16 @@ def test_conv_norm_act_takes_another_norm():
     layer = ConvNormAct(3, 32, 1, act_layer=nn.ReLU, norm_layer="groupnorm1")
     assert isinstance(layer.bn, nn.GroupNorm)
     assert layer(torch.randn(1, 3, 2, 2)).min() >= 0
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"), [("batchnorm2d", ActivatedBatchNorm2d), ("frozenbatchnorm2d", timm.layers.FrozenBatchNormAct2d)]
+)
+def test_norms_that_timm_has_no_name_for_go_by_name_and_class(name, norm):
+    for norm_layer in (name, norm):
+        layer = ConvNormAct(3, 8, 1, act_layer=nn.LeakyReLU, norm_layer=norm_layer)
+        assert type(layer.bn) is norm
+        assert type(layer.bn.act) is nn.LeakyReLU
 
 
 def test_conv_norm_act_takes_timms_frozen_norm_by_name():

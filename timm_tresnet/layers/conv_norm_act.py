@@ -76,7 +76,7 @@ class ConvNormAct(nn.Module):
         stride: stride of the convolution.
         dilation: step between the kernel's taps, in pixels.
         act_layer: activation after the norm, as `timm.layers.get_norm_act_layer` takes it; None for no activation.
-        norm_layer: normalisation; ActivatedBatchNorm2d for "batchnorm2d", timm's FrozenBatchNormAct2d for
+        norm_layer: normalisation, a name or class; ActivatedBatchNorm2d for "batchnorm2d", FrozenBatchNormAct2d for
             "frozenbatchnorm2d", anything else as `timm.layers.get_norm_act_layer` takes it.
         aa: anti-aliasing layer that does the downsampling, after the activation.
         expands: whether the setting "expansions" of `timm_tresnet.rebuild` is about this convolution.
@@ -114,9 +114,9 @@ class ConvNormAct(nn.Module):
             bias=False,
             **factory_kwargs,
         )
-        if norm_layer == "batchnorm2d":
+        if norm_layer in ("batchnorm2d", ActivatedBatchNorm2d):
             norm_act = functools.partial(ActivatedBatchNorm2d, act_layer=act_layer)
-        elif norm_layer == "frozenbatchnorm2d":  # which timm has no name for
+        elif norm_layer in ("frozenbatchnorm2d", FrozenBatchNormAct2d):  # which timm has no name for
             norm_act = functools.partial(FrozenBatchNormAct2d, act_layer=act_layer)
         else:
             norm_act = get_norm_act_layer(norm_layer, act_layer)
