@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from timm_tresnet.affine import make_affine, make_inference_normalization, make_normalization, scale_and_shift
@@ -40,6 +41,8 @@ def test_scale_and_shift_do_what_batch_norm_does(dtype, affine):
     ids=str,
 )
 def test_normalization_is_batch_norms_to_the_last_bit(dtype, of_weights, memory_format, affine):
+    if of_weights is torch.float16 and Version(torch.__version__) < Version("2.11"):
+        pytest.skip("PyTorch 2.5's kernel for float16 weights rounds otherwise")
     for channels in (1, 5, 16, 130):
         x = (3 * torch.randn(2, channels, 33, 17) + 1).to(dtype, memory_format=memory_format)
         weight, bias = (torch.randn(channels).to(of_weights) for _ in range(2)) if affine else (None, None)

@@ -2,6 +2,7 @@ import pytest
 import timm
 import torch
 from comparing import SMALL, images, make_model, saved_bytes, train_step
+from packaging.version import Version
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -75,6 +76,8 @@ def test_block_that_a_hook_of_one_before_edits_runs_as_edited(edit, setting):
 @pytest.mark.parametrize("kwargs", [{}, {"v2": True}, {"aa_layer": False, "use_se": False}], ids=["m", "v2", "bare"])
 @pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16], ids=str)
 def test_straight_line_computes_and_keeps_what_the_modules_do(amp, setting, kwargs, monkeypatch):
+    if amp is torch.float16 and setting == "checkpointing" and Version(torch.__version__) < Version("2.11"):
+        pytest.skip("PyTorch 2.5 pads float16 on a CPU under autocast alone, which is off in backward")
     ran = []
     run_block = stages.run_block
     monkeypatch.setattr(stages, "run_block", lambda *args: ran.append(args) or run_block(*args))
