@@ -14,13 +14,7 @@ import timm_tresnet
 from timm_tresnet import TResNet
 from timm_tresnet.layers import BlurPool2d, SpaceToDepth, SqueezeExcite
 
-PAPER_VARIANTS = {
-    "tresnet_m": {"layers": [3, 4, 11, 3]},
-    "tresnet_l": {"layers": [4, 5, 18, 3], "width_factor": 1.2},
-    "tresnet_xl": {"layers": [4, 5, 24, 3], "width_factor": 1.3},
-    "tresnet_v2_l": {"layers": [3, 4, 23, 3], "width_factor": 1.0, "v2": True},
-}
-VARIANTS = [*PAPER_VARIANTS, "tresnet_s", "tresnet_v2_xl", "test_tresnet"]
+VARIANTS = ["tresnet_s", "tresnet_m", "tresnet_l", "tresnet_xl", "tresnet_v2_l", "tresnet_v2_xl", "test_tresnet"]
 SMALL = {"layers": (1, 1, 1, 1), "num_classes": 10}
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
