@@ -1,8 +1,10 @@
 """Hooks of users on modules and tensors, and edits of what hooks have seen."""
 
 import torch
+import torch.nn.functional as F
 from comparing import REBUILDING, collect, train_step
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from users import EDITS, inputs, same_as_plain, step_after
 
 
@@ -286,3 +288,50 @@ def test_identity_in_hooked_stage(edit, model):
     seen = []
     model.body.layer3.register_forward_hook(lambda m, a, y: seen.append(y))
     return step_after(model, lambda _: edit(seen))
+
+
+class Steeper(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (F.leaky_relu, F.leaky_relu_):
+            return function(args[0], 0.3)
+        return function(*args, **(kwargs or {}))
+
+
+class SteeperBelow(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.leaky_relu.default:
+            return function(args[0], 0.3)
+        return function(*args, **(kwargs or {}))
+
+
+class GlobalHook:
+    def __enter__(self):
+        self.handle = nn.modules.module.register_module_forward_hook(
+            lambda module, args, y: y * 1.5 if type(module) is nn.Conv2d else None
+        )
+
+    def __exit__(self, *exception):
+        self.handle.remove()
+
+
+def negated():
+    return torch.autograd.graph.saved_tensors_hooks(torch.neg, torch.neg)
+
+
+OPENED = [(opened, "layer1", "layer4") for opened in (Steeper, SteeperBelow, GlobalHook, negated)]
+OPENED += [(opened, "layer3.1", "layer3.3") for opened in (Steeper, SteeperBelow, GlobalHook)]
+
+
+@same_as_plain(*OPENED, few=7)
+def test_what_one_hook_opens_and_another_closes(opened, first, last, model):
+    context = opened()
+
+    def enter(*_):
+        context.__enter__()
+
+    def leave(*_):
+        context.__exit__(None, None, None)
+
+    model.body.get_submodule(first).register_forward_pre_hook(enter)
+    model.body.get_submodule(last).register_forward_hook(leave)
+    return train_step(model, inputs())

@@ -67,7 +67,7 @@ def counting(model):
     gc.disable()
     try:
         with pytest.MonkeyPatch.context() as patch, Live(model) as live:
-            patch.setattr(rebuild, "_must_step_aside", lambda: False)  # as it does for a mode, which this is
+            patch.setattr(rebuild, "must_step_aside", lambda: False)  # as it does for a mode, which this is
             yield live
     finally:
         gc.enable()

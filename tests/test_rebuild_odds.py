@@ -19,6 +19,7 @@ from users import (
 )
 
 from timm_tresnet import rebuild
+from timm_tresnet.stages import Stage
 
 
 @same_as_plain(
@@ -213,3 +214,34 @@ def test_block_called_twice(model):
 
 def test_no_tape_stays_open():
     assert rebuild.open_tape() is None
+
+
+class Drawing(Stage):
+    """Leaves blocks out at random (LayerDrop), and edits them between one another."""
+
+    def __iter__(self):
+        for position, block in enumerate(self._modules.values()):
+            if position == 0 or torch.rand(()) > 0.5:
+                yield block
+                for each in self._modules.values():
+                    each.conv1.bn.momentum *= 0.9
+
+
+@same_as_plain()
+def test_stage_that_goes_through_its_blocks_in_its_own_way(model):
+    model.body.layer3.__class__ = Drawing
+    return train_step(model, inputs())
+
+
+@same_as_plain("mapping", "block")
+def test_blocks_replaced_while_the_stage_runs(what, model):
+    stage, other = model.body.layer3, another(model, seed=5).body.layer3
+
+    def hook(*_):
+        if what == "mapping":
+            stage._modules = {**stage._modules, "2": other[2]}
+        else:
+            stage._modules["2"] = other[2]
+
+    stage[1].register_forward_hook(hook)
+    return train_step(model, inputs())

@@ -1,5 +1,7 @@
 """Functions and modules of the network that users change: forwards, paddings, blurs, modes."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,4 +133,47 @@ def test_changed_functions(kind, model):
 @same_as_plain()
 def test_dispatch_mode(model):
     with torch.utils.flop_counter.FlopCounterMode(display=False):
+        return train_step(model, inputs())
+
+
+CODE = (
+    (nn.Conv2d, "__call__"),
+    (nn.Identity, "forward"),
+    (F, "leaky_relu"),
+    (F, "batch_norm"),
+    (nn.Conv2d, "_call_impl"),
+    (nn.LeakyReLU, "__call__"),
+    (F, "conv2d"),
+    (F, "avg_pool2d"),
+    (torch.Tensor, "__add__"),
+)
+
+
+@contextlib.contextmanager
+def patching(owner, name):
+    """A function that replaces what an owner has under a name, until the end."""
+    original, is_own = getattr(owner, name), name in vars(owner)
+
+    def patch(*_):
+        setattr(owner, name, lambda *args, **kwargs: original(*args, **kwargs) * 1.5)
+
+    try:
+        yield patch
+    finally:
+        setattr(owner, name, original)
+        if not is_own:
+            delattr(owner, name)
+
+
+@same_as_plain(*CODE, few=4)
+def test_code_of_classes_and_functions_patched(owner, name, model):
+    with patching(owner, name) as patch:
+        patch()
+        return train_step(model, inputs())
+
+
+@same_as_plain(*CODE, few=4, settings=("activations", "expansions"))  # what is checkpointed runs again, as patched
+def test_code_of_classes_and_functions_patched_by_a_hook(owner, name, model):
+    with patching(owner, name) as patch:
+        model.body.layer2[0].register_forward_hook(patch)
         return train_step(model, inputs())

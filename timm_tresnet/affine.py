@@ -26,9 +26,8 @@ def make_normalization(
         slope: that of the leaky ReLU, or None for no such.
     """
     if x.is_cuda:
-        affine = (None, None) if weight is None else (weight.data.clone(), bias.data.clone())
-        return functools.partial(_normalize_on_cuda, mean, rstd, *affine, slope)
-    if weight is not None and mean.dtype == weight.dtype == torch.float32:
+        return functools.partial(_normalize_on_cuda, mean, rstd, _copy(weight), _copy(bias), slope)
+    if weight is not None and bias is not None and mean.dtype == weight.dtype == torch.float32:
         scale, shift = rstd * weight.data, bias.data.clone()
     else:
         dtype = torch.promote_types(mean.dtype, torch.float32)
@@ -56,8 +55,7 @@ def make_inference_normalization(
     """
     if x.is_cuda:
         return make_normalization(x, mean.clone(), 1 / (var + eps).sqrt(), weight, bias, slope)
-    affine = (None, None) if weight is None else (weight.data.clone(), bias.data.clone())
-    return functools.partial(_apply, *affine, mean.clone(), var.clone(), eps, slope)
+    return functools.partial(_apply, _copy(weight), _copy(bias), mean.clone(), var.clone(), eps, slope)
 
 
 def make_affine(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -78,6 +76,10 @@ def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     if not x.numel():  # which the kernel cannot take
         return x.clone()
     return _apply(scale, shift, *_neutral_statistics(scale), 0.0, None, x)
+
+
+def _copy(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.data.clone()
 
 
 def _apply(

@@ -24,19 +24,29 @@ _KINDS = (
     *(BasicBlock, Bottleneck, ConvNormAct, ActivatedBatchNorm2d, BlurPool2d, ReLU, ShortcutPool2d, SqueezeExcite),
     *(nn.Conv2d, nn.Identity, nn.LeakyReLU, nn.Sequential, nn.Sigmoid),
 )
-_get_forward = operator.attrgetter("forward")
+_get_called = operator.attrgetter("__call__", "__getattr__", "_call_impl", "forward")
+_get_functions = operator.attrgetter("avg_pool2d", "batch_norm", "conv2d", "leaky_relu", "pad", "relu")
+_get_operations = operator.attrgetter(
+    *("batch_norm", "relu_", "sigmoid", "Tensor.__add__", "Tensor.__mul__", "Tensor.mean")
+)
 _get_convolution = operator.itemgetter("_parameters", "stride", "padding", "dilation", "groups", "padding_mode")
 _get_norm = operator.itemgetter(
     *("_modules", "_parameters", "_buffers", "training", "track_running_stats", "momentum", "eps", "synchronized")
 )
 
 
-def _get_methods() -> list[Any]:
+def _get_code() -> list[Any]:
     """What runs when such a module is called."""
-    return [nn.Module.__call__, nn.Module._call_impl, nn.Conv2d._conv_forward, *map(_get_forward, _KINDS)]
+    return [*map(_get_called, _KINDS), nn.Conv2d._conv_forward, _get_functions(F), _get_operations(torch)]
 
 
-_METHODS = _get_methods()  # which nobody has replaced yet
+_CODE = _get_code()  # which nobody has replaced yet
+
+
+def is_patched() -> bool:
+    """Whether somebody has replaced what runs when the modules of a block are called."""
+    return _get_code() != _CODE
+
 
 _Unit = tuple[Tensor, tuple[Any, ...], tuple[Any, ...], Tensor, tuple[Any, ...] | None, bool]
 
@@ -61,7 +71,7 @@ def can_take(x: Tensor) -> bool:
 
     Under autocast, a convolution saves its input only if that has autocast's dtype already, else a copy.
     """
-    if type(x) is not Tensor or not x.numel() or not torch.is_grad_enabled():
+    if type(x) is not Tensor or x.dim() != 4 or not x.numel() or not torch.is_grad_enabled():
         return False
     if not torch._C._is_any_autocast_enabled():
         return True
@@ -74,7 +84,7 @@ def read_blocks(blocks: list[nn.Module]) -> list[PlainBlock]:
 
     While they run, no code of users does, so they stay as they are read.
     """
-    if _get_methods() != _METHODS:
+    if is_patched():
         return []
     plain = []
     for block in blocks:
@@ -138,7 +148,7 @@ def run_block(plain: PlainBlock, x: Tensor, tape: Tape) -> tuple[Tensor, tuple[S
 
 
 def _are_untouched(parts: list[nn.Module]) -> bool:
-    """Whether modules have neither hooks nor methods of their own."""
+    """Whether modules have neither hooks nor methods of their own, nor tensors instead of parameters."""
     for part in parts:
         fields = part.__dict__
         if (
@@ -150,6 +160,8 @@ def _are_untouched(parts: list[nn.Module]) -> bool:
             or "_call_impl" in fields
             or "_conv_forward" in fields
             or "_compiled_call_impl" in fields
+            or "weight" in fields
+            or "bias" in fields
         ):
             return False
     return True
@@ -178,8 +190,14 @@ def _read_unit(unit: nn.Module | None, parts: list[nn.Module]) -> _Unit | None:
         and training
         and tracks
         and momentum is not None
+        and type(eps) is float
+        and eps > 0
         and not synchronized
         and type(drop) is nn.Identity
+        and gamma.is_contiguous()
+        and beta.is_contiguous()
+        and mean.is_contiguous()
+        and var.is_contiguous()
     )
     if not usual:
         return None
@@ -188,8 +206,10 @@ def _read_unit(unit: nn.Module | None, parts: list[nn.Module]) -> _Unit | None:
         slope = act.negative_slope
     elif type(act) is not nn.Identity:
         return None
-    if type(aa) is BlurPool2d and type(kernel := aa._buffers.get("kernel")) is Tensor and not kernel.requires_grad:
-        blur = kernel, aa.stride, aa.dilation
+    if type(aa) is BlurPool2d:
+        blur = aa._buffers.get("kernel"), aa.stride, aa.dilation
+        if list(map(type, blur)) != [Tensor, int, int] or blur[0].requires_grad:
+            return None
     elif type(aa) is not nn.Identity:
         return None
     parts += unit, conv, norm, act, drop, aa
@@ -228,7 +248,7 @@ def _read_convolution(conv: nn.Module | None) -> tuple[Tensor, tuple[Any, ...]] 
     parameters, stride, padding, dilation, groups, padding_mode = _get_convolution(conv.__dict__)
     weight = parameters.get("weight")
     tuples = type(stride) is type(padding) is type(dilation) is tuple  # a list may be edited until backward
-    if type(weight) is not nn.Parameter or not tuples or padding_mode != "zeros":
+    if type(weight) is not nn.Parameter or not tuples or type(groups) is not int or padding_mode != "zeros":
         return None
     return weight, (parameters.get("bias"), stride, padding, dilation, groups)
 

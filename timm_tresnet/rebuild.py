@@ -34,7 +34,8 @@ statistics, gates, random masks                        kept; they are small
 made, or needed, by any other function                 kept, as PyTorch keeps it
 modules of users' classes, with forwards or hooks of   theirs: kept, as PyTorch keeps it, and nothing is made
 users; all in them, all that goes in and comes out     again from it, for they may edit it
-the input and the output of all                        the same
+the input and the output of all; tensors of users'      the same
+classes; norms with eps or a layout out of the usual
 saved where hooks of others are: checkpoint, offload   the same
 =====================================================  =========================================================
 
@@ -42,10 +43,12 @@ Reading the graph takes as long as launching the work of small tensors. A block 
 which all is known beforehand, runs without: `timm_tresnet.plain_blocks` puts the same hooks in the same places.
 
 The one thing that it cannot see is an edit of a convolution's weight through `.data` between forward and backward,
-where that convolution is to run again.
+where that convolution is to run again. Any other edit of it, such as an optimizer's step, makes backward raise an error
+then, also where gradients of later layers alone are asked for, which plain PyTorch still computes.
 
-Where a transform of `torch.func`, forward-mode differentiation, global module hooks, modes of users or the compiler are
-at work, no tape opens. Values are shared among those who ask within one backward pass, and dropped after the last one,
+Where a transform of `torch.func`, forward-mode differentiation, global module hooks, modes of users, patched functions
+or classes of PyTorch, or the compiler are at work, no tape opens; if code of users opens such a thing on the way and
+leaves it open, the tape closes. Values are shared among those who ask within one backward pass, and dropped after the last one,
 at the latest when that pass ends.
 
 Grad checkpointing is the same with convolutions to run again (`repeating_convolutions`). Unlike
@@ -90,7 +93,7 @@ def recording(setting: str, x: Tensor | None = None) -> Iterator[None]:
         setting: one of SETTINGS; with "none", nothing is recorded.
         x: what the forward pass begins with; what came before is left alone.
     """
-    if setting == "none" or not torch.is_grad_enabled() or open_tape() is not None or _must_step_aside():
+    if setting == "none" or not torch.is_grad_enabled() or open_tape() is not None or must_step_aside():
         yield
         return
     tape = _state.tape = Tape(setting)
@@ -102,7 +105,8 @@ def recording(setting: str, x: Tensor | None = None) -> Iterator[None]:
         _state.tape = None
 
 
-def _must_step_aside() -> bool:
+def must_step_aside() -> bool:
+    """Whether something of others is at work that no tape goes with."""
     return is_transforming() or not torch._C._autograd._saved_tensors_hooks_is_enabled() or _has_hooks_of_others()
 
 
@@ -149,6 +153,11 @@ def pausing() -> Iterator[None]:
         yield
     finally:
         _state.tape = tape
+
+
+def close_tape() -> None:
+    """Record nothing of what is left of the forward pass."""
+    _state.tape = None
 
 
 @contextmanager

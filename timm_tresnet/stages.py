@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from timm_tresnet.blocks import BasicBlock, Bottleneck, ResidualBlock
 from timm_tresnet.compiled import run_region
 from timm_tresnet.layers import ActivatedBatchNorm2d, ConvNormAct, ReLU, SpaceToDepth
-from timm_tresnet.plain_blocks import PlainBlock, can_take, read_blocks, run_block
+from timm_tresnet.plain_blocks import PlainBlock, can_take, is_patched, read_blocks, run_block
 from timm_tresnet.rebuild import (
+    close_tape,
     has_global_hooks,
     is_foreign,
     is_transforming,
+    must_step_aside,
     open_tape,
     pausing,
     recording,
@@ -27,6 +29,8 @@ from timm_tresnet.tape import Tape
 # A module, what the compiler is to rebuild of it ("none", "activations", "expansions", "convolutions"), and whether it
 # keeps the output.
 _Step = tuple[nn.Module, str, bool]
+_TENSORS = (Tensor, nn.Parameter)  # what classes of users do is not known
+_iterate = nn.Sequential.__iter__
 
 
 class Recorded(nn.Sequential):
@@ -57,10 +61,11 @@ class Recorded(nn.Sequential):
     def _forward_eager(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self._forward_compiled(x)
-        if not self.training or open_tape() is not None or torch.jit.is_tracing() or not isinstance(x, Tensor):
-            return self._run_all(x)
-        with recording(self.rebuild, x):
-            return self._run_all(x)
+        if self.training and open_tape() is None and not torch.jit.is_tracing() and type(x) in _TENSORS:
+            if not is_patched():
+                with recording(self.rebuild, x):
+                    return self._run_all(x)
+        return self._run_all(x)
 
     def _run_all(self, x: Tensor) -> Tensor:
         for position, module in enumerate(self):
@@ -94,7 +99,7 @@ class Recorded(nn.Sequential):
         tape = open_tape()
         if tape is None:
             return self._run_plainly(module, x)
-        if self._is_seen(position, module):
+        if self._is_seen(position, module) or type(x) not in _TENSORS:
             return self._run_seen(module, x)
         x = self._run_recorded(position, module, x)
         if tape.lost_weights():
@@ -112,7 +117,10 @@ class Recorded(nn.Sequential):
         tape.show(x)
         with pausing():
             x = run(x)
-        tape.show(x)
+        if must_step_aside() or is_patched() or type(x) not in _TENSORS:  # what ran has opened something, and left it
+            close_tape()
+        else:
+            tape.show(x)
         return x
 
     def _run_plainly(self, module: nn.Module, x: Tensor) -> Tensor:
@@ -150,14 +158,15 @@ class Stage(Recorded):
 
     def _run_all(self, x: Tensor) -> Tensor:
         tape = open_tape()
-        if tape is None:
+        if tape is None or type(self).__iter__ is not _iterate:  # which may do something between blocks
             return super()._run_all(x)
+        blocks = self._modules  # which run, whatever becomes of the attribute meanwhile
         ahead: list[PlainBlock] | None = None
         for position, block in enumerate(self):
             plain = None
             if can_take(x):
-                if ahead is None:  # several at once are read faster than one by one
-                    ahead = read_blocks(list(self)[position:])
+                if ahead is None and open_tape() is not None:  # several at once are read faster than one by one
+                    ahead = read_blocks(list(blocks.values())[position:])
                 plain = ahead.pop(0) if ahead else None
             if plain is not None:
                 x = self._run_straight(position, plain, x, tape)

@@ -111,8 +111,11 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
         self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, use_batch: bool, momentum: float
     ) -> Tensor:
         tape = open_tape()
-        plain = type(self.act) is nn.LeakyReLU and nn.LeakyReLU.forward is _LEAKY_RELU_FORWARD
-        number = plain and type(self.act.negative_slope) is float  # a tensor may be edited until backward
+        if not _can_run_again(x, self.eps, self.weight, self.bias, running_mean, running_var):
+            x = F.batch_norm(x, running_mean, running_var, self.weight, self.bias, use_batch, momentum, self.eps)
+            return self.act(self.drop(x))
+        # A slope that is a tensor may be edited until backward.
+        number = type(self.act) is nn.LeakyReLU and type(self.act.negative_slope) is float
         fused = number and self.act.inplace and type(self.drop) is nn.Identity
         slope = self.act.negative_slope if fused else None
         statistics = (running_mean, running_var, use_batch, momentum, self.eps)
@@ -144,7 +147,17 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
         return super().extra_repr() + (", synchronized" if self.synchronized else "")
 
 
-_LEAKY_RELU_FORWARD = nn.LeakyReLU.forward  # which nobody has replaced yet
+def _can_run_again(x: Tensor, eps: float, *of_channels: Tensor | None) -> bool:
+    """Whether batch norm is sure to do the same again: other classes may not, and other layouts round otherwise."""
+    return (
+        type(x) is Tensor
+        and type(eps) is float
+        and eps > 0  # about which F.batch_norm has something to say
+        and all(each is None or (type(each) in _TENSORS and each.is_contiguous()) for each in of_channels)
+    )
+
+
+_TENSORS = (Tensor, nn.Parameter)
 
 
 def run_norm(

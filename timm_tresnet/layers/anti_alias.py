@@ -27,7 +27,7 @@ def blur_pool(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
         kernel = kernel.to(x.dtype)
     if not torch.jit.is_scripting():
         tape = open_tape()
-        if tape is not None and not kernel.requires_grad:
+        if tape is not None and not kernel.requires_grad and type(x) is type(kernel) is Tensor:
             return _blur_recorded(tape, x, kernel, stride, dilation)
         x = _pad(x, dilation)
     else:
