@@ -133,6 +133,12 @@ def patch_class(kind, name):
         pytest.param(set_attribute("conv1.conv._conv_forward", lambda *_: None), id="conv_forward"),
         pytest.param(set_attribute("conv3.bn._call_impl", lambda *_: None), id="call_of_a_norm"),
         pytest.param(set_attribute("conv1.conv.padding_mode", "reflect"), id="padding_mode"),
+        pytest.param(set_attribute("conv1.conv.weight", torch.ones(4, 8, 1, 1)), id="tensor_instead_of_a_parameter"),
+        pytest.param(set_attribute("conv1.conv.groups", torch.tensor(1)), id="groups_that_can_be_edited"),
+        pytest.param(set_attribute("conv2.aa.stride", [2, 2]), id="stride_of_the_blur_that_can_be_edited"),
+        pytest.param(set_attribute("conv1.bn.eps", torch.tensor(1e-5)), id="eps_that_can_be_edited"),
+        pytest.param(set_attribute("conv1.bn.eps", 0.0), id="eps_of_zero"),
+        pytest.param(lambda block, patch: setattr(block.conv1.bn, "running_mean", torch.zeros(4, 2)[:, 0]), id="gaps"),
         pytest.param(set_attribute("se.fc1.padding_mode", "reflect"), id="padding_mode_of_the_gate"),
         pytest.param(set_attribute("conv2.conv.stride", [1, 1]), id="stride_that_can_be_edited"),
         pytest.param(replace("downsample", nn.Sequential()), id="empty_shortcut"),
@@ -164,6 +170,7 @@ def patch_class(kind, name):
         pytest.param(patch_class(nn.Module, "__call__"), id="class_of_modules"),
         pytest.param(patch_class(nn.Module, "_call_impl"), id="class_of_modules_below"),
         pytest.param(patch_class(Bottleneck, "forward"), id="class_of_blocks"),
+        pytest.param(patch_class(nn.functional, "conv2d"), id="function"),
     ],
 )
 def test_block_with_something_unusual_in_it_does_not_qualify(edit, monkeypatch):
@@ -184,6 +191,7 @@ def test_block_of_a_subclass_or_with_drop_path_does_not_qualify():
 def test_plain_tensors_can_be_taken():
     assert plain_blocks.can_take(torch.randn(2, 8, 4, 4))
     assert not plain_blocks.can_take(torch.randn(0, 8, 4, 4))
+    assert not plain_blocks.can_take(torch.randn(8, 4, 4))
     assert not plain_blocks.can_take(nn.Parameter(torch.randn(2, 8, 4, 4)))
     with torch.no_grad():
         assert not plain_blocks.can_take(torch.randn(2, 8, 4, 4))

@@ -48,8 +48,8 @@ then, also where gradients of later layers alone are asked for, which plain PyTo
 
 Where a transform of `torch.func`, forward-mode differentiation, global module hooks, modes of users, patched functions
 or classes of PyTorch, or the compiler are at work, no tape opens; if code of users opens such a thing on the way and
-leaves it open, the tape closes. Values are shared among those who ask within one backward pass, and dropped after the last one,
-at the latest when that pass ends.
+leaves it open, the tape closes. Values are shared among those who ask within one backward pass, and dropped after the
+last one, at the latest when that pass ends.
 
 Grad checkpointing is the same with convolutions to run again (`repeating_convolutions`). Unlike
 `torch.utils.checkpoint` it need not repeat what was small enough to keep: statistics, gates, random masks.
@@ -143,6 +143,11 @@ def has_global_hooks() -> bool:
         or hooks._global_backward_hooks
         or hooks._global_backward_pre_hooks
     )
+
+
+def is_plain(x: object) -> bool:
+    """Whether something is a tensor of PyTorch's own classes; what those of users do is not known."""
+    return type(x) in (Tensor, nn.Parameter)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from timm_tresnet.rebuild import (
     close_tape,
     has_global_hooks,
     is_foreign,
+    is_plain,
     is_transforming,
     must_step_aside,
     open_tape,
@@ -29,7 +30,6 @@ from timm_tresnet.tape import Tape
 # A module, what the compiler is to rebuild of it ("none", "activations", "expansions", "convolutions"), and whether it
 # keeps the output.
 _Step = tuple[nn.Module, str, bool]
-_TENSORS = (Tensor, nn.Parameter)  # what classes of users do is not known
 _iterate = nn.Sequential.__iter__
 
 
@@ -61,11 +61,10 @@ class Recorded(nn.Sequential):
     def _forward_eager(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self._forward_compiled(x)
-        if self.training and open_tape() is None and not torch.jit.is_tracing() and type(x) in _TENSORS:
-            if not is_patched():
-                with recording(self.rebuild, x):
-                    return self._run_all(x)
-        return self._run_all(x)
+        if not self.training or open_tape() is not None or torch.jit.is_tracing() or not is_plain(x) or is_patched():
+            return self._run_all(x)
+        with recording(self.rebuild, x):
+            return self._run_all(x)
 
     def _run_all(self, x: Tensor) -> Tensor:
         for position, module in enumerate(self):
@@ -99,7 +98,7 @@ class Recorded(nn.Sequential):
         tape = open_tape()
         if tape is None:
             return self._run_plainly(module, x)
-        if self._is_seen(position, module) or type(x) not in _TENSORS:
+        if self._is_seen(position, module) or not is_plain(x):
             return self._run_seen(module, x)
         x = self._run_recorded(position, module, x)
         if tape.lost_weights():
@@ -117,7 +116,7 @@ class Recorded(nn.Sequential):
         tape.show(x)
         with pausing():
             x = run(x)
-        if must_step_aside() or is_patched() or type(x) not in _TENSORS:  # what ran has opened something, and left it
+        if must_step_aside() or is_patched() or not is_plain(x):  # what ran has opened something, and left it
             close_tape()
         else:
             tape.show(x)

@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx
 from timm_tresnet.affine import make_inference_normalization, make_normalization
 from timm_tresnet.compiled import is_in_region
 from timm_tresnet.layers.synchronized_norm import SynchronizedNorm, reduce_statistics
-from timm_tresnet.rebuild import open_tape, record_function
+from timm_tresnet.rebuild import is_plain, open_tape, record_function
 
 
 @register_notrace_module
@@ -153,11 +153,8 @@ def _can_run_again(x: Tensor, eps: float, *of_channels: Tensor | None) -> bool:
         type(x) is Tensor
         and type(eps) is float
         and eps > 0  # about which F.batch_norm has something to say
-        and all(each is None or (type(each) in _TENSORS and each.is_contiguous()) for each in of_channels)
+        and all(each is None or (is_plain(each) and each.is_contiguous()) for each in of_channels)
     )
-
-
-_TENSORS = (Tensor, nn.Parameter)
 
 
 def run_norm(
