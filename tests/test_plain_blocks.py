@@ -220,3 +220,17 @@ def test_single_value_per_channel_is_refused_as_by_modules():
     model = make_model("activations")
     with pytest.raises(ValueError, match="more than one value per channel"), rebuild.recording("activations"):
         model.body.layer3(torch.randn(1, 32, 2, 2, requires_grad=True) * 1)
+
+
+@pytest.mark.parametrize(
+    ("patch", "patched"),
+    [
+        ("pass", False),
+        ("torch.nn.functional.leaky_relu = lambda x, *args: x", True),
+        ("torch.nn.Conv2d = type('QuantConv2d', (torch.nn.Conv2d,), {'forward': lambda self, x: x})", True),
+    ],
+    ids=["none", "function", "class"],
+)
+def test_code_that_was_patched_before_this_package_came_is_noticed(patch, patched, run_python):
+    code = f"import torch; {patch}; import timm_tresnet.plain_blocks as ours; print(ours.is_patched())"
+    assert run_python("-c", code).stdout.strip() == str(patched)

@@ -3,10 +3,12 @@
 import contextlib
 
 import torch
+import torch.nn.functional as F
 from comparing import collect, make_model, train_step
 from timm.layers import DropPath, LayerScale2d
 from torch import nn
 from torch.nn.utils import prune
+from torch.overrides import TorchFunctionMode
 from users import (
     FREEZES,
     another,
@@ -230,6 +232,27 @@ class Drawing(Stage):
 @same_as_plain()
 def test_stage_that_goes_through_its_blocks_in_its_own_way(model):
     model.body.layer3.__class__ = Drawing
+    return train_step(model, inputs())
+
+
+class Steeper(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (F.leaky_relu, F.leaky_relu_):
+            return function(args[0], 0.3)
+        return function(*args, **(kwargs or {}))
+
+
+class Opening(Stage):
+    def __iter__(self):
+        first, *others = self._modules.values()
+        yield first
+        with Steeper():
+            yield from others
+
+
+@same_as_plain()
+def test_stage_that_opens_a_mode_between_its_blocks(model):
+    model.body.layer3.__class__ = Opening
     return train_step(model, inputs())
 
 

@@ -172,8 +172,19 @@ def test_code_of_classes_and_functions_patched(owner, name, model):
         return train_step(model, inputs())
 
 
-@same_as_plain(*CODE, few=4, settings=("activations", "expansions"))  # what is checkpointed runs again, as patched
+@same_as_plain(*CODE, few=4)
 def test_code_of_classes_and_functions_patched_by_a_hook(owner, name, model):
     with patching(owner, name) as patch:
         model.body.layer2[0].register_forward_hook(patch)
         return train_step(model, inputs())
+
+
+@same_as_plain(
+    (F, "conv2d"), (torch.Tensor, "__add__"), (torch, "native_batch_norm"), (F, "leaky_relu_"), (torch, "relu_"), few=5
+)
+def test_functions_patched_around_backward(owner, name, model):
+    loss = model(inputs()).square().mean()
+    with patching(owner, name) as patch:
+        patch()
+        loss.backward()
+    return collect(model, loss)

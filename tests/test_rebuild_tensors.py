@@ -1,9 +1,12 @@
 """Weights, statistics and images that users replace: of other classes and layouts, missing, out of range."""
 
+import numpy as np
+import pytest
 import torch
-from comparing import train_step
+from comparing import REBUILDING, saved_bytes, train_step
 from torch import nn
-from users import inputs, same_as_plain, step_after
+from torchvision import tv_tensors
+from users import build, inputs, same_as_plain, step_after
 
 from timm_tresnet.layers import ActivatedBatchNorm2d, BlurPool2d
 
@@ -146,3 +149,16 @@ def test_tensor_in_place_of_a_parameter(model):
 def test_stage_that_gets_a_single_image(model):
     model.body.layer1.register_forward_pre_hook(lambda stage, args: args[0][0])
     return train_step(model, inputs())
+
+
+@pytest.mark.parametrize("setting", REBUILDING)
+def test_what_changes_nothing_costs_no_memory(setting):
+    expected = saved_bytes(build(setting), inputs())
+    assert saved_bytes(build(setting), tv_tensors.Image(inputs())) <= expected
+    model = build(setting)
+    for norm in norms(model):
+        norm.eps = np.float64(1e-5)
+    assert saved_bytes(model, inputs()) == expected
+    for norm in norms(model):
+        norm.eps = 1
+    assert saved_bytes(model, inputs()) == expected

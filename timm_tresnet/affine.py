@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Whatever is in their place when backward comes.
+_native_batch_norm, _leaky_relu_ = torch.native_batch_norm, F.leaky_relu_
+
 _neutral: dict[tuple[torch.Size, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}  # of as many channels
 
 
@@ -91,8 +94,8 @@ def _apply(
     slope: float | None,
     x: Tensor,
 ) -> Tensor:
-    y = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
-    return y if slope is None else F.leaky_relu_(y, slope)
+    y = _native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
+    return y if slope is None else _leaky_relu_(y, slope)
 
 
 def _neutral_statistics(scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from timm_tresnet.tape import Tape
 # A module, what the compiler is to rebuild of it ("none", "activations", "expansions", "convolutions"), and whether it
 # keeps the output.
 _Step = tuple[nn.Module, str, bool]
-_iterate = nn.Sequential.__iter__
+_iterate = nn.Sequential.__iter__  # another one may do something between modules
 
 
 class Recorded(nn.Sequential):
@@ -61,7 +61,8 @@ class Recorded(nn.Sequential):
     def _forward_eager(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self._forward_compiled(x)
-        if not self.training or open_tape() is not None or torch.jit.is_tracing() or not is_plain(x) or is_patched():
+        usual = isinstance(x, Tensor) and type(self).__iter__ is _iterate and not is_patched()
+        if not self.training or open_tape() is not None or torch.jit.is_tracing() or not usual:
             return self._run_all(x)
         with recording(self.rebuild, x):
             return self._run_all(x)
@@ -157,7 +158,7 @@ class Stage(Recorded):
 
     def _run_all(self, x: Tensor) -> Tensor:
         tape = open_tape()
-        if tape is None or type(self).__iter__ is not _iterate:  # which may do something between blocks
+        if tape is None:
             return super()._run_all(x)
         blocks = self._modules  # which run, whatever becomes of the attribute meanwhile
         ahead: list[PlainBlock] | None = None
@@ -273,6 +274,8 @@ def _can_repeat(block: nn.Module) -> bool:
 def _checkpoint(block: nn.Module, x: Tensor) -> Tensor:
     checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, block, x, use_reentrant=False)
     if is_transforming() or not torch._C._autograd._saved_tensors_hooks_is_enabled():  # which it cannot work with
+        return block(x)
+    if is_foreign(block) or is_patched():  # code of users may do something else the second time
         return block(x)
     with torch.utils.checkpoint.set_checkpoint_early_stop(False):  # else it may stop before a random mask is drawn
         return checkpoint(context_fn=lambda: (nullcontext(), _KeepRunningStatistics(block)))

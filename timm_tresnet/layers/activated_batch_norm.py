@@ -151,7 +151,7 @@ def _can_run_again(x: Tensor, eps: float, *of_channels: Tensor | None) -> bool:
     """Whether batch norm is sure to do the same again: other classes may not, and other layouts round otherwise."""
     return (
         type(x) is Tensor
-        and type(eps) is float
+        and isinstance(eps, int | float)
         and eps > 0  # about which F.batch_norm has something to say
         and all(each is None or (is_plain(each) and each.is_contiguous()) for each in of_channels)
     )
