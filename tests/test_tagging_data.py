@@ -9,6 +9,8 @@ from timm_tresnet.tagging.annotations import read_annotations
 from timm_tresnet.tagging.data import EpochSampler, LabelledImages, make_loader, mix_seed
 from timm_tresnet.tagging.transforms import make_transform
 
+pytest.importorskip("torchvision", minversion="0.21")  # as the extra "tagging" has it
+
 
 @pytest.fixture
 def examples(tmp_path):

@@ -5,6 +5,8 @@ from torchvision.transforms import v2
 
 from timm_tresnet.tagging.transforms import Cutout, make_transform
 
+pytest.importorskip("torchvision", minversion="0.21")  # as the extra "tagging" has it
+
 
 def test_cutout_paints_one_rectangle_in_one_colour_and_leaves_the_rest():
     image = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8)
