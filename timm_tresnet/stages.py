@@ -61,8 +61,9 @@ class Recorded(nn.Sequential):
     def _forward_eager(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self._forward_compiled(x)
-        usual = isinstance(x, Tensor) and type(self).__iter__ is _iterate and not is_patched()
-        if not self.training or open_tape() is not None or torch.jit.is_tracing() or not usual:
+        if not self.training or open_tape() is not None or torch.jit.is_tracing():
+            return self._run_all(x)
+        if not isinstance(x, Tensor) or type(self).__iter__ is not _iterate or is_patched():
             return self._run_all(x)
         with recording(self.rebuild, x):
             return self._run_all(x)
