@@ -48,6 +48,7 @@ def test_normalization_is_batch_norms_to_the_last_bit(dtype, of_weights, memory_
         weight, bias = (torch.randn(channels).to(of_weights) for _ in range(2)) if affine else (None, None)
         running = torch.zeros(channels, dtype=of_weights), torch.ones(channels, dtype=of_weights)
         y, mean, rstd, *_ = torch._batch_norm_impl_index(x, weight, bias, *running, True, 0.1, 1e-5, True)
+        assert torch.equal(y, F.batch_norm(x, *map(torch.clone, running), weight, bias, True, 0.1, 1e-5))
         y = F.leaky_relu(y, 0.2)
         normalize = make_normalization(x, mean, rstd, weight, bias, 0.2)
         for tensor in (weight, bias):

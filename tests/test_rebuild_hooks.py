@@ -1,11 +1,10 @@
 """Hooks of users on modules and tensors, and edits of what hooks have seen."""
 
 import torch
-import torch.nn.functional as F
 from comparing import REBUILDING, collect, train_step
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from users import EDITS, inputs, same_as_plain, step_after
+from users import EDITS, Steeper, inputs, same_as_plain, step_after
 
 
 def targets(model):
@@ -288,13 +287,6 @@ def test_identity_in_hooked_stage(edit, model):
     seen = []
     model.body.layer3.register_forward_hook(lambda m, a, y: seen.append(y))
     return step_after(model, lambda _: edit(seen))
-
-
-class Steeper(torch.overrides.TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (F.leaky_relu, F.leaky_relu_):
-            return function(args[0], 0.3)
-        return function(*args, **(kwargs or {}))
 
 
 class SteeperBelow(TorchDispatchMode):

@@ -1,7 +1,5 @@
 """Functions and modules of the network that users change: forwards, paddings, blurs, modes."""
 
-import contextlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -149,33 +147,22 @@ CODE = (
 )
 
 
-@contextlib.contextmanager
-def patching(owner, name):
-    """A function that replaces what an owner has under a name, until the end."""
-    original, is_own = getattr(owner, name), name in vars(owner)
-
-    def patch(*_):
-        setattr(owner, name, lambda *args, **kwargs: original(*args, **kwargs) * 1.5)
-
-    try:
-        yield patch
-    finally:
-        setattr(owner, name, original)
-        if not is_own:
-            delattr(owner, name)
+def replace(patch, owner, name):
+    original = getattr(owner, name)
+    patch.setattr(owner, name, lambda *args, **kwargs: original(*args, **kwargs) * 1.5)
 
 
 @same_as_plain(*CODE, few=4)
 def test_code_of_classes_and_functions_patched(owner, name, model):
-    with patching(owner, name) as patch:
-        patch()
+    with pytest.MonkeyPatch.context() as patch:
+        replace(patch, owner, name)
         return train_step(model, inputs())
 
 
 @same_as_plain(*CODE, few=4)
 def test_code_of_classes_and_functions_patched_by_a_hook(owner, name, model):
-    with patching(owner, name) as patch:
-        model.body.layer2[0].register_forward_hook(patch)
+    with pytest.MonkeyPatch.context() as patch:
+        model.body.layer2[0].register_forward_hook(lambda *_: replace(patch, owner, name))
         return train_step(model, inputs())
 
 
@@ -184,7 +171,7 @@ def test_code_of_classes_and_functions_patched_by_a_hook(owner, name, model):
 )
 def test_functions_patched_around_backward(owner, name, model):
     loss = model(inputs()).square().mean()
-    with patching(owner, name) as patch:
-        patch()
+    with pytest.MonkeyPatch.context() as patch:
+        replace(patch, owner, name)
         loss.backward()
     return collect(model, loss)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import comparing
 import pytest
 import torch
+import torch.nn.functional as F
 from comparing import REBUILDING, collect, make_model
+from torch.overrides import TorchFunctionMode
 
 from timm_tresnet.layers import ConvNormAct
 
@@ -29,6 +31,15 @@ def another(model, **kwargs):
 
 def units(model):
     return [module for module in model.modules() if isinstance(module, ConvNormAct)]
+
+
+class Steeper(TorchFunctionMode):
+    """Gives leaky ReLU another slope."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (F.leaky_relu, F.leaky_relu_):
+            return function(args[0], 0.3)
+        return function(*args, **(kwargs or {}))
 
 
 def same_as_plain(*variants, few=3, settings=REBUILDING, tolerance=None):

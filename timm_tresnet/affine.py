@@ -64,9 +64,6 @@ def make_inference_normalization(
 def make_affine(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Scale and shift (C,) of each channel that do what batch norm does."""
     # Single precision or better, and one rounding in the product-sum, as in batch norm's kernel on the CPU.
-    if weight is not None and mean.dtype == weight.dtype == torch.float32:
-        scale = rstd * weight
-        return scale, torch.addcmul(bias, mean, scale, value=-1)
     dtype = torch.promote_types(mean.dtype, torch.float32)
     mean, rstd = mean.to(dtype), rstd.to(dtype)
     scale = rstd.clone() if weight is None else rstd * weight.to(dtype)
