@@ -14,9 +14,9 @@ from typing import Any
 
 from command_line import format_command, parse_comparison
 
-from timm_tresnet.benchmark import Candidate, run_comparison
-from timm_tresnet.commands.options import image_size
-from timm_tresnet.measuring import make_network
+from timm_tresnet.bench.comparison import Candidate, run_comparison
+from timm_tresnet.bench.measuring import make_network
+from timm_tresnet.cli.options import image_size
 from timm_tresnet.tresnet import ARCHITECTURES
 
 FULL = "as published"

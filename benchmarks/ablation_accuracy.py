@@ -20,9 +20,9 @@ from ablation import VARIATIONS
 from command_line import format_command
 from train_script import add_scripts_option, check_scripts, collect, run_training, start_command
 
-from timm_tresnet.commands.options import at_least, new_file
-from timm_tresnet.results import start_results
-from timm_tresnet.tables import format_markdown
+from timm_tresnet.bench.results import start_results
+from timm_tresnet.cli.options import at_least, new_file
+from timm_tresnet.utils.tables import format_markdown
 
 # The others compute the same network.
 ACCURACY_VARIATIONS = {name: kwargs for name, kwargs in VARIATIONS.items() if "rebuild" not in kwargs}

@@ -5,8 +5,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from timm_tresnet.benchmark import check_options
-from timm_tresnet.commands.options import add_comparison_options
+from timm_tresnet.bench.comparison import check_options
+from timm_tresnet.cli.options import add_comparison_options
 
 
 def parse_comparison(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:

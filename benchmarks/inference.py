@@ -34,11 +34,11 @@ from torch import Tensor, nn
 from training_memory import BUILTIN, MODELS, make_builtin
 
 from timm_tresnet import ExportedModel, export_model, fold_batch_norms, optimize_for_inference
-from timm_tresnet.benchmark import REPEATS
-from timm_tresnet.commands.options import at_least, new_file
-from timm_tresnet.measuring import choose_memory_format, count_flops, read_clock
-from timm_tresnet.results import format_spread, start_results, write_results
-from timm_tresnet.tables import format_markdown
+from timm_tresnet.bench.comparison import REPEATS
+from timm_tresnet.bench.measuring import choose_memory_format, count_flops, read_clock
+from timm_tresnet.bench.results import format_spread, start_results, write_results
+from timm_tresnet.cli.options import at_least, new_file
+from timm_tresnet.utils.tables import format_markdown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONVOLUTIONS = ((64, 56), (128, 28), (256, 14))  # channels and side of 3x3 convolutions at 224 px, for the peak

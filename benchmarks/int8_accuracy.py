@@ -20,10 +20,10 @@ from command_line import format_command
 from tqdm import tqdm
 
 import timm_tresnet
-from timm_tresnet.commands.options import new_file
-from timm_tresnet.images import find_images, read_image
-from timm_tresnet.results import start_results, write_results
-from timm_tresnet.tables import format_markdown
+from timm_tresnet.bench.results import start_results, write_results
+from timm_tresnet.cli.options import new_file
+from timm_tresnet.utils.images import find_images, read_image
+from timm_tresnet.utils.tables import format_markdown
 
 ENGINES = {"onnx": "int8.onnx", "openvino": "int8.xml"}  # format and engine -> artifact
 BATCH_SIZE = 100

@@ -16,10 +16,10 @@ from command_line import format_command
 from torch import Tensor, nn
 from training_memory import BUILTIN
 
-from timm_tresnet.commands.options import at_least, new_file
-from timm_tresnet.measuring import BUILTIN_PREFIX, DTYPES, make_network
-from timm_tresnet.results import start_results, write_results
-from timm_tresnet.tables import format_markdown
+from timm_tresnet.bench.measuring import BUILTIN_PREFIX, DTYPES, make_network
+from timm_tresnet.bench.results import start_results, write_results
+from timm_tresnet.cli.options import at_least, new_file
+from timm_tresnet.utils.tables import format_markdown
 
 MODEL, WIDTH_FACTOR = "tresnet_m", 0.125
 

@@ -30,7 +30,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from matplotlib.transforms import Bbox
 from schema import load_results, script_of
 
-from timm_tresnet.files import whole
+from timm_tresnet.utils.files import whole
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, and a marker for each
 _COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from timm_tresnet.measuring import run_profiler
-from timm_tresnet.tables import format_markdown
+from timm_tresnet.bench.measuring import run_profiler
+from timm_tresnet.utils.tables import format_markdown
 
 
 def profile(run: Callable[[], object], title: str, device: str, repeats: int = 10) -> str:

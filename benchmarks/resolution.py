@@ -12,9 +12,9 @@ from functools import partial
 
 from command_line import format_command, parse_comparison
 
-from timm_tresnet.benchmark import Candidate, run_comparison
-from timm_tresnet.commands.options import image_size
-from timm_tresnet.measuring import BUILTIN_PREFIX, make_network
+from timm_tresnet.bench.comparison import Candidate, run_comparison
+from timm_tresnet.bench.measuring import BUILTIN_PREFIX, make_network
+from timm_tresnet.cli.options import image_size
 from timm_tresnet.tresnet import ARCHITECTURES
 
 REFERENCE = "resnet50"

@@ -23,15 +23,15 @@ import timm.data
 import torch
 from command_line import format_command
 
-from timm_tresnet import cli
-from timm_tresnet.commands.options import at_least, new_file
-from timm_tresnet.images import read_image
-from timm_tresnet.labels import read_thresholds
-from timm_tresnet.loading import load_network
-from timm_tresnet.results import start_results, write_results
-from timm_tresnet.tables import format_markdown
+from timm_tresnet.bench.results import start_results, write_results
+from timm_tresnet.cli import main as cli
+from timm_tresnet.cli.options import at_least, new_file
 from timm_tresnet.tagging.annotations import Reading, read_annotations
 from timm_tresnet.tagging.scores import score
+from timm_tresnet.utils.images import read_image
+from timm_tresnet.utils.tables import format_markdown
+from timm_tresnet.weights.labels import read_thresholds
+from timm_tresnet.weights.loading import load_network
 
 HEADS = {  # options of the command
     "ml_decoder": ["--head", "ml_decoder", "--model-kwargs", "rebuild=none", "num_groups=10", "decoder_embedding={}"],

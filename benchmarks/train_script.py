@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_tresnet.results import write_results
+from timm_tresnet.bench.results import write_results
 
 
 def add_scripts_option(parser: argparse.ArgumentParser) -> None:

@@ -36,9 +36,8 @@ from profiles import profile
 from timm.layers import convert_splitbn_model, freeze_batch_norm_2d
 from torch import Tensor, nn
 
-from timm_tresnet.benchmark import REPEATS
-from timm_tresnet.commands.options import at_least, new_file
-from timm_tresnet.measuring import (
+from timm_tresnet.bench.comparison import REPEATS
+from timm_tresnet.bench.measuring import (
     BUILTIN_PREFIX,
     DTYPES,
     choose_memory_format,
@@ -49,8 +48,9 @@ from timm_tresnet.measuring import (
     measure_kept,
     read_clock,
 )
-from timm_tresnet.results import format_spread, start_results, write_results
-from timm_tresnet.tables import format_markdown
+from timm_tresnet.bench.results import format_spread, start_results, write_results
+from timm_tresnet.cli.options import at_least, new_file
+from timm_tresnet.utils.tables import format_markdown
 
 MODELS = ("tresnet_m", "tresnet_l", "tresnet_xl", "tresnet_v2_l", "test_tresnet")
 BUILTIN = "built-in"

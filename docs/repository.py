@@ -19,8 +19,8 @@ _JOINING = (  # patterns, from the root of the repository
         "notebooks/*.ipynb",
         "recipes/*.yaml",
         "tests/ACCEPTANCE.md",
-        "timm_tresnet/rebuild.py",
-        "timm_tresnet/compiled.py",
+        "timm_tresnet/recompute/rebuild.py",
+        "timm_tresnet/recompute/compiled.py",
     ),
 )
 

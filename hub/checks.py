@@ -13,13 +13,13 @@ from huggingface_hub import HfApi, ModelCard, RepoCard
 from huggingface_hub.hf_api import RepoFile
 from safetensors import safe_open
 
-from timm_tresnet.catalogue import PublicWeight, load_catalogue, make_pretrained_cfg
-from timm_tresnet.checkpoint import find_misfits
-from timm_tresnet.config import read_config
 from timm_tresnet.conversion.card import PLACEHOLDER
-from timm_tresnet.errors import summarise
-from timm_tresnet.labels import is_multi_label
-from timm_tresnet.loading import build_skeleton
+from timm_tresnet.utils.errors import summarise
+from timm_tresnet.weights.catalogue import PublicWeight, load_catalogue, make_pretrained_cfg
+from timm_tresnet.weights.checkpoint import find_misfits
+from timm_tresnet.weights.config import read_config
+from timm_tresnet.weights.labels import is_multi_label
+from timm_tresnet.weights.loading import build_skeleton
 
 WEIGHTS, CONFIG, CARD = REQUIRED = ("model.safetensors", "config.json", "README.md")
 SPACE_REQUIRED = (CARD, "requirements.txt")

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.errors import HTTPError as ClientError  # base of what its transport raises, whichever that is
 
-from timm_tresnet.errors import summarise
+from timm_tresnet.utils.errors import summarise
 
 PATIENCE_S = 60  # without a byte; the client by itself waits for ever
 

@@ -15,8 +15,8 @@ import timm
 import torch
 
 import timm_tresnet  # noqa: F401  registers the variants
-from timm_tresnet.checkpoint import OFFICIAL_STEM, unwrap
 from timm_tresnet.conversion import Conversion, convert_checkpoint, read_checkpoint, write_folder
+from timm_tresnet.weights.checkpoint import OFFICIAL_STEM, unwrap
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import reference
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Convert an original file by its public weight and prove the result equal."
     )
     parser.add_argument("file", type=Path, metavar="FILE")
-    parser.add_argument("--public-weight", required=True, metavar="NAME", help="a name in timm_tresnet/catalogue.toml")
+    parser.add_argument("--public-weight", required=True, metavar="NAME", help="a name in weights/catalogue.toml")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
     parser.add_argument("--repo", metavar="ORG/NAME", help="Hub repository that the model card is to name")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")

@@ -14,8 +14,8 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from timm_tresnet.files import whole
-from timm_tresnet.images import SAMPLES
+from timm_tresnet.utils.files import whole
+from timm_tresnet.utils.images import SAMPLES
 
 _SIZE = {"width": 1100, "height": 840}
 

@@ -17,7 +17,7 @@ from client import connect, explain, find_commit
 from huggingface_hub import HfApi
 from huggingface_hub.errors import SafetensorsParsingError
 
-from timm_tresnet.errors import summarise
+from timm_tresnet.utils.errors import summarise
 
 
 def audit(api: HfApi, repo_id: str, revision: str | None = None, download_weights: bool = False) -> list[str]:

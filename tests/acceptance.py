@@ -685,7 +685,7 @@ def format_page(folder: Path, rows: Sequence[Row], results: dict[str, dict[str, 
         rows: which rows to show.
         results: what `Sides.run` returned, by name of row.
     """
-    from timm_tresnet.tables import format_markdown  # not above: timm's own side runs without this package
+    from timm_tresnet.utils.tables import format_markdown  # not above: timm's own side runs without this package
 
     packages = ["timm-tresnet", "torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "pandas", "fvcore"]
     versions = [f"{name} {version}" for name in packages if (version := _find_version(name))]
@@ -779,7 +779,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.rows:
         print(page)
     else:
-        from timm_tresnet.files import whole
+        from timm_tresnet.utils.files import whole
 
         with whole(options.output) as unfinished:
             unfinished.write_text(page)

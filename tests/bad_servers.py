@@ -9,9 +9,9 @@ from typing import Any
 from hub_server import Fault, HubServer
 from publishing import TOKEN
 
-from timm_tresnet import cli
+from timm_tresnet.cli import main as cli
 from timm_tresnet.conversion.card import PLACEHOLDER
-from timm_tresnet.images import SAMPLES
+from timm_tresnet.utils.images import SAMPLES
 
 HTML = b"<html><body>Sign in to the network of this hotel</body></html>"
 STATUSES = (400, 401, 403, 404, 408, 409, 412, 416, 429, 500, 502, 503, 504, 302)

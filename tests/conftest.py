@@ -150,7 +150,7 @@ def crops(tmp_path):
     """Crops of the package's photographs, the size of its network's images."""
     from PIL import Image
 
-    from timm_tresnet.images import SAMPLES
+    from timm_tresnet.utils.images import SAMPLES
 
     folder = tmp_path / "crops"
     folder.mkdir()

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from fuzz_doors import ANSWERED, DOORS, REFUSED, SKIPPED, WHOLE
 
-from timm_tresnet.tables import format_markdown
+from timm_tresnet.utils.tables import format_markdown
 
 FAILED = "FAILED"
 _BOUND_S = 60  # an input takes a fraction of a second; machines can be busy

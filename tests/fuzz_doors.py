@@ -26,8 +26,9 @@ from publishing import direct_client, load_tools, make_insects
 from safetensors.torch import load_file, save, save_file
 from timm.models import save_for_hf
 
-from timm_tresnet import ExportedModel, cli, convert_checkpoint, export_model, write_folder
-from timm_tresnet.images import SAMPLES
+from timm_tresnet import ExportedModel, convert_checkpoint, export_model, write_folder
+from timm_tresnet.cli import main as cli
+from timm_tresnet.utils.images import SAMPLES
 
 ANSWERED, REFUSED, SKIPPED = "answered", "refused in one sentence", "skipped and the others done"
 WHOLE = "killed, whole or nothing left"

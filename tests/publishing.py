@@ -13,8 +13,8 @@ from hub_server import HubServer
 from huggingface_hub import HfApi
 from timm.models import save_for_hf
 
-from timm_tresnet.catalogue import Metric, PublicWeight
 from timm_tresnet.conversion.card import make_card
+from timm_tresnet.weights.catalogue import Metric, PublicWeight
 
 HUB = Path(__file__).parents[1] / "hub"
 TOKEN = "hf_aTokenThatNobodyMaySee"

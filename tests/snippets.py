@@ -26,10 +26,10 @@ from sybil.example import Example
 from sybil.parsers.markdown import CodeBlockParser
 from timm.models import save_for_hf
 
-from timm_tresnet import cli
-from timm_tresnet.images import SAMPLES
-from timm_tresnet.labels import make_notes
+from timm_tresnet.cli import main as cli
 from timm_tresnet.tresnet import ARCHITECTURES, default_cfgs
+from timm_tresnet.utils.images import SAMPLES
+from timm_tresnet.weights.labels import make_notes
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -47,7 +47,7 @@ NOT_RUN = {  # how a command begins -> why it is not run as it stands, and what 
     "python validate.py": "likewise",
     "bash distributed_train.sh": "needs 8 GPUs; train.py parses its options",
     "torchrun": "needs several GPUs or machines; torchrun and train.py parse their options, tests/test_main.py runs it",
-    "timm-tresnet demo": "serves until it is interrupted; its options are parsed, tests/test_demo.py runs it",
+    "timm-tresnet demo": "serves until it is interrupted; its options are parsed, tests/test_demo_page.py runs it",
     "timm-tresnet train-tagger": "needs images, and takes hours for many; its options are parsed, "
     "tests/test_tagging_training.py runs it",
     "timm-tresnet benchmark": "takes minutes; its options are parsed, tests/test_commands_benchmark.py runs it",
@@ -223,7 +223,7 @@ def make_stand_ins(text: str, folder: Path, hub: HubServer, patch: pytest.Monkey
     patch.chdir(folder)
     for key in NOT_RUN:
         if key.startswith("timm-tresnet "):  # its options are parsed all the same
-            module = importlib.import_module(f"timm_tresnet.commands.{key.split()[1].replace('-', '_')}")
+            module = importlib.import_module(f"timm_tresnet.cli.commands.{key.split()[1].replace('-', '_')}")
             patch.setattr(module, "run", lambda words, **options: 0)
 
 

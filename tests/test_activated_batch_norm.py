@@ -6,8 +6,8 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from timm_tresnet import rebuild
-from timm_tresnet.layers import ActivatedBatchNorm2d
+from timm_tresnet.models.layers import ActivatedBatchNorm2d
+from timm_tresnet.recompute import rebuild
 
 
 def make_pair(num_features=3, **kwargs):

@@ -3,10 +3,10 @@ import reference
 import torch
 from torch import nn
 
-from timm_tresnet import rebuild
-from timm_tresnet.layers import BlurPool2d, StrideOneAvgPool2d, anti_alias
-from timm_tresnet.layers.anti_alias import ShortcutPool2d
-from timm_tresnet.saved import Blank
+from timm_tresnet.models.layers import BlurPool2d, StrideOneAvgPool2d, anti_alias
+from timm_tresnet.models.layers.anti_alias import ShortcutPool2d
+from timm_tresnet.recompute import rebuild
+from timm_tresnet.recompute.saved import Blank
 
 
 @pytest.mark.parametrize("dilation", [1, 2])

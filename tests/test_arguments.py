@@ -2,7 +2,7 @@ import pytest
 from timm.layers import get_act_layer
 from torch import nn
 
-from timm_tresnet.arguments import STRIDES_AND_DILATIONS, choose, per_stage, resolve_activation, take_indices
+from timm_tresnet.models.arguments import STRIDES_AND_DILATIONS, choose, per_stage, resolve_activation, take_indices
 
 
 def test_value_is_looked_up_or_the_choices_are_named():

@@ -19,14 +19,14 @@ from timm_tresnet import autoload
         "import torch; import timm_tresnet; " + WHO_BUILDS,
         "import timm.models.resnet; " + WHO_BUILDS,
         "from timm_tresnet import TResNet; " + WHO_BUILDS,
-        "from timm_tresnet.blocks import Bottleneck; " + WHO_BUILDS,
-        "from timm_tresnet.layers import BlurPool2d; " + WHO_BUILDS,
-        "import timm_tresnet.layers.conv_norm_act; " + WHO_BUILDS,
-        "import timm_tresnet.cli; " + WHO_BUILDS,
+        "from timm_tresnet.models.blocks import Bottleneck; " + WHO_BUILDS,
+        "from timm_tresnet.models.layers import BlurPool2d; " + WHO_BUILDS,
+        "import timm_tresnet.models.layers.conv_norm_act; " + WHO_BUILDS,
+        "import timm_tresnet.cli.main; " + WHO_BUILDS,
         "import timm, importlib; importlib.reload(timm.models); "
         "assert timm.models.tresnet_m.__module__ == 'timm_tresnet.tresnet'; " + WHO_BUILDS.replace("import timm; ", ""),
         "import threading; import torch\n"
-        "names = ('timm', 'timm_tresnet.blocks') * 4\n"
+        "names = ('timm', 'timm_tresnet.models.blocks') * 4\n"
         "threads = [threading.Thread(target=__import__, args=(name,)) for name in names]\n"
         "[thread.start() for thread in threads]; [thread.join() for thread in threads]\n" + WHO_BUILDS,
     ],
@@ -51,7 +51,7 @@ def test_timm_builds_ours_whatever_was_imported_first(run_python, code):
     assert process.stderr == ""
 
 
-@pytest.mark.parametrize("module", ["tresnet", "blocks", "autoload"])
+@pytest.mark.parametrize("module", ["tresnet", "models.blocks", "autoload"])
 def test_broken_plugin_warns_once_and_leaves_timm_its_own_models(run_python, module):
     code = f"""
 import importlib.abc, sys
@@ -80,7 +80,7 @@ def test_modules_keep_their_own_loaders(run_python):
 
 def test_finders_that_python_passes_over_are_passed_over(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [object(), autoload._Finder(), importlib.machinery.PathFinder])
-    spec = sys.meta_path[1].find_spec("timm_tresnet.layers", timm_tresnet.__path__)
+    spec = sys.meta_path[1].find_spec("timm_tresnet.models", timm_tresnet.__path__)
     assert spec.origin.endswith("__init__.py")
 
 

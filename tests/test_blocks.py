@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from timm_tresnet import BasicBlock, Bottleneck
-from timm_tresnet.layers import BlurPool2d
+from timm_tresnet.models.layers import BlurPool2d
 
 BLOCKS = pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 

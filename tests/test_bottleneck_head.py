@@ -3,7 +3,7 @@ import timm
 import torch
 
 from timm_tresnet import TResNet
-from timm_tresnet.layers import BottleneckHead
+from timm_tresnet.models.layers import BottleneckHead
 
 LAYERS = (1, 1, 1, 1)
 

@@ -4,7 +4,7 @@ import timm
 import torch
 
 from timm_tresnet import TResNet
-from timm_tresnet.checkpoint import adapt_stem, checkpoint_filter_fn, from_official, unwrap
+from timm_tresnet.weights.checkpoint import adapt_stem, checkpoint_filter_fn, from_official, unwrap
 
 LAYERS = (1, 2, 2, 1)
 NETWORKS = {

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from timm_tresnet import benchmark, cli
+from timm_tresnet.bench import comparison as benchmark
+from timm_tresnet.cli import main as cli
 
 TINY = ["test_tresnet", "built-in:test_tresnet", "--image-size", "64", "--batch-size", "2", "--rounds", "2"]
 

@@ -10,10 +10,10 @@ import timm
 import torch
 from PIL import Image
 
-from timm_tresnet import cli
-from timm_tresnet.commands import classify
-from timm_tresnet.images import SAMPLES
-from timm_tresnet.labels import make_notes
+from timm_tresnet.cli import main as cli
+from timm_tresnet.cli.commands import classify
+from timm_tresnet.utils.images import SAMPLES
+from timm_tresnet.weights.labels import make_notes
 
 CIFAR10 = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
 
@@ -163,7 +163,7 @@ def test_a_file_that_vanishes_meanwhile_is_reported(photos, monkeypatch, capsys)
 
 
 def test_names_are_printed_to_a_terminal_that_cannot_show_them(photos, run_python):
-    code = "import sys; from timm_tresnet.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from timm_tresnet.cli.main import main; sys.exit(main(sys.argv[1:]))"
     process = run_python("-c", code, "classify", photos, PYTHONIOENCODING="ascii")
     assert process.stdout.count("%") == 9
     assert "\\xe4 cat.jpg" in process.stdout

@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 
-from timm_tresnet import cli
+from timm_tresnet.cli import main as cli
 
 
 @pytest.fixture

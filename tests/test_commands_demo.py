@@ -3,19 +3,19 @@ import sys
 
 import pytest
 
-from timm_tresnet import cli
-from timm_tresnet.commands import demo
+from timm_tresnet.cli import main as cli
+from timm_tresnet.cli.commands import demo
 
 
 def test_missing_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "timm_tresnet.demo", raising=False)
+    monkeypatch.delitem(sys.modules, "timm_tresnet.demo.page", raising=False)
     assert cli.main(["demo"]) == 2
     assert "demo needs the extra `demo`: pip install 'timm-tresnet[demo]'" in capsys.readouterr().err
 
 
 class Page:
-    """Stands in for `timm_tresnet.demo`, which tests of the browser run: notes what it is asked for."""
+    """Stands in for `timm_tresnet.demo.page`, which tests of the browser run: notes what it is asked for."""
 
     def __init__(self, embedded):
         self.list_weights = lambda: (embedded, ["on_the_hub"])
@@ -44,17 +44,17 @@ def test_nothing_is_downloaded_unasked_and_only_this_machine_is_served_unless_to
     embedded, options, asked, monkeypatch
 ):
     page = Page(embedded)
-    monkeypatch.setitem(sys.modules, "timm_tresnet.demo", page)
+    monkeypatch.setitem(sys.modules, "timm_tresnet.demo.page", page)
     assert cli.main(["demo", *options]) == 0
     assert page.asked == asked
 
 
 def test_port_that_is_taken_is_a_message(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "timm_tresnet.demo", Page(["a"]))
+    monkeypatch.setitem(sys.modules, "timm_tresnet.demo.page", Page(["a"]))
     assert cli.main(["demo", "--port", "1"]) == 2
     assert "cannot serve the demo: Cannot find empty port" in capsys.readouterr().err
 
 
 def test_importing_the_command_does_not_import_gradio(run_python):
     importlib.import_module(demo.__name__)
-    run_python("-c", "import sys, timm_tresnet.cli; assert not {'gradio', 'captum', 'torch'} & {*sys.modules}")
+    run_python("-c", "import sys, timm_tresnet.cli.main; assert not {'gradio', 'captum', 'torch'} & {*sys.modules}")

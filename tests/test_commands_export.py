@@ -12,7 +12,8 @@ import timm
 import torch
 from exporting import ENGINES, each_format, exporters_warn, needs
 
-from timm_tresnet import cli, export_model
+from timm_tresnet import export_model
+from timm_tresnet.cli import main as cli
 
 pytestmark = exporters_warn
 

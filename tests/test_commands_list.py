@@ -5,8 +5,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from timm_tresnet import cli
-from timm_tresnet.commands.list import describe_weights
+from timm_tresnet.cli import main as cli
+from timm_tresnet.cli.commands.list import describe_weights
 
 
 def test_list_names_every_weight_with_its_size(capsys, monkeypatch, tmp_path):

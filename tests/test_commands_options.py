@@ -2,8 +2,8 @@ import argparse
 
 import pytest
 
-from timm_tresnet import cli
-from timm_tresnet.commands.options import add_comparison_options, at_least, between, image_size, new_file
+from timm_tresnet.cli import main as cli
+from timm_tresnet.cli.options import add_comparison_options, at_least, between, image_size, new_file
 
 
 def test_image_sizes_that_the_stem_cannot_take_are_refused(capsys):

@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 
-from timm_tresnet import cli
-from timm_tresnet.commands.recipe import find_recipes, format_flags, quote_word, read_recipe
+from timm_tresnet.cli import main as cli
+from timm_tresnet.cli.commands.recipe import find_recipes, format_flags, quote_word, read_recipe
 
 GIVEN = ["--data-dir", "flowers", "--model", "tresnet_m"]
 

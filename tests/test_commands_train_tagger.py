@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from timm_tresnet import cli
-from timm_tresnet.commands.train_tagger import add_options
+from timm_tresnet.cli import main as cli
+from timm_tresnet.cli.commands.train_tagger import add_options
 from timm_tresnet.tagging.settings import Settings
 
 

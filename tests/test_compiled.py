@@ -335,7 +335,7 @@ def test_statistics_count_once_where_the_compiler_has_given_up():
 
 def test_graphs_with_regions_can_be_cached_on_the_disk():
     """PyTorch passes over contexts without a hash; it must differ with the setting."""
-    from timm_tresnet.compiled import _CONTEXTS
+    from timm_tresnet.recompute.compiled import _CONTEXTS
 
     assert len({contexts.cache_hash for contexts in _CONTEXTS.values()}) == 3
 

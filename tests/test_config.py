@@ -6,9 +6,9 @@ import pytest
 import timm
 from timm.models import PretrainedCfg
 
-from timm_tresnet.catalogue import load_catalogue, make_pretrained_cfg
-from timm_tresnet.config import MODEL_ARGS, PRETRAINED_CFG, read_config
-from timm_tresnet.network import TResNet
+from timm_tresnet.models.network import TResNet
+from timm_tresnet.weights.catalogue import load_catalogue, make_pretrained_cfg
+from timm_tresnet.weights.config import MODEL_ARGS, PRETRAINED_CFG, read_config
 
 
 def test_tables_have_every_argument_of_the_network_and_every_field_of_timm():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from packaging.version import Version
 from torch import nn
 
-from timm_tresnet.layers import ActivatedBatchNorm2d, BlurPool2d, ConvNormAct
+from timm_tresnet.models.layers import ActivatedBatchNorm2d, BlurPool2d, ConvNormAct
 
 
 def test_conv_norm_act_is_convolution_then_batch_norm_then_activation_then_blur():

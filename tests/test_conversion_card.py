@@ -7,8 +7,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from timm.models import save_for_hf
 
-from timm_tresnet.catalogue import load_catalogue
 from timm_tresnet.conversion.card import PLACEHOLDER, make_card
+from timm_tresnet.weights.catalogue import load_catalogue
 
 CATALOGUE = load_catalogue()
 LINEAR = CATALOGUE["tresnet_m.miil_in21k_ft_in1k"]

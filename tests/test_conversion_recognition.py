@@ -9,7 +9,7 @@ from converting import SMALL, assert_gives, load_folder, save_checkpoint
 from safetensors.torch import save_file
 
 from timm_tresnet import TResNet, convert_checkpoint, write_folder
-from timm_tresnet.loading import load_network
+from timm_tresnet.weights.loading import load_network
 
 CUSTOM = (1, 1, 2, 1)
 

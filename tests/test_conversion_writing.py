@@ -82,7 +82,7 @@ def test_a_limit_on_the_size_of_files_is_an_error_without_a_traceback(conversion
     process = run_python(
         "-c",
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "from timm_tresnet.cli import main; sys.exit(main(sys.argv[1:]))",
+        "from timm_tresnet.cli.main import main; sys.exit(main(sys.argv[1:]))",
         "convert",
         "a.pth",
         "--output",

@@ -5,7 +5,7 @@ from exporting import ENGINES, SUFFIXES, each_format, exporters_warn, make_small
 from reference import relative_error
 
 from timm_tresnet import ExportedModel, export_model, optimize_for_inference
-from timm_tresnet.labels import is_multi_label
+from timm_tresnet.weights.labels import is_multi_label
 
 pytestmark = exporters_warn
 

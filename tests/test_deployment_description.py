@@ -5,7 +5,7 @@ import math
 import pytest
 from exporting import exporters_warn
 
-from timm_tresnet import cli
+from timm_tresnet.cli import main as cli
 from timm_tresnet.deployment.description import Description
 
 pytestmark = exporters_warn

@@ -9,7 +9,7 @@ from exporting import SUFFIXES, exporters_warn, needs
 from reference import relative_error
 
 import timm_tresnet
-from timm_tresnet import cli
+from timm_tresnet.cli import main as cli
 from timm_tresnet.deployment.engines import OPSET
 
 pytestmark = exporters_warn

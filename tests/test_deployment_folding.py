@@ -12,8 +12,8 @@ from timm.utils import reparameterize_model
 
 from timm_tresnet import fold_batch_norms, optimize_for_inference
 from timm_tresnet.deployment.folding import copy_folded
-from timm_tresnet.layers import ConvNormAct
-from timm_tresnet.layers.ml_decoder_head import FoldedQueries
+from timm_tresnet.models.layers import ConvNormAct
+from timm_tresnet.models.layers.ml_decoder_head import FoldedQueries
 
 
 @pytest.mark.parametrize("variant", ["tresnet_m", "tresnet_v2_l", "test_tresnet"])

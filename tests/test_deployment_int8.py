@@ -6,7 +6,7 @@ from exporting import ENGINES, SUFFIXES, each_int8_format, exporters_warn, needs
 from reference import relative_error
 
 from timm_tresnet import ExportedModel, export_model
-from timm_tresnet.images import SAMPLES
+from timm_tresnet.utils.images import SAMPLES
 
 pytestmark = exporters_warn
 

@@ -10,7 +10,7 @@ from comparing import HIDES_SAVED, REBUILDING, SHOWS_SAVED, images, make_model, 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_tresnet.checkpoint import checkpoint_filter_fn
+from timm_tresnet.weights.checkpoint import checkpoint_filter_fn
 
 SETTINGS = ["none", *REBUILDING]
 OPTIONS = {  # of DistributedDataParallel

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import timm_tresnet
-from timm_tresnet import layers
+from timm_tresnet.models import layers
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

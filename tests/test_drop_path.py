@@ -2,8 +2,8 @@ import pytest
 import timm.layers
 import torch
 
-from timm_tresnet import compiled
-from timm_tresnet.layers import DropPath
+from timm_tresnet.models.layers import DropPath
+from timm_tresnet.recompute import compiled
 
 
 def images():
@@ -19,13 +19,13 @@ def run(layer, x):
 @pytest.mark.parametrize("scale_by_keep", [True, False])
 @pytest.mark.parametrize("drop_prob", [0.0, 0.4, 1.0])
 def test_drop_path_draws_what_timm_draws(drop_prob, scale_by_keep, in_region, monkeypatch):
-    monkeypatch.setattr("timm_tresnet.layers.drop_path.is_in_region", lambda: in_region)
+    monkeypatch.setattr("timm_tresnet.models.layers.drop_path.is_in_region", lambda: in_region)
     expected = run(timm.layers.DropPath(drop_prob, scale_by_keep), images())
     assert torch.equal(run(DropPath(drop_prob, scale_by_keep), images()), expected)
 
 
 def test_drop_path_does_nothing_in_eval_mode(monkeypatch):
-    monkeypatch.setattr("timm_tresnet.layers.drop_path.is_in_region", lambda: True)
+    monkeypatch.setattr("timm_tresnet.models.layers.drop_path.is_in_region", lambda: True)
     assert torch.equal(DropPath(0.4).eval()(images()), images())
 
 

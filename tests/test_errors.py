@@ -1,6 +1,6 @@
 import pytest
 
-from timm_tresnet.errors import summarise
+from timm_tresnet.utils.errors import summarise
 
 
 @pytest.mark.parametrize(

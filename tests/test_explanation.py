@@ -5,10 +5,10 @@ import timm
 import torch
 from PIL import Image
 
-from timm_tresnet.images import SAMPLES, read_image
+from timm_tresnet.utils.images import SAMPLES, read_image
 
 pytest.importorskip("captum", reason="needs pip install 'timm-tresnet[demo]'")
-from timm_tresnet.explanation import explain_image  # noqa: E402
+from timm_tresnet.demo.explanation import explain_image  # noqa: E402
 
 
 def grad_cam(model, layer, x, index):

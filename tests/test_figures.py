@@ -14,10 +14,11 @@ from xml.etree import ElementTree
 import pytest
 import timm
 
-from timm_tresnet import TResNet, cli
-from timm_tresnet.catalogue import load_catalogue
-from timm_tresnet.results import format_spread
+from timm_tresnet import TResNet
+from timm_tresnet.bench.results import format_spread
+from timm_tresnet.cli import main as cli
 from timm_tresnet.tresnet import ARCHITECTURES, IMAGENET_TOP1, default_cfgs
+from timm_tresnet.weights.catalogue import load_catalogue
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from timm_tresnet.files import whole
+from timm_tresnet.utils.files import whole
 
 
 class Interruption(BaseException):
@@ -50,7 +50,7 @@ def test_an_error_keeps_the_file_that_was_there(path):
 def test_a_killed_process_leaves_nothing_under_the_name(path, run_python):
     run_python(
         "-c",
-        "import os, pathlib, signal, sys; from timm_tresnet.files import whole\n"
+        "import os, pathlib, signal, sys; from timm_tresnet.utils.files import whole\n"
         "with whole(pathlib.Path(sys.argv[1])) as unfinished:\n"
         "    unfinished.write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)",

@@ -14,9 +14,10 @@ import torch
 from comparing import REBUILDING, collect, each_setting, make_model
 from torch import nn
 
-from timm_tresnet import optimize_for_inference, rebuild
-from timm_tresnet.layers import BlurPool2d
-from timm_tresnet.measuring import find_largest_batch, measure_kept
+from timm_tresnet import optimize_for_inference
+from timm_tresnet.bench.measuring import find_largest_batch, measure_kept
+from timm_tresnet.models.layers import BlurPool2d
+from timm_tresnet.recompute import rebuild
 
 pytestmark = [
     pytest.mark.gpu,

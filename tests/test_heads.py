@@ -6,8 +6,8 @@ import torch
 from packaging.version import Version
 
 from timm_tresnet import TResNet
-from timm_tresnet.heads import HEAD_ARGUMENTS, HEADS, choose_head
-from timm_tresnet.layers import BottleneckHead, LinearHead, MLDecoderHead
+from timm_tresnet.models.heads import HEAD_ARGUMENTS, HEADS, choose_head
+from timm_tresnet.models.layers import BottleneckHead, LinearHead, MLDecoderHead
 
 LAYERS = (1, 1, 1, 1)
 

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 def assert_holds(model, folder):
-    assert (type(model).__module__, type(model).__name__) == ("timm_tresnet.network", "TResNet"), type(model)
+    assert (type(model).__module__, type(model).__name__) == ("timm_tresnet.models.network", "TResNet"), type(model)
     weights = load_file(f"{folder}/model.safetensors")
     torch.testing.assert_close(dict(model.state_dict()), weights, rtol=0, atol=0, check_dtype=False)
 """

@@ -7,8 +7,8 @@ import timm
 import torch
 from scripts import load_script
 
-from timm_tresnet import checkpoint
-from timm_tresnet.catalogue import load_catalogue
+from timm_tresnet.weights import checkpoint
+from timm_tresnet.weights.catalogue import load_catalogue
 
 NAME = "test_tresnet.demo"
 

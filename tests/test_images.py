@@ -10,7 +10,7 @@ import pytest
 import timm
 from PIL import Image, ImageFile
 
-from timm_tresnet.images import FORMATS, SAMPLES, find_images, find_samples, printable, read_image
+from timm_tresnet.utils.images import FORMATS, SAMPLES, find_images, find_samples, printable, read_image
 
 PHOTO = Image.open(SAMPLES / "cat.jpg").convert("RGB").resize((96, 64))
 GREY = PHOTO.convert("L")

@@ -15,7 +15,7 @@ from killing import run_killed
 from safetensors.torch import load_file
 
 from timm_tresnet import ExportedModel, convert_checkpoint, export_model, write_folder
-from timm_tresnet.files import whole
+from timm_tresnet.utils.files import whole
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL"),

@@ -1,7 +1,14 @@
 import pytest
 import timm
 
-from timm_tresnet.labels import LABEL_SETS, is_multi_label, label_config, label_lookup, make_notes, read_thresholds
+from timm_tresnet.weights.labels import (
+    LABEL_SETS,
+    is_multi_label,
+    label_config,
+    label_lookup,
+    make_notes,
+    read_thresholds,
+)
 
 COUNTS = {"imagenet-1k": 1000, "imagenet-21k-p": 11221, "coco": 80, "voc": 20}
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from timm.layers import ClassifierHead
 
-from timm_tresnet.layers import LinearHead
+from timm_tresnet.models.layers import LinearHead
 
 
 @pytest.mark.parametrize("pool_type", ["avg", "fast", "catavgmax"])

@@ -9,9 +9,9 @@ import torch
 from damaging import DAMAGES, MISSING, damage
 from hub_server import Fault
 
-from timm_tresnet import cli
-from timm_tresnet.images import SAMPLES
-from timm_tresnet.loading import load_network
+from timm_tresnet.cli import main as cli
+from timm_tresnet.utils.images import SAMPLES
+from timm_tresnet.weights.loading import load_network
 
 CAT = str(SAMPLES / "cat.jpg")
 TEXTS = {  # what is no config at all
@@ -172,7 +172,7 @@ def test_names_of_our_own_load_as_before():
 IN_A_CHILD = """
 import contextlib
 import sys
-from timm_tresnet.cli import main
+from timm_tresnet.cli.main import main
 
 image, *names = sys.argv[1:]
 for name in names:

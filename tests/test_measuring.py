@@ -3,7 +3,7 @@ import timm
 import torch
 from torch import nn
 
-from timm_tresnet import measuring
+from timm_tresnet.bench import measuring
 
 
 def test_sizes_are_those_that_timm_publishes():

@@ -14,9 +14,9 @@ from timm.utils import ModelEmaV3, reparameterize_model
 from torch import nn
 
 from timm_tresnet import TResNet
-from timm_tresnet.checkpoint import rename_head
-from timm_tresnet.layers import MLDecoderHead
-from timm_tresnet.layers.ml_decoder_head import FoldedQueries, GroupLinear
+from timm_tresnet.models.layers import MLDecoderHead
+from timm_tresnet.models.layers.ml_decoder_head import FoldedQueries, GroupLinear
+from timm_tresnet.weights.checkpoint import rename_head
 
 SMALL = {"layers": (1, 1, 1, 1), "width_factor": 0.125, "head": "ml_decoder", "decoder_embedding": 16}
 GROUPS = {  # classes, groups asked for, groups that there are

@@ -19,8 +19,8 @@ from torch.nn.utils import prune
 
 import timm_tresnet
 from timm_tresnet import TResNet
-from timm_tresnet.images import SAMPLES
 from timm_tresnet.tresnet import ARCHITECTURES
+from timm_tresnet.utils.images import SAMPLES
 
 SETTINGS = ["activations", "expansions"]
 PHOTO = SAMPLES / "cat.jpg"
@@ -261,7 +261,7 @@ def run():
     )
     lines = run_child("import sys; sys.path.insert(0, '.'); import tagger; tagger.run()").splitlines()
     lines = [line for line in lines if not line.startswith("Loading weights")]  # as the client says
-    assert lines[:2] == ["timm_tresnet.network", "expansions"]
+    assert lines[:2] == ["timm_tresnet.models.network", "expansions"]
     assert lines[:3] == lines[3:6] == lines[6:9]
     assert {"config.json", "model.safetensors"} <= {
         path.name for path in list(hub.repositories["owner/tagger"].revisions.values())[-1].iterdir()

@@ -12,7 +12,7 @@ from torch import nn
 
 import timm_tresnet
 from timm_tresnet import TResNet
-from timm_tresnet.layers import BlurPool2d, SpaceToDepth, SqueezeExcite
+from timm_tresnet.models.layers import BlurPool2d, SpaceToDepth, SqueezeExcite
 
 VARIANTS = ["tresnet_s", "tresnet_m", "tresnet_l", "tresnet_xl", "tresnet_v2_l", "tresnet_v2_xl", "test_tresnet"]
 SMALL = {"layers": (1, 1, 1, 1), "num_classes": 10}

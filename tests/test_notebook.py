@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from timm_tresnet.images import SAMPLES, read_image
+from timm_tresnet.utils.images import SAMPLES, read_image
 
 NEEDED = ("ipykernel", "nbclient", "nbformat", "onnx", "onnxruntime", "onnxscript")
 pytestmark = pytest.mark.skipif(
@@ -70,7 +70,7 @@ def test_notebook_fine_tunes_classifies_and_exports(notebook, photographs, tmp_p
     )
     assert printed["install"] == ""
     assert printed["download"] == "2 classes: cat, horse\n"
-    assert printed["model"].startswith("timm_tresnet.network, 0.7 M parameters\n24 photographs to train on, 12 ")
+    assert printed["model"].startswith("timm_tresnet.models.network, 0.7 M parameters\n24 photographs to train on, 12 ")
     ratios = [float(ratio) for ratio in re.findall(r"MB an image  ([\d.]+)x", printed["memory"])]
     assert ratios[0] == 1
     assert 0.6 > ratios[1] > ratios[2]

@@ -6,9 +6,9 @@ from packaging.version import Version
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from timm_tresnet import plain_blocks, rebuild, stages
-from timm_tresnet.blocks import Bottleneck
-from timm_tresnet.layers import ActivatedBatchNorm2d
+from timm_tresnet.models.blocks import Bottleneck
+from timm_tresnet.models.layers import ActivatedBatchNorm2d
+from timm_tresnet.recompute import plain_blocks, rebuild, stages
 
 
 def make_block(stride=2, **kwargs):
@@ -245,5 +245,5 @@ def test_single_value_per_channel_is_refused_as_by_modules():
     ids=["none", "function", "class"],
 )
 def test_code_that_was_patched_before_this_package_came_is_noticed(patch, patched, run_python):
-    code = f"import torch; {patch}; import timm_tresnet.plain_blocks as ours; print(ours.is_patched())"
+    code = f"import torch; {patch}; import timm_tresnet.recompute.plain_blocks as ours; print(ours.is_patched())"
     assert run_python("-c", code).stdout.strip() == str(patched)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from comparing import HIDES_SAVED, SHOWS_SAVED
 from torch import nn
 
-from timm_tresnet import rebuild
+from timm_tresnet.recompute import rebuild
 
 ROOT = Path(__file__).parent.parent
 LISTED = set()

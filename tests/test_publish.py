@@ -14,9 +14,9 @@ from publishing import HUB, PUBLIC_WEIGHT, make_insects
 from safetensors.torch import load_file, save_file
 
 from timm_tresnet import convert_checkpoint, write_folder
-from timm_tresnet.catalogue import load_catalogue
 from timm_tresnet.conversion import description
 from timm_tresnet.conversion.card import PLACEHOLDER, make_card
+from timm_tresnet.weights.catalogue import load_catalogue
 
 # huggingface_hub 2.4 uploads LFS files with an argument that its transport, httpx2, deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")
@@ -120,7 +120,7 @@ x = expected.pop("x")
 expected[f"{sys.argv[2]}@v1"] = expected[sys.argv[2]]
 for name, logits in expected.items():
     model = timm.create_model(f"hf-hub:{name}", pretrained=True).eval()
-    assert type(model).__module__ == "timm_tresnet.network"
+    assert type(model).__module__ == "timm_tresnet.models.network"
     with torch.no_grad():
         assert (model(x) - logits).norm() <= 1e-5 * logits.norm(), name
 """,

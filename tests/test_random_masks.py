@@ -6,7 +6,7 @@ import torch
 import torch._functorch.config
 from torch import nn
 
-from timm_tresnet.rebuild import SETTINGS
+from timm_tresnet.recompute.rebuild import SETTINGS
 
 
 def compare_masks(budget: float) -> list[bool]:

@@ -20,10 +20,10 @@ from comparing import (
 )
 from torch import nn
 
-from timm_tresnet import rebuild
-from timm_tresnet.layers import ActivatedBatchNorm2d
-from timm_tresnet.saved import Rebuilt
-from timm_tresnet.tape import Tape
+from timm_tresnet.models.layers import ActivatedBatchNorm2d
+from timm_tresnet.recompute import rebuild
+from timm_tresnet.recompute.saved import Rebuilt
+from timm_tresnet.recompute.tape import Tape
 
 
 @each_setting

@@ -12,9 +12,9 @@ from users import (
     same_as_plain,
 )
 
-from timm_tresnet.blocks import BasicBlock, ResidualBlock
-from timm_tresnet.layers import ActivatedBatchNorm2d, ConvNormAct
-from timm_tresnet.stages import Stage
+from timm_tresnet.models.blocks import BasicBlock, ResidualBlock
+from timm_tresnet.models.layers import ActivatedBatchNorm2d, ConvNormAct
+from timm_tresnet.recompute.stages import Stage
 
 
 def _checkpoint_wrapped(kinds):

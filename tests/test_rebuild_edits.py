@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from users import inputs, same_as_plain, step_after, units
 
-from timm_tresnet.layers import BlurPool2d
+from timm_tresnet.models.layers import BlurPool2d
 
 
 def slopes_changed(model, y):
@@ -222,7 +222,7 @@ def test_network_edited_between_forward_and_backward(edit, model):
     convolutions_edited_by_data, expansion_edited_by_data, blurs_edited_by_data, settings=["activations"]
 )  # the others run them again
 def test_convolutions_edited_through_data_between_forward_and_backward(edit, model):
-    """The other settings run convolutions again and cannot see this: a limit that `timm_tresnet.rebuild` names."""
+    """The other settings run convolutions again and cannot see this: a limit that `recompute.rebuild` names."""
     return step_after(model, functools.partial(edit, model))
 
 

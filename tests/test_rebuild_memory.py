@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from users import FREEZES, build, freeze_nothing, inputs
 
-from timm_tresnet import rebuild
+from timm_tresnet.recompute import rebuild
 
 SLACK = 40_000  # bytes: statistics, gates and what Python frees a little later
 each_setting = pytest.mark.parametrize("setting", REBUILDING)

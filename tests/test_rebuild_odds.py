@@ -19,8 +19,8 @@ from users import (
     units,
 )
 
-from timm_tresnet import rebuild
-from timm_tresnet.stages import Stage
+from timm_tresnet.recompute import rebuild
+from timm_tresnet.recompute.stages import Stage
 
 
 @same_as_plain(

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from users import inputs, same_as_plain, units
 
-from timm_tresnet.blocks import BasicBlock
-from timm_tresnet.layers import BlurPool2d
+from timm_tresnet.models.blocks import BasicBlock
+from timm_tresnet.models.layers import BlurPool2d
 
 
 @same_as_plain("circular", "reflect", "replicate")

@@ -8,7 +8,7 @@ from torch import nn
 from torchvision import tv_tensors
 from users import build, inputs, same_as_plain, step_after
 
-from timm_tresnet.layers import ActivatedBatchNorm2d, BlurPool2d
+from timm_tresnet.models.layers import ActivatedBatchNorm2d, BlurPool2d
 
 
 class Image(torch.Tensor):

@@ -14,8 +14,8 @@ import torchvision.transforms as T
 import yaml
 from PIL import Image, ImageOps
 
-from timm_tresnet import cli
-from timm_tresnet.commands.recipe import find_recipes, read_recipe
+from timm_tresnet.cli import main as cli
+from timm_tresnet.cli.commands.recipe import find_recipes, read_recipe
 
 FILES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 NAMES = [file.stem for file in FILES]

@@ -63,7 +63,7 @@ def test_wheel_holds_the_package_with_its_data_and_nothing_else(built):
     assert names == {path.relative_to(ROOT).as_posix() for path in files} | recipes
     assert {Path(name).suffix for name in names} >= {".py", ".toml", ".jpg", ".safetensors", ".yaml"}
     assert "timm_tresnet = timm_tresnet:_autoload" in entry_points
-    assert "timm-tresnet = timm_tresnet.cli:main" in entry_points
+    assert "timm-tresnet = timm_tresnet.cli.main:main" in entry_points
 
 
 @needs_tools
@@ -80,7 +80,7 @@ def test_wheel_works_where_it_is_installed_alone(built, run_python, tmp_path):
     files, version, module = json.loads(run_python("-c", code, PYTHONPATH=str(target)).stdout)
     assert all(Path(file).is_relative_to(target) for file in files)
     assert version == PROJECT["version"]
-    assert module == "timm_tresnet.network"
+    assert module == "timm_tresnet.models.network"
     assert "cat" in run_python("-m", "timm_tresnet", "classify", PYTHONPATH=str(target)).stdout
     recipe = run_python("-m", "timm_tresnet", "recipe", "transfer", "--show", PYTHONPATH=str(target)).stdout
     assert recipe == (ROOT / "recipes" / "transfer.yaml").read_text()

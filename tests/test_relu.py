@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from timm_tresnet.layers import ReLU
+from timm_tresnet.models.layers import ReLU
 
 
 @pytest.mark.parametrize("in_region", [False, True])
 def test_relu_works_in_place_where_the_compiler_does_not_run_it_again(in_region, monkeypatch):
-    monkeypatch.setattr("timm_tresnet.layers.relu.is_in_region", lambda: in_region)
+    monkeypatch.setattr("timm_tresnet.models.layers.relu.is_in_region", lambda: in_region)
     x = torch.tensor([-1.0, 2.0])
     y = ReLU()(x)
     assert torch.equal(y, torch.tensor([0.0, 2.0]))

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from timm_tresnet.results import format_spread, start_results, write_results
+from timm_tresnet.bench.results import format_spread, start_results, write_results
 
 
 def test_results_begin_with_what_makes_them_and_where(capsys):

@@ -148,7 +148,7 @@ def test_read_only_target_folder_of_any_name_works_optimised_and_stays_as_it_is(
         code = (
             "import timm, torch; model = timm.create_model('test_tresnet', pretrained=True)\n"
             "model(torch.rand(2, 3, 64, 64)).sum().backward(); print(type(model).__module__)\n"
-            "from timm_tresnet.cli import main; main(['classify'])"
+            "from timm_tresnet.cli.main import main; main(['classify'])"
         )
         words = environment.run(
             "-OO", "-c", code, PYTHONPATH=target, PYTHONDONTWRITEBYTECODE=1, LC_ALL="C", PYTHONIOENCODING="utf-8"
@@ -184,7 +184,7 @@ except FileNotFoundError:
         ("autoload", "def broken(:\n"),
         ("autoload", None),
         ("tresnet", "raise RecursionError('sabotage')\n"),
-        ("layers/anti_alias", None),
+        ("models/layers/anti_alias", None),
     ],
     ids=["syntax_error", "missing_hook", "exception", "missing_layer"],
 )

@@ -4,7 +4,7 @@ import weakref
 import pytest
 import torch
 
-from timm_tresnet.saved import Blank, Kept, Rebuilt, Values, keep, release, release_values
+from timm_tresnet.recompute.saved import Blank, Kept, Rebuilt, Values, keep, release, release_values
 
 
 @pytest.fixture

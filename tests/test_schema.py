@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from timm_tresnet.schema import (
+from timm_tresnet.utils.schema import (
     FLAG,
     TEXT,
     Table,

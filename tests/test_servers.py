@@ -8,8 +8,8 @@ from bad_servers import FAULTS, WHERE, Doors, find_disorder, make_files
 from hub_server import Fault, HubServer
 from publishing import TOKEN, make_insects
 
-from timm_tresnet import cli
-from timm_tresnet.images import SAMPLES
+from timm_tresnet.cli import main as cli
+from timm_tresnet.utils.images import SAMPLES
 
 # huggingface_hub 2.4 uploads LFS files with an argument that its transport, httpx2, deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")
@@ -103,7 +103,7 @@ def test_client_that_tells_everything_tells_no_login(hub, run_child, tmp_path):
     hub.faults.append(Fault("GET .*safetensors", status=403, times=-1))
     code = """
 import sys
-from timm_tresnet.cli import main
+from timm_tresnet.cli.main import main
 
 sys.stderr = sys.stdout
 for status in (2, 0):

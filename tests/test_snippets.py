@@ -15,7 +15,7 @@ from snippets import (
     split_commands,
 )
 
-from timm_tresnet.commands import list as listing
+from timm_tresnet.cli.commands import list as listing
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ import pytest
 import reference
 import torch
 
-from timm_tresnet.layers import SpaceToDepth
+from timm_tresnet.models.layers import SpaceToDepth
 
 
 @pytest.mark.parametrize("block_size", [2, 4])

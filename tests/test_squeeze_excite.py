@@ -1,7 +1,7 @@
 import reference
 import torch
 
-from timm_tresnet.layers import SqueezeExcite
+from timm_tresnet.models.layers import SqueezeExcite
 
 
 def test_squeeze_excite_gates_channels_by_their_means():

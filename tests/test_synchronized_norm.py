@@ -6,7 +6,7 @@ import torch
 from comparing import SHOWS_SAVED, images, make_model, saved_bytes, train_step
 from torch import nn
 
-from timm_tresnet.layers.synchronized_norm import SynchronizedNorm, reduce_statistics
+from timm_tresnet.models.layers.synchronized_norm import SynchronizedNorm, reduce_statistics
 
 CONVERTERS = {"timm": timm.layers.convert_sync_batchnorm, "torch": nn.SyncBatchNorm.convert_sync_batchnorm}
 CASES = [*((setting, "timm") for setting in ("none", "activations", "expansions", "checkpointing"))]

@@ -1,6 +1,6 @@
 import pytest
 
-from timm_tresnet.tables import format_bar, format_columns, format_markdown
+from timm_tresnet.utils.tables import format_bar, format_columns, format_markdown
 
 
 def test_markdown_has_titles_a_rule_and_a_line_for_each_row():

@@ -65,7 +65,7 @@ def test_the_example_of_a_card_runs(tmp_path, monkeypatch, capsys):
     import re
     import shutil
 
-    from timm_tresnet.images import find_samples
+    from timm_tresnet.utils.images import find_samples
 
     mosaics = find_samples({"architecture": "test_tresnet", "tag": "mosaic_cifar10"})
     shutil.copy(next(mosaics.glob("*.jpg")), tmp_path / "photo.jpg")

@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import save_file
 from tagged import LABELS, SMALL
 
-from timm_tresnet.labels import make_notes
-from timm_tresnet.network import TResNet
+from timm_tresnet.models.network import TResNet
 from timm_tresnet.tagging.start import make_network, make_pretrained_cfg
+from timm_tresnet.weights.labels import make_notes
 
 
 def equal_parts(network, other):

@@ -31,7 +31,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def train(data):
     """Run the command in this process; returns its exit status."""
-    from timm_tresnet import cli
+    from timm_tresnet.cli import main as cli
 
     def run(output, *words, annotations=None):
         return cli.main(
@@ -84,9 +84,9 @@ def script(tmp_path_factory):
 def test_a_training_learns_and_ends_with_a_folder_that_classify_and_timm_take(train, data, tmp_path, capsys):
     import timm
 
-    from timm_tresnet import cli
-    from timm_tresnet.images import read_image
-    from timm_tresnet.labels import read_thresholds
+    from timm_tresnet.cli import main as cli
+    from timm_tresnet.utils.images import read_image
+    from timm_tresnet.weights.labels import read_thresholds
 
     output = tmp_path / "tagger"
     assert train(output, "--epochs", "12", "--lr", "5e-3", "--cutout", "0", "--randaugment", "0") == 0
@@ -253,7 +253,7 @@ def write_labels(folder):
 
 
 def test_one_label_trains_and_holds_out_by_itself(tmp_path, capsys):
-    from timm_tresnet import cli
+    from timm_tresnet.cli import main as cli
 
     annotations = write_images(tmp_path / "images", 20)
     (tmp_path / "labels.txt").write_text(LABELS[1])

@@ -7,12 +7,12 @@ import timm
 import torch
 from tagged import LABELS, SMALL
 
-from timm_tresnet.labels import is_multi_label, read_thresholds
-from timm_tresnet.loading import load_network
 from timm_tresnet.tagging.card import Training
 from timm_tresnet.tagging.settings import Settings
 from timm_tresnet.tagging.start import make_pretrained_cfg
 from timm_tresnet.tagging.writing import Tagged, write_tagger
+from timm_tresnet.weights.labels import is_multi_label, read_thresholds
+from timm_tresnet.weights.loading import load_network
 
 THRESHOLDS = [0.25, 0.5, 0.75]
 

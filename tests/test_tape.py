@@ -3,10 +3,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_tresnet import rebuild
-from timm_tresnet.layers import ActivatedBatchNorm2d
-from timm_tresnet.saved import Kept, Rebuilt
-from timm_tresnet.tape import _POINTWISE, Tape
+from timm_tresnet.models.layers import ActivatedBatchNorm2d
+from timm_tresnet.recompute import rebuild
+from timm_tresnet.recompute.saved import Kept, Rebuilt
+from timm_tresnet.recompute.tape import _POINTWISE, Tape
 
 
 def test_norm_and_activation_keep_their_input_and_numbers_a_channel():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from comparing import REBUILDING, collect, make_model
 from torch.overrides import TorchFunctionMode
 
-from timm_tresnet.layers import ConvNormAct
+from timm_tresnet.models.layers import ConvNormAct
 
 NETWORK = {"layers": (1, 2, 5, 1)}  # the third stage has a block that keeps its output in the middle
 

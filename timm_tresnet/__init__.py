@@ -7,11 +7,11 @@ import sys
 from typing import Any
 
 _PUBLIC = {  # name -> module; imported when first used, so that `import torch` can afford to import this package
-    "BasicBlock": "blocks",
-    "Bottleneck": "blocks",
+    "BasicBlock": "models.blocks",
+    "Bottleneck": "models.blocks",
     "Conversion": "conversion",
     "ExportedModel": "deployment",
-    "TResNet": "network",
+    "TResNet": "models.network",
     "convert_checkpoint": "conversion",
     "export_model": "deployment",
     "fold_batch_norms": "deployment",

@@ -14,6 +14,6 @@ if len(sys.argv) > 1 and sys.argv[1].endswith(".py"):
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")
 else:
-    from timm_tresnet.cli import main
+    from timm_tresnet.cli.main import main
 
     sys.exit(main())

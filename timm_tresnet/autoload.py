@@ -63,7 +63,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 class _Loader(importlib.abc.Loader):
     """Runs another loader, then registers the variants if `timm.models` is there.
 
-    Waits until no module of ours is half imported: where `import timm_tresnet.blocks` is what imports timm,
+    Waits until no module of ours is half imported: where `import timm_tresnet.models.blocks` is what imports timm,
     `timm_tresnet.tresnet` cannot be imported before that has finished.
     """
 

@@ -19,11 +19,11 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 
-from timm_tresnet.catalogue import PublicWeight, load_catalogue, make_pretrained_cfg
-from timm_tresnet.checkpoint import checkpoint_filter_fn
-from timm_tresnet.heads import drop_inherited, same_head
-from timm_tresnet.labels import make_notes
-from timm_tresnet.network import TResNet
+from timm_tresnet.models.heads import drop_inherited, same_head
+from timm_tresnet.models.network import TResNet
+from timm_tresnet.weights.catalogue import PublicWeight, load_catalogue, make_pretrained_cfg
+from timm_tresnet.weights.checkpoint import checkpoint_filter_fn
+from timm_tresnet.weights.labels import make_notes
 
 __all__ = ["TResNet"]  # timm adds each entrypoint
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from timm_tresnet.files import whole
+from timm_tresnet.utils.files import whole
 
 PHOTOGRAPH = 32  # pixels
 QUALITY = 95  # of the JPEG files, as in hub/test_tresnet/prepare.py

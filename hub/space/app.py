@@ -1,6 +1,6 @@
 """The Space on the Hugging Face Hub: `timm-tresnet demo` with weights that are worth comparing."""
 
-from timm_tresnet.demo import build_demo, serve_demo
+from timm_tresnet.demo.page import build_demo, serve_demo
 
 WEIGHTS = [
     "tresnet_m.miil_in21k_ft_in1k",

@@ -18,7 +18,7 @@ from timm.data import create_dataset, create_transform, resolve_data_config
 from timm.models import load_state_dict
 from torch import Tensor
 
-from timm_tresnet.files import whole
+from timm_tresnet.utils.files import whole
 
 BATCH_SIZE = 250
 SEED = 0  # of the order of the images, which come by their classes

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models import load_state_dict
 
-from timm_tresnet.files import whole
+from timm_tresnet.utils.files import whole
 
 
 def pack(checkpoint: Path, output: Path, model: str = "test_tresnet") -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torchvision
 
-from timm_tresnet.files import whole
+from timm_tresnet.utils.files import whole
 
 QUALITY = 95  # of the JPEG files
 

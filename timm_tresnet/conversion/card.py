@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from timm_tresnet.tables import format_markdown
+from timm_tresnet.utils.tables import format_markdown
 
 if TYPE_CHECKING:
-    from timm_tresnet.catalogue import PublicWeight
+    from timm_tresnet.weights.catalogue import PublicWeight
 
 PLACEHOLDER = "local-dir:FOLDER"  # stands for the model's name in a card that is not for a repository yet
 

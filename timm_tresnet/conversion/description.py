@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from timm_tresnet.catalogue import NOTHING_KNOWN, Facts, PublicWeight, load_catalogue, make_pretrained_cfg
 from timm_tresnet.conversion.reading import name_some, read_checkpoint
 from timm_tresnet.conversion.recognition import Recognised, recognise
-from timm_tresnet.heads import HEAD_ARGUMENTS
-from timm_tresnet.labels import LABEL_SETS, label_config
+from timm_tresnet.models.heads import HEAD_ARGUMENTS
+from timm_tresnet.weights.catalogue import NOTHING_KNOWN, Facts, PublicWeight, load_catalogue, make_pretrained_cfg
+from timm_tresnet.weights.labels import LABEL_SETS, label_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def convert_checkpoint(
         norm_weights: "abn" if the norms are In-Place ABN, whose weights become |w| + 1e-5; "bn" if they are to be taken
             as they are; None for what the layout says: "abn" under the official names, "bn" under timm's.
         custom: take a network that is none of the variants too.
-        **facts: fields of `timm_tresnet.catalogue.Facts`, such as `input_size=448`; None for what is not known.
+        **facts: fields of `timm_tresnet.weights.catalogue.Facts`, such as `input_size=448`; None for what is not known.
 
     Returns:
         The weights and what is known about them.

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from timm_tresnet.checkpoint import unwrap
+from timm_tresnet.weights.checkpoint import unwrap
 
 _NAMES_SHOWN = 20
 # Numbers of 8 and 4 bits mean nothing without the scales that come with them.

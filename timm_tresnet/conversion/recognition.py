@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_tresnet.checkpoint import (
+from timm_tresnet.conversion.reading import name_some, take_tensors
+from timm_tresnet.tresnet import ARCHITECTURES, TResNet
+from timm_tresnet.utils.schema import TEXT, show
+from timm_tresnet.weights.checkpoint import (
     OFFICIAL_STEM,
     QUERIES,
     batch_norm_weight,
@@ -19,9 +22,6 @@ from timm_tresnet.checkpoint import (
     from_official,
     rename_head,
 )
-from timm_tresnet.conversion.reading import name_some, take_tensors
-from timm_tresnet.schema import TEXT, show
-from timm_tresnet.tresnet import ARCHITECTURES, TResNet
 
 _STEM = "body.conv1.conv.weight"
 _QUERY2LABEL = re.compile(r"(module\.)?(transformer\.|input_proj\.|query_embed\.weight$|fc\.[Wb]$)")

@@ -7,11 +7,11 @@ from typing import Any
 
 from safetensors.torch import save
 
-from timm_tresnet.config import check_config
 from timm_tresnet.conversion.card import make_card
 from timm_tresnet.conversion.description import Conversion
 from timm_tresnet.conversion.reading import name_some
-from timm_tresnet.files import whole
+from timm_tresnet.utils.files import whole
+from timm_tresnet.weights.config import check_config
 
 _FILES = ("model.safetensors", "config.json", "README.md")
 
@@ -26,8 +26,8 @@ def write_folder(
 ) -> None:
     """Write model.safetensors, config.json and README.md, all or nothing.
 
-    They are written into a hidden folder beside the final one, which is then renamed, as `timm_tresnet.files.whole`
-    does.
+    They are written into a hidden folder beside the final one, which is then renamed, as
+    `timm_tresnet.utils.files.whole` does.
 
     Args:
         conversion: what to write.

@@ -15,12 +15,12 @@ from timm_tresnet.deployment.description import Description, description_path
 from timm_tresnet.deployment.engines import ENGINES, FORMATS, Format, require
 from timm_tresnet.deployment.folding import copy_folded
 from timm_tresnet.deployment.int8 import CalibrationImages
-from timm_tresnet.errors import summarise
-from timm_tresnet.files import whole
-from timm_tresnet.images import SAMPLES, find_images, read_image
-from timm_tresnet.labels import is_multi_label, label_lookup, make_notes, read_thresholds
-from timm_tresnet.layers import SpaceToDepth
-from timm_tresnet.schema import read_json
+from timm_tresnet.models.layers import SpaceToDepth
+from timm_tresnet.utils.errors import summarise
+from timm_tresnet.utils.files import whole
+from timm_tresnet.utils.images import SAMPLES, find_images, read_image
+from timm_tresnet.utils.schema import read_json
+from timm_tresnet.weights.labels import is_multi_label, label_lookup, make_notes, read_thresholds
 
 TOLERANCE = 1e-4  # relative L2 distance of an artifact's logits from PyTorch's, float32
 

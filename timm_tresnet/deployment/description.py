@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timm_tresnet.config import PREPROCESSING
-from timm_tresnet.schema import FLAG, TEXT, Kind, Table, choice, find_fault, integer, list_of, number
+from timm_tresnet.utils.schema import FLAG, TEXT, Kind, Table, choice, find_fault, integer, list_of, number
+from timm_tresnet.weights.config import PREPROCESSING
 
 AXES = ("batch", "channels", "height", "width")  # of the images; in the file, those that are free
 _SIDE = integer(1, 65536)

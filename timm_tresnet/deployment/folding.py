@@ -7,7 +7,7 @@ from timm.layers import FrozenBatchNormAct2d
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from timm_tresnet.layers import MLDecoderHead
+from timm_tresnet.models.layers import MLDecoderHead
 
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:

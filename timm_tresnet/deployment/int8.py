@@ -11,7 +11,7 @@ import timm.data
 import torch
 from torch import Tensor, nn
 
-from timm_tresnet.images import find_images, read_image
+from timm_tresnet.utils.images import find_images, read_image
 
 _CALIBRATION_IMAGES = 300
 _HELD_OUT_IMAGES = 1000

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from timm_tresnet.conversion.reading import name_some
-from timm_tresnet.images import printable
-from timm_tresnet.schema import TEXT, Kind, Table, find_fault, show
+from timm_tresnet.utils.images import printable
+from timm_tresnet.utils.schema import TEXT, Kind, Table, find_fault, show
 
 SEPARATOR = ";"
 _OTHER_SEPARATORS = (",", "|")

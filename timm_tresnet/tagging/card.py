@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from huggingface_hub import ModelCardData
 
 from timm_tresnet.conversion.card import EMBED, PLACEHOLDER, as_code, cite, link, plain
-from timm_tresnet.tables import format_markdown
 from timm_tresnet.tagging.settings import Settings
+from timm_tresnet.utils.tables import format_markdown
 
 _LOSS_PAPER, _HEAD_PAPER = "arXiv:2009.14119", "arXiv:2111.12933"
 _MOST_LABELS = 1000  # rows of the table; a page of the Hub with more is slow
@@ -18,7 +18,7 @@ import timm
 import torch
 from PIL import Image
 
-from timm_tresnet.labels import read_thresholds
+from timm_tresnet.weights.labels import read_thresholds
 
 model = timm.create_model("{model}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from timm_tresnet.images import read_image
 from timm_tresnet.tagging.annotations import Example
+from timm_tresnet.utils.images import read_image
 
 
 class LabelledImages(Dataset):

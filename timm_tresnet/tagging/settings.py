@@ -14,7 +14,7 @@ class Settings:
     """How a network is trained; what is not said is as in official training (train.py of ASL and ML_Decoder).
 
     Args:
-        model: name of the weights to start from, as `timm_tresnet.loading.load_network` takes it.
+        model: name of the weights to start from, as `timm_tresnet.weights.loading.load_network` takes it.
         from_scratch: start from random weights instead.
         model_args: arguments of the network that differ from those of the weights, such as its head.
         image_size: side of the images, in pixels; None for that of the weights.

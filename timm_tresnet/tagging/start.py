@@ -7,12 +7,12 @@ from typing import Any
 import timm
 from torch import nn
 
-from timm_tresnet import config
-from timm_tresnet.catalogue import load_catalogue
-from timm_tresnet.errors import summarise
-from timm_tresnet.heads import drop_inherited
-from timm_tresnet.labels import is_multi_label, label_lookup
-from timm_tresnet.loading import load_network
+from timm_tresnet.models.heads import drop_inherited
+from timm_tresnet.utils.errors import summarise
+from timm_tresnet.weights import config
+from timm_tresnet.weights.catalogue import load_catalogue
+from timm_tresnet.weights.labels import is_multi_label, label_lookup
+from timm_tresnet.weights.loading import load_network
 
 
 def make_network(
@@ -24,7 +24,7 @@ def make_network(
     last layer; that too if the weights are a tagger's for the same labels.
 
     Args:
-        name: of the weights, as `timm_tresnet.loading.load_network` takes it.
+        name: of the weights, as `timm_tresnet.weights.loading.load_network` takes it.
         model_args: arguments of the network that differ from those of the weights.
         labels: one for each output.
         pretrained: False to draw the weights.

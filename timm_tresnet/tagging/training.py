@@ -26,10 +26,6 @@ from torch import nn
 
 from timm_tresnet.conversion.reading import name_some
 from timm_tresnet.conversion.writing import check_free
-from timm_tresnet.errors import summarise
-from timm_tresnet.files import whole
-from timm_tresnet.images import printable
-from timm_tresnet.schema import read_json, show
 from timm_tresnet.tagging.annotations import Annotations
 from timm_tresnet.tagging.card import Training
 from timm_tresnet.tagging.data import LabelledImages, make_loader
@@ -38,6 +34,10 @@ from timm_tresnet.tagging.settings import Settings
 from timm_tresnet.tagging.start import make_network, make_pretrained_cfg
 from timm_tresnet.tagging.transforms import make_transform
 from timm_tresnet.tagging.writing import Tagged, write_tagger
+from timm_tresnet.utils.errors import summarise
+from timm_tresnet.utils.files import whole
+from timm_tresnet.utils.images import printable
+from timm_tresnet.utils.schema import read_json, show
 
 _RUN = "run.json"
 _CHECKPOINT = "last.ckpt"

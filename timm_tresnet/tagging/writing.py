@@ -10,10 +10,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from timm_tresnet.conversion.writing import check_free
-from timm_tresnet.files import whole
-from timm_tresnet.labels import make_notes
-from timm_tresnet.loading import load_network
 from timm_tresnet.tagging.card import Training, make_card
+from timm_tresnet.utils.files import whole
+from timm_tresnet.weights.labels import make_notes
+from timm_tresnet.weights.loading import load_network
 
 TOLERANCE = 1e-5
 

@@ -1,0 +1,85 @@
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from timm_tresnet.cli import main as cli
+from timm_tresnet.utils.images import SAMPLES
+
+
+def test_an_option_that_no_command_has_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["list", "--epochs", "5"])
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --epochs 5\n")
+
+
+def test_installed_command_works_offline():
+    command = Path(sys.executable).parent / "timm-tresnet"
+    process = subprocess.run(
+        [command, "classify", SAMPLES / "cat.jpg"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "cat.jpg" in process.stdout
+
+
+def test_output_that_is_cut_off_ends_the_command_quietly():
+    command = Path(sys.executable).parent / "timm-tresnet"
+    process = subprocess.Popen([command, "classify"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()  # as `head` does
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == 1
+
+
+def test_version_names_the_packages_that_matter(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    expected = f"timm-tresnet {version('timm-tresnet')}, timm {version('timm')}, torch {version('torch')}\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_version_does_not_fail_where_a_package_was_not_installed(monkeypatch, capsys):
+    def find(name):
+        raise cli.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(cli.importlib.metadata, "version", find)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert "timm of unknown version" in capsys.readouterr().out
+
+
+def test_help_has_an_example_for_each_command_that_its_parser_takes(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    page = capsys.readouterr().out
+    examples = re.findall(r"^  timm-tresnet (.*)$", page.partition("examples:\n")[2], re.MULTILINE)
+    commands = re.findall(r"^    ([\w-]+)", page.partition("options:")[0], re.MULTILINE)
+    assert [example.split()[0] for example in examples] == commands
+    for example in examples:
+        name, *_ = words = shlex.split(example)
+        assert cli.make_parser().parse_args(words).command == name
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([name, "--help"])
+        assert capsys.readouterr().out.endswith(f"example:\n  timm-tresnet {example}\n")
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("clasify", "there is no command 'clasify'; did you mean classify?"),
+        ("bench", "there is no command 'bench'; did you mean benchmark?"),
+        ("frobnicate", "there is no command 'frobnicate'; choose from classify, list, demo, "),
+    ],
+)
+def test_a_command_typed_wrongly_is_answered_with_the_right_one(typed, answer, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([typed, "photo.jpg"])
+    assert answer in capsys.readouterr().err

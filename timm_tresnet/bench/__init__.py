@@ -1,0 +1,1 @@
+"""Networks measured side by side."""

@@ -1,0 +1,22 @@
+"""The commands of `timm-tresnet`, a module each.
+
+A command has ABOUT, what its parser says of it; EXAMPLE, what can be typed behind `timm-tresnet`;
+`add_options(parser)`; and `run(words, **options)`, which gets the words of the whole command line and the options by
+name, and returns the exit status.
+"""
+
+from typing import Any
+
+
+class CommandError(Exception):
+    """Says what keeps a command from running; ends it with exit status 2."""
+
+
+def load_model(name: str) -> Any:
+    """A TResNet with its weights, in eval mode, by a name as `timm_tresnet.weights.loading.load_network` takes it."""
+    from timm_tresnet.weights.loading import load_network
+
+    try:
+        return load_network(name)
+    except ValueError as error:
+        raise CommandError(str(error)) from error

@@ -1,0 +1,66 @@
+"""`timm-tresnet convert` makes old checkpoints loadable."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from timm_tresnet.cli.commands import CommandError
+from timm_tresnet.weights.catalogue import Facts
+
+ABOUT = {
+    "help": "make old checkpoints loadable",
+    "description": "Convert checkpoints of the official TResNet code and its descendants, or of timm, into folders "
+    "that timm.create_model('local-dir:FOLDER', pretrained=True) loads. What a checkpoint is comes from its "
+    "tensors, what they cannot tell from its public weight or these options. Nothing in a checkpoint is executed.",
+}
+EXAMPLE = "convert tresnet_l_448.pth --output converted"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to its parser."""
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="checkpoints: .pth, .pt, .safetensors, ...")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="FOLDER", help="where to; of several files, each gets a subfolder"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
+    parser.add_argument(
+        "--public-weight", metavar="NAME", help="a public weight, see `timm-tresnet list`; default: by the file's name"
+    )
+    parser.add_argument("--recipe", dest="public_weight", help=argparse.SUPPRESS)  # its name before 0.2
+    parser.add_argument(
+        "--norm-weights",
+        choices=("abn", "bn"),
+        help="whether norm weights are In-Place ABN's, to become |w| + 1e-5, or batch norm's; default: by the names",
+    )
+    parser.add_argument("--custom", action="store_true", help="take a network that is none of the variants too")
+    for field in dataclasses.fields(Facts):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **field.metadata)
+
+
+def run(words: Sequence[str], *, files: Sequence[Path], output: Path, overwrite: bool, **facts: Any) -> int:
+    """Convert each file by `convert_checkpoint(file, **facts)`, say what it was, and name those that are none."""
+    from timm_tresnet import convert_checkpoint, write_folder
+
+    folders = {file: output / file.stem if len(files) > 1 else output for file in files}
+    if len(set(folders.values())) < len(files):
+        raise CommandError("two of the files have the same name, and each would be written to a subfolder of that name")
+    failed = 0
+    for file, folder in folders.items():
+        try:
+            conversion = convert_checkpoint(file, **facts)
+            write_folder(conversion, folder, overwrite=overwrite)
+        except (OSError, ValueError) as error:
+            print(f"timm-tresnet: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        classes = f"{conversion.num_classes} classes" if conversion.num_classes else "no classes"
+        public = f"public weight {conversion.public_weight.name}" if conversion.public_weight else "no public weight"
+        print(f"{folder}: {conversion.architecture}, {classes}, {conversion.layout} names, {public}")
+        for note in conversion.notes:
+            print(f"  {note}")
+        for warning in conversion.warnings:
+            print(f"timm-tresnet: warning: {file}: {warning}", file=sys.stderr)
+    return 1 if failed else 0

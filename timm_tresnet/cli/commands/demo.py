@@ -1,0 +1,46 @@
+"""`timm-tresnet demo` opens a page that shows what networks find on photographs, and where."""
+
+import argparse
+from collections.abc import Sequence
+
+from timm_tresnet.cli.commands import CommandError
+
+ABOUT = {
+    "help": "open a page for trying networks on photographs",
+    "description": "Serve a page on this machine: drop a photograph, choose weights, see the classes, a heat map and "
+    "the time, side by side with other weights. Works offline with the models in the package; others are downloaded "
+    "once they are chosen. Needs the extra `demo`.",
+}
+EXAMPLE = "demo --port 7860"
+_LOOPBACK = "127.0.0.1"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to its parser."""
+    parser.add_argument(
+        "--model",
+        action="append",
+        metavar="NAME",
+        dest="models",
+        help="weights to choose from, as --model of `timm-tresnet classify`; may be repeated (default: those in the "
+        "package and on the Hub)",
+    )
+    parser.add_argument(
+        "--host", default=_LOOPBACK, help="address to listen at (default: %(default)s, which only this machine reaches)"
+    )
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+
+
+def run(words: Sequence[str], *, models: Sequence[str] | None, host: str, port: int | None) -> int:
+    """Serve the page until it is interrupted."""
+    try:
+        from timm_tresnet.demo.page import build_demo, list_weights, serve_demo
+    except ImportError as error:
+        raise CommandError(f"demo needs the extra `demo`: pip install 'timm-tresnet[demo]' ({error})") from error
+    embedded, on_hub = list_weights()
+    _, *others = models or embedded
+    try:
+        serve_demo(build_demo(models or [*embedded, *on_hub], next(iter(others), None)), host, port)
+    except OSError as error:  # no such address, or no free port
+        raise CommandError(f"cannot serve the demo: {error}") from error
+    return 0

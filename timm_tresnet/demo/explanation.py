@@ -1,0 +1,105 @@
+"""What a network finds on a photograph, and where: labels and a heat map by Grad-CAM. Needs the extra `demo`."""
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import matplotlib
+import timm.data
+import torch
+from captum.attr import LayerGradCam
+from PIL import Image
+from torch import Tensor, nn
+
+from timm_tresnet.weights.labels import is_multi_label, label_lookup
+
+_LEAST_CELLS = 4  # on a side of the map that is shown; the last stage has fewer for small images
+_SHOWN_PIXELS = 320  # on a side, at least
+_OPACITY = 0.6  # of the colours where the map is largest
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What a network finds on a photograph.
+
+    Args:
+        probabilities: of the most probable labels, by their name, most probable first.
+        heat_map: what the network was shown of the photograph, coloured where it found the first label.
+        cells: rows and columns of the map that the colours were made of.
+        classify_ms: time of the network.
+        explain_ms: time of Grad-CAM.
+    """
+
+    probabilities: dict[str, float]
+    heat_map: Image.Image
+    cells: tuple[int, int]
+    classify_ms: float
+    explain_ms: float
+
+
+def explain_image(model: nn.Module, image: Image.Image, count: int = 5) -> Explanation:
+    """Classify a photograph and show where the most probable class is.
+
+    The heat map is Grad-CAM (arXiv:1610.02391) of the last stage whose map is at least 4x4.
+
+    Args:
+        model: a TResNet with classes, in eval mode.
+        image: in mode RGB.
+        count: how many labels, at most.
+
+    Returns:
+        The labels, the picture and the times.
+
+    Raises:
+        ValueError: if the network has no classes, does not take RGB, or its logits are not finite.
+    """
+    if model.num_classes == 0 or model.in_chans != 3:
+        raise ValueError(
+            f"explain_image needs a network with classes for RGB images, got {model.num_classes} classes and "
+            f"{model.in_chans} channels; take another one"
+        )
+    config = timm.data.resolve_data_config(model=model)
+    x = timm.data.create_transform(**config)(image)[None]
+    start = time.perf_counter()
+    with torch.inference_mode():
+        logits = model(x)[0]
+    classified = time.perf_counter()
+    if not logits.isfinite().all():
+        raise ValueError("the network's logits for this photograph are not finite; take other weights")
+    probabilities = logits.sigmoid() if is_multi_label(model.pretrained_cfg) else logits.softmax(-1)
+    values, indices = probabilities.topk(min(count, model.num_classes))
+    explaining = time.perf_counter()
+    heat = LayerGradCam(model, _choose_layer(model, x)).attribute(x, int(indices[0]), relu_attributions=True)
+    explained = time.perf_counter()
+    describe = label_lookup(model)
+    return Explanation(
+        probabilities=dict(zip(map(describe, indices.tolist()), values.tolist(), strict=True)),
+        heat_map=_colour(_crop(image, config), heat.detach()),
+        cells=tuple(heat.shape[-2:]),
+        classify_ms=1000 * (classified - start),
+        explain_ms=1000 * (explained - explaining),
+    )
+
+
+def _choose_layer(model: nn.Module, x: Tensor) -> nn.Module:
+    stages = [(info["module"], info["reduction"]) for info in model.feature_info]
+    large = [name for name, reduction in stages if min(x.shape[-2:]) >= _LEAST_CELLS * reduction]
+    return model.get_submodule((large or [stages[0][0]])[-1])
+
+
+def _crop(image: Image.Image, config: dict[str, Any]) -> Tensor:
+    """The part of a photograph that the network is shown, with more pixels if those are few: (3, H, W) in [0, 1]."""
+    channels, height, width = config["input_size"]
+    times = math.ceil(_SHOWN_PIXELS / min(height, width))
+    plain = {"input_size": (channels, times * height, times * width), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    return timm.data.create_transform(**{**config, **plain})(image)
+
+
+def _colour(shown: Tensor, heat: Tensor) -> Image.Image:
+    heat = nn.functional.interpolate(heat, shown.shape[-2:], mode="bicubic").clamp(min=0)[0, 0]
+    heat = heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)
+    colours = torch.from_numpy(matplotlib.colormaps["turbo"](heat.numpy())[..., :3]).to(shown.dtype).permute(2, 0, 1)
+    opacity = _OPACITY * heat
+    mixed = (1 - opacity) * shown + opacity * colours
+    return Image.fromarray((mixed.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())

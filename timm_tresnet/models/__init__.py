@@ -1,0 +1,1 @@
+"""The network, its blocks, heads and arguments; layers/ has one file an ingredient."""

@@ -1,0 +1,224 @@
+"""Anti-aliased downsampling: the blur of the main path, the average pool of the shortcut."""
+
+import functools
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from timm_tresnet.recompute.rebuild import open_tape
+from timm_tresnet.recompute.tape import Again, Tape
+
+
+@torch.fx.wrap
+def blur_pool(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
+    """Function behind BlurPool2d; a leaf for torch.fx, which cannot trace its check of the size."""
+    if not torch.jit.is_tracing():  # tracing would freeze the comparisons and warn about them
+        if x.shape[2] <= dilation or x.shape[3] <= dilation:
+            raise ValueError(
+                f"BlurPool2d reflects its input at the border and needs H and W of at least {dilation + 1}, "
+                f"got {x.shape[2]}x{x.shape[3]}; give the network larger images"
+            )
+        if x.shape[1] != kernel.shape[0]:
+            kernel = kernel[: x.shape[1]]  # structured pruning took channels; all have the same taps
+    if kernel.dtype != x.dtype:  # as in FSDP's mixed precision, which casts no buffers; exact, and no node if traced
+        kernel = kernel.to(x.dtype)
+    if not torch.jit.is_scripting():
+        tape = open_tape()
+        if tape is not None and not kernel.requires_grad and type(x) is type(kernel) is Tensor:
+            return _blur_recorded(tape, x, kernel, stride, dilation)
+        x = _pad(x, dilation)
+    else:
+        x = F.pad(x, [dilation, dilation, dilation, dilation], mode="reflect")
+    return F.conv2d(x, kernel, stride=stride, dilation=dilation, groups=kernel.shape[0])
+
+
+@torch.jit.unused
+def _pad(x: Tensor, width: int) -> Tensor:
+    if not torch.compiler.is_compiling() and width == 1 and _is_channels_last_on_cuda(x):
+        # PyTorch's kernel would leave the layout, and what follows would too.
+        x = torch.cat([x[:, :, 1:2], x, x[:, :, -2:-1]], dim=2)
+        return torch.cat([x[:, :, :, 1:2], x, x[:, :, :, -2:-1]], dim=3)
+    return F.pad(x, [width, width, width, width], mode="reflect")
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _is_channels_last_on_cuda(x: Tensor) -> bool:
+    return x.is_cuda and _is_channels_last(x)
+
+
+def _blur_recorded(tape: Tape, x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
+    fast = dilation == 1 and _is_channels_last_on_cuda(x)
+    padded = _ReflectOnCuda.apply(x) if fast else _pad(x, dilation)
+    y = F.conv2d(padded, kernel, stride=stride, dilation=dilation, groups=kernel.shape[0])
+    if y.grad_fn is not None:
+        blur = functools.partial(_blur, kernel=kernel, stride=stride, dilation=dilation, dtype=y.dtype)
+        tape.add_blur(x, padded, y, blur)
+    return y
+
+
+_conv2d = F.conv2d  # whatever is in its place when backward comes
+
+
+def _blur(x: Tensor, kernel: Tensor, stride: int, dilation: int, dtype: torch.dtype) -> Tensor:
+    """blur_pool in a dtype: that of its output under autocast, which converts both."""
+    padded = _pad(x.to(dtype), dilation)
+    return _conv2d(padded, kernel.to(dtype), stride=stride, dilation=dilation, groups=kernel.shape[0])
+
+
+class _ReflectOnCuda(torch.autograd.Function):
+    """_pad by one pixel in channels-last layout on CUDA, with a backward that makes fewer copies than autograd's."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        return _pad(x, 1)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_y: Tensor) -> Tensor:
+        for dim in (2, 3):
+            first, grad_y, last = grad_y.split([1, grad_y.shape[dim] - 2, 1], dim)
+            grad_y = grad_y.clone()
+            grad_y.narrow(dim, 1, 1).add_(first)  # what `_pad` copied
+            grad_y.narrow(dim, -2, 1).add_(last)
+        return grad_y
+
+
+class BlurPool2d(nn.Module):
+    """Blur with the 3x3 binomial kernel [1, 2, 1] x [1, 2, 1] / 16, then keep every stride-th pixel.
+
+    Follows the stride-1 convolution that stands in for a strided one ("Anti-Alias Downsampling", arXiv:2003.13630;
+    arXiv:1904.11486). Borders are reflected.
+
+    Args:
+        channels: number of input and output channels, C; pruning may leave fewer.
+        stride: step between output pixels; 1 keeps the resolution, for dilated stages.
+        dilation: step between the kernel's taps, in pixels.
+        device: device of the kernel.
+        dtype: dtype of the kernel; its values are exact in every floating-point dtype of PyTorch with 3 significant
+            bits or more.
+
+    Shape:
+        - input: (N, C, H, W), H and W larger than dilation
+        - output: (N, C, ceil(H / stride), ceil(W / stride))
+
+    Raises:
+        ValueError: if H or W is not larger than dilation.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        stride: int = 2,
+        dilation: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.stride = stride
+        self.dilation = dilation
+        # Not part of the state dict: it is the same for every model, and timm's checkpoints do not hold it.
+        self.register_buffer("kernel", torch.empty(channels, 1, 3, 3, device=device, dtype=dtype), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fill the kernel, as after `to_empty()` on a model made on the meta device."""
+        taps = torch.tensor([0.25, 0.5, 0.25], device=self.kernel.device, dtype=self.kernel.dtype)
+        with torch.no_grad():
+            self.kernel.copy_(taps[:, None] * taps)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill the kernel; the name under which timm looks for this."""
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return blur_pool(x, self.kernel, self.stride, self.dilation)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, stride={self.stride}, dilation={self.dilation}"
+
+
+class ShortcutPool2d(nn.AvgPool2d):
+    """Average pool 2x2 at stride 2 that counts only pixels inside the image, for the shortcut of a strided stage.
+
+    Shape:
+        - input: (N, C, H, W)
+        - output: (N, C, ceil(H / 2), ceil(W / 2))
+    """
+
+    def __init__(self) -> None:
+        super().__init__(kernel_size=2, stride=2, ceil_mode=True, count_include_pad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return pool_shortcut(x)
+        return self._pool_recorded(x)
+
+    @torch.jit.unused
+    def _pool_recorded(self, x: Tensor) -> Tensor:
+        return pool_shortcut(x) if open_tape() is None else pool_recorded(x)
+
+
+def pool_shortcut(x: Tensor) -> Tensor:
+    """Function behind ShortcutPool2d."""
+    return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
+
+
+def pool_recorded(x: Tensor) -> Tensor:
+    """pool_shortcut where a tape is open."""
+    if _is_channels_last_on_cuda(x) and x.shape[2] % 2 == x.shape[3] % 2 == 0:
+        return _EvenPool.apply(x)
+    return pool_shortcut(x)
+
+
+class _EvenPool(torch.autograd.Function):
+    """pool_shortcut with a backward that is several times faster than PyTorch's on CUDA in channels-last layout."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        ctx.again = Again(pool_shortcut)
+        return pool_shortcut(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_y: Tensor) -> Tensor:
+        quarter = (grad_y / 4).permute(0, 2, 3, 1)  # (N, H / 2, W / 2, C)
+        batch, height, width, channels = quarter.shape
+        spread = quarter[:, :, None, :, None].expand(batch, height, 2, width, 2, channels)
+        return spread.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def jvp(ctx: FunctionCtx, tangent: Tensor) -> Tensor:
+        return pool_shortcut(tangent)
+
+
+class StrideOneAvgPool2d(nn.Module):
+    """Average pool 2x2 at stride 1, for the shortcut of a stage that is dilated instead of strided.
+
+    Where the strided network would keep a pixel, this gives what its `AvgPool2d(2, 2)` gives there, so that pretrained
+    weights keep their meaning. Taps beyond the lower and right border repeat the border, which equals leaving them out.
+
+    Args:
+        dilation: step between the two taps of an axis, in pixels.
+
+    Shape:
+        - input: (N, C, H, W)
+        - output: (N, C, H, W)
+    """
+
+    def __init__(self, dilation: int = 1) -> None:
+        super().__init__()
+        self.dilation = dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = self.dilation
+        x = F.pad(x, [0, step, 0, step], mode="replicate")
+        x = (x[:, :, :-step] + x[:, :, step:]) / 2
+        return (x[:, :, :, :-step] + x[:, :, :, step:]) / 2
+
+    def extra_repr(self) -> str:
+        return f"dilation={self.dilation}"

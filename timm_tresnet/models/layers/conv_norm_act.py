@@ -1,0 +1,186 @@
+"""The unit that TResNet is built from: convolution, batch norm, activation, and where it downsamples, a blur."""
+
+import copy
+import functools
+
+import torch
+from timm.layers import (
+    BatchNormAct2d,
+    FrozenBatchNormAct2d,
+    LayerType,
+    SplitBatchNorm2d,
+    SyncBatchNormAct,
+    get_norm_act_layer,
+)
+from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_weights
+
+from timm_tresnet.models.layers.activated_batch_norm import ActivatedBatchNorm2d
+from timm_tresnet.recompute.rebuild import record_expansion
+
+# Affine in eval mode, each known by name: a subclass may compute something else.
+_FOLDABLE_NORMS = (
+    ActivatedBatchNorm2d,
+    BatchNormAct2d,
+    FrozenBatchNormAct2d,
+    SplitBatchNorm2d,
+    SyncBatchNormAct,
+    nn.BatchNorm2d,
+)
+
+
+class FoldedConvNormAct(nn.Module):
+    """Convolution with bias, activation, optional anti-aliasing layer: what `ConvNormAct.fuse` returns.
+
+    Args:
+        conv: convolution with bias.
+        act: activation.
+        aa: anti-aliasing layer.
+
+    Shape:
+        - input: (N, in_channels, H, W)
+        - output: (N, out_channels, ceil(H / stride), ceil(W / stride)), before aa
+
+    Raises:
+        ValueError: in `forward`, if in training mode.
+    """
+
+    def __init__(self, conv: nn.Conv2d, act: nn.Module, aa: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+        self.act = act
+        self.aa = aa
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise ValueError(
+                "This network's batch norms are folded into its convolutions, which computes what they do in eval "
+                "mode; call eval() before running it, and train the network as it was before folding"
+            )
+        return self.aa(self.act(self.conv(x)))
+
+    def fuse(self) -> nn.Module:
+        """Return self: nothing is left to fold."""
+        return self
+
+
+class ConvNormAct(nn.Module):
+    """Convolution without bias, normalisation, activation, then an optional anti-aliasing layer.
+
+    The norm and its activation are one module, as in "In-Place Activated BatchNorm" (arXiv:1712.02616).
+
+    Args:
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        kernel_size: side of the kernel, odd; padding keeps the resolution at stride 1.
+        stride: stride of the convolution.
+        dilation: step between the kernel's taps, in pixels.
+        act_layer: activation after the norm, as `timm.layers.get_norm_act_layer` takes it; None for no activation.
+        norm_layer: normalisation, a name or class; ActivatedBatchNorm2d for "batchnorm2d", FrozenBatchNormAct2d for
+            "frozenbatchnorm2d", anything else as `timm.layers.get_norm_act_layer` takes it.
+        aa: anti-aliasing layer that does the downsampling, after the activation.
+        expands: whether the setting "expansions" of `timm_tresnet.recompute.rebuild` is about this convolution.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Shape:
+        - input: (N, in_channels, H, W)
+        - output: (N, out_channels, ceil(H / stride), ceil(W / stride)), before aa
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        dilation: int = 1,
+        act_layer: LayerType | None = None,
+        norm_layer: LayerType = "batchnorm2d",
+        aa: nn.Module | None = None,
+        expands: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory_kwargs = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=(kernel_size - 1) // 2 * dilation,
+            dilation=dilation,
+            bias=False,
+            **factory_kwargs,
+        )
+        if norm_layer in ("batchnorm2d", ActivatedBatchNorm2d):
+            norm_act = functools.partial(ActivatedBatchNorm2d, act_layer=act_layer)
+        elif norm_layer in ("frozenbatchnorm2d", FrozenBatchNormAct2d):  # which timm has no name for
+            norm_act = functools.partial(FrozenBatchNormAct2d, act_layer=act_layer)
+        else:
+            norm_act = get_norm_act_layer(norm_layer, act_layer)
+        given = {name: value for name, value in factory_kwargs.items() if value is not None}
+        self.bn = norm_act(out_channels, apply_act=act_layer is not None, **given)  # some norms know no device
+        if isinstance(self.bn, FrozenBatchNormAct2d):  # timm sets these in freezing, and reads them in unfreezing
+            self.bn.num_features, self.bn.affine = out_channels, True
+        self.aa = nn.Identity() if aa is None else aa
+        self.expands = expands
+
+    @torch.jit.ignore
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Put in a child, as PyTorch's and timm's `convert_sync_batchnorm` do; ours then synchronises by itself."""
+        norm = self._modules.get(name)
+        if isinstance(norm, ActivatedBatchNorm2d) and isinstance(module, nn.SyncBatchNorm):
+            norm.synchronize(module.process_group)
+        else:
+            super().add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.expands and not torch.jit.is_scripting():
+            self._record_expansion(y)
+        return self.aa(self.bn(y))
+
+    @torch.jit.ignore
+    def fuse(self) -> FoldedConvNormAct:
+        """Fold the batch norm, as it is in eval mode, into a copy of the convolution.
+
+        The name under which `timm.utils.reparameterize_model` looks for this. timm's scripts call that before they call
+        eval(), so the mode does not matter here; the result refuses to run in training mode. Computed in double
+        precision.
+
+        Returns:
+            The folded layer, in the dtype of the convolution's weight; this one stays as it is.
+
+        Raises:
+            ValueError: if the norm is not a batch norm with running statistics, or the convolution is not a plain one.
+        """
+        if type(self.conv) is not nn.Conv2d:
+            raise ValueError(f"ConvNormAct can fold into a Conv2d, not into its {type(self.conv).__name__}")
+        if type(self.bn) not in _FOLDABLE_NORMS or self.bn.running_mean is None:
+            raise ValueError(
+                "ConvNormAct can fold a batch norm with running statistics, not its norm "
+                f"{type(self.bn).__name__}; use the network unfolded"
+            )
+        mean, var, weight, bias, kernel, offset = (
+            None if tensor is None else tensor.detach().double()
+            for tensor in (
+                self.bn.running_mean,
+                self.bn.running_var,
+                self.bn.weight,
+                self.bn.bias,
+                self.conv.weight,
+                self.conv.bias,
+            )
+        )
+        kernel, offset = fuse_conv_bn_weights(kernel, offset, mean, var, self.bn.eps, weight, bias)
+        conv = copy.deepcopy(self.conv)
+        conv.weight = nn.Parameter(kernel.to(conv.weight), requires_grad=conv.weight.requires_grad)
+        conv.bias = nn.Parameter(offset.to(conv.weight), requires_grad=conv.weight.requires_grad)
+        act = copy.deepcopy(getattr(self.bn, "act", nn.Identity()))
+        return FoldedConvNormAct(conv, act, copy.deepcopy(self.aa)).train(self.training)
+
+    @torch.jit.unused
+    def _record_expansion(self, y: Tensor) -> None:
+        record_expansion(y)

@@ -1,0 +1,1 @@
+"""Files, errors, images and tables, for the rest of the package."""

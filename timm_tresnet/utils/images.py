@@ -1,0 +1,121 @@
+"""Image files of anybody: which are opened, and what becomes of their pixels."""
+
+import os
+import stat
+import unicodedata
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from timm_tresnet.utils.errors import summarise
+
+_SAMPLES = Path(__file__).parents[1] / "weights" / "samples"  # a folder for each weights name
+SAMPLES = _SAMPLES / "test_tresnet.r64_cifar10"
+
+# Of Pillow's decoders those that many files pass through every day.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+}
+_SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+_LARGEST_RATIO = 100  # of the sides; a narrow image is huge once its short side has the size that a network wants
+_GROUND = (255, 255, 255)  # behind what is transparent: such images are mostly drawn for white pages
+_16_BITS = ("I;16", "I;16L", "I;16B", "I;16N")  # modes of Pillow; of a PNG, older releases say "I"
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF's tags; 0 for the second: 0 is white
+
+
+def find_samples(pretrained_cfg: Mapping[str, Any]) -> Path:
+    """Folder of the photographs in the package that a model knows: its own if it is in the package, else `SAMPLES`."""
+    name = f"{pretrained_cfg.get('architecture')}.{pretrained_cfg.get('tag')}"
+    return {folder.name: folder for folder in _SAMPLES.iterdir()}.get(name, SAMPLES)
+
+
+def find_images(paths: Sequence[Path]) -> Iterator[Path]:
+    """Image files among paths, and in those of them that are folders, sorted.
+
+    In folders, names that end like those of `FORMATS` count; links to folders are not followed. A folder that cannot be
+    listed is among the results, so that reading it says so.
+    """
+    for path in paths:
+        if os.path.isdir(path):  # unlike Path.is_dir, False for what may not be looked at
+            unlisted: list[Path] = []
+            walk = os.walk(path, onerror=lambda error, found=unlisted: found.append(Path(error.filename)))
+            files = [Path(folder, name) for folder, _, names in walk for name in names]
+            yield from sorted([file for file in files if file.suffix.lower() in _SUFFIXES] + unlisted)
+        else:
+            yield path
+
+
+def printable(path: Path) -> str:
+    """Name of a file for a message or a result: bytes that are no UTF-8, and what a terminal obeys, are escaped."""
+    name = os.fsencode(path).decode("utf-8", "backslashreplace")
+    escaped = (each.encode("unicode_escape").decode() if unicodedata.category(each) == "Cc" else each for each in name)
+    return "".join(escaped)
+
+
+def read_image(path: Path) -> Any:
+    """Read an image file, turned as its camera was held: the first frame, in 8 bits, on white where it is transparent.
+
+    Args:
+        path: the file, in one of `FORMATS`.
+
+    Returns:
+        A `PIL.Image.Image` in mode RGB.
+
+    Raises:
+        ValueError: if the file cannot be read, is in none of the formats, or its image is huge, very narrow, or has
+            pixels of which nobody says what is black and what is white.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            os.listdir(path)  # says what keeps it from being listed
+        if not stat.S_ISREG(mode):  # a pipe would keep us waiting
+            raise ValueError("not a file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what Pillow puts right
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=list(FORMATS)) as image:
+                return _to_rgb(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"not an image in {', '.join(FORMATS)}") from error
+    except Image.DecompressionBombWarning as error:
+        raise ValueError(f"more than the {Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels that are opened") from error
+    except Exception as error:  # a decoder can raise anything for a damaged file
+        raise ValueError(summarise(error)) from error
+
+
+def _to_rgb(image: Any) -> Any:
+    from PIL import Image, ImageOps
+
+    short, long = sorted(image.size)
+    if long > _LARGEST_RATIO * short:
+        raise ValueError(f"{image.width}x{image.height} pixels, one side is over {_LARGEST_RATIO} times the other")
+    tags = getattr(image, "tag_v2", {})  # of TIFF; gone once the image is turned
+    deep = image.mode in _16_BITS or (image.mode == "I" and image.format == "PNG")
+    image = ImageOps.exif_transpose(image)
+    if deep:
+        image = _from_16_bits(image, 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1, tags.get(_PHOTOMETRIC) == 0)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of 32 bits (Pillow's mode {image.mode}), whose black and white are not known")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (*_GROUND, 255)), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_16_bits(image: Any, white: int, inverted: bool) -> Any:
+    """Grey of up to 16 bits in 8, where Pillow itself would cut off everything above 255."""
+    import numpy
+    from PIL import Image
+
+    grey = numpy.asarray(image).astype(numpy.float32) * (255 / white)
+    grey = grey.round().clip(0, 255).astype(numpy.uint8)
+    return Image.fromarray(255 - grey if inverted else grey)

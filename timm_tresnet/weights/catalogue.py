@@ -1,0 +1,200 @@
+"""What there is to know about a weight, and the public TResNet weights, one row each in catalogue.toml beside this."""
+
+import dataclasses
+import functools
+import importlib.resources
+import math
+import tomllib
+from argparse import BooleanOptionalAction
+from collections.abc import Mapping
+from importlib.resources.abc import Traversable
+from types import MappingProxyType
+from typing import Any
+
+from timm_tresnet.weights.labels import MULTI_LABEL
+
+_FILE = importlib.resources.files(__package__) / "catalogue.toml"  # not a Path in a zip application
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A published result.
+
+    Args:
+        name: what was measured, such as "top-1 accuracy" or "mAP".
+        value: in percent.
+        published: where, as repository and file.
+    """
+
+    name: str
+    value: float
+    published: str
+
+
+def _field(default: Any = dataclasses.MISSING, **option: Any) -> Any:
+    return dataclasses.field(default=default, metadata=option)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the tensors of a weight cannot tell; None for what is not known.
+
+    A field's metadata is its option in `timm-tresnet convert`, as `argparse.ArgumentParser.add_argument` takes it, and
+    says what the field means. The catalogue has to give the fields without a default.
+    """
+
+    input_size: int | None = _field(None, help="side of the images", type=int, metavar="PIXELS")
+    crop_pct: float | None = _field(
+        None, help="side of the crop over the resized image's", type=float, metavar="FRACTION"
+    )
+    crop_mode: str | None = _field(None, help="crop the centre, or resize to a square", choices=("center", "squash"))
+    interpolation: str | None = _field(choices=("nearest", "bilinear", "bicubic", "lanczos"))
+    mean: tuple[float, ...] | None = _field(None, help="of each channel", nargs="+", type=float, metavar="M")
+    std: tuple[float, ...] | None = _field(None, help="of each channel", nargs="+", type=float, metavar="S")
+    negative_slope: float | None = _field(None, help="of the activations in the blocks", type=float, metavar="SLOPE")
+    stem_negative_slope: float | None = _field(None, help="of the activation in the stem", type=float, metavar="SLOPE")
+    license: str | None = _field(None, help="as the Hub names it, such as apache-2.0", metavar="NAME")
+    dataset: str | None = _field(help="what the weights were trained on", metavar="NAME")
+    multi_label: bool | None = _field(
+        False, help="an image has any number of the classes", action=BooleanOptionalAction
+    )
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """The facts that are known, by name."""
+        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(Facts)}
+        return {name: value for name, value in facts.items() if value is not None}
+
+    @property
+    def slopes(self) -> dict[str, float]:
+        """Slopes that are not the defaults, as arguments of `TResNet`."""
+        return {name: slope for name, slope in self.known.items() if name in ("negative_slope", "stem_negative_slope")}
+
+
+NOTHING_KNOWN = Facts(**dict.fromkeys(field.name for field in dataclasses.fields(Facts)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PublicWeight(Facts):
+    """What is known about a public weight; None for what no source says.
+
+    Args:
+        architecture: name of the variant in this package.
+        tag: tag of the pretrained config; `architecture.tag` is the public weight's name.
+        files: names under which the weights were published.
+        num_classes: how many classes the published head has.
+        metric: the published result of these weights.
+        paper: "arXiv:" and its number.
+        code: address of the official code.
+        head: that of the network (`models.heads`); "query2label" if it is another one, of which the backbone can
+            be converted; "unknown" for whatever is in the file.
+        num_groups: groups of an ML-Decoder head, if not as many as it has by itself.
+        pretraining: data set of the training before that on `dataset`.
+        labels: name of the list of classes, such as "imagenet-1k" or "coco".
+        hf_hub_id: Hub repository that holds the weights.
+    """
+
+    architecture: str
+    tag: str
+    files: tuple[str, ...]
+    paper: str
+    code: str
+    num_classes: int | None = None
+    metric: Metric | None = None
+    head: str = _field("linear", choices=("linear", "bottleneck", "ml_decoder", "query2label", "unknown"))
+    num_groups: int | None = None
+    pretraining: str | None = None
+    labels: str | None = None
+    hf_hub_id: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Key of the public weight, `architecture.tag`."""
+        return f"{self.architecture}.{self.tag}"
+
+    @property
+    def converted_classes(self) -> int:
+        """Classes of the registered network: none if the head is of another kind or not known."""
+        return 0 if self.head in ("query2label", "unknown") else self.num_classes or 0
+
+    @property
+    def network_arguments(self) -> dict[str, Any]:
+        """Arguments of the network that hold the weight, beyond those of its variant."""
+        head = {"head": self.head} if self.head in ("bottleneck", "ml_decoder") else {}
+        groups = {"num_groups": self.num_groups} if self.num_groups else {}
+        return {**self.slopes, **head, **groups}
+
+
+def make_pretrained_cfg(facts: Facts, num_classes: int, in_chans: int = 3) -> dict[str, Any]:
+    """Say what is known about a weight as timm's pretrained config does.
+
+    Args:
+        facts: what is known; of a public weight also its tag and source.
+        num_classes: outputs of the network; 0 for a backbone.
+        in_chans: channels of the image.
+
+    Returns:
+        Fields of timm's `PretrainedCfg`; what is not known is left out.
+    """
+    names = ("crop_pct", "crop_mode", "interpolation", "mean", "std", "license")
+    config: dict[str, Any] = {name: facts.known[name] for name in names if name in facts.known}
+    if facts.input_size is not None:
+        config["input_size"] = (in_chans, facts.input_size, facts.input_size)
+        config["pool_size"] = (math.ceil(facts.input_size / 32),) * 2
+    if facts.dataset is not None:
+        config["description"] = f"Trained on {facts.dataset}"
+    if isinstance(facts, PublicWeight):
+        config |= {"tag": facts.tag, "origin_url": facts.code, "paper_ids": facts.paper}
+    if facts.multi_label and num_classes:
+        config["notes"] = (MULTI_LABEL,)
+    return {
+        **config,
+        "custom_load": False,
+        "fixed_input_size": False,
+        "num_classes": num_classes,
+        "first_conv": "body.conv1.conv",
+        "classifier": "head.fc",
+    }
+
+
+@functools.cache
+def load_catalogue(path: Traversable = _FILE) -> Mapping[str, PublicWeight]:
+    """Read the public weights.
+
+    Args:
+        path: a TOML file with one table for each public weight; by default that of the package.
+
+    Returns:
+        Public weights by name, `architecture.tag`; read-only.
+
+    Raises:
+        ValueError: if a public weight lacks a field, has one too many or a wrong value; the message names them.
+    """
+    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    return MappingProxyType({name: _parse(name, table) for name, table in tables.items()})
+
+
+def _parse(name: str, table: dict[str, Any]) -> PublicWeight:
+    _check_fields(f"public weight {name}", table, PublicWeight)
+    if "metric" in table:
+        _check_fields(f"metric of public weight {name}", table["metric"], Metric)
+    for field in dataclasses.fields(PublicWeight):
+        choices = field.metadata.get("choices", ())
+        if choices and field.name in table and table[field.name] not in choices:
+            raise ValueError(
+                f"public weight {name} needs {field.name} to be one of {', '.join(choices)}, got {table[field.name]!r}"
+            )
+    lists = {field: tuple(value) for field, value in table.items() if isinstance(value, list)}
+    metric = Metric(**table["metric"]) if "metric" in table else None
+    public = PublicWeight(**{**table, **lists, "metric": metric})
+    if public.name != name:
+        raise ValueError(f"public weight {name} says that it is {public.name}; its key is architecture.tag")
+    return public
+
+
+def _check_fields(owner: str, table: dict[str, Any], cls: type[PublicWeight] | type[Metric]) -> None:
+    fields = dataclasses.fields(cls)
+    missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in table]
+    unknown = sorted(table.keys() - {field.name for field in fields})
+    if missing or unknown:
+        raise ValueError(f"{owner}: missing fields {missing}, unknown fields {unknown}")

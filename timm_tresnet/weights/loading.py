@@ -1,0 +1,127 @@
+"""Networks by name, as the commands take them: what a stranger's folder or repository says is checked first."""
+
+import hashlib
+import os
+import re
+import stat
+import warnings
+from pathlib import Path
+
+import timm
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from torch import nn
+
+from timm_tresnet.utils.errors import summarise
+from timm_tresnet.weights import config
+
+_MOST_PARAMETERS = 10**9  # of TResNet-XL: 8e7
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".tar")  # what timm looks for in a folder
+
+
+def load_network(name: str) -> nn.Module:
+    """Load a TResNet with its weights.
+
+    Args:
+        name: a variant or variant.tag, local-dir:FOLDER or hf-hub:OWNER/NAME[@REVISION].
+
+    Returns:
+        The network, in eval mode.
+
+    Raises:
+        ValueError: if there is no such network, or it cannot be had, read or built; says why in one sentence.
+    """
+    try:
+        source, rest = _split(name)
+        if source == "local-dir":
+            _check_folder(Path(rest))
+        elif timm.models.is_model(rest) and not timm.models.is_model_in_modules(rest, ["tresnet"]):
+            raise ValueError("it is no TResNet; see `timm-tresnet list`, and timm.create_model for other networks")
+        checked = _check_repository(rest) if source == "hf-hub" else name
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"torch\b")  # of odd pickles, which it then refuses or takes
+            return timm.create_model(checked, pretrained=True).eval()
+    # The Hub's client and whatever unpickles a stranger's weights can raise anything.
+    except Exception as error:
+        raise ValueError(f"cannot load the model {name}: {summarise(error)}") from error
+
+
+def build_skeleton(name: str, called: str = config.NAME) -> nn.Module:
+    """Build the network of a checked config.json without memory for its parameters, and run it.
+
+    Args:
+        name: local-dir:FOLDER or hf-hub:OWNER/NAME@REVISION.
+        called: how messages name the config.
+
+    Returns:
+        The network, on the meta device.
+
+    Raises:
+        ValueError: if no network comes of the config, one that is too large, or one that cannot take its own images.
+    """
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model = timm.create_model(name, pretrained=False).eval()
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            if parameters > _MOST_PARAMETERS:
+                raise ValueError(f"it has {parameters:.1e} parameters, more than {_MOST_PARAMETERS:.0e}")
+            # Before 1.0.31 timm leaves the size's first number as it was, whatever in_chans is.
+            logits = model(torch.empty(1, model.in_chans, *model.pretrained_cfg.get("input_size", (3, 224, 224))[1:]))
+            if model.num_classes and logits.ndim != 2:
+                raise ValueError("it needs a global_pool to classify images, got ''")
+    # Whatever timm's layers raise for arguments that are right each by itself.
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{called} describes no network that can be run: {summarise(error)}") from error
+    return model
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Source, "" for the registry, and what to look for there, as timm understands them."""
+    source, colon, rest = name.partition(":")
+    if not colon:
+        return "", name
+    source = source.lower().replace("_", "-")
+    if source not in ("local-dir", "hf-hub") or not rest:
+        raise ValueError("needs a name from `timm-tresnet list`, hf-hub:OWNER/NAME or local-dir:FOLDER")
+    return source, rest
+
+
+def _check_folder(folder: Path) -> None:
+    config.read_config(folder / config.NAME)
+    build_skeleton(f"local-dir:{folder}", str(folder / config.NAME))
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(_WEIGHTS) and not stat.S_ISREG(entry.stat().st_mode):
+                raise ValueError(f"{entry.path} is not a file")
+
+
+def _check_repository(name: str) -> str:
+    """Name of the repository at the commit whose config.json was checked, so that timm sees the same one."""
+    repo_id, at, revision = name.partition("@")
+    if at and not revision:
+        raise ValueError(f"needs a revision behind @, got {name}")
+    path = Path(hf_hub_download(repo_id, config.NAME, revision=revision or None))
+    called = f"{config.NAME} of {repo_id}"
+    config.read_config(path, called)
+    pinned = f"hf-hub:{repo_id}@{path.parent.name}"
+    build_skeleton(pinned, called)
+    _check_hash(repo_id, path.parent.name)
+    return pinned
+
+
+def _check_hash(repo_id: str, revision: str) -> None:
+    """Compare what was downloaded with the hash by which the Hub calls it, as its client does not."""
+    try:
+        blob = Path(hf_hub_download(repo_id, "model.safetensors", revision=revision)).resolve()
+    except EntryNotFoundError:
+        return  # timm looks for other files
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name):  # in a cache without links, files have their own names
+        with blob.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != blob.name:
+            blob.unlink()
+            raise ValueError(
+                f"model.safetensors of {repo_id} needs the SHA-256 {blob.name}, got {found}; it has been removed from "
+                "the cache, try again"
+            )
