@@ -1,3 +1,6 @@
+import ast
+from pathlib import Path
+
 import pytest
 from interpreters import BUILTIN, OURS, WHO_BUILDS
 
@@ -22,3 +25,11 @@ def test_package_lists_its_public_names():
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         timm_tresnet.nonsense  # noqa: B018
     assert all(getattr(timm_tresnet, name).__module__.startswith("timm_tresnet.") for name in timm_tresnet.__all__)
+
+
+def test_editors_see_the_public_names_where_they_are():
+    tree = ast.parse(Path(timm_tresnet.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {alias.asname: each.module for each in block.body for alias in each.names}
+    assert seen == {name: f"timm_tresnet.{module}" for name, module in timm_tresnet._PUBLIC.items()}
+    assert (Path(timm_tresnet.__file__).parent / "py.typed").exists()

@@ -4,7 +4,19 @@ import importlib
 import logging
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors and type checkers; at run time the names are imported when first used
+    from timm_tresnet.conversion import Conversion as Conversion
+    from timm_tresnet.conversion import convert_checkpoint as convert_checkpoint
+    from timm_tresnet.conversion import write_folder as write_folder
+    from timm_tresnet.deployment import ExportedModel as ExportedModel
+    from timm_tresnet.deployment import export_model as export_model
+    from timm_tresnet.deployment import fold_batch_norms as fold_batch_norms
+    from timm_tresnet.deployment import optimize_for_inference as optimize_for_inference
+    from timm_tresnet.models.blocks import BasicBlock as BasicBlock
+    from timm_tresnet.models.blocks import Bottleneck as Bottleneck
+    from timm_tresnet.models.network import TResNet as TResNet
 
 _PUBLIC = {  # name -> module; imported when first used, so that `import torch` can afford to import this package
     "BasicBlock": "models.blocks",

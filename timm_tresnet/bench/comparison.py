@@ -65,8 +65,8 @@ class _Bench:
     def network(self, candidate: Candidate) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
         """The network, what runs it, and its optimizer."""
         if candidate.name not in self.networks:
-            plain = candidate.make().to(self.settings.device, memory_format=self.memory_format)
-            running = torch.compile(plain, dynamic=False) if self.settings.compile else plain
+            plain = candidate.make().to(self.settings.device).to(memory_format=self.memory_format)
+            running: Any = torch.compile(plain, dynamic=False) if self.settings.compile else plain
             optimizer = torch.optim.SGD(plain.parameters(), lr=0.0, momentum=0.9)  # all the work, and weights stay
             self.networks[candidate.name] = plain, running, optimizer
         return self.networks[candidate.name]

@@ -66,7 +66,7 @@ def make_batch(
 
 def autocast(device: str, amp: str | None) -> torch.autocast:
     """Autocast to the dtype that `amp` names, a key of DTYPES, or none."""
-    return torch.autocast(device, dtype=DTYPES.get(amp, torch.bfloat16), enabled=amp is not None)
+    return torch.autocast(device, dtype=DTYPES[amp] if amp else torch.bfloat16, enabled=amp is not None)
 
 
 def compute_loss(network: nn.Module, images: Tensor, labels: Tensor, amp: str | None = None) -> Tensor:

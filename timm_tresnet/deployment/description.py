@@ -74,7 +74,7 @@ class Description:
     model: str
     format: str
     precision: str
-    shape: tuple[int | None, int, int | None, int | None]
+    shape: tuple[int | None, ...]
     size_limits: tuple[int, int]
     num_classes: int
     preprocessing: dict[str, Any]
@@ -85,7 +85,7 @@ class Description:
     def to_json(self) -> dict[str, Any]:
         """What the file says, but for how the artifact was made and checked."""
         shape = [side or name for side, name in zip(self.shape, AXES, strict=True)]
-        image = {"name": "image", "shape": shape, "dtype": "float32"}
+        image: dict[str, Any] = {"name": "image", "shape": shape, "dtype": "float32"}
         if "height" in shape:
             image["size_multiple"], image["size_minimum"] = self.size_limits
         return {

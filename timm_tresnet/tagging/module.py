@@ -45,6 +45,9 @@ class Tagger(pl.LightningModule):
         held_out: number of held-out images.
     """
 
+    average: ModelEmaV3
+    loss: nn.Module
+
     def __init__(self, network: nn.Module, settings: Settings, held_out: int) -> None:
         super().__init__()
         self.network = network
@@ -60,7 +63,7 @@ class Tagger(pl.LightningModule):
         self._loss_sum, self._loss_count = torch.zeros(()), 0
         self._measured: list[dict[str, Tensor]] = []
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         settings = self.settings
         # Adam, and no decay of biases and norms: `add_weight_decay` there, `filter_bias_and_bn` here
         optimizer = create_optimizer_v2(
@@ -154,7 +157,7 @@ class Tagger(pl.LightningModule):
 
     def _gather(self, values: Tensor) -> Tensor:
         """Rows of all processes, on the CPU."""
-        gathered = self.all_gather(values)
+        gathered: Any = self.all_gather(values)
         return (gathered.flatten(0, 1) if gathered.dim() > values.dim() else gathered).cpu()
 
     def _keep_best(self, row: dict[str, Any], probabilities: dict[str, Tensor], targets: Tensor) -> None:

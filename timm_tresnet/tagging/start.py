@@ -37,7 +37,7 @@ def make_network(
     """
     source = load_network(name) if pretrained else None
     try:
-        network = timm.create_model(name, pretrained=False, num_classes=len(labels), **model_args)
+        network: Any = timm.create_model(name, pretrained=False, num_classes=len(labels), **model_args)
     # What timm and the network raise for arguments and names that are wrong.
     except (AssertionError, FileNotFoundError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"cannot make the network {name} with {dict(model_args)}: {summarise(error)}") from error
@@ -49,7 +49,7 @@ def make_network(
     return network, drop_inherited({**of_weights, **model_args}, of_weights)
 
 
-def _take_weights(network: nn.Module, source: nn.Module, labels: Sequence[str]) -> None:
+def _take_weights(network: nn.Module, source: Any, labels: Sequence[str]) -> None:
     same = is_multi_label(source.pretrained_cfg) and source.num_classes == len(labels)
     if not (same and list(map(label_lookup(source), range(len(labels)))) == list(labels)):
         source.reset_classifier(len(labels))
@@ -81,7 +81,7 @@ def make_pretrained_cfg(network: nn.Module, image_size: int | None) -> dict[str,
         network: from `make_network`.
         image_size: side of its images, in pixels; None for that of the weights.
     """
-    start = network.pretrained_cfg
+    start: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]  # an attribute of a module, to mypy
     size = image_size or start["input_size"][-1]
     return {
         "input_size": [3, size, size],

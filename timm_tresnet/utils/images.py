@@ -43,10 +43,13 @@ def find_images(paths: Sequence[Path]) -> Iterator[Path]:
     """
     for path in paths:
         if os.path.isdir(path):  # unlike Path.is_dir, False for what may not be looked at
-            unlisted: list[Path] = []
-            walk = os.walk(path, onerror=lambda error, found=unlisted: found.append(Path(error.filename)))
+            unlisted: list[OSError] = []
+            walk = os.walk(path, onerror=unlisted.append)
             files = [Path(folder, name) for folder, _, names in walk for name in names]
-            yield from sorted([file for file in files if file.suffix.lower() in _SUFFIXES] + unlisted)
+            yield from sorted(
+                [file for file in files if file.suffix.lower() in _SUFFIXES]
+                + [Path(error.filename) for error in unlisted]
+            )
         else:
             yield path
 
@@ -87,7 +90,9 @@ def read_image(path: Path) -> Any:
     except UnidentifiedImageError as error:
         raise ValueError(f"not an image in {', '.join(FORMATS)}") from error
     except Image.DecompressionBombWarning as error:
-        raise ValueError(f"more than the {Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels that are opened") from error
+        raise ValueError(
+            f"more than the {(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels that are opened"
+        ) from error
     except Exception as error:  # a decoder can raise anything for a damaged file
         raise ValueError(summarise(error)) from error
 

@@ -6,6 +6,7 @@ import re
 import stat
 import warnings
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -62,7 +63,7 @@ def build_skeleton(name: str, called: str = config.NAME) -> nn.Module:
     """
     try:
         with torch.device("meta"), torch.no_grad():
-            model = timm.create_model(name, pretrained=False).eval()
+            model: Any = timm.create_model(name, pretrained=False).eval()
             parameters = sum(parameter.numel() for parameter in model.parameters())
             if parameters > _MOST_PARAMETERS:
                 raise ValueError(f"it has {parameters:.1e} parameters, more than {_MOST_PARAMETERS:.0e}")

@@ -88,6 +88,8 @@ class ClassQueries(nn.Module):
         ValueError: in `forward`, if there are no labels.
     """
 
+    vectors: Tensor
+
     def __init__(
         self,
         num_queries: int,
@@ -98,7 +100,7 @@ class ClassQueries(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        factory_kwargs = {"device": device, "dtype": dtype}
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.register_buffer("vectors", torch.empty(num_queries, label_embedding or embed_dim, **factory_kwargs))
         self.embed: nn.Module = nn.Identity()
         if label_embedding:
@@ -155,6 +157,9 @@ class FoldedQueries(nn.Module):
         ValueError: in `forward`, if in training mode.
     """
 
+    queries: Tensor
+    projected: Tensor
+
     def __init__(self, queries: Tensor, projected: Tensor) -> None:
         super().__init__()
         self.register_buffer("queries", queries)
@@ -201,7 +206,7 @@ class DecoderLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        factory_kwargs = {"device": device, "dtype": dtype}
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.kv = nn.Linear(embed_dim, 2 * embed_dim, **factory_kwargs)
         self.attn_drop = nn.Dropout(dropout)
@@ -270,7 +275,7 @@ class MLDecoderHead(nn.Module):
         ValueError: if an argument is not one of the above.
     """
 
-    decodes: torch.jit.Final[bool]  # so that TorchScript does not look at a decoder that is not there
+    __constants__ = ["decodes"]  # so that TorchScript does not look at a decoder that is not there
 
     def __init__(
         self,
@@ -300,7 +305,10 @@ class MLDecoderHead(nn.Module):
         self.label_embedding = label_embedding
         self.dropout = dropout
         self.drop = nn.Dropout(drop_rate)
-        self.embedding = self.queries = self.decoder = nn.Identity()
+        self.embedding: nn.Module = nn.Identity()
+        self.queries: nn.Module = nn.Identity()
+        self.decoder: nn.Module = nn.Identity()
+        self.fc: nn.Module = nn.Identity()
         self._build(num_classes, pool_type, device=device, dtype=dtype)
 
     def _build(self, num_classes: int, pool_type: str, **factory_kwargs: Any) -> None:
@@ -315,7 +323,7 @@ class MLDecoderHead(nn.Module):
             return
         if self.label_embedding:
             num_queries = num_classes
-            if not isinstance(getattr(self, "fc", None), nn.Linear):  # it serves all labels, so other ones keep it
+            if not isinstance(self.fc, nn.Linear):  # it serves all labels, so other ones keep it
                 self.fc = nn.Linear(width, 1, **factory_kwargs)
                 self._draw_classifier()
         else:
@@ -327,7 +335,7 @@ class MLDecoderHead(nn.Module):
         if isinstance(self.decoder, nn.Identity):
             self.queries = ClassQueries(num_queries, width, self.label_embedding, self.dropout, **factory_kwargs)
             self.decoder = DecoderLayer(width, dropout=self.dropout, **factory_kwargs)
-        elif num_classes > 0:
+        elif num_classes > 0 and isinstance(self.queries, ClassQueries):  # not folded: `reset` asks
             self.queries.set_vectors(torch.randn(num_queries, self.queries.vectors.shape[1]))
 
     def _draw_classifier(self) -> None:
@@ -338,8 +346,9 @@ class MLDecoderHead(nn.Module):
     def draw_weights(self) -> None:
         """Draw every weight, as for a new head."""
         for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset: Any = getattr(module, "reset_parameters", None)
+            if module is not self and reset is not None:
+                reset()
         for module in self.modules():
             if isinstance(module, ClassQueries | DecoderLayer):
                 module.draw_weights()
