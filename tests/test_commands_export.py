@@ -46,7 +46,8 @@ def test_export_command_quantises_and_counts_images_that_it_cannot_read(tmp_path
     assert cli.main(arguments) == 2
     assert "go together" in capfd.readouterr().err
     assert cli.main([*arguments, "--calibration", str(crops)]) == 0
-    assert "of 24 images held out; calibrated on 24" in capfd.readouterr().out
+    half = len(list(crops.iterdir())) // 2
+    assert f"of {half} images held out; calibrated on {half}" in capfd.readouterr().out
     (crops / "broken.jpg").touch()
     assert cli.main([*arguments, "--calibration", str(crops)]) == 1
     assert "skipped 1 images" in capfd.readouterr().err

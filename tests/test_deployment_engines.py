@@ -35,7 +35,9 @@ def test_onnx_file_has_standard_operators_and_no_path_of_this_machine(artifact):
 
 ALONE = {
     "onnx": "import onnxruntime; run = onnxruntime.InferenceSession(path).run; y = run(None, {'image': x})[0]",
-    "openvino": "import openvino; y = openvino.Core().compile_model(path, 'CPU')(x)[0]",
+    # Without the hint OpenVINO computes in bfloat16 where the CPU is faster at that, as docs/inference.md says.
+    "openvino": "import openvino; y = openvino.Core().compile_model(path, 'CPU', "
+    "{'INFERENCE_PRECISION_HINT': 'f32'})(x)[0]",
 }
 
 
@@ -52,7 +54,7 @@ def test_artifact_runs_where_neither_torch_nor_timm_is_imported(format, tmp_path
         "assert not {'torch', 'timm', 'timm_tresnet'} & set(sys.modules), sorted(sys.modules)",
     )
     with torch.no_grad():
-        assert relative_error(torch.from_numpy(numpy.load(tmp_path / "y.npy")), embedded(x)) <= 1e-2
+        assert relative_error(torch.from_numpy(numpy.load(tmp_path / "y.npy")), embedded(x)) <= 1e-4
 
 
 @pytest.mark.parametrize(("format", "extra"), [("onnx", "export"), ("openvino", "openvino")])
