@@ -19,11 +19,12 @@ from timm_tresnet.models.layers import (
     StrideOneAvgPool2d,
 )
 
+_ABSENT = type(None)
 _PARTS = {  # by name, beside the units
     "act": nn.ReLU,
-    "downsample": (nn.Identity, nn.Sequential),
+    "downsample": (_ABSENT, nn.Identity, nn.Sequential),
     "drop_path": (nn.Identity, timm.layers.DropPath),
-    "se": (nn.Identity, SqueezeExcite),
+    "se": (_ABSENT, nn.Identity, SqueezeExcite),
 }
 _PARTS_OF_SHORTCUT = (ConvNormAct, ShortcutPool2d, StrideOneAvgPool2d)
 
@@ -68,6 +69,7 @@ class ResidualBlock(nn.Module):
     ) -> None:
         super().__init__()
         factory_kwargs = {"device": device, "dtype": dtype}
+        self.stride = stride
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
         self.act = ReLU()
         unit_kwargs = {"norm_layer": norm_layer, **factory_kwargs}
@@ -75,7 +77,7 @@ class ResidualBlock(nn.Module):
         unit = functools.partial(ConvNormAct, **unit_kwargs)
         aa = _make_blur(planes, stride, dilation, **factory_kwargs) if anti_alias else None
         downsampling = {"stride": stride if aa is None else 1, "dilation": dilation[0], "aa": aa}
-        se = functools.partial(SqueezeExcite, **factory_kwargs) if use_se else lambda *channels: nn.Identity()
+        se = functools.partial(SqueezeExcite, **factory_kwargs) if use_se else lambda *channels: None
         self._add_main_path(in_channels, planes, unit, act_layer, downsampling, dilation[1], se)
 
     @torch.jit.unused
@@ -93,7 +95,7 @@ class ResidualBlock(nn.Module):
         act_layer: LayerType,
         downsampling: dict[str, Any],  # arguments of the unit that downsamples
         dilation: int,  # behind that
-        se: Callable[[int, int], nn.Module],
+        se: Callable[[int, int], nn.Module | None],
     ) -> None:
         raise NotImplementedError
 
@@ -112,10 +114,10 @@ class BasicBlock(ResidualBlock):
         self.se = se(planes, max(planes // 4, 64))
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = self.downsample(x)
+        shortcut = x if self.downsample is None else self.downsample(x)
         x = self.conv1(x)  # 3x3, blur-pooled where the stage halves its resolution
         x = self.conv2(x)  # 3x3, no activation before the sum
-        x = self.se(x)
+        x = x if self.se is None else self.se(x)
         return self.act(self.drop_path(x) + shortcut)
 
 
@@ -136,10 +138,10 @@ class Bottleneck(ResidualBlock):
         self.conv3 = unit(planes, planes * self.expansion, 1, expands=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = self.downsample(x)
+        shortcut = x if self.downsample is None else self.downsample(x)
         x = self.conv1(x)  # 1x1, narrows
         x = self.conv2(x)  # 3x3, blur-pooled where the stage halves its resolution
-        x = self.se(x)
+        x = x if self.se is None else self.se(x)
         x = self.conv3(x)  # 1x1, widens; no activation before the sum
         return self.act(self.drop_path(x) + shortcut)
 
@@ -153,8 +155,8 @@ def _make_blur(channels: int, stride: int, dilation: tuple[int, int], **factory_
 
 def _make_shortcut(
     in_channels: int, out_channels: int, stride: int, dilation: tuple[int, int], **unit_kwargs: Any
-) -> nn.Module:
-    """Shortcut of a block: the input itself, or average pool, 1x1 convolution and norm where shapes change."""
+) -> nn.Module | None:
+    """Shortcut of a block: None for the input itself, or average pool, 1x1 convolution and norm where shapes change."""
     layers: list[nn.Module] = []
     if stride > 1:
         layers.append(ShortcutPool2d())
@@ -162,4 +164,4 @@ def _make_shortcut(
         layers.append(StrideOneAvgPool2d(dilation[0]))
     if layers or in_channels != out_channels:
         return nn.Sequential(*layers, ConvNormAct(in_channels, out_channels, 1, **unit_kwargs))
-    return nn.Identity()
+    return None

@@ -20,7 +20,7 @@ from timm_tresnet.models.arguments import (
 )
 from timm_tresnet.models.blocks import BasicBlock, Bottleneck
 from timm_tresnet.models.heads import choose_head
-from timm_tresnet.models.layers import BlurPool2d, BottleneckHead, ConvNormAct, MLDecoderHead, SpaceToDepth
+from timm_tresnet.models.layers import BlurPool2d, ConvNormAct, LinearHead, MLDecoderHead, SpaceToDepth
 from timm_tresnet.recompute.rebuild import SETTINGS
 from timm_tresnet.recompute.stages import Recorded, Stage
 
@@ -130,6 +130,8 @@ class TResNet(nn.Module):
 
         self.num_classes = num_classes
         self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.planes = planes
         # The order of construction is the built-in's, and with it the random numbers each weight draws.
         act_layer_of_stem = resolve_activation(act_layer, stem_negative_slope)
         self.body = _make_stem(
@@ -164,7 +166,8 @@ class TResNet(nn.Module):
         if stem == "space_to_depth":
             self.body.s2d.min_size = _smallest_side(self.body)
 
-        self.num_features = in_channels
+        self.num_features = self.inplanes = in_channels
+        self._grad_checkpointing = False
         self.head = make_head(
             in_channels, num_classes=num_classes, pool_type=global_pool, drop_rate=drop_rate, **factory_kwargs
         )
@@ -172,9 +175,10 @@ class TResNet(nn.Module):
         self._draw_weights()
 
     def _head_hidden_size(self) -> int:
-        if isinstance(self.head, BottleneckHead | MLDecoderHead):
-            return self.head.num_features
-        return self.num_features * self.head.global_pool.feat_mult()
+        if isinstance(self.head, LinearHead):
+            pool = self.head.global_pool
+            return self.num_features * (pool.feat_mult() if hasattr(pool, "feat_mult") else 1)
+        return getattr(self.head, "num_features", self.num_features)
 
     def _draw_weights(self) -> None:
         for module in self.modules():
@@ -211,11 +215,21 @@ class TResNet(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only every second block's output for backward and run the blocks again there.
 
-        Running statistics are updated once a step all the same.
+        Running statistics are updated once a step all the same. Assigning to `grad_checkpointing` does it too.
         """
+        self._grad_checkpointing = enable
         for module in self.body.modules():
             if isinstance(module, Stage):
                 module.grad_checkpointing = enable
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        """Whether blocks run again in backward, see `set_grad_checkpointing`."""
+        return self._grad_checkpointing
+
+    @grad_checkpointing.setter
+    def grad_checkpointing(self, enable: bool) -> None:
+        self.set_grad_checkpointing(enable)
 
     @torch.jit.ignore
     def set_rebuild(self, setting: str) -> None:
@@ -237,8 +251,13 @@ class TResNet(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The last linear layer, of ML-Decoder that of all groups, or an identity without classes."""
-        return self.head.fc if self.num_classes else nn.Identity()  # that of labels waits for them
+        """The last layer, `head.fc`: of ML-Decoder that of all groups, an identity without classes.
+
+        Of a user-defined head without `fc`, the head itself.
+        """
+        if isinstance(self.head, MLDecoderHead) and not self.num_classes:
+            return nn.Identity()  # that of labels waits for them
+        return getattr(self.head, "fc", self.head)
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -247,7 +266,8 @@ class TResNet(nn.Module):
         The embedding of a bottleneck head stays while the pooling does, the decoder of ML-Decoder always, with new
         queries. With label_embedding its last layer stays too, as it serves all labels: give it theirs by
         `set_label_embeddings`. Without pooling, every pixel of the feature map is classified; ML-Decoder needs no
-        pooling. Names of the old classes leave `pretrained_cfg`.
+        pooling. A user-defined head is asked for its own `reset(num_classes, pool_type)`, as timm's heads have it. Names of
+        the old classes leave `pretrained_cfg`.
 
         Args:
             num_classes: number of classes; 0 for no classifier.
@@ -256,16 +276,19 @@ class TResNet(nn.Module):
         Raises:
             ValueError: if there is no such pooling or number of classes, or the queries of an ML-Decoder head are
                 folded; nothing has changed then.
+            TypeError: if the head is user-defined and has no `reset`.
         """
         check_classes(num_classes)
         if global_pool is not None:
             check_pooling(global_pool)
-        weight = self.body.conv1.conv.weight
+        self._check_head_resets("reset_classifier")
+        weight = next(self.parameters())
         kept = set(self.head.modules())
-        in_features, self.head.in_features = self.head.in_features, self.num_features  # pruning changes it
+        in_features = getattr(self.head, "in_features", self.num_features)
+        self.head.in_features = self.num_features  # pruning changes it
         try:
             with torch.inference_mode(False):  # what is made inside that mode can never be trained with
-                self.head.reset(num_classes, global_pool)
+                self.head.reset(num_classes, pool_type=global_pool)
         except ValueError:
             self.head.in_features = in_features
             raise
@@ -277,6 +300,14 @@ class TResNet(nn.Module):
             if isinstance(module, nn.Linear) and module not in kept and not isinstance(self.head, MLDecoderHead):
                 nn.init.normal_(module.weight, std=0.01)
         self._update_pretrained_cfg()
+
+    def _check_head_resets(self, caller: str) -> None:
+        if not callable(getattr(self.head, "reset", None)):
+            raise TypeError(
+                f"{caller} needs a head with a method reset(num_classes, pool_type), as timm's heads have, got the "
+                f"user-defined {type(self.head).__name__}; assign another one to the network's `head`, for example "
+                "timm_tresnet.models.layers.LinearHead(model.num_features, num_classes)"
+            )
 
     def _update_pretrained_cfg(self, **fields: Any) -> None:
         """Replace the names of the classes, and whatever else is given, where timm has put a config."""
@@ -377,6 +408,8 @@ class TResNet(nn.Module):
         taken = take_indices(indices, len(self._feature_positions))
         end = self._feature_positions[max(taken)] + 1
         pruned = end < len(self.body)
+        if prune_head or pruned:
+            self._check_head_resets("prune_intermediate_layers")
         self.body = self.body[:end]
         self.set_rebuild(self.rebuild)
         if pruned:
@@ -389,7 +422,7 @@ class TResNet(nn.Module):
         return self.body(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))

@@ -126,11 +126,11 @@ def _read_block(block: nn.Module) -> PlainBlock | None:
         units.append(unit)
     if type(se) is nn.Identity:
         parts.append(se)
-    elif (gate := _read_gate(se, parts)) is None:
+    elif se is not None and (gate := _read_gate(se, parts)) is None:
         return None
     if type(downsample) is nn.Identity:
         parts.append(downsample)
-    elif (shortcut := _read_shortcut(downsample, parts)) is None:
+    elif downsample is not None and (shortcut := _read_shortcut(downsample, parts)) is None:
         return None
     return PlainBlock(units, gate, shortcut) if _are_untouched(parts) else None
 
@@ -224,9 +224,9 @@ def _read_unit(unit: nn.Module | None, parts: list[nn.Module]) -> _Unit | None:
         blur = aa._buffers.get("kernel"), aa.stride, aa.dilation
         if list(map(type, blur)) != [Tensor, int, int] or blur[0].requires_grad:
             return None
-    elif type(aa) is not nn.Identity:
+    elif aa is not None and type(aa) is not nn.Identity:
         return None
-    parts += unit, conv, norm, act, drop, aa
+    parts += unit, conv, norm, act, drop, *([] if aa is None else [aa])
     arguments = (gamma, beta, mean, var, True, momentum, eps, slope)
     return weight, settings, arguments, count, blur, unit.__dict__["expands"]
 
@@ -247,11 +247,13 @@ def _read_gate(se: nn.Module | None, parts: list[nn.Module]) -> tuple[tuple[Any,
     if type(se) is not SqueezeExcite:
         return None
     get = se.__dict__["_modules"].get
-    fc1, act, fc2, gate = get("fc1"), get("act"), get("fc2"), get("gate")
+    fc1, norm, act, fc2, gate = get("fc1"), get("bn"), get("act"), get("fc2"), get("gate")
+    if type(norm) is not nn.Identity:
+        return None
     first, second = _read_convolution(fc1), _read_convolution(fc2)
     if first is None or second is None or type(act) is not ReLU or not act.inplace or type(gate) is not nn.Sigmoid:
         return None
-    parts += se, fc1, act, fc2, gate
+    parts += se, fc1, norm, act, fc2, gate
     return (first[0], *first[1]), (second[0], *second[1])
 
 

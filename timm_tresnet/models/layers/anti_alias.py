@@ -2,6 +2,7 @@
 
 import functools
 
+import timm.layers
 import torch
 import torch.fx
 import torch.nn.functional as F
@@ -88,8 +89,8 @@ class _ReflectOnCuda(torch.autograd.Function):
         return grad_y
 
 
-class BlurPool2d(nn.Module):
-    """Blur with the 3x3 binomial kernel [1, 2, 1] x [1, 2, 1] / 16, then keep every stride-th pixel.
+class BlurPool2d(timm.layers.BlurPool2d):
+    """timm's blur pool: blur with the 3x3 binomial kernel [1, 2, 1] x [1, 2, 1] / 16, keep every stride-th pixel.
 
     Follows the stride-1 convolution that stands in for a strided one ("Anti-Alias Downsampling", arXiv:2003.13630;
     arXiv:1904.11486). Borders are reflected.
@@ -118,10 +119,11 @@ class BlurPool2d(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # timm's would make a buffer under another name
         self.channels = channels
         self.stride = stride
         self.dilation = dilation
+        self.filt_size, self.pad_mode, self.padding = 3, "reflect", [dilation] * 4  # as timm has them, to be read
         # Not part of the state dict: it is the same for every model, and timm's checkpoints do not hold it.
         self.register_buffer("kernel", torch.empty(channels, 1, 3, 3, device=device, dtype=dtype), persistent=False)
         self.reset_parameters()
@@ -135,6 +137,11 @@ class BlurPool2d(nn.Module):
     def init_non_persistent_buffers(self) -> None:
         """Fill the kernel; the name under which timm looks for this."""
         self.reset_parameters()
+
+    @property
+    def filt(self) -> Tensor:
+        """kernel, under timm's name."""
+        return self.kernel
 
     def forward(self, x: Tensor) -> Tensor:
         return blur_pool(x, self.kernel, self.stride, self.dilation)

@@ -67,14 +67,17 @@ class BottleneckHead(nn.Module):
             pool_type: pooling; None to leave it as it is, "" for none.
         """
         embedding = self.embedding
-        self._build(num_classes, self.global_pool.pool_type if pool_type is None else pool_type)
+        pool = self.global_pool
+        self._build(num_classes, getattr(pool, "pool_type", "avg") if pool_type is None else pool_type)
+        if pool_type is None and not hasattr(pool, "pool_type"):  # user-defined
+            self.global_pool = pool
         if isinstance(embedding, nn.Linear) and isinstance(self.embedding, nn.Linear):
             if embedding.in_features == self.embedding.in_features:
                 self.embedding = embedding
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.drop(self.global_pool(x))
-        unpooled = self.global_pool.pool_type == ""
+        unpooled = getattr(self.global_pool, "pool_type", "user-defined") == ""
         if unpooled:
             x = x.permute(0, 2, 3, 1)
         x = self.embedding(x)

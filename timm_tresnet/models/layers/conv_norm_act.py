@@ -3,6 +3,7 @@
 import copy
 import functools
 
+import timm.layers
 import torch
 from timm.layers import (
     BatchNormAct2d,
@@ -35,7 +36,7 @@ class FoldedConvNormAct(nn.Module):
     Args:
         conv: convolution with bias.
         act: activation.
-        aa: anti-aliasing layer.
+        aa: anti-aliasing layer, None for none.
 
     Shape:
         - input: (N, in_channels, H, W)
@@ -45,7 +46,7 @@ class FoldedConvNormAct(nn.Module):
         ValueError: in `forward`, if in training mode.
     """
 
-    def __init__(self, conv: nn.Conv2d, act: nn.Module, aa: nn.Module) -> None:
+    def __init__(self, conv: nn.Conv2d, act: nn.Module, aa: nn.Module | None) -> None:
         super().__init__()
         self.conv = conv
         self.act = act
@@ -57,15 +58,16 @@ class FoldedConvNormAct(nn.Module):
                 "This network's batch norms are folded into its convolutions, which computes what they do in eval "
                 "mode; call eval() before running it, and train the network as it was before folding"
             )
-        return self.aa(self.act(self.conv(x)))
+        x = self.act(self.conv(x))
+        return x if self.aa is None else self.aa(x)
 
     def fuse(self) -> nn.Module:
         """Return self: nothing is left to fold."""
         return self
 
 
-class ConvNormAct(nn.Module):
-    """Convolution without bias, normalisation, activation, then an optional anti-aliasing layer.
+class ConvNormAct(timm.layers.ConvNormAct):
+    """timm's unit: convolution without bias, normalisation, activation, then an optional anti-aliasing layer.
 
     The norm and its activation are one module, as in "In-Place Activated BatchNorm" (arXiv:1712.02616).
 
@@ -78,7 +80,7 @@ class ConvNormAct(nn.Module):
         act_layer: activation after the norm, as `timm.layers.get_norm_act_layer` takes it; None for no activation.
         norm_layer: normalisation, a name or class; ActivatedBatchNorm2d for "batchnorm2d", FrozenBatchNormAct2d for
             "frozenbatchnorm2d", anything else as `timm.layers.get_norm_act_layer` takes it.
-        aa: anti-aliasing layer that does the downsampling, after the activation.
+        aa: anti-aliasing layer that does the downsampling, after the activation; None for none.
         expands: whether the setting "expansions" of `timm_tresnet.recompute.rebuild` is about this convolution.
         device: device of the parameters.
         dtype: dtype of the parameters.
@@ -102,7 +104,7 @@ class ConvNormAct(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # timm's would make the parts
         factory_kwargs = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(
             in_channels,
@@ -124,7 +126,7 @@ class ConvNormAct(nn.Module):
         self.bn = norm_act(out_channels, apply_act=act_layer is not None, **given)  # some norms know no device
         if isinstance(self.bn, FrozenBatchNormAct2d):  # timm sets these in freezing, and reads them in unfreezing
             self.bn.num_features, self.bn.affine = out_channels, True
-        self.aa = nn.Identity() if aa is None else aa
+        self.aa = aa
         self.expands = expands
 
     @torch.jit.ignore
@@ -140,7 +142,8 @@ class ConvNormAct(nn.Module):
         y = self.conv(x)
         if self.expands and not torch.jit.is_scripting():
             self._record_expansion(y)
-        return self.aa(self.bn(y))
+        y = self.bn(y)
+        return y if self.aa is None else self.aa(y)
 
     @torch.jit.ignore
     def fuse(self) -> FoldedConvNormAct:

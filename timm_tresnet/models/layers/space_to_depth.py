@@ -44,6 +44,11 @@ class SpaceToDepth(nn.Module):
         self.block_size = block_size
         self.min_size = min_size
 
+    @property
+    def bs(self) -> int:
+        """block_size, under timm's name."""
+        return self.block_size
+
     def forward(self, x: Tensor) -> Tensor:
         return space_to_depth(x, self.block_size, self.min_size)
 

@@ -1,13 +1,14 @@
 """Squeeze-and-excitation, in the shape that TResNet uses it."""
 
+import timm.layers
 import torch
 from torch import Tensor, nn
 
 from timm_tresnet.models.layers.relu import ReLU
 
 
-class SqueezeExcite(nn.Module):
-    """Scale every channel by a gate computed from the channel means (arXiv:1709.01507).
+class SqueezeExcite(timm.layers.SEModule):
+    """timm's squeeze-and-excitation: scale every channel by a gate computed from its mean (arXiv:1709.01507).
 
     TResNet places it where it costs least and leaves it out of the last stage ("Optimized SE Layers",
     arXiv:2003.13630).
@@ -30,13 +31,11 @@ class SqueezeExcite(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.fc1 = nn.Conv2d(channels, reduced_channels, kernel_size=1, device=device, dtype=dtype)
+        super().__init__(channels, rd_channels=reduced_channels, device=device, dtype=dtype)
         self.act = ReLU()
-        self.fc2 = nn.Conv2d(reduced_channels, channels, kernel_size=1, device=device, dtype=dtype)
-        self.gate = nn.Sigmoid()
+        self.gate = nn.Sigmoid()  # PyTorch's own class, which tools know
 
     def forward(self, x: Tensor) -> Tensor:
         gate = x.mean((2, 3), keepdim=True)
-        gate = self.gate(self.fc2(self.act(self.fc1(gate))))
+        gate = self.gate(self.fc2(self.act(self.bn(self.fc1(gate)))))
         return x * gate
