@@ -33,7 +33,7 @@ def test_block_is_the_rectified_sum_of_shortcut_and_main_path(block):
 def test_block_has_at_least_64_reduced_channels_in_its_squeeze_and_excitation(block):
     assert block(16, 16).se.fc1.out_channels == 64
     assert block(16, 512).se.fc1.out_channels == 512 * block.expansion // (4 if block is BasicBlock else 8)
-    assert isinstance(block(16, 16, use_se=False).se, nn.Identity)
+    assert block(16, 16, use_se=False).se is None
 
 
 @BLOCKS

@@ -266,8 +266,8 @@ class TResNet(nn.Module):
         The embedding of a bottleneck head stays while the pooling does, the decoder of ML-Decoder always, with new
         queries. With label_embedding its last layer stays too, as it serves all labels: give it theirs by
         `set_label_embeddings`. Without pooling, every pixel of the feature map is classified; ML-Decoder needs no
-        pooling. A user-defined head is asked for its own `reset(num_classes, pool_type)`, as timm's heads have it. Names of
-        the old classes leave `pretrained_cfg`.
+        pooling. A user-defined head needs a `reset(num_classes, pool_type)`, as timm's heads have it. Names of the old
+        classes leave `pretrained_cfg`.
 
         Args:
             num_classes: number of classes; 0 for no classifier.
