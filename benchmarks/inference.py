@@ -85,7 +85,7 @@ def run_exported(network: nn.Module, settings: argparse.Namespace, format: str) 
         export_model(network, path, format, settings.batch, size, calibration)
         if settings.dtype == "bfloat16":  # OpenVINO's choice, where the CPU has it
             return _run_bfloat16(path)
-        return ExportedModel(format, path)
+        return ExportedModel(path, format, trust=True)
 
 
 def _write_noise(folder: Path, size: tuple[int, int]) -> Path:

@@ -54,7 +54,7 @@ def measure(settings: argparse.Namespace) -> list[dict[str, Any]]:
         for engine in settings.engines:
             artifact = Path(folder) / ENGINES[engine]
             timm_tresnet.export_model(model, artifact, engine, calibration=settings.data / "train")
-            networks[engine] = timm_tresnet.ExportedModel(engine, artifact)
+            networks[engine] = timm_tresnet.ExportedModel(artifact, engine, trust=True)
         transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
         right, same = dict.fromkeys(["float32", *networks], 0), dict.fromkeys(networks, 0)
         for start in tqdm(range(0, len(test_images), BATCH_SIZE), unit="batch", disable=None):

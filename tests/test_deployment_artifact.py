@@ -1,7 +1,23 @@
 import pytest
 import timm
 import torch
-from exporting import ENGINES, SUFFIXES, each_format, exporters_warn, make_small, needs
+from exporting import (
+    ALTERATIONS,
+    ENGINES,
+    SUFFIXES,
+    adapt_by_lora,
+    each_alteration,
+    each_format,
+    exporters_warn,
+    hook_norm_before,
+    hook_unit,
+    make_altered,
+    make_small,
+    needs,
+    patch_convolution,
+    prune_weights,
+    use_group_norm,
+)
 from reference import relative_error
 
 from timm_tresnet import ExportedModel, export_model, optimize_for_inference
@@ -18,7 +34,7 @@ def test_artifact_computes_the_network_for_any_batch_and_size(variant, format, t
     else:
         model, path = make_small(variant), tmp_path / f"network{SUFFIXES[format]}"
         export_model(model, path, format)
-    exported = ExportedModel(ENGINES[format], path)
+    exported = ExportedModel(path, ENGINES[format], trust=True)
     assert exported.description["check"]["max_relative_error"] <= 1e-4
     for shape in [(1, 3, 64, 64), (3, 3, 68, 100), (2, 3, 36, 128)]:
         x = torch.rand(shape)
@@ -36,7 +52,7 @@ def test_fixed_batch_and_size_are_in_the_description_and_short_batches_are_padde
     assert description["preprocessing"]["input_size"] == (3, 32, 48)
     x = torch.rand(5, 3, 32, 48)
     with torch.no_grad():
-        assert relative_error(ExportedModel(ENGINES[format], path)(x), embedded(x)) <= 1e-4
+        assert relative_error(ExportedModel(path, ENGINES[format], trust=True)(x), embedded(x)) <= 1e-4
 
 
 @each_format
@@ -54,7 +70,7 @@ def test_networks_without_batch_norm_are_exported_and_optimized_as_they_are(tmp_
     assert all(parameter.requires_grad for parameter in model.parameters())
     path = tmp_path / "network.pt"
     export_model(model, path, "torchscript")
-    torch.testing.assert_close(ExportedModel("torch", path)(x), model(x).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ExportedModel(path, "torch", trust=True)(x), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
 @each_format
@@ -62,7 +78,7 @@ def test_networks_with_ml_decoder_are_exported_with_constant_queries(format, tmp
     model = make_small("test_tresnet", head="ml_decoder", num_groups=3, decoder_embedding=16)
     path = tmp_path / f"network{SUFFIXES[format]}"
     export_model(model, path, format)
-    exported = ExportedModel(ENGINES[format], path)
+    exported = ExportedModel(path, ENGINES[format], trust=True)
     for shape in [(1, 3, 64, 64), (3, 3, 36, 100)]:
         x = torch.rand(shape)
         with torch.no_grad():
@@ -73,7 +89,7 @@ def test_artifact_of_a_multi_label_network_says_so(tmp_path):
     model = timm.create_model("test_tresnet", pretrained_cfg_overlay={"notes": ("multi-label",)}).eval()
     output = tmp_path / "network.pt"
     assert export_model(model, output, "torchscript")["multi_label"]
-    assert is_multi_label(ExportedModel("torch", output).pretrained_cfg)
+    assert is_multi_label(ExportedModel(output, "torch", trust=True).pretrained_cfg)
 
 
 def test_wrong_artifact_is_not_written(tmp_path, embedded, monkeypatch):
@@ -115,6 +131,98 @@ def test_mistakes_in_arguments_are_named(format, suffix, kwargs, message, tmp_pa
     with pytest.raises(ValueError, match=message):
         export_model(embedded, tmp_path / f"network{suffix}", format, **kwargs)
     assert not list(tmp_path.iterdir())
+
+
+def check_altered(alter, format, path):
+    _, model = make_altered(alter)
+    export_model(model, path, format)
+    x = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        assert relative_error(ExportedModel(path, ENGINES[format], trust=True)(x), model(x)) <= 1e-4
+
+
+@pytest.mark.parametrize("alter", [alter for alter in ALTERATIONS if alter is not patch_convolution])
+def test_artifact_computes_the_altered_network(alter, tmp_path):
+    check_altered(alter, "torchscript", tmp_path / "network.pt")
+
+
+@each_format
+@pytest.mark.thorough
+@each_alteration
+def test_artifact_of_each_format_computes_the_altered_network(alter, format, tmp_path):
+    if (alter, format) != (patch_convolution, "torchscript"):
+        check_altered(alter, format, tmp_path / f"network{SUFFIXES[format]}")
+
+
+@pytest.mark.parametrize("format", [pytest.param("onnx", marks=needs("onnx")), "torch-export"])
+def test_onnx_and_pt2_files_compute_the_altered_network(format, tmp_path):
+    def alter(model):
+        for each in (hook_unit, hook_norm_before, patch_convolution, prune_weights, use_group_norm):
+            each(model)
+
+    check_altered(alter, format, tmp_path / f"network{SUFFIXES[format]}")
+
+
+@needs("onnx")
+@pytest.mark.thorough
+def test_network_with_lora_is_exported_as_it_is(tmp_path):
+    check_altered(adapt_by_lora, "onnx", tmp_path / "network.onnx")
+
+
+def test_code_that_a_format_cannot_hold_is_named(tmp_path):
+    _, model = make_altered(patch_convolution)  # its patch runs the original's convolution, not the copy's
+    with pytest.raises(RuntimeError, match=r"as torchscript: .*body.layer1.0.conv2.conv \(hooks or patched methods\)"):
+        export_model(model, tmp_path / "network.pt", "torchscript")
+    assert not list(tmp_path.iterdir())
+
+
+def test_artifact_that_differs_from_the_given_network_is_refused_with_the_number(tmp_path):
+    model = make_small("test_tresnet")
+    calls = []
+
+    def change_with_every_call(module, args, output):
+        calls.append(0)
+        return output + len(calls)
+
+    model.body.layer2.register_forward_hook(change_with_every_call)
+    with pytest.raises(RuntimeError, match=r"by \d.\de.\d+ \(relative L2\).*body.layer2 \(hooks"):
+        export_model(model, tmp_path / "network.pt2", "torch-export")
+    assert not list(tmp_path.iterdir())
+
+
+def replace_fc(model):
+    model.head.fc = torch.nn.Linear(model.num_features, 7)
+
+
+def replace_head(model):
+    model.head = torch.nn.Flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("replace", "got"), [(replace_fc, "got 7 logits"), (replace_head, r"output of shape \(3, 512, 4\)")]
+)
+def test_classifier_replaced_by_hand_names_reset_classifier(replace, got, tmp_path):
+    model = make_small("test_tresnet")
+    replace(model)
+    with pytest.raises(ValueError, match=rf"needs 10 logits an image.*{got}.*model.reset_classifier\(num_classes\)"):
+        export_model(model, tmp_path / "network.pt", "torchscript", image_size=(64, 64))
+
+
+@pytest.mark.parametrize("format", ["torchscript", "torch-export"])
+def test_the_first_two_arguments_are_told_apart_and_files_that_run_code_need_trust(format, artifact):
+    path = artifact(format)
+    with pytest.raises(ValueError, match="trust=True"):
+        ExportedModel(path, "torch")
+    with pytest.warns(DeprecationWarning, match=r"is now ExportedModel\(FILE, 'torch'\)"):
+        swapped = ExportedModel("torch", path, trust=True)
+    x = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(swapped(x), ExportedModel(path, "torch", trust=True)(x))
+
+
+def test_networks_in_wrappers_are_named(tmp_path):
+    wrapped = torch.optim.swa_utils.AveragedModel(make_small()).eval()
+    with pytest.raises(ValueError, match=r"AveragedModel; .*\(model.module\)"):
+        export_model(wrapped, tmp_path / "network.pt", "torchscript")
 
 
 def test_networks_that_cannot_be_exported_are_named(tmp_path):

@@ -6,7 +6,13 @@ import warnings
 import pytest
 import timm
 import torch
-from exporting import make_small
+from exporting import (
+    WHOLE,
+    each_alteration,
+    make_altered,
+    make_small,
+    prune_weights,
+)
 from reference import randomise, relative_error
 from timm.utils import reparameterize_model
 
@@ -46,14 +52,38 @@ def test_timm_folds_in_training_mode_and_eval_makes_it_run():
         assert relative_error(folded.eval()(x), model(x)) <= 1e-5
 
 
-def test_folding_refuses_training_mode_and_norms_that_it_does_not_know():
+def test_folding_refuses_training_mode():
     with pytest.raises(ValueError, match="eval mode"):
         fold_batch_norms(make_small().train())
-    half = make_small()
-    half.body.layer2[0].conv1.bn = torch.nn.GroupNorm(8, 128).eval()
-    with pytest.raises(ValueError, match="GroupNorm"):
-        fold_batch_norms(half)
-    assert isinstance(half.body.conv1, ConvNormAct)
+
+
+@each_alteration
+def test_what_can_be_folded_is_and_the_rest_stays(alter, caplog):
+    plain, model = make_altered(alter)
+    x = torch.rand(2, 3, 64, 96)
+    with caplog.at_level("INFO", "timm_tresnet"):
+        folded = fold_batch_norms(model)
+    with torch.no_grad():
+        expected = model(x)
+        assert relative_error(expected, plain(x)) > 1e-3
+        assert relative_error(folded(x), expected) <= 1e-5
+        assert relative_error(model(x), expected) == 0
+        if alter is not prune_weights:  # deepcopy refuses it
+            assert relative_error(reparameterize_model(model)(x), expected) <= 1e-5
+    left = [name for name, module in folded.named_modules() if isinstance(module, ConvNormAct)]
+    units = sum(isinstance(module, ConvNormAct) for module in model.modules())
+    assert (left == []) == (alter in WHOLE)
+    assert len(left) < units
+    assert all(name in caplog.text for name in left)
+
+
+def test_queries_with_hooks_are_not_folded():
+    model = timm.create_model("test_tresnet", head="ml_decoder", decoder_embedding=16).eval()
+    model.head.queries.norm.register_forward_hook(lambda module, args, output: output * 0.5)
+    folded = fold_batch_norms(model)
+    assert not isinstance(folded.head.queries, FoldedQueries)
+    x = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_queries_are_folded_where_no_batch_norm_is():

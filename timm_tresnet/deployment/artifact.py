@@ -1,7 +1,9 @@
 """A network written for another engine and checked against PyTorch, and how to run what was written."""
 
+import copy
 import importlib.util
 import json
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +18,7 @@ from timm_tresnet.deployment.engines import ENGINES, FORMATS, Format, require
 from timm_tresnet.deployment.folding import copy_folded
 from timm_tresnet.deployment.int8 import CalibrationImages
 from timm_tresnet.models.layers import SpaceToDepth
+from timm_tresnet.models.layers.observed import is_observed
 from timm_tresnet.utils.errors import summarise
 from timm_tresnet.utils.files import whole
 from timm_tresnet.utils.images import SAMPLES, find_images, read_image
@@ -35,8 +38,9 @@ def export_model(
 ) -> dict[str, Any]:
     """Write a network as one self-contained artifact, and a JSON file beside it that says how to feed it.
 
-    Batch norms are folded. The artifact is run in its engine and compared with PyTorch, on random images and on the
-    package's photographs, before the files get their names.
+    Batch norms are folded as by `fold_batch_norms`. The artifact is run in its engine and compared with the given
+    network, hooks and patched methods included, on random images and on the package's photographs, before the files get
+    their names.
 
     Args:
         model: a network with a `pretrained_cfg`, in eval mode and float32.
@@ -54,28 +58,33 @@ def export_model(
         "label_thresholds", "precision", "check" and versions.
 
     Raises:
-        ValueError: if an argument is not one of the above, or the folder has too few images.
+        ValueError: if an argument is not one of the above, the network does not give `model.num_classes` logits an
+            image, or the folder has too few images.
         ImportError: if the format needs packages that are not installed (then a ModuleNotFoundError) or broken.
-        RuntimeError: if the artifact does not compute what PyTorch does.
+        RuntimeError: if PyTorch cannot write the network in that format, or the artifact does not compute what the
+            network does.
     """
     output = Path(output)
     kind = _check_arguments(model, output, format, image_size, calibration)
-    folded = copy_folded(model).cpu()
     precision = "int8" if calibration else "float32"
     description = _describe(model, format, precision, batch_size, image_size)
+    network = model
+    if any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):
+        network = copy.deepcopy(model).cpu()
+    _check_output(network, description)
     images = CalibrationImages(Path(calibration), description.preprocessing, batch_size) if calibration else None
     report = description.to_json()
     with whole(output) as unfinished:
-        kind.write(folded, unfinished, description)
+        _write(network, kind, unfinished, description)
+        exported = ExportedModel(unfinished, kind.engine, report, trust=True)
+        report["check"] = {"max_relative_error": _compare(network, exported, description)}
+        del exported  # it may have the files open
         if images:
             kept = kind.quantise(unfinished, images.calibration_batches())
             report["kept_in_float"] = sorted({name.partition(".se.")[0] + ".se" for name in kept})
-        exported = ExportedModel(kind.engine, unfinished, report)
-        if images:
-            report["check"] = images.compare(folded, exported)
-        else:
-            report["check"] = {"max_relative_error": _compare(folded, exported, description)}
-        del exported  # it may have the files open
+            exported = ExportedModel(unfinished, kind.engine, report, trust=True)
+            report["check"] = images.compare(network, exported)
+            del exported
         report["versions"] = _versions(kind)
         description_path(unfinished).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
@@ -92,6 +101,11 @@ def _check_arguments(
     if calibration and not kind.quantise:
         int8 = " and ".join(name for name, each in FORMATS.items() if each.quantise)
         raise ValueError(f"export_model quantises to int8 for {int8}, not for {format}")
+    if not isinstance(getattr(model, "pretrained_cfg", None), dict) or not hasattr(model, "num_classes"):
+        raise ValueError(
+            "export_model needs a network as timm.create_model makes it, with pretrained_cfg and num_classes, got "
+            f"{type(model).__name__}; give it the network inside a wrapper (model.module)"
+        )
     if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
         raise ValueError("export_model needs a network in float32; call float() on it")
     if any(module.training for module in model.modules()):
@@ -106,6 +120,51 @@ def _check_arguments(
     packages = (*kind.packages, *engine.packages, *(kind.packages_int8 if calibration else ()))
     require(f"exporting to {format}", engine.extra, packages)
     return kind
+
+
+def _check_output(model: nn.Module, description: Description) -> None:
+    shape = [3, *description.preprocessing["input_size"]]
+    with torch.no_grad():
+        logits = model(torch.rand(shape))
+    classes = description.num_classes
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"export_model needs a network that returns one tensor, got {type(logits).__name__}")
+    if classes and logits.shape != (3, classes):
+        got = f"{logits.shape[1]} logits an image" if logits.ndim == 2 else f"an output of shape {tuple(logits.shape)}"
+        raise ValueError(
+            f"export_model needs {classes} logits an image, as model.num_classes says, got {got}; call "
+            "model.reset_classifier(num_classes) instead of replacing the head or head.fc by hand, or set "
+            "model.num_classes after it"
+        )
+
+
+def _write(model: nn.Module, kind: Format, path: Path, description: Description) -> None:
+    try:
+        kind.write(copy_folded(model), path, description)
+    except (ImportError, OSError):
+        raise
+    except Exception as error:  # exporters can raise anything for user-defined code
+        raise RuntimeError(
+            f"PyTorch cannot write this network as {description.format}: {summarise(error)}"
+            f"{_name_user_code(model)}; nothing was written"
+        ) from error
+
+
+def _name_user_code(model: nn.Module) -> str:
+    """What in a network is not as it was made, and what to do, for messages."""
+    own = ("torch", "timm", "timm_tresnet")
+    named = [
+        f"{name or 'the network'} ({'hooks or patched methods' if is_observed(module) else type(module).__name__})"
+        for name, module in model.named_modules()
+        if is_observed(module) or type(module).__module__.partition(".")[0] not in own
+    ]
+    if not named:
+        return ""
+    more = ", ..." if len(named) > 5 else ""
+    return (
+        f"; it has user-defined code: {', '.join(named[:5])}{more}; remove the hooks (handle.remove()), merge adapters "
+        "(merge_and_unload() of peft), or export in another format"
+    )
 
 
 def _size_limits(model: nn.Module, kind: Format | None = None) -> tuple[int, int]:
@@ -153,8 +212,8 @@ def _compare(model: nn.Module, exported: Callable[[Tensor], Tensor], description
         error = ((exported(images) - expected).norm() / expected.norm()).item()
         if not error <= TOLERANCE:  # nan neither
             raise RuntimeError(
-                f"the exported network's logits differ from PyTorch's by {error:.1e} (relative L2) on images of "
-                f"{tuple(images.shape)}, more than {TOLERANCE}; nothing was written"
+                f"the exported network's logits differ from the given network's by {error:.1e} (relative L2) on images "
+                f"of {tuple(images.shape)}, more than {TOLERANCE}{_name_user_code(model)}; nothing was written"
             )
         largest = max(largest, error)
     return largest
@@ -169,13 +228,14 @@ def _versions(kind: Format) -> dict[str, str]:
 class ExportedModel:
     """What `export_model` wrote, behind the interface of a network; `timm-tresnet classify` runs it.
 
-    A file for the engine torch can run anything when it is loaded: load those that you trust. The others cannot.
+    A file for the engine torch can run anything when it is loaded, so it needs trust=True. The others cannot. The first
+    two arguments are also taken in the other order, which was that of version 0.2, with a warning.
 
     Args:
-        engine: "torch", "onnx" (ONNX Runtime) or "openvino" (takes .onnx as well).
         artifact: the file.
+        engine: "torch", "onnx" (ONNX Runtime) or "openvino" (takes .onnx as well).
         description: what the JSON file beside it says; None to read that.
-        trust: False to refuse a file that can run anything.
+        trust: True to load a file that can run anything, as `--trust` of the command.
 
     Raises:
         ValueError: if the engine is unknown or does not run the artifact's format, the file is not trusted, or it or
@@ -185,8 +245,15 @@ class ExportedModel:
     """
 
     def __init__(
-        self, engine: str, artifact: str | Path, description: dict[str, Any] | None = None, *, trust: bool = True
+        self, artifact: str | Path, engine: str, description: dict[str, Any] | None = None, *, trust: bool = False
     ) -> None:
+        if artifact in ENGINES and engine not in ENGINES:  # no artifact has such a name, for want of a suffix
+            warnings.warn(
+                f"ExportedModel({str(artifact)!r}, FILE) is now ExportedModel(FILE, {str(artifact)!r})",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            artifact, engine = engine, str(artifact)
         artifact = Path(artifact)
         if engine not in ENGINES:
             raise ValueError(f"ExportedModel needs engine to be one of {', '.join(ENGINES)}, got {engine!r}")

@@ -139,7 +139,13 @@ def _write_torch_export(model: nn.Module, path: Path, description: Description) 
 
 def _write_torchscript(model: nn.Module, path: Path, description: Description) -> None:
     with _quiet_torchscript():
-        torch.jit.script(model).save(path)
+        try:
+            program = torch.jit.script(model)
+        except Exception:  # it reads source code, which user-defined code often does not suit
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)  # the artifact is compared on other shapes
+                program = torch.jit.trace(model, _make_example(description)[0], check_trace=False)
+        program.save(path)
 
 
 @contextmanager

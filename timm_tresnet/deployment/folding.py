@@ -1,19 +1,28 @@
 """Networks that run faster in PyTorch: batch norms folded into convolutions, and compiled."""
 
 import copy
+import logging
 
 import torch
-from timm.layers import FrozenBatchNormAct2d
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
-from timm_tresnet.models.layers import MLDecoderHead
+from timm_tresnet.models.layers import ConvNormAct
+from timm_tresnet.models.layers.observed import is_observed
+
+_logger = logging.getLogger(__name__)
 
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:
     """Copy of a network whose batch norms are folded into its convolutions: the same logits, fewer passes.
 
-    What an ML-Decoder head computes of its queries alone becomes constant, too.
+    What an ML-Decoder head computes of its queries alone becomes constant, too, and so do weights that are computed:
+    pruned ones, and those of `weight_norm`, `spectral_norm` and other parametrizations. A unit that holds user-defined
+    code (hooks, patched methods, another class of convolution, LoRA), or another norm than batch norm, stays as it is;
+    the log names it.
 
     Args:
         model: a TResNet in eval mode.
@@ -22,30 +31,67 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
         The folded network, for inference only. Its state dict has `conv.bias` in place of `bn`.
 
     Raises:
-        ValueError: if model is in training mode, or has a norm that cannot be folded.
+        ValueError: if model is in training mode.
     """
     if any(module.training for module in model.modules()):
         raise ValueError("fold_batch_norms needs a network in eval mode, got one in training mode; call eval() first")
-    return reparameterize_model(model)
+    return copy_folded(model)
 
 
 def copy_folded(model: nn.Module) -> nn.Module:
-    """Copy with constant queries, and with its batch norms folded if that is what its norms are."""
-    norms = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNormAct2d)
-    if any(isinstance(module, norms) for module in model.modules()):
-        return fold_batch_norms(model)
-    folded = copy.deepcopy(model)
-    if isinstance(getattr(folded, "head", None), MLDecoderHead):
-        reparameterize_model(folded.head, inplace=True)
+    """`fold_batch_norms` of a network that is known to be in eval mode."""
+    folded = _copy(model)
+    _make_weights_constant(folded)
+    reparameterize_model(folded, inplace=True)
+    left = [name for name, module in folded.named_modules() if isinstance(module, ConvNormAct)]
+    if left:
+        _logger.info("not folded, since user-defined code or another norm is in them: %s", ", ".join(left))
     return folded
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy, of a pruned network too: deepcopy refuses weights that were computed with gradients."""
+    computed = (
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and value.grad_fn is not None
+    )
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
+
+
+@torch.no_grad()
+def _make_weights_constant(model: nn.Module) -> None:
+    """Replace weights that are computed in each forward by what they are in eval mode."""
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            _remove_parametrizations(module)
+        for name in [name.removesuffix("_orig") for name in module._parameters if name.endswith("_orig")]:
+            if hasattr(module, f"{name}_mask"):
+                prune.remove(module, name)
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(module, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(module, hook.name)
+
+
+def _remove_parametrizations(module: nn.Module) -> None:
+    """As PyTorch's function of this name, which also takes them from the class, and so from what this is a copy of."""
+    values = {name: getattr(module, name).detach() for name in module.parametrizations}
+    kind = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    module.__class__ = kind
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
 def optimize_for_inference(model: nn.Module, dynamic: bool = False, mode: str | None = None) -> nn.Module:
     """Fold, lay out and compile a network for the device that it is on.
 
-    The network is compiled as one graph when it first sees an image, which takes a minute on a CPU with few cores.
-    On CUDA with a static shape, the whole network is replayed as a CUDA graph; an output is then overwritten by the
-    next call.
+    The network is compiled when it first sees an image, which takes a minute on a CPU with few cores: as one graph,
+    unless it has hooks or patched methods. On CUDA with a static shape, the whole network is replayed as a CUDA graph;
+    an output is then overwritten by the next call.
 
     Args:
         model: a TResNet in eval mode, on its device and in its dtype (bfloat16 or float16 for speed, where the device
@@ -61,10 +107,11 @@ def optimize_for_inference(model: nn.Module, dynamic: bool = False, mode: str | 
     Raises:
         ValueError: as in `fold_batch_norms`.
     """
-    network = copy_folded(model).to(memory_format=torch.channels_last).requires_grad_(False)
+    network = fold_batch_norms(model).to(memory_format=torch.channels_last).requires_grad_(False)
     if mode is None and not dynamic and next(network.parameters()).device.type == "cuda":
         mode = "reduce-overhead"
-    return _Inference(torch.compile(network, fullgraph=True, dynamic=dynamic, mode=mode))
+    fullgraph = not is_observed(*network.modules())
+    return _Inference(torch.compile(network, fullgraph=fullgraph, dynamic=dynamic, mode=mode))
 
 
 class _Inference(nn.Module):

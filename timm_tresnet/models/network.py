@@ -75,6 +75,8 @@ class TResNet(nn.Module):
         ValueError: if an argument is not one of the above; in `forward`, if H or W does not fit the stem.
     """
 
+    __jit_unused_properties__ = ("grad_checkpointing",)  # TorchScript cannot compile the setter
+
     def __init__(
         self,
         layers: Sequence[int] = (3, 4, 11, 3),

@@ -114,7 +114,7 @@ def _load_artifact(engine: str, artifact: str, trust: bool) -> Any:
     from timm_tresnet import ExportedModel
 
     try:
-        return ExportedModel(engine, artifact, trust=trust)
+        return ExportedModel(artifact, engine, trust=trust)
     except (OSError, ValueError, ImportError) as error:
         raise CommandError(f"cannot load {artifact}: {error}") from error
 

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from timm_tresnet.cli.commands import CommandError, load_model
@@ -16,12 +16,21 @@ ABOUT = {
 EXAMPLE = "export test_tresnet --format onnx --output network.onnx"
 
 
+class _Formats:
+    """Names of the formats, read when they are needed: importing them imports PyTorch."""
+
+    def __iter__(self) -> Iterator[str]:
+        from timm_tresnet.deployment import FORMATS
+
+        return iter(FORMATS)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
     parser.add_argument("model", metavar="NAME", help="a model with weights, as --model of `timm-tresnet classify`")
-    parser.add_argument("--format", required=True, choices=["onnx", "openvino", "torch-export", "torchscript"])
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help=".onnx, .xml, .pt2 or .pt")
-    parser.add_argument("--int8", action="store_true", help="quantise, for onnx and openvino; needs --calibration")
+    parser.add_argument("--format", required=True, choices=_Formats(), metavar="FORMAT", help="one of %(choices)s")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the file, with the format's suffix")
+    parser.add_argument("--int8", action="store_true", help="quantise, in formats that can; needs --calibration")
     parser.add_argument(
         "--calibration", type=Path, metavar="FOLDER", help="images like those that the network will see, some hundreds"
     )

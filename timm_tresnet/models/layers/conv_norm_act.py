@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
 from timm_tresnet.models.layers.activated_batch_norm import ActivatedBatchNorm2d
+from timm_tresnet.models.layers.observed import is_observed
 from timm_tresnet.recompute.rebuild import record_expansion
 
 # Affine in eval mode, each known by name: a subclass may compute something else.
@@ -146,7 +147,7 @@ class ConvNormAct(timm.layers.ConvNormAct):
         return y if self.aa is None else self.aa(y)
 
     @torch.jit.ignore
-    def fuse(self) -> FoldedConvNormAct:
+    def fuse(self) -> nn.Module:
         """Fold the batch norm, as it is in eval mode, into a copy of the convolution.
 
         The name under which `timm.utils.reparameterize_model` looks for this. timm's scripts call that before they call
@@ -154,18 +155,12 @@ class ConvNormAct(timm.layers.ConvNormAct):
         precision.
 
         Returns:
-            The folded layer, in the dtype of the convolution's weight; this one stays as it is.
-
-        Raises:
-            ValueError: if the norm is not a batch norm with running statistics, or the convolution is not a plain one.
+            The folded layer, in the dtype of the convolution's weight. This layer itself if folding would change what
+            it computes: it has another norm than a batch norm with running statistics, another class of convolution, a
+            computed weight, hooks or patched methods.
         """
-        if type(self.conv) is not nn.Conv2d:
-            raise ValueError(f"ConvNormAct can fold into a Conv2d, not into its {type(self.conv).__name__}")
-        if type(self.bn) not in _FOLDABLE_NORMS or self.bn.running_mean is None:
-            raise ValueError(
-                "ConvNormAct can fold a batch norm with running statistics, not its norm "
-                f"{type(self.bn).__name__}; use the network unfolded"
-            )
+        if not self._is_foldable():
+            return self
         mean, var, weight, bias, kernel, offset = (
             None if tensor is None else tensor.detach().double()
             for tensor in (
@@ -183,6 +178,19 @@ class ConvNormAct(timm.layers.ConvNormAct):
         conv.bias = nn.Parameter(offset.to(conv.weight), requires_grad=conv.weight.requires_grad)
         act = copy.deepcopy(getattr(self.bn, "act", nn.Identity()))
         return FoldedConvNormAct(conv, act, copy.deepcopy(self.aa)).train(self.training)
+
+    @torch.jit.unused
+    def _is_foldable(self) -> bool:
+        drop = getattr(self.bn, "drop", None) or nn.Identity()
+        return (
+            type(self) is ConvNormAct
+            and type(self.conv) is nn.Conv2d
+            and type(self.conv._parameters.get("weight")) is nn.Parameter
+            and type(self.bn) in _FOLDABLE_NORMS
+            and self.bn.running_mean is not None
+            and type(drop) is nn.Identity
+            and not is_observed(self, self.conv, self.bn, drop)
+        )
 
     @torch.jit.unused
     def _record_expansion(self, y: Tensor) -> None:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from timm.layers import Mlp, SelectAdaptivePool2d
 from torch import Tensor, nn
 
+from timm_tresnet.models.layers.observed import is_observed
+
 _GROUPS = 100  # at most, unless asked for; this and the others as in the official code, `MLDecoder`
 _HEADS = 8
 _HIDDEN_FEATURES = 2048
@@ -135,12 +137,14 @@ class ClassQueries(nn.Module):
         return queries, self.proj(queries)
 
     @torch.jit.ignore
-    def fuse(self) -> "FoldedQueries":
-        """Compute queries once, as in eval mode.
+    def fuse(self) -> nn.Module:
+        """Compute queries once, as in eval mode; with hooks or patched methods, return self.
 
         The name under which `timm.utils.reparameterize_model` looks for this; the result refuses to run in training
         mode.
         """
+        if is_observed(*self.modules()):
+            return self
         with torch.no_grad():
             folded = FoldedQueries(*copy.deepcopy(self).eval()(1))
         return folded.train(self.training)
