@@ -204,6 +204,7 @@ def replace_head(model):
 def test_classifier_replaced_by_hand_names_reset_classifier(replace, got, tmp_path):
     model = make_small("test_tresnet")
     replace(model)
+    model.eval()
     with pytest.raises(ValueError, match=rf"needs 10 logits an image.*{got}.*model.reset_classifier\(num_classes\)"):
         export_model(model, tmp_path / "network.pt", "torchscript", image_size=(64, 64))
 

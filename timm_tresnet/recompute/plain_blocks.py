@@ -126,11 +126,11 @@ def _read_block(block: nn.Module) -> PlainBlock | None:
         units.append(unit)
     if type(se) is nn.Identity:
         parts.append(se)
-    elif se is not None and (gate := _read_gate(se, parts)) is None:
+    elif not _is_none(block, "se", se) and (gate := _read_gate(se, parts)) is None:
         return None
     if type(downsample) is nn.Identity:
         parts.append(downsample)
-    elif downsample is not None and (shortcut := _read_shortcut(downsample, parts)) is None:
+    elif not _is_none(block, "downsample", downsample) and (shortcut := _read_shortcut(downsample, parts)) is None:
         return None
     return PlainBlock(units, gate, shortcut) if _are_untouched(parts) else None
 
@@ -181,6 +181,11 @@ def _are_untouched(parts: list[nn.Module]) -> bool:
     return True
 
 
+def _is_none(module: nn.Module, name: str, part: nn.Module | None) -> bool:
+    """Whether a part is absent, and not deleted, which is an error when the block runs."""
+    return part is None and hasattr(module, name)
+
+
 def _read_unit(unit: nn.Module | None, parts: list[nn.Module]) -> _Unit | None:
     if type(unit) is not ConvNormAct:
         return None
@@ -224,7 +229,7 @@ def _read_unit(unit: nn.Module | None, parts: list[nn.Module]) -> _Unit | None:
         blur = aa._buffers.get("kernel"), aa.stride, aa.dilation
         if list(map(type, blur)) != [Tensor, int, int] or blur[0].requires_grad:
             return None
-    elif aa is not None and type(aa) is not nn.Identity:
+    elif not _is_none(unit, "aa", aa) and type(aa) is not nn.Identity:
         return None
     parts += unit, conv, norm, act, drop, *([] if aa is None else [aa])
     arguments = (gamma, beta, mean, var, True, momentum, eps, slope)
