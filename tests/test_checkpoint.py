@@ -4,7 +4,14 @@ import timm
 import torch
 
 from timm_tresnet import TResNet
-from timm_tresnet.weights.checkpoint import adapt_stem, checkpoint_filter_fn, from_official, unwrap
+from timm_tresnet.weights.checkpoint import (
+    adapt_stem,
+    checkpoint_filter_fn,
+    choose_network,
+    find_networks,
+    from_official,
+    unwrap,
+)
 
 LAYERS = (1, 2, 2, 1)
 NETWORKS = {
@@ -68,14 +75,80 @@ def test_the_moving_average_goes_before_the_weights_it_averages():
     )
 
 
-def test_only_the_prefix_of_the_stem_is_taken_off():
-    weights = unwrap({"net.body.conv1.conv.weight": 1, "net.head.fc.bias": 2, "loss.weight": 3})
-    assert weights == {"body.conv1.conv.weight": 1, "head.fc.bias": 2, "loss.weight": 3}
+ONE, TWO, THREE = torch.ones(1), torch.ones(2), torch.ones(3)
+STEM = "body.conv1.conv.weight"
+
+
+def test_what_is_beside_the_network_is_left_out():
+    (network,) = find_networks({f"net.{STEM}": ONE, "net.head.fc.bias": TWO, "loss.weight": THREE, "net.epoch": 7})
+    assert network.tensors == {STEM: ONE, "head.fc.bias": TWO}
+    assert (network.key, network.others) == ("net", ("loss.weight", "net.epoch"))
+
+
+def test_wrappers_in_the_middle_of_names_are_taken_off():
+    weights = unwrap(
+        {"body._orig_mod.conv1.conv.weight": ONE, "body.module._orig_mod.layer1.0.x": TWO, "head.y": THREE}
+    )
+    assert weights == {STEM: ONE, "body.layer1.0.x": TWO, "head.y": THREE}
+    assert unwrap({f"model.mymodule.{STEM}": ONE, "model.mymodule.body.module_x": TWO}).keys() == {
+        STEM,
+        "body.module_x",
+    }
+
+
+WRAPPERS = {
+    "model_state_dict": "", "net": "", "params": "", "weights": "", "student": "", "anything at all": "",
+    "state_dict": "model.", "module": "module.", "nested.deep.inside": "_orig_mod.module.", "hf": "timm_model.",
+    "backbone": "backbone.", "lightning": "model.model.", "fsdp": "_fsdp_wrapped_module.", "models.0": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("keys", "prefix"), WRAPPERS.items(), ids=WRAPPERS)
+def test_a_network_is_found_under_any_name_and_prefix(keys, prefix):
+    tensors = {STEM: ONE, "head.fc.bias": TWO}
+    inside = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+    for key in reversed(keys.split(".")):
+        inside = [inside] if key == "0" else {key: inside, "epoch": 7, "optimizer": {"state": {0: {"exp_avg": ONE}}}}
+    assert unwrap(inside) == tensors
+
+
+def make_two(first, second):
+    return {first: {STEM: ONE}, second: {STEM: TWO}}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "key"),
+    [
+        (make_two("model", "model_ema"), "model_ema"),
+        (make_two("ema_model", "net"), "ema_model"),
+        (make_two("params", "params_ema"), "params_ema"),
+        (make_two("state_dict", "teacher"), "state_dict"),
+        (make_two("best", "model_state_dict"), "model_state_dict"),
+        ({"state_dict": {f"model.{STEM}": ONE, f"averaged_model.module.{STEM}": TWO}}, "state_dict.averaged_model"),
+        ({"schema": make_two("net", "swa_net"), "model": 3}, "schema.swa_net"),
+    ],
+)
+def test_of_several_networks_the_likeliest_is_taken(checkpoint, key):
+    networks = find_networks(checkpoint)
+    assert choose_network(networks).key == key
+    (other,) = (network for network in networks if network.key != key)
+    assert choose_network(networks, other.key) is other
+
+
+@pytest.mark.parametrize("names", [("student", "teacher"), ("ema_1", "ema_2"), ("best", "worst")])
+def test_networks_that_are_as_likely_are_named(names):
+    networks = find_networks(make_two(*names))
+    with pytest.raises(ValueError, match=f"holds 2 networks, '{names[0]}', '{names[1]}'; choose one by its key"):
+        choose_network(networks)
+    with pytest.raises(ValueError, match=f"one of '{names[0]}', '{names[1]}', got 'mine'"):
+        choose_network(networks, "mine")
 
 
 def test_two_tensors_of_one_name_are_refused():
     with pytest.raises(ValueError, match="two tensors for head.fc.bias: with and without 'net.'"):
-        unwrap({"net.body.conv1.conv.weight": 1, "net.head.fc.bias": 2, "head.fc.bias": 3})
+        unwrap({f"net.{STEM}": ONE, "net.head.fc.bias": TWO, "head.fc.bias": THREE})
+    with pytest.raises(ValueError, match="two tensors for head.x, one of them as head.module.x"):
+        unwrap({STEM: ONE, "head.x": TWO, "head.module.x": THREE})
     with pytest.raises(ValueError, match="two tensors for body.layer2.0.conv1.conv.weight"):
         from_official({"body.layer2.0.conv1.0.weight": 1, "body.layer2.0.conv1.0.0.weight": 2})
 

@@ -1,10 +1,13 @@
+import importlib
 import os
 import pickle
 import random
+import shutil
 import struct
 
 import pytest
 import reference
+import timm
 import torch
 from converting import SMALL, save_checkpoint
 from safetensors.torch import save_file
@@ -33,6 +36,55 @@ def test_code_in_a_checkpoint_is_not_executed(legacy, tensors, tmp_path):
 
 def damage_header(data, claim):
     return struct.pack("<Q", claim(struct.unpack("<Q", data[:8])[0])) + data[8:]
+
+
+class Call:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+CALLS = {
+    "eval": Call(eval, "open('executed', 'w')"),
+    "module": Call(shutil.copy, "a.pth", "executed"),
+    "nested": Call(getattr, Call(importlib.import_module, "os"), "mkdir"),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_what_is_beside_the_weights_is_not_run_but_named(call, legacy, tensors, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": tensors, "extra": call}, "a.pth", _use_new_zipfile_serialization=not legacy)
+    conversion = convert_checkpoint("a.pth")
+    (note,) = (note for note in conversion.notes if note.startswith("not read, nor run: "))
+    assert call.call[0].__name__ in note
+    assert os.listdir() == ["a.pth"]
+
+
+def test_weights_inside_objects_are_refused(tmp_path):
+    model = timm.create_model("test_tresnet")
+    for name, content in (("whole.pth", model), ("inside.pth", {"model": model, "epoch": 7})):
+        torch.save(content, tmp_path / name)
+        with pytest.raises(
+            ValueError, match=rf"refused to read .*{name}: it needs timm_tresnet.models.network.TResNet"
+        ):
+            convert_checkpoint(tmp_path / name)
+
+
+def test_files_that_ask_for_ever_more_are_refused(tmp_path):
+    kinds = [type(f"Kind{index}", (), {"__module__": __name__}) for index in range(300)]
+    for kind in kinds:
+        globals()[kind.__name__] = kind
+    try:
+        torch.save({"a": [kind() for kind in kinds]}, tmp_path / "a.pth")
+    finally:
+        for kind in kinds:
+            del globals()[kind.__name__]
+    with pytest.raises(ValueError, match="refused to read .*: it needs "):
+        convert_checkpoint(tmp_path / "a.pth")
 
 
 DAMAGED = {

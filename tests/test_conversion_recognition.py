@@ -1,6 +1,7 @@
 import argparse
 import re
 
+import numpy
 import pytest
 import reference
 import timm
@@ -31,12 +32,37 @@ LAYOUTS = {
         "args": argparse.Namespace(lr=0.1),
         "optimizer": {"state": {0: {"step": 3}}},
     },
+    "mixed": lambda tensors: {**tensors, "epoch": 7, 3: 4},
+    "model_state_dict": lambda tensors: {"model_state_dict": tensors, "loss": 0.5},
+    "net": lambda tensors: {"net": {f"module.{name}": t for name, t in tensors.items()}, "acc": 93.1, "epoch": 7},
+    "swa": lambda tensors: {"n_averaged": torch.tensor(3), **{f"module.{name}": t for name, t in tensors.items()}},
+    "lightning": lambda tensors: {
+        "state_dict": {**{f"model.{n}": t for n, t in tensors.items()}, "criterion.weight": torch.ones(10)},
+        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.9)}},
+    },
+    "models": lambda tensors: {"models": [tensors]},
+    "compiled_body": lambda tensors: {name.replace("body.", "body._orig_mod.", 1): t for name, t in tensors.items()},
+    "numpy": lambda tensors: {"model": tensors, "best": numpy.float64(0.5), "rng": numpy.random.get_state()},
+    "objects": lambda tensors: {"model": tensors, "opt": Settings(lr=0.1), "hparams": Named(lr=0.1), "log": Log([1])},
     "parameters": lambda tensors: {
         name: torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point()) for name, tensor in tensors.items()
     },
     "without_counters": lambda tensors: {n: t for n, t in tensors.items() if not n.endswith("num_batches_tracked")},
     "one_storage": lambda tensors: dict(zip(tensors, share_storage(tensors.values()), strict=True)),
 }
+
+
+class Settings:
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+
+class Named(dict):
+    """As Lightning's AttributeDict."""
+
+
+class Log(list):
+    """As fastcore's L."""
 
 
 def share_storage(tensors):
@@ -176,6 +202,7 @@ NAMES = {
     "tuple": tuple(GOOD_NAMES),
     "any_order": {index: GOOD_NAMES[index] for index in (3, 1, 0, 2, 6, 5, 4, 9, 8, 7)},
     "keys_of_json": {str(index): name for index, name in reversed(list(enumerate(GOOD_NAMES)))},
+    "class_to_idx": {name: index for index, name in reversed(list(enumerate(GOOD_NAMES)))},
 }
 NO_NAMES = {
     "none": (None, "needs a dict or a list of names, got NoneType"),
@@ -183,7 +210,7 @@ NO_NAMES = {
     "fewer": (GOOD_NAMES[:9], "needs 10 names, one for each class, got 9"),
     "gap": ({**dict(enumerate(GOOD_NAMES[:9])), 10: "x"}, "needs the keys 0 to 9"),
     "from_one": (dict(enumerate(GOOD_NAMES, 1)), "needs the keys 0 to 9"),
-    "texts": ({name: index for index, name in enumerate(GOOD_NAMES)}, "needs the keys 0 to 9"),
+    "texts": ({name: name for name in GOOD_NAMES}, "needs the keys 0 to 9"),
     "twice": (["a", *GOOD_NAMES[1:9], "a"], "needs a name for each class, got a more than once"),
     "empty": ([*GOOD_NAMES[:9], " "], 'needs name 9 to be text without control characters, got " "'),
     "numbers": ([*GOOD_NAMES[:9], 7], "needs name 9 to be text without control characters, got int"),
@@ -365,8 +392,16 @@ REFUSED = {
     ),
     "empty": (lambda tensors: {}, "no TResNet: .* among nothing"),
     "list": (lambda tensors: list(tensors.values()), "needs a dict of tensors, got list"),
-    "cyclic": (lambda tensors: make_cyclic(), "unexpected, no tensors: model"),
-    "mixed": (lambda tensors: {**tensors, "epoch": 7, 3: 4}, "unexpected, no tensors: epoch, 3"),
+    "cyclic": (lambda tensors: make_cyclic(), "no TResNet: .* among nothing"),
+    "wrapped_resnet": (
+        lambda tensors: {"model_state_dict": {"conv1.weight": torch.zeros(1)}, "epoch": 7},
+        "no TResNet: .* among model_state_dict.conv1.weight",
+    ),
+    "two": (
+        lambda tensors: {"student": tensors, "teacher": dict(tensors)},
+        "holds 2 networks, 'student', 'teacher'; choose one by its key",
+    ),
+    "extra": (lambda tensors: {**tensors, "loss.weight": torch.zeros(1)}, "unexpected loss.weight"),
     "truncated": (
         lambda tensors: {name: t for name, t in tensors.items() if not name.startswith(("body.layer3", "body.layer4"))},
         r"no tensors of body.layer3: missing body.layer3.\*, body.layer4.\*",

@@ -70,7 +70,7 @@ def test_what_is_no_config_is_refused_in_one_sentence(content, good, config, cap
 
 def test_good_folder_classifies(good, capfd):
     assert cli.main(["classify", "--model", f"local-dir:{good}", CAT]) == 0
-    assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err == "timm-tresnet: class names: the weights' config\n"
 
 
 def test_other_commands_check_the_config_too(good, config, tmp_path, capfd):
@@ -192,7 +192,7 @@ def test_repository_is_loaded_at_the_commit_whose_config_was_checked(good, hub, 
     output = run_child(IN_A_CHILD, CAT, *good_names, "hf-hub:owner/damaged", "hf-hub:owner/nowhere")
     answers = [answer.splitlines() for answer in output.split(">\n")[1:]]
     assert [answer[-1] for answer in answers] == ["0", "0", "2", "2"]
-    assert [len(answer) for answer in answers] == [2, 2, 2, 2]
+    assert [len(answer) for answer in answers] == [3, 3, 2, 2]  # one about the names of the classes
     needs = "config.json of owner/damaged needs pretrained_cfg.url to be null"
     assert f"cannot load the model hf-hub:owner/damaged: {needs}" in answers[2][0]
     assert [path for method, path, status in hub.requests if method == "GET"] == [
@@ -200,7 +200,7 @@ def test_repository_is_loaded_at_the_commit_whose_config_was_checked(good, hub, 
         f"/owner/good/resolve/{commit}/model.safetensors",
         "/owner/damaged/resolve/main/config.json",
     ]
-    assert run_child(IN_A_CHILD, CAT, *good_names, HF_HUB_OFFLINE="1") == output.partition(">\ntimm")[0]
+    assert run_child(IN_A_CHILD, CAT, *good_names, HF_HUB_OFFLINE="1") == output.partition(">\ntimm-tresnet: cannot")[0]
 
 
 def test_weights_that_changed_on_their_way_are_refused_and_fetched_again(good, hub, run_child):

@@ -24,6 +24,7 @@ from timm_tresnet.models.network import TResNet
 from timm_tresnet.weights.catalogue import PublicWeight, load_catalogue, make_pretrained_cfg
 from timm_tresnet.weights.checkpoint import checkpoint_filter_fn
 from timm_tresnet.weights.labels import make_notes
+from timm_tresnet.weights.preprocessing import NAMES, fill_preprocessing, note_assumed
 
 __all__ = ["TResNet"]  # timm adds each entrypoint
 
@@ -79,7 +80,9 @@ _timm_hub_448 = functools.partial(_timm_hub, input_size=(3, 448, 448), pool_size
 
 def _public_weight_cfg(public: PublicWeight) -> dict[str, Any]:
     """Config of a public weight that is on no Hub repository yet; the backbone's if its head is none of ours."""
-    return _cfg(**{"license": None, **make_pretrained_cfg(public, public.converted_classes)})
+    known = make_pretrained_cfg(public, public.converted_classes)
+    notes = note_assumed(known.get("notes"), [name for name in NAMES if name not in known])
+    return _cfg(**{"license": None, **known, "notes": notes})
 
 
 default_cfgs = generate_default_cfgs(
@@ -147,7 +150,11 @@ def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None,
     # it is told is the checkpoint's own number of channels. Newer timm takes that from the pretrained config.
     if not hasattr(sys.modules["timm.models"], "get_model_traits"):
         kwargs["in_chans"] = 3
-    public = _find_public_weight(variant, kwargs.get("pretrained_cfg"))
+    config = kwargs.get("pretrained_cfg")
+    if isinstance(config, dict) and config.get("source"):  # of a folder or repository
+        of_weights = (kwargs.get("pretrained_model_args") or {}).get("in_chans", 3)
+        kwargs["pretrained_cfg"] = fill_preprocessing(config, default_cfgs[variant].default, of_weights)
+    public = _find_public_weight(variant, config)
     if public and pretrained:
         _check_source(public, kwargs)
     # Newer timm says which arguments a folder or repository has; older ones mix them with those of the call.

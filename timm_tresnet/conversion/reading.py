@@ -14,9 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from timm_tresnet.weights.checkpoint import unwrap
+from timm_tresnet.weights.checkpoint import FoundNetwork
 
 _NAMES_SHOWN = 20
+_MOST_STAND_INS = 200  # files of other training code ask for some ten classes
 # Numbers of 8 and 4 bits mean nothing without the scales that come with them.
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COUNTERS = (*_WEIGHTS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -40,6 +41,9 @@ _UNREADABLE = (
 def read_checkpoint(path: Path) -> Mapping[str, Any]:
     """Read a file of `torch.save` or safetensors without running anything in it.
 
+    Training code stores more than weights: numpy's numbers, settings and logs of its own classes. Empty stand-ins take
+    the place of these; no module is imported, no function called.
+
     Args:
         path: the file.
 
@@ -48,12 +52,18 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
 
     Raises:
         OSError: if there is no such file, or it may not be read.
-        ValueError: if it is neither, is damaged, holds no dict, or needs code to be run.
+        ValueError: if it is neither, is damaged, holds no dict, or asks for functions of the operating system.
     """
+    return open_checkpoint(path)[0]
+
+
+def open_checkpoint(path: Path) -> tuple[Mapping[str, Any], list[str]]:
+    """As `read_checkpoint`; also returns the names of the classes and functions for which there are stand-ins."""
     with path.open("rb") as file:
         start = file.read(9)
+    stand_ins: list[str] = []
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-        checkpoint = _load_pickle(path)
+        checkpoint, stand_ins = _load_pickle(path)
     elif start[8:] == b"{":
         try:
             checkpoint = load_file(path)
@@ -61,35 +71,75 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
             raise ValueError(f"cannot read {path}: damaged safetensors file: {error}") from error
     else:
         raise ValueError(f"cannot read {path}: it begins neither like a file of torch.save nor like safetensors")
+    if isinstance(checkpoint, _StandIn):
+        raise refuse(path, stand_ins)
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"cannot read {path}: needs a dict of tensors, got {type(checkpoint).__name__}")
-    return checkpoint
+    return checkpoint, stand_ins
 
 
-def _load_pickle(path: Path) -> Any:
-    try:
-        # timm's train.py stores its arguments. Torch warns of formats that are refused or taken below in any case.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if forbidden:
-            raise ValueError(
-                f"refused to read {path}: it needs {forbidden[1]} to be run, and a file of weights needs no code. If "
-                "you trust it, save its state_dict alone, with the code that wrote it"
-            ) from error
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"cannot read {path}: damaged or foreign file of torch.save: {reason}") from error
+def refuse(path: Path, names: Iterable[str]) -> ValueError:
+    """The error about a file whose weights are inside objects of classes that would have to be run."""
+    return ValueError(
+        f"refused to read {path}: it needs {name_some(names)} to be run, and a file of weights needs no code. If you "
+        "trust it, save its state_dict alone, with the code that wrote it"
+    )
 
 
-def take_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights in a checkpoint, by name without wrapper and prefix, each plain numbers that the file holds."""
-    weights = unwrap(checkpoint)
-    foreign = [name for name, value in weights.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
-    if foreign:
-        raise ValueError(f"unexpected, no tensors: {name_some(map(str, foreign))}")
-    tensors: dict[str, Tensor] = {name: value.detach() for name, value in weights.items()}
+class _StandIn(list):  # torch appends to no other class
+    """Takes the place of a class or function that a file asks for, and does nothing."""
+
+    def __new__(cls, *arguments: Any) -> Any:
+        return super().__new__(cls)
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+
+class _DictStandIn(_StandIn):
+    """The same for a subclass of dict, since torch fills none but plain ones."""
+
+    def __new__(cls, *arguments: Any) -> Any:
+        return {}
+
+
+def _load_pickle(path: Path) -> tuple[Any, list[str]]:
+    stand_ins: dict[str, type] = {}
+    while True:
+        try:
+            # timm's train.py stores its arguments. Torch warns of formats that are refused or taken below in any case.
+            with (
+                torch.serialization.safe_globals([argparse.Namespace, *stand_ins.values()]),
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore")
+                return torch.load(path, map_location="cpu", weights_only=True), list(stand_ins)
+        except _UNREADABLE as error:
+            text = str(error)
+            unknown = re.search(r"GLOBAL ([\w.]+)(?P<blocked> whose module)?", text)
+            filled = re.search(r"Can only SETITEMS? for .*<class '([\w.]+)'>", text, re.DOTALL)
+            if unknown and (unknown["blocked"] or len(stand_ins) >= _MOST_STAND_INS):
+                raise refuse(path, [unknown[1]]) from error
+            name = unknown[1] if unknown else filled[1] if filled else ""
+            kind = _DictStandIn if filled else _StandIn
+            if not name or (name in stand_ins and issubclass(stand_ins[name], kind)):
+                reason = text.strip().partition("\n")[0] or type(error).__name__
+                raise ValueError(f"cannot read {path}: damaged or foreign file of torch.save: {reason}") from error
+            module, _, own = name.rpartition(".")
+            stand_ins[name] = type(own, (kind,), {"__module__": module or "builtins", "__qualname__": own})
+
+
+def take_tensors(network: FoundNetwork) -> dict[str, Tensor]:
+    """The weights of a network in a checkpoint, each plain numbers that the file holds."""
+    tensors = {name: tensor.detach() for name, tensor in network.tensors.items()}
     for name, tensor in tensors.items():
         counter = name.endswith("num_batches_tracked")
         dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,18 +12,21 @@ from torch import Tensor
 
 from timm_tresnet.conversion.reading import name_some, take_tensors
 from timm_tresnet.tresnet import ARCHITECTURES, TResNet
-from timm_tresnet.utils.schema import TEXT, show
 from timm_tresnet.weights.checkpoint import (
     OFFICIAL_STEM,
     QUERIES,
     batch_norm_weight,
+    choose_network,
     find_misfits,
+    find_networks,
     from_official,
     rename_head,
 )
+from timm_tresnet.weights.labels import order_names
 
 _STEM = "body.conv1.conv.weight"
 _QUERY2LABEL = re.compile(r"(module\.)?(transformer\.|input_proj\.|query_embed\.weight$|fc\.[Wb]$)")
+_DEPTH_SHOWN = 3
 _DIMENSIONS = {  # of what tells a head's arguments
     "head.fc.weight": (2, 3),
     "head.fc.bias": (1,),
@@ -51,6 +53,9 @@ class Recognised:
         dtypes: floating-point types in the file other than single precision.
         class_names: those in the file, as ASL and ML-Decoder have them; empty if it has none that can be used.
         names_fault: why those in the file cannot be used; empty if it has none, or they can be.
+        key: of the network in the file, as `weights.checkpoint.choose_network` takes it.
+        other_keys: of the other networks in the file.
+        left_out: names beside the network in the file.
     """
 
     architecture: str
@@ -64,15 +69,26 @@ class Recognised:
     dtypes: frozenset[torch.dtype] = frozenset()
     class_names: tuple[str, ...] = ()
     names_fault: str = ""
+    key: str = ""
+    other_keys: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
-def recognise(checkpoint: Mapping[str, Any], norm_weights: str | None = None, custom: bool = False) -> Recognised:
+def recognise(
+    checkpoint: Mapping[str, Any],
+    norm_weights: str | None = None,
+    custom: bool = False,
+    key: str | None = None,
+    untold: Mapping[str, Any] | None = None,
+) -> Recognised:
     """Find out what a checkpoint holds and bring it under this package's names.
 
     Args:
         checkpoint: what the file holds.
         norm_weights: "abn" or "bn" for what the norm weights are; None for what the names say.
         custom: take a network that is none of the variants too.
+        key: of the network in the checkpoint; None for the likeliest, as `choose_network` has it.
+        untold: arguments of the network that its tensors do not tell.
 
     Returns:
         The weights and what they are of.
@@ -80,21 +96,26 @@ def recognise(checkpoint: Mapping[str, Any], norm_weights: str | None = None, cu
     Raises:
         ValueError: if they are of no TResNet; the message names what is missing, too much or of a wrong shape.
     """
-    tensors = take_tensors(checkpoint)
+    networks = find_networks(checkpoint)
+    if not networks:
+        raise NoNetwork(f"no TResNet: neither {OFFICIAL_STEM} nor {_STEM} among {name_some(_list_tensors(checkpoint))}")
+    network = choose_network(networks, key)
+    tensors = take_tensors(network)
     official = OFFICIAL_STEM in tensors
-    if not official and _STEM not in tensors:
-        raise ValueError(f"no TResNet: neither {OFFICIAL_STEM} nor {_STEM} among {name_some(tensors)}")
     blurred = not official or _find_blurs(tensors)
     inplace_abn = official if norm_weights is None else norm_weights == "abn"
     weights = _rename(tensors, official, inplace_abn)
     head, num_classes, head_args = _detect_head(weights)
-    if head == "query2label":
+    if any(_QUERY2LABEL.match(name) for name in (*network.others, *weights)):
+        head, num_classes, head_args = "query2label", 0, {}
         weights = {name: weight for name, weight in weights.items() if not _QUERY2LABEL.match(name)}
     if "label_embedding" in head_args and QUERIES not in weights:  # the official code keeps them elsewhere
         weights[QUERIES] = torch.empty(0, head_args["label_embedding"])
     architecture, model_args = _detect(weights, blurred, custom)
-    model_args |= head_args
-    class_names, names_fault = _read_class_names(checkpoint, num_classes)
+    model_args |= head_args | dict(untold or {})
+    class_names, names_fault = (), ""
+    if "idx_to_class" in checkpoint:
+        class_names, names_fault = order_names(checkpoint["idx_to_class"], num_classes)
     norms = [tensor for name, tensor in tensors.items() if name.endswith(".1.weight") and tensor.numel()]
     least = min((norm.min().item() for norm in norms), default=0.0) if official and norm_weights is None else None
     return Recognised(
@@ -109,7 +130,24 @@ def recognise(checkpoint: Mapping[str, Any], norm_weights: str | None = None, cu
         dtypes=frozenset(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()) - {torch.float32},
         class_names=class_names,
         names_fault=names_fault,
+        key=network.key,
+        other_keys=tuple(other.key for other in networks if other is not network),
+        left_out=tuple(name for name in network.others if not _QUERY2LABEL.match(name)),
     )
+
+
+class NoNetwork(ValueError):
+    """There is no TResNet in a checkpoint."""
+
+
+def _list_tensors(checkpoint: Any, name: str = "", depth: int = 0) -> list[str]:
+    """Names of the tensors in a checkpoint, for a message."""
+    if isinstance(checkpoint, Tensor):
+        return [name]
+    if depth > _DEPTH_SHOWN or not isinstance(checkpoint, Mapping):
+        return []
+    prefix = f"{name}." if name else ""
+    return [each for key, value in checkpoint.items() for each in _list_tensors(value, f"{prefix}{key}", depth + 1)]
 
 
 def _rename(tensors: dict[str, Tensor], official: bool, inplace_abn: bool) -> dict[str, Tensor]:
@@ -119,43 +157,6 @@ def _rename(tensors: dict[str, Tensor], official: bool, inplace_abn: bool) -> di
         name: batch_norm_weight(tensor) if inplace_abn and name.endswith("bn.weight") else tensor
         for name, tensor in rename_head(tensors).items()
     }
-
-
-def _read_class_names(checkpoint: Mapping[str, Any], num_classes: int) -> tuple[tuple[str, ...], str]:
-    """Names of the classes in the order of their outputs, or why those in the file are none.
-
-    Keys of a dict are numbers of outputs. The official `infer.py` reads the values in the order in which they were put
-    in, which is the same only where the keys ascend.
-    """
-    if "idx_to_class" not in checkpoint:
-        return (), ""
-    in_file = checkpoint["idx_to_class"]
-    if not isinstance(in_file, Mapping | list | tuple):
-        return (), f"needs a dict or a list of names, got {type(in_file).__name__}"
-    if len(in_file) != num_classes:
-        return (), f"needs {num_classes} names, one for each class, got {len(in_file)}"
-    names = in_file
-    if isinstance(in_file, Mapping):
-        indices = [_read_index(key) for key in in_file]
-        if set(indices) != set(range(num_classes)):
-            return (), f"needs the keys 0 to {num_classes - 1}"
-        by_index = dict(zip(indices, in_file.values(), strict=True))
-        names = [by_index[index] for index in range(num_classes)]
-    for index, name in enumerate(names):
-        if not TEXT.fits(name) or not name.strip():
-            shown = show(name) if isinstance(name, str) else type(name).__name__
-            return (), f"needs name {index} to be {TEXT.words}, got {shown}"
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        return (), f"needs a name for each class, got {name_some(twice)} more than once"
-    return tuple(names), ""
-
-
-def _read_index(key: Any) -> int | None:
-    """Number of an output, from a key that may be one of JSON."""
-    if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10:
-        return int(key)
-    return key if type(key) is int else None
 
 
 def _find_blurs(weights: Mapping[str, Tensor]) -> bool:
@@ -185,8 +186,6 @@ def _detect_head(weights: Mapping[str, Tensor]) -> tuple[str, int, dict[str, Any
         if len(shape) not in dimensions or 0 in shape[to_come:]:
             raise ValueError(f"{name} needs {' or '.join(map(str, dimensions))} dimensions, got shape {shape}")
     embedding, classifier = weights.get("head.embedding.weight"), weights.get("head.fc.weight")
-    if any(_QUERY2LABEL.match(name) for name in weights):
-        return "query2label", 0, {}
     if any(name.startswith(("head.queries.", "head.decoder.")) for name in weights):
         return "ml_decoder", *_detect_ml_decoder(weights)
     if classifier is None:

@@ -11,6 +11,7 @@ import timm.models
 from timm_tresnet.demo.explanation import Explanation, explain_image
 from timm_tresnet.utils.images import FORMATS, SAMPLES, find_images, read_image
 from timm_tresnet.weights.loading import load_network
+from timm_tresnet.weights.preprocessing import explain_assumed
 
 _LARGEST_FILE = "20mb"
 _KEPT_S = 3600  # how long a photograph stays on the server, and how often that is looked after
@@ -152,7 +153,9 @@ def _fill_column(name: str, image: Any) -> list[Any]:
 
 def _describe(name: str, explanation: Explanation) -> str:
     rows, columns = explanation.cells
+    assumed = explain_assumed(_load(name))
     return (
         f"### {name}\n{explanation.classify_ms:.0f} ms for the network, {explanation.explain_ms:.0f} ms for the heat "
         f"map: where “{next(iter(explanation.probabilities))}” is, {rows}×{columns} cells."
+        + (f"\n\n{assumed}" if assumed else "")
     )

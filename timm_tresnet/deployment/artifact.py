@@ -24,6 +24,7 @@ from timm_tresnet.utils.files import whole
 from timm_tresnet.utils.images import SAMPLES, find_images, read_image
 from timm_tresnet.utils.schema import read_json
 from timm_tresnet.weights.labels import is_multi_label, label_lookup, make_notes, read_thresholds
+from timm_tresnet.weights.preprocessing import find_assumed, note_assumed
 
 TOLERANCE = 1e-4  # relative L2 distance of an artifact's logits from PyTorch's, float32
 
@@ -192,6 +193,7 @@ def _describe(
         class_names=list(map(label_lookup(model), range(model.num_classes))),
         multi_label=is_multi_label(config),
         label_thresholds=read_thresholds(config, model.num_classes),
+        preprocessing_assumed=find_assumed(config),
     )
 
 
@@ -282,7 +284,11 @@ class ExportedModel:
         self.pretrained_cfg = {
             **described.preprocessing,
             "label_names": described.class_names,
-            "notes": make_notes(described.multi_label, described.label_thresholds),
+            "architecture": described.model.partition(".")[0],
+            "notes": note_assumed(
+                make_notes(described.multi_label, described.label_thresholds), described.preprocessing_assumed
+            )
+            or (),
         }
         self._batch_size = described.shape[0]
         self._artifact = artifact

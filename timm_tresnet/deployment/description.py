@@ -1,6 +1,6 @@
 """What an artifact is and how to feed it, and the JSON file beside it that says so."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ _TABLE = Table(
         "class_names": list_of(TEXT, 0, 1_000_000),
         "multi_label": FLAG,
         "label_thresholds": list_of(number(0, 1), 0, 1_000_000).or_null(),
+        "preprocessing_assumed": list_of(choice(*PREPROCESSING), 0, len(PREPROCESSING)),
     },
     ("model", "format", "precision", "input", "output", "preprocessing", "class_names", "multi_label"),
 )
@@ -69,6 +70,7 @@ class Description:
         class_names: one for each logit.
         multi_label: whether an image can have several of the classes.
         label_thresholds: from which probability on an image has each class; None where nobody says.
+        preprocessing_assumed: names in preprocessing of what nobody says of the weights, so that it is assumed.
     """
 
     model: str
@@ -81,6 +83,7 @@ class Description:
     class_names: list[str]
     multi_label: bool
     label_thresholds: list[float] | None = None
+    preprocessing_assumed: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """What the file says, but for how the artifact was made and checked."""
@@ -95,6 +98,7 @@ class Description:
             "input": image,
             "output": {"name": "logits", "shape": [shape[0], self.num_classes]},
             "preprocessing": self.preprocessing,
+            "preprocessing_assumed": self.preprocessing_assumed,
             "class_names": self.class_names,
             "multi_label": self.multi_label,
             "label_thresholds": self.label_thresholds,
@@ -121,6 +125,7 @@ class Description:
             size_limits=(image.get("size_multiple", 1), image.get("size_minimum", 1)),
             num_classes=described["output"]["shape"][1],
             label_thresholds=described.get("label_thresholds"),  # which older files do not have
+            preprocessing_assumed=described.get("preprocessing_assumed", []),  # nor this
             **{name: described[name] for name in as_they_are},
         )
 

@@ -43,7 +43,9 @@ class Facts:
     says what the field means. The catalogue has to give the fields without a default.
     """
 
-    input_size: int | None = _field(None, help="side of the images", type=int, metavar="PIXELS")
+    input_size: int | tuple[int, int] | None = _field(  # height and width, if they differ
+        None, help="side of the images", type=int, metavar="PIXELS"
+    )
     crop_pct: float | None = _field(
         None, help="side of the crop over the resized image's", type=float, metavar="FRACTION"
     )
@@ -139,8 +141,9 @@ def make_pretrained_cfg(facts: Facts, num_classes: int, in_chans: int = 3) -> di
     names = ("crop_pct", "crop_mode", "interpolation", "mean", "std", "license")
     config: dict[str, Any] = {name: facts.known[name] for name in names if name in facts.known}
     if facts.input_size is not None:
-        config["input_size"] = (in_chans, facts.input_size, facts.input_size)
-        config["pool_size"] = (math.ceil(facts.input_size / 32),) * 2
+        sides = (facts.input_size,) * 2 if isinstance(facts.input_size, int) else facts.input_size
+        config["input_size"] = (in_chans, *sides)
+        config["pool_size"] = tuple(math.ceil(side / 32) for side in sides)
     if facts.dataset is not None:
         config["description"] = f"Trained on {facts.dataset}"
     if isinstance(facts, PublicWeight):

@@ -1,8 +1,10 @@
 """Weights under the official names, and stems for other numbers of channels, as a TResNet takes them."""
 
+import dataclasses
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +20,15 @@ _OF_CLASSES = {"head.fc.weight", "head.fc.bias", QUERIES}
 _STEM = "body.conv1.conv.weight"
 OFFICIAL_STEM = "body.conv1.0.weight"
 
-# Where training code puts weights, best first: of two, the moving average is the one that was evaluated.
-_WRAPPERS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")
-_MAX_WRAPPERS = 4  # a pickle can hold a dict that contains itself
-_PREFIX = re.compile(r"(?P<prefix>(?:.*\.)?)body\.conv1\.(?:0|conv)\.weight$")
+_WRAPPERS = r"(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.)"
+_WRAPPER = re.compile(rf"(?:^|(?<=\.)){_WRAPPERS}")
+_PREFIX = re.compile(
+    rf"(?P<prefix>(?:.*\.)?)body\.{_WRAPPERS}*conv1\.{_WRAPPERS}*(?:0|conv)\.{_WRAPPERS}*weight$", re.DOTALL
+)
+_MOST_CONTAINERS = 100_000  # that are looked into; states of optimizers have thousands
+# Of several networks in a file, a moving average is the one that was evaluated; teachers and the like are another one.
+_AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|avg|averaged?)(?:[._]|$)", re.IGNORECASE)
+_PLAIN = {"", "state", "dict", "model", "models", "module", "net", "network", "params", "weights", "timm", "backbone"}
 
 # `conv1.0.weight`: convolution, `conv1.1.weight`: In-Place ABN; with a blur behind them `conv1.0.0.weight`,
 # `conv1.0.1.weight`; in a shortcut `downsample.0.0.weight` or, behind an average pool, `downsample.1.0.weight`.
@@ -110,33 +117,115 @@ def _fit_queries(state_dict: dict[str, Tensor], head: MLDecoderHead) -> None:
                 own[name].copy_(state_dict[name])
 
 
-def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class FoundNetwork:
+    """The weights of a TResNet in a checkpoint.
+
+    Args:
+        key: names that lead to them, joined by dots, such as "state_dict_ema"; "" if the checkpoint is the weights.
+        tensors: by name, without prefix and wrappers.
+        others: what is beside them and is not theirs.
+    """
+
+    key: str
+    tensors: dict[str, Tensor]
+    others: tuple[str, ...] = ()
+
+
+def find_networks(checkpoint: Any) -> list[FoundNetwork]:
+    """Find the weights of TResNets, wherever training code has put them.
+
+    A network is where a stem is: in the checkpoint itself or in dicts and lists inside it, under any names, with any
+    prefix, such as `model.` or `module.`. `torch.compile`, DDP and FSDP put names in the middle, too.
+
+    Args:
+        checkpoint: what the file holds.
+
+    Raises:
+        ValueError: if two names are the same without their wrappers.
+    """
+    found: list[FoundNetwork] = []
+    seen: set[int] = set()
+    waiting = deque([("", checkpoint)])
+    while waiting and len(seen) < _MOST_CONTAINERS:
+        key, holder = waiting.popleft()
+        if id(holder) in seen:  # a pickle can hold a dict that contains itself
+            continue
+        seen.add(id(holder))
+        if isinstance(holder, Mapping):
+            found += _find_in(key, holder)
+        for name, value in holder.items() if isinstance(holder, Mapping) else enumerate(holder):
+            if isinstance(value, Mapping | list | tuple):
+                waiting.append((f"{key}.{name}" if key else str(name), value))
+    return found
+
+
+def _find_in(key: str, holder: Mapping[Any, Any]) -> Iterator[FoundNetwork]:
+    tensors = {name: value for name, value in holder.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    matches = (_PREFIX.match(name) for name in tensors)
+    prefixes = list(dict.fromkeys(match["prefix"] for match in matches if match))
+    for prefix in prefixes:
+        deeper = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
+        own: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(prefix) and not name.startswith(deeper):
+                plain = _WRAPPER.sub("", name.removeprefix(prefix))
+                if plain in own:
+                    raise ValueError(f"the checkpoint holds two tensors for {plain}, one of them as {name}")
+                own[plain] = tensor
+        others = [str(name) for name in holder if name not in tensors or not name.startswith(prefix)]
+        twice = sorted(name for name in others if name in own)
+        if twice and "" not in prefixes:
+            raise ValueError(f"the checkpoint holds two tensors for {', '.join(twice)}: with and without {prefix!r}")
+        names = [key, _WRAPPER.sub("", prefix).rstrip(".")]
+        yield FoundNetwork(".".join(filter(None, names)), own, tuple(others))
+
+
+def choose_network(networks: Sequence[FoundNetwork], key: str | None = None) -> FoundNetwork:
+    """Choose one of the networks in a checkpoint.
+
+    Args:
+        networks: from `find_networks`, at least one.
+        key: the key of the one that is wanted; None for a moving average before the weights that it averages, and for
+            these before networks with other names, such as a teacher.
+
+    Raises:
+        ValueError: if there is none with this key, or several are as likely; the message names them.
+    """
+    keys = ", ".join(repr(network.key) for network in networks)
+    if key is not None:
+        named = [network for network in networks if network.key == key]
+        if not named:
+            raise ValueError(f"needs a key of a network in the file, one of {keys}, got {key!r}")
+        return named[0]
+    ranks = [_rank(network.key) for network in networks]
+    likely = [network for network, rank in zip(networks, ranks, strict=True) if rank == min(ranks)]
+    if len(likely) > 1:
+        raise ValueError(f"holds {len(networks)} networks, {keys}; choose one by its key (--key in the command)")
+    return likely[0]
+
+
+def _rank(key: str) -> int:
+    if _AVERAGE.search(key):
+        return 0
+    return 1 if {word for word in re.split(r"[._]", key) if not word.isdigit()} <= _PLAIN else 2
+
+
+def unwrap(checkpoint: Mapping[str, Any], key: str | None = None) -> dict[str, Any]:
     """Take the weights of a TResNet out of what training code wraps around them.
 
     Args:
-        checkpoint: what the file holds: the weights themselves, or a dict that has them under `model`, `state_dict` or
-            the like, a moving average before the weights it averages.
+        checkpoint: what the file holds.
+        key: as `choose_network` takes it.
 
     Returns:
-        The weights, without the prefix that the stem has, such as `module.`; names without that prefix stay.
+        The weights, without prefix and wrappers; the checkpoint as it is, if there is no TResNet in it.
 
     Raises:
-        ValueError: if two names are the same without their prefix.
+        ValueError: as `find_networks` and `choose_network` do.
     """
-    for _ in range(_MAX_WRAPPERS):
-        inner = [checkpoint[name] for name in _WRAPPERS if isinstance(checkpoint.get(name), Mapping)]
-        if not inner:
-            break
-        checkpoint = inner[0]
-    stems = (_PREFIX.match(name) for name in checkpoint if isinstance(name, str))
-    prefix = next((match["prefix"] for match in stems if match), "")
-    weights = {
-        name.removeprefix(prefix) if isinstance(name, str) else name: value for name, value in checkpoint.items()
-    }
-    if len(weights) < len(checkpoint):
-        twice = sorted(name for name in checkpoint if f"{prefix}{name}" in checkpoint)
-        raise ValueError(f"the checkpoint holds two tensors for {', '.join(twice)}: with and without {prefix!r}")
-    return weights
+    networks = find_networks(checkpoint)
+    return choose_network(networks, key).tensors if networks else dict(checkpoint)
 
 
 def from_official(state_dict: Mapping[str, Tensor], inplace_abn: bool = True) -> dict[str, Tensor]:

@@ -1,15 +1,18 @@
 """What the classes of weights are called, in the order of their outputs, and whether an image can have several."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from timm_tresnet.utils.schema import find_fault, list_of, number
+from timm_tresnet.utils.schema import TEXT, find_fault, list_of, number, read_json, show
 
 # Of timm's pretrained config, whose fields are fixed, only the notes can say it and reach `model.pretrained_cfg` from
 # the registry, the Hub and a folder alike.
 MULTI_LABEL = "multi-label"
 _THRESHOLDS = "thresholds: "  # before a JSON list with one for each label, in another note
+_NAMED_BY = "class names: "  # before where the names of the classes are from, in another note
 
 # MS-COCO's 80 "thing" categories by ascending category id, which is how ASL and ML-Decoder number them
 # (`CocoDetection.cat2cat` in their helper_functions.py); names from COCO's instances_val2014.json.
@@ -65,17 +68,99 @@ def label_config(labels: str) -> dict[str, Any]:
 
 def label_lookup(model: Any) -> Callable[[int], str]:
     """Names of the classes: from the weights' config, else from timm's lists for ImageNet, else numbers."""
+    return _find_labels(model)[0]
+
+
+def describe_labels(model: Any) -> str:
+    """Where the names that `label_lookup` gives are from, in a few words."""
+    return _find_labels(model)[1]
+
+
+def _find_labels(model: Any) -> tuple[Callable[[int], str], str]:
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     config = model.pretrained_cfg
     names = config.get("label_names")
-    if names and len(names) == model.num_classes:  # else the classifier has been replaced
+    if names and len(names) == model.num_classes:
         descriptions = config.get("label_descriptions") or {}
-        return lambda index: descriptions.get(names[index], names[index])
+        notes = config.get("notes") or ()
+        said = [note for note in ((notes,) if isinstance(notes, str) else notes) if note.startswith(_NAMED_BY)]
+        source = f"{said[0].removeprefix(_NAMED_BY)}, in the weights' config" if said else "the weights' config"
+        return (lambda index: descriptions.get(names[index], names[index])), source
+    fault = f"the weights' config has {len(names)} for {model.num_classes} classes; " if names else ""
     subset = infer_imagenet_subset(model)
     if subset:
-        return ImageNetInfo(subset).index_to_description
-    return lambda index: f"class {index}"
+        return ImageNetInfo(
+            subset
+        ).index_to_description, f"{fault}timm's list for {model.num_classes} classes, {subset}"
+    return (lambda index: f"class {index}"), f"{fault}none known, so classes are numbered"
+
+
+def note_source(source: str) -> str:
+    """A note of the pretrained config that says where the names of the classes are from."""
+    return _NAMED_BY + source
+
+
+def order_names(in_file: Any, num_classes: int) -> tuple[tuple[str, ...], str]:
+    """Names of the classes in the order of their outputs, or why there are none.
+
+    Args:
+        in_file: a list of names; or a dict from numbers of outputs, which may be text as in JSON, to names; or one from
+            names to numbers.
+        num_classes: number of outputs.
+
+    Returns:
+        Names and "", or no names and what is wrong, as it stands behind "it".
+    """
+    if not isinstance(in_file, Mapping | list | tuple):
+        return (), f"needs a dict or a list of names, got {type(in_file).__name__}"
+    if len(in_file) != num_classes:
+        return (), f"needs {num_classes} names, one for each class, got {len(in_file)}"
+    names = list(in_file)
+    if isinstance(in_file, Mapping):
+        # The official `infer.py` reads the values in the order in which they were put in, which is the same only where
+        # the keys ascend.
+        for pairs in (in_file.items(), [(index, name) for name, index in in_file.items()]):
+            by_index = {_read_index(index): name for index, name in pairs}
+            if by_index.keys() == set(range(num_classes)) and all(isinstance(name, str) for name in by_index.values()):
+                names = [by_index[index] for index in range(num_classes)]
+                break
+        else:
+            return (), f"needs the keys 0 to {num_classes - 1}"
+    for index, name in enumerate(names):
+        if not TEXT.fits(name) or not name.strip():
+            shown = show(name) if isinstance(name, str) else type(name).__name__
+            return (), f"needs name {index} to be {TEXT.words}, got {shown}"
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        return (), f"needs a name for each class, got {', '.join(twice[:5])} more than once"
+    return tuple(names), ""
+
+
+def read_labels(path: Path) -> Any:
+    """Names of classes from a file, as `order_names` takes them.
+
+    Args:
+        path: a text with a name on each line, or JSON with a list of names or a dict between names and numbers.
+
+    Raises:
+        OSError: if there is no such file, or it may not be read.
+        ValueError: if it is not a text in UTF-8, or not JSON.
+    """
+    if path.suffix.lower() == ".json":
+        return read_json(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
+    return [line.strip() for line in text.rstrip().split("\n")]
+
+
+def _read_index(key: Any) -> int | None:
+    """Number of an output, from a key that may be one of JSON."""
+    if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10:
+        return int(key)
+    return key if type(key) is int else None
 
 
 def is_multi_label(pretrained_cfg: Mapping[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """Networks by name, as the commands take them: what a stranger's folder or repository says is checked first."""
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -16,6 +17,7 @@ from torch import nn
 
 from timm_tresnet.utils.errors import summarise
 from timm_tresnet.weights import config
+from timm_tresnet.weights.catalogue import load_catalogue
 
 _MOST_PARAMETERS = 10**9  # of TResNet-XL: 8e7
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".tar")  # what timm looks for in a folder
@@ -37,8 +39,8 @@ def load_network(name: str) -> nn.Module:
         source, rest = _split(name)
         if source == "local-dir":
             _check_folder(Path(rest))
-        elif timm.models.is_model(rest) and not timm.models.is_model_in_modules(rest, ["tresnet"]):
-            raise ValueError("it is no TResNet; see `timm-tresnet list`, and timm.create_model for other networks")
+        elif not source:
+            _check_variant(rest)
         checked = _check_repository(rest) if source == "hf-hub" else name
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"torch\b")  # of odd pickles, which it then refuses or takes
@@ -46,6 +48,46 @@ def load_network(name: str) -> nn.Module:
     # The Hub's client and whatever unpickles a stranger's weights can raise anything.
     except Exception as error:
         raise ValueError(f"cannot load the model {name}: {summarise(error)}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What is known of weights without loading them.
+
+    Args:
+        architecture: name of the variant.
+        model_args: arguments of the network that are not the variant's own.
+        pretrained_cfg: timm's, completed where it says nothing, see `preprocessing.fill_preprocessing`.
+    """
+
+    architecture: str
+    model_args: dict[str, Any]
+    pretrained_cfg: dict[str, Any]
+
+
+def look_up(name: str) -> Weights:
+    """Look up weights by a name as `load_network` takes it; of a repository, only config.json is fetched.
+
+    Raises:
+        ValueError: if there are none of this name, or config.json cannot be had or is damaged.
+    """
+    try:
+        source, rest = _split(name)
+        if source:
+            path, pinned, called = _find_config(source, rest)
+            model_args = config.read_config(path, called).get("model_args", {})
+            pretrained_cfg = build_skeleton(pinned, called).pretrained_cfg
+        else:
+            _check_variant(rest)
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Mapping deprecated model name")
+                pretrained_cfg = timm.create_model(rest, pretrained=False).pretrained_cfg
+            public = load_catalogue().get(f"{pretrained_cfg['architecture']}.{pretrained_cfg.get('tag')}")
+            model_args = public.network_arguments if public else {}
+    # The Hub's client can raise anything.
+    except Exception as error:
+        raise ValueError(f"cannot look up the weights {name}: {summarise(error)}") from error
+    return Weights(pretrained_cfg["architecture"], dict(model_args), dict(pretrained_cfg))
 
 
 def build_skeleton(name: str, called: str = config.NAME) -> nn.Module:
@@ -88,6 +130,23 @@ def _split(name: str) -> tuple[str, str]:
     return source, rest
 
 
+def _check_variant(name: str) -> None:
+    if timm.models.is_model(name) and not timm.models.is_model_in_modules(name, ["tresnet"]):
+        raise ValueError("it is no TResNet; see `timm-tresnet list`, and timm.create_model for other networks")
+
+
+def _find_config(source: str, name: str) -> tuple[Path, str, str]:
+    """A folder's or repository's config.json, what to call that very one's weights, and how messages name it."""
+    if source == "local-dir":
+        path = Path(name) / config.NAME
+        return path, f"local-dir:{name}", str(path)
+    repo_id, at, revision = name.partition("@")
+    if at and not revision:
+        raise ValueError(f"needs a revision behind @, got {name}")
+    path = Path(hf_hub_download(repo_id, config.NAME, revision=revision or None))
+    return path, f"hf-hub:{repo_id}@{path.parent.name}", f"{config.NAME} of {repo_id}"
+
+
 def _check_folder(folder: Path) -> None:
     config.read_config(folder / config.NAME)
     build_skeleton(f"local-dir:{folder}", str(folder / config.NAME))
@@ -99,15 +158,10 @@ def _check_folder(folder: Path) -> None:
 
 def _check_repository(name: str) -> str:
     """Name of the repository at the commit whose config.json was checked, so that timm sees the same one."""
-    repo_id, at, revision = name.partition("@")
-    if at and not revision:
-        raise ValueError(f"needs a revision behind @, got {name}")
-    path = Path(hf_hub_download(repo_id, config.NAME, revision=revision or None))
-    called = f"{config.NAME} of {repo_id}"
+    path, pinned, called = _find_config("hf-hub", name)
     config.read_config(path, called)
-    pinned = f"hf-hub:{repo_id}@{path.parent.name}"
     build_skeleton(pinned, called)
-    _check_hash(repo_id, path.parent.name)
+    _check_hash(name.partition("@")[0], path.parent.name)
     return pinned
 
 

@@ -5,11 +5,21 @@ A command has ABOUT, what its parser says of it; EXAMPLE, what can be typed behi
 name, and returns the exit status.
 """
 
+import sys
 from typing import Any
 
 
 class CommandError(Exception):
     """Says what keeps a command from running; ends it with exit status 2."""
+
+
+def warn_of_assumed(network: Any) -> None:
+    """Say on standard error what is assumed about a network's images, if anything is."""
+    from timm_tresnet.weights.preprocessing import explain_assumed
+
+    explained = explain_assumed(network)
+    if explained:
+        print(f"timm-tresnet: {explained}", file=sys.stderr)
 
 
 def load_model(name: str) -> Any:

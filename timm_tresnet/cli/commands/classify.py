@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_tresnet.cli.commands import CommandError, load_model
+from timm_tresnet.cli.commands import CommandError, load_model, warn_of_assumed
 from timm_tresnet.cli.options import at_least, between
 from timm_tresnet.utils.images import find_images, find_samples, printable, read_image
 from timm_tresnet.utils.tables import format_bar, format_columns
-from timm_tresnet.weights.labels import is_multi_label, label_lookup, read_thresholds
+from timm_tresnet.weights.labels import describe_labels, is_multi_label, label_lookup, read_thresholds
 
 ABOUT = {
     "help": "say what is on images",
@@ -83,6 +83,9 @@ def run(
     if network.in_chans != 3:
         raise CommandError(f"{engine[1] if engine else model} takes {network.in_chans} channels, images are read in 3")
 
+    warn_of_assumed(network)
+    if engine or model != _EMBEDDED:
+        print(f"timm-tresnet: class names: {describe_labels(network)}", file=sys.stderr)
     few = len(paths) <= _BATCH_SIZE
     bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} images"
     with tqdm(total=len(paths), disable=few or None, mininterval=0, bar_format=bar_format) as bar:  # None: on terminals

@@ -14,14 +14,22 @@ ABOUT = {
     "help": "make old checkpoints loadable",
     "description": "Convert checkpoints of the official TResNet code and its descendants, or of timm, into folders "
     "that timm.create_model('local-dir:FOLDER', pretrained=True) loads. What a checkpoint is comes from its "
-    "tensors, what they cannot tell from its public weight or these options. Nothing in a checkpoint is executed.",
+    "tensors, what they cannot tell from these options, the run of timm's train.py that wrote it, or its public "
+    "weight. Nothing in a checkpoint is executed.",
 }
 EXAMPLE = "convert tresnet_l_448.pth --output converted"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="checkpoints: .pth, .pt, .safetensors, ...")
+    parser.add_argument(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="checkpoints: .pth, .pt, .safetensors, ...; or the "
+        "folders of runs of timm's train.py, of which model_best.pth.tar is taken",
+    )
     parser.add_argument(
         "--output", required=True, type=Path, metavar="FOLDER", help="where to; of several files, each gets a subfolder"
     )
@@ -36,6 +44,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="whether norm weights are In-Place ABN's, to become |w| + 1e-5, or batch norm's; default: by the names",
     )
     parser.add_argument("--custom", action="store_true", help="take a network that is none of the variants too")
+    parser.add_argument(
+        "--key", help="which of several networks in a file, such as state_dict or student (default: a moving average)"
+    )
+    parser.add_argument(
+        "--args", metavar="FILE", help="args.yaml of the run of timm's train.py (default: in or beside the checkpoint)"
+    )
+    parser.add_argument(
+        "--like",
+        metavar="WEIGHTS",
+        help="prepare images as for these: a name as --model of `timm-tresnet classify`, or a folder",
+    )
+    parser.add_argument(
+        "--labels", metavar="FILE", help="names of the classes, one a line, or JSON (default: those of the run)"
+    )
     for field in dataclasses.fields(Facts):
         parser.add_argument(f"--{field.name.replace('_', '-')}", **field.metadata)
 
@@ -44,7 +66,7 @@ def run(words: Sequence[str], *, files: Sequence[Path], output: Path, overwrite:
     """Convert each file by `convert_checkpoint(file, **facts)`, say what it was, and name those that are none."""
     from timm_tresnet import convert_checkpoint, write_folder
 
-    folders = {file: output / file.stem if len(files) > 1 else output for file in files}
+    folders = {file: output / _name_folder(file) if len(files) > 1 else output for file in files}
     if len(set(folders.values())) < len(files):
         raise CommandError("two of the files have the same name, and each would be written to a subfolder of that name")
     failed = 0
@@ -64,3 +86,7 @@ def run(words: Sequence[str], *, files: Sequence[Path], output: Path, overwrite:
         for warning in conversion.warnings:
             print(f"timm-tresnet: warning: {file}: {warning}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _name_folder(file: Path) -> str:
+    return file.resolve().name if file.is_dir() else file.stem

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from timm_tresnet.cli.commands import CommandError, load_model
+from timm_tresnet.cli.commands import CommandError, load_model, warn_of_assumed
 from timm_tresnet.cli.options import at_least
 
 ABOUT = {
@@ -63,6 +63,7 @@ def run(
     if int8 != bool(calibration):
         raise CommandError("--int8 and --calibration FOLDER go together")
     network = load_model(model)
+    warn_of_assumed(network)
     try:
         description = export_model(network, output, format, batch, size and tuple(size), calibration)
     except (OSError, RuntimeError, ValueError, ImportError) as error:

@@ -1,0 +1,450 @@
+"""What timm's train.py leaves is converted as timm's validate.py would take it."""
+
+import argparse
+import os
+import pickle
+import re
+import shutil
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from converting import load_folder, save_checkpoint
+from PIL import Image
+from publishing import direct_client
+from reference import relative_error
+from timm.utils import CheckpointSaver, ModelEmaV2
+
+from timm_tresnet import convert_checkpoint, write_folder
+from timm_tresnet.cli import main as cli
+from timm_tresnet.weights.loading import look_up
+
+USUAL = {  # train.py's defaults, but for what only its training is about
+    "model": "test_tresnet", "num_classes": 3, "pretrained": False, "initial_checkpoint": "", "in_chans": None,
+    "img_size": None, "input_size": None, "crop_pct": None, "mean": None, "std": None, "interpolation": "", "gp": None,
+    "model_kwargs": {}, "model_ema": False, "model_ema_force_cpu": False, "data": None, "data_dir": None, "dataset": "",
+    "train_split": "train", "val_split": "validation", "class_map": "", "lr": 0.1, "opt_betas": None, "aa": None,
+}  # fmt: skip
+
+
+def make_model(args):
+    """As validate.py does."""
+    in_chans = args.in_chans or (args.input_size or [3])[0]
+    return timm.create_model(
+        args.model, num_classes=args.num_classes, in_chans=in_chans, global_pool=args.gp, **args.model_kwargs
+    )
+
+
+def train(folder, ema=False, file="model_best.pth.tar", **given):
+    """A step of training and what train.py's saver writes of it; returns the file, args and network."""
+    args = argparse.Namespace(**{**USUAL, "model_ema": ema, **given})
+    model = make_model(args)
+    average = ModelEmaV2(model, decay=0.5) if ema else None
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    in_chans = args.in_chans or (args.input_size or [3])[0]
+    model(torch.rand(4, in_chans, 32, 32)).square().sum().backward()
+    optimizer.step()
+    if average:
+        average.update(model)
+    folder.mkdir(exist_ok=True)
+    saver = CheckpointSaver(
+        model, optimizer, args, average, torch.amp.GradScaler("cpu"), checkpoint_dir=str(folder), max_history=2
+    )
+    saver.amp_scaler.state_dict_key = "amp_scaler"
+    saver.save_checkpoint(0, metric=np.float64(50.0))  # scikit-learn's metrics are numpy's numbers
+    (folder / "args.yaml").write_text(yaml.safe_dump({**vars(args), "num_classes": given.get("num_classes")}))
+    return folder / file, args, (average.module if average else model).eval()
+
+
+def convert(tmp_path, file, **given):
+    conversion = convert_checkpoint(file, **given)
+    write_folder(conversion, tmp_path / "converted", overwrite=True)
+    return load_folder(tmp_path / "converted"), conversion
+
+
+def resolve(**arguments):
+    """timm's data config, without the difference between a tuple and the list that JSON makes of it."""
+    config = timm.data.resolve_data_config(**arguments)
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+
+
+def assert_same_network(model, expected, in_chans=3):
+    x = torch.rand(2, in_chans, 64, 64)
+    with torch.no_grad():
+        assert relative_error(model(x), expected(x)) <= 1e-6
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A folder with weights that have a preprocessing of their own."""
+    overlay = {"input_size": (3, 48, 48), "test_input_size": (3, 80, 80), "mean": (0.1, 0.2, 0.3), "crop_pct": 0.7,
+               "std": (0.5, 0.5, 0.6), "interpolation": "bicubic", "crop_mode": "squash",
+               "test_crop_pct": 0.9}  # fmt: skip
+    model = timm.create_model("test_tresnet", num_classes=7, pretrained_cfg_overlay=overlay, negative_slope=0.2)
+    arguments = {"model_args": {"num_classes": 7, "negative_slope": 0.2}}
+    timm.models.save_for_hf(model, tmp_path / "start", safe_serialization=True, **arguments)
+    return tmp_path / "start"
+
+
+RUNS = {
+    "silent": {},
+    "tag": {"model": "test_tresnet.mosaic_cifar10", "pretrained": True},
+    "size": {"img_size": 48},
+    "rectangle": {"input_size": [3, 48, 96]},
+    "normalised": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.2]},
+    "normalised_alike": {"mean": [0.5], "std": [0.25]},
+    "crop": {"crop_pct": 0.8, "interpolation": "bicubic"},
+    "grey": {"input_size": [1, 48, 48], "mean": [0.5], "std": [0.5]},
+    "six_channels": {"in_chans": 6, "img_size": 64, "mean": [0.5], "std": [0.5]},
+    "folder": {"model": "local-dir:{start}"},
+    "folder_and_size": {"model": "local-dir:{start}", "pretrained": True, "img_size": 64, "std": [0.25]},
+    "checkpoint": {"initial_checkpoint": "somewhere.pth.tar", "img_size": 32},
+}
+
+
+@pytest.mark.parametrize("given", RUNS.values(), ids=RUNS)
+def test_images_are_prepared_as_validate_py_does(given, start, tmp_path):
+    given = {**given, "model": given.get("model", "test_tresnet").format(start=start)}
+    file, args, model = train(tmp_path / "run", **given)
+    converted, conversion = convert(tmp_path, file)
+    assert resolve(model=converted) == resolve(args=vars(args), model=model, use_test_size=True)
+    assert not any("unknown" in note for note in conversion.notes)
+    assert_same_network(converted, model, model.in_chans)
+
+
+KWARGS = {
+    "slopes": {"model_kwargs": {"negative_slope": 0.3, "stem_negative_slope": 0.1}},
+    "activation": {"model_kwargs": {"act_layer": "silu"}},
+    "no_blur": {"model_kwargs": {"aa_layer": False}},
+    "norm": {"model_kwargs": {"norm_layer": "layernorm2d"}},
+    "dilated": {"model_kwargs": {"output_stride": 16}},
+    "custom": {"model_kwargs": {"layers": (1, 1, 1, 1), "use_se": False, "stem": "conv7x7", "drop_path_rate": 0.1}},
+    "pooling": {"gp": "max"},
+    "head": {"model_kwargs": {"head": "ml_decoder", "num_groups": 2, "decoder_embedding": 16}},
+}
+
+
+@pytest.mark.parametrize("given", KWARGS.values(), ids=KWARGS)
+def test_what_tensors_do_not_tell_of_the_network_is_told_by_the_run(given, tmp_path):
+    file, _, model = train(tmp_path / "run", **given)
+    assert_same_network(convert(tmp_path, file)[0], model)
+
+
+def test_arguments_that_no_config_can_say_are_refused(tmp_path):
+    file, args, _ = train(tmp_path / "run")
+    args.model_kwargs = {"act_layer": 3}
+    save_checkpoint({**torch.load(file, weights_only=False), "args": args}, file)
+    with pytest.raises(
+        ValueError, match="cannot convert .*the run's model_kwargs cannot be written: it needs act_layer"
+    ):
+        convert_checkpoint(file)
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({}, "state_dict_ema"),
+        ({"model_ema_force_cpu": True}, "state_dict"),
+        ({"val_split": ""}, "state_dict"),
+        ({"model_ema": None}, "state_dict_ema"),
+    ],
+    ids=["validated", "on_the_cpu", "no_validation", "not_said"],
+)
+def test_the_average_is_taken_where_the_metric_was_its_own(given, key, tmp_path):
+    file, _, _ = train(tmp_path / "run", ema=True, **given)
+    conversion = convert_checkpoint(file)
+    both = torch.load(file, weights_only=False)
+    assert conversion.key == key
+    torch.testing.assert_close(conversion.state_dict, dict(both[key]), rtol=0, atol=0)
+    other = {"state_dict", "state_dict_ema"} - {key}
+    assert any(note.startswith(f"taken: '{key}', not '{''.join(other)}' (--key KEY") for note in conversion.notes)
+    (other,) = other
+    torch.testing.assert_close(convert_checkpoint(file, key=other).state_dict, dict(both[other]), rtol=0, atol=0)
+
+
+def test_a_folder_of_a_run_stands_for_its_best_checkpoint(tmp_path, capsys):
+    first, _, model = train(tmp_path / "first", img_size=48)
+    train(tmp_path / "second", img_size=64)
+    words = ["convert", str(first.parent), str(tmp_path / "second"), "--output", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    assert "run of train.py: the checkpoint's args" in capsys.readouterr().out
+    assert_same_network(load_folder(tmp_path / "out" / "first"), model)
+    for name in ("model_best", "last"):
+        for file in tmp_path.glob(f"first/{name}*"):
+            file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"first holds none of model_best.pth.tar, last.pth.tar, .*name the"):
+        convert_checkpoint(tmp_path / "first")
+
+
+def average(folder):
+    """As avg_checkpoints.py and clean_checkpoint.py write it: nothing but tensors."""
+    weights = torch.load(folder / "model_best.pth.tar", weights_only=False)["state_dict"]
+    return save_checkpoint({name: tensor.double().float() for name, tensor in weights.items()}, folder / "averaged.pth")
+
+
+def test_args_yaml_speaks_for_a_file_of_tensors_alone(tmp_path):
+    file, _, model = train(tmp_path / "run", img_size=48, mean=[0.5], model_kwargs={"negative_slope": 0.3})
+    averaged = average(file.parent)
+    converted, conversion = convert(tmp_path, averaged)
+    assert converted.pretrained_cfg["input_size"] == [3, 48, 48]
+    assert any("args.yaml" in note for note in conversion.notes)
+    assert_same_network(converted, model)
+    elsewhere = shutil.copy(averaged, tmp_path / "averaged.pth")
+    assert "input_size" not in convert_checkpoint(elsewhere).pretrained_cfg
+    found = convert_checkpoint(elsewhere, args=file.parent / "args.yaml")
+    assert found.pretrained_cfg == conversion.pretrained_cfg
+
+
+def test_the_checkpoints_own_args_go_before_those_beside_it(tmp_path):
+    file, _, _ = train(tmp_path / "run", img_size=48)
+    _, _, _ = train(tmp_path / "other", img_size=96)
+    same = convert_checkpoint(file)
+    assert not any("differs" in note for note in same.notes)
+    shutil.copy(tmp_path / "other" / "args.yaml", file.parent)
+    conversion = convert_checkpoint(file)
+    assert conversion.pretrained_cfg["input_size"] == (3, 48, 48)
+    assert any("differs; taken from the checkpoint's args: img_size 48, not 96" in note for note in conversion.notes)
+    assert convert_checkpoint(file, args=file.parent / "args.yaml").pretrained_cfg["input_size"] == (3, 96, 96)
+
+
+NO_RUNS = {
+    "objects": ("!!python/object/apply:os.mkdir [executed]\n", "is not YAML"),
+    "text": ("just text\n", "is no mapping"),
+    "deep": ("[" * 5000, "is not YAML"),
+    "ultralytics": ("model: yolov8n.pt\nimgsz: 640\n", "names a model that is none of these"),
+    "another_network": ("model: resnet50\n", "it is no TResNet"),
+    "another_run": ("model: tresnet_l\n", 'names the model "tresnet_l", the checkpoint "test_tresnet"'),
+    "size": ("model: test_tresnet\nimg_size: large\n", "needs img_size to be an integer from 1 to 4096"),
+    "no_model": ("lr: 0.1\n", "needs model, which is missing"),
+}
+
+
+@pytest.mark.parametrize(("text", "fault"), NO_RUNS.values(), ids=NO_RUNS)
+def test_args_that_are_none_of_a_run_are_left_out_and_the_note_says_why(text, fault, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file, _, _ = train(tmp_path / "run")
+    content = torch.load(file, weights_only=False)
+    content = {name: content[name] for name in ("state_dict", "arch") if name == "state_dict" or "tresnet_l" in text}
+    save_checkpoint(content, file)
+    (file.parent / "args.yaml").write_text(text)
+    conversion = convert_checkpoint(file)
+    assert any("left out" in note and fault in note for note in conversion.notes), conversion.notes
+    assert "mean" not in conversion.pretrained_cfg
+    with pytest.raises(ValueError, match=re.escape(fault)):
+        convert_checkpoint(file, args=file.parent / "args.yaml")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"model": "test_tresnet", "mean": torch.zeros(3)},
+        {"model": "test_tresnet", "input_size": 224},
+        {"lr": 0.1},
+        {3: 4},
+    ],
+    ids=["tensor", "one_size", "another_code", "numbers"],
+)
+def test_args_of_other_training_code_are_left_out(args, tmp_path):
+    file, _, _ = train(tmp_path / "run")
+    (file.parent / "args.yaml").unlink()
+    save_checkpoint({**torch.load(file, weights_only=False), "args": args}, file)
+    conversion = convert_checkpoint(file)
+    assert any(note.startswith("left out: the checkpoint's args: it ") for note in conversion.notes)
+    assert any(
+        note.startswith("unknown, and left out: input_size, interpolation, mean, std") for note in conversion.notes
+    )
+
+
+def test_a_start_that_is_gone_leaves_what_args_say(start, tmp_path):
+    file, _, _ = train(tmp_path / "run", model=f"local-dir:{start}", img_size=64)
+    shutil.rmtree(start)
+    conversion = convert_checkpoint(file)
+    assert conversion.pretrained_cfg["input_size"] == (3, 64, 64)
+    assert not {"mean", "std", "interpolation", "crop_pct"} & conversion.pretrained_cfg.keys()
+    assert any(
+        "only what the run's args say is known of its start: cannot look up" in note for note in conversion.notes
+    )
+
+
+def test_a_start_on_the_hub_is_looked_up_without_its_weights(start, hub, monkeypatch, tmp_path):
+    direct_client(monkeypatch, hub, tmp_path / "cache")
+    hub.add("owner/start", start)
+    weights = look_up("hf-hub:owner/start")
+    assert (weights.architecture, weights.model_args["negative_slope"]) == ("test_tresnet", 0.2)
+    file, args, model = train(tmp_path / "run", model="hf-hub:owner/start", img_size=64)
+    converted, _ = convert(tmp_path, file)
+    assert resolve(model=converted) == resolve(args=vars(args), model=model, use_test_size=True)
+    assert not any("safetensors" in path for _, path, _ in hub.requests)
+    like = convert_checkpoint(file, like="hf-hub:owner/start").pretrained_cfg
+    assert (like["crop_mode"], like["input_size"]) == ("squash", (3, 48, 48))
+
+
+def test_deprecated_names_and_public_weights_can_be_looked_up():
+    assert look_up("tresnet_m_448").pretrained_cfg["input_size"] == (3, 448, 448)
+    assert look_up("tresnet_v2_l.miil_stanford_cars_368").model_args["negative_slope"] == 1e-6
+    with pytest.raises(ValueError, match="cannot look up the weights resnet50: it is no TResNet"):
+        look_up("resnet50")
+
+
+def draw(folder, *names, suffix="png"):
+    for name in names:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / name / f"a.{suffix}")
+    return folder
+
+
+def read_by_timm(root, **kwargs):
+    found = timm.data.create_dataset("", root=str(root), split="train", **kwargs).reader.class_to_idx
+    return sorted(found, key=found.get)
+
+
+FOLDERS = {
+    "natural": ("train", ["b10", "b9", "A", "ä"]),
+    "nested": ("training", ["2024/cat", "2024/dog", "old/cow"]),
+    "no_split": ("", ["x1", "x11", "X2"]),
+}
+
+
+@pytest.mark.parametrize(("split", "names"), FOLDERS.values(), ids=FOLDERS)
+def test_folders_name_the_classes_in_the_order_of_timms_reader(split, names, tmp_path, capsys):
+    draw(tmp_path / "images" / split, *names)
+    (tmp_path / "images" / split / "empty").mkdir()
+    (tmp_path / "images" / split / names[0] / "notes.txt").write_text("no image")
+    file, _, _ = train(tmp_path / "run", data_dir=str(tmp_path / "images"), num_classes=len(names))
+    converted, conversion = convert(tmp_path, file)
+    assert list(converted.pretrained_cfg["label_names"]) == read_by_timm(tmp_path / "images")
+    assert "class names: folders of the training images" in conversion.notes
+    image = str(next((tmp_path / "images").rglob("*.png")))
+    assert cli.main(["classify", "--model", f"local-dir:{tmp_path / 'converted'}", image]) == 0
+    assert (
+        capsys.readouterr().err == "timm-tresnet: class names: folders of the training images, in the weights' config\n"
+    )
+
+
+def test_class_maps_name_the_classes(tmp_path):
+    images = draw(tmp_path / "images", "train/cat", "train/dog", "train/cow")
+    (images / "train" / "map.txt").write_text("dog\ncow\ncat\n")
+    (tmp_path / "map.pkl").write_bytes(pickle.dumps({"cow": 0, "cat": 1, "dog": 2}))
+    for name in ("map.txt", str(tmp_path / "map.pkl")):
+        file, _, _ = train(tmp_path / "run", data_dir=str(images), class_map=name)
+        conversion = convert_checkpoint(file)
+        assert conversion.labels["label_names"] == read_by_timm(images, class_map=name)
+        assert "class names: the run's class map" in conversion.notes
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_a_class_map_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "map.pkl").write_bytes(pickle.dumps({"cow": Hostile(), "cat": 1, "dog": 2}))
+    file, _, _ = train(tmp_path / "run", class_map=str(tmp_path / "map.pkl"))
+    conversion = convert_checkpoint(file)
+    assert conversion.labels == {}
+    assert any("class map was left out: " in note and "mkdir to be run" in note for note in conversion.notes)
+    assert not (tmp_path / "executed").exists()
+
+
+NO_NAMES = {
+    "gone": ({"data_dir": "nowhere"}, "images are in no folders at nowhere; name the classes with --labels FILE"),
+    "not_said": ({}, "images are in no folders at None"),
+    "fewer": ({"data_dir": "two"}, "were left out: it needs 3 names, one for each class, got 2"),
+    "more": ({"data_dir": "many"}, "were left out: it needs 3 names, one for each class, got 4"),
+    "case": ({"data_dir": "case"}, "names that differ in more than case, which timm numbers at random"),
+    "data_set": ({"dataset": "torch/cifar10", "data_dir": "two"}, 'the data set "torch/cifar10" are not read'),
+    "no_map": ({"class_map": "gone.txt", "data_dir": "three"}, "the run's class map was left out: "),
+    "short_map": (
+        {"class_map": "short.txt", "data_dir": "three"},
+        "left out: it needs 3 names, one for each class, got 2",
+    ),
+}
+
+
+@pytest.mark.parametrize(("given", "fault"), NO_NAMES.values(), ids=NO_NAMES)
+def test_names_that_are_not_there_or_too_many_are_said_to_be(given, fault, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw(tmp_path / "two", "a", "b")
+    draw(tmp_path / "three", "a", "b", "c")
+    draw(tmp_path / "many", "a", "b", "c", "d", "e", "f")
+    draw(tmp_path / "case", "a", "B", "b")
+    (tmp_path / "short.txt").write_text("a\nb\n")
+    file, _, _ = train(tmp_path / "run", **given)
+    conversion = convert_checkpoint(file)
+    assert conversion.labels == {}
+    assert any(fault in note for note in conversion.notes), conversion.notes
+    assert any(note.startswith("class names: none known; give some with --labels") for note in conversion.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("l.txt", "ä\nb\nc c\n"), ("l.json", '["ä", "b", "c c"]'), ("l.json", '{"2": "c c", "0": "ä", "1": "b"}'),
+     ("l.json", '{"c c": 2, "b": 1, "ä": 0}')],
+    ids=["text", "list", "by_number", "by_name"],
+)  # fmt: skip
+def test_a_file_of_labels_goes_before_the_runs_names(name, text, tmp_path):
+    draw(tmp_path / "images", "x", "y", "z")
+    file, _, _ = train(tmp_path / "run", data_dir=str(tmp_path / "images"))
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    conversion = convert_checkpoint(file, labels=tmp_path / name)
+    assert conversion.labels == {"label_names": ["ä", "b", "c c"]}
+    assert "class names: a file of labels" in conversion.notes
+
+
+def test_a_file_of_labels_that_cannot_name_the_classes_is_an_error(tmp_path, capsys):
+    file, _, _ = train(tmp_path / "run")
+    (tmp_path / "labels.txt").write_text("a\nb\n")
+    words = ["convert", str(file), "--output", str(tmp_path / "out"), "--labels"]
+    assert cli.main([*words, str(tmp_path / "labels.txt")]) == 1
+    assert "labels.txt cannot name the classes: it needs 3 names, one for each class, got 2" in capsys.readouterr().err
+    assert cli.main([*words, str(tmp_path / "gone.txt")]) == 1
+    assert "gone.txt" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_weights_lend_their_preprocessing(start, tmp_path, monkeypatch):
+    bare = save_checkpoint(timm.create_model("test_tresnet", num_classes=3).state_dict(), tmp_path / "a.pth")
+    by_folder = convert_checkpoint(bare, like=str(start)).pretrained_cfg
+    names = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+    assert [by_folder[name] for name in names] == [
+        (3, 48, 48), (0.1, 0.2, 0.3), (0.5, 0.5, 0.6), "bicubic", 0.7, "squash",
+    ]  # fmt: skip
+    assert by_folder == convert_checkpoint(bare, like=f"local-dir:{start}").pretrained_cfg
+    by_name = convert_checkpoint(bare, like="tresnet_m.miil_in1k", crop_pct=0.9).pretrained_cfg
+    assert [by_name[name] for name in names] == [
+        (3, 224, 224), (0.0,) * 3, (1.0,) * 3, "bilinear", 0.9, "center",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="cannot convert .*cannot look up the weights resnet50: it is no TResNet"):
+        convert_checkpoint(bare, like="resnet50")
+    unknown = convert_checkpoint(bare, like="tresnet_l.q2l_coco_448").pretrained_cfg  # no source says mean and std
+    assert unknown["input_size"] == (3, 448, 448)
+    assert "mean" not in unknown
+
+
+def test_what_is_assumed_stays_assumed_and_is_said(tmp_path, capsys):
+    bare = save_checkpoint(timm.create_model("test_tresnet", num_classes=3).state_dict(), tmp_path / "a.pth")
+    write_folder(convert_checkpoint(bare, interpolation="bicubic", input_size=48), tmp_path / "folder")
+    model = load_folder(tmp_path / "folder")
+    assumed = "assumed, as for test_tresnet: mean (0, 0, 0), std (1, 1, 1), crop_pct 1.0. If you know better"
+    timm.models.save_for_hf(model, tmp_path / "again", safe_serialization=True, model_config={"num_classes": 3})
+    artifact = tmp_path / "network.pt"
+    for folder in ("folder", "again"):
+        name = f"local-dir:{tmp_path / folder}"
+        data = timm.data.resolve_data_config(model=load_folder(tmp_path / folder))
+        assert (tuple(data["mean"]), data["interpolation"], data["input_size"][1]) == ((0, 0, 0), "bicubic", 48)
+        assert cli.main(["export", name, "--format", "torchscript", "--output", str(artifact)]) == 0
+        assert assumed in capsys.readouterr().err
+        image = str(next(draw(tmp_path / "images", "x").rglob("*.png")))
+        for words in (["--model", name], ["--engine", "torch", str(artifact), "--trust"]):
+            assert cli.main(["classify", *words, image]) == 0
+            (line,) = (line for line in capsys.readouterr().err.splitlines() if "assumed" in line)
+            assert assumed in line
+    described = yaml.safe_load(artifact.with_name("network.pt.json").read_text())
+    assert described["preprocessing_assumed"] == ["mean", "std", "crop_pct"]
+    write_folder(convert_checkpoint(bare, like="test_tresnet"), tmp_path / "known")
+    assert cli.main(["classify", "--model", f"local-dir:{tmp_path / 'known'}", image]) == 0
+    assert capsys.readouterr().err == "timm-tresnet: class names: none known, so classes are numbered\n"

@@ -1,0 +1,65 @@
+"""How images are prepared for weights: what is known, and what is assumed where nobody says."""
+
+from collections.abc import Mapping
+from typing import Any
+
+NAMES = ("input_size", "interpolation", "mean", "std", "crop_pct")  # a crop_mode that nobody names is the centre
+_ASSUMED = "assumed: "  # before the names of fields, in a note of the pretrained config
+
+
+def fill_preprocessing(pretrained_cfg: Mapping[str, Any], own: Any, in_chans: int = 3) -> dict[str, Any]:
+    """Complete a pretrained config by its variant's own preprocessing, and note what is assumed.
+
+    timm would take ImageNet's mean and std, which no TResNet was trained with. The note stays with the config, so that
+    an assumption never becomes a fact, not even in a folder that timm writes.
+
+    Args:
+        pretrained_cfg: of a folder or repository.
+        own: that of the variant, a timm `PretrainedCfg`.
+        in_chans: channels of the images that the weights are for.
+    """
+    missing = [name for name in NAMES if pretrained_cfg.get(name) is None]
+    if not missing:
+        return dict(pretrained_cfg)
+    assumed = {name: getattr(own, name) for name in missing}
+    if "input_size" in assumed:
+        assumed["input_size"] = (in_chans, *assumed["input_size"][1:])
+    for name in {"mean", "std"} & assumed.keys():
+        assumed[name] = for_channels(assumed[name], in_chans)
+    return {**pretrained_cfg, **assumed, "notes": note_assumed(pretrained_cfg.get("notes"), missing)}
+
+
+def note_assumed(notes: Any, names: list[str]) -> tuple[str, ...] | None:
+    """Notes of a pretrained config, with one that says which fields are assumed, if there are any."""
+    notes = (notes,) if isinstance(notes, str) else tuple(notes or ())
+    return (*notes, _ASSUMED + ", ".join(names)) if names else notes or None
+
+
+def for_channels(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
+    """A mean or std for as many channels, if it is the same for each; else as it is."""
+    return (values[0],) * in_chans if len(set(values)) == 1 else tuple(values)
+
+
+def find_assumed(pretrained_cfg: Mapping[str, Any]) -> list[str]:
+    """Names of the fields that are assumed, not known."""
+    notes = pretrained_cfg.get("notes") or ()
+    listed = [note for note in ((notes,) if isinstance(notes, str) else notes) if note.startswith(_ASSUMED)]
+    named = {name for note in listed for name in note.removeprefix(_ASSUMED).split(", ")}
+    return [name for name in NAMES if name in named]
+
+
+def explain_assumed(model: Any) -> str:
+    """What is assumed about a network's images, in a line for whoever uses it; "" if everything is known."""
+    config = model.pretrained_cfg
+    assumed = find_assumed(config)
+    if not assumed:
+        return ""
+    values = ", ".join(f"{name} {_format(config[name])}" for name in assumed)
+    return (
+        f"nobody says how images are prepared for these weights; assumed, as for {config.get('architecture')}: "
+        f"{values}. If you know better, convert them again with --like WEIGHTS or --mean, --std, ..."
+    )
+
+
+def _format(value: Any) -> str:
+    return "(" + ", ".join(f"{each:g}" for each in value) + ")" if isinstance(value, list | tuple) else str(value)
