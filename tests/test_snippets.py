@@ -17,6 +17,8 @@ from snippets import (
 
 from timm_tresnet.cli.commands import list as listing
 
+PARSED = [page for page in PAGES if page.stem != "photographs"]  # which tests/test_photographs.py really runs
+
 
 @pytest.fixture
 def stand_ins(request, hub, monkeypatch, tmp_path):
@@ -39,7 +41,7 @@ def one_process():
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+@pytest.mark.parametrize("page", PARSED, ids=[page.stem for page in PARSED])
 @pytest.mark.usefixtures("stand_ins", "one_process")
 def test_snippets_of_a_page_run_in_their_order(page):
     missing = {}
