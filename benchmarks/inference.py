@@ -31,7 +31,7 @@ from command_line import format_command
 from PIL import Image
 from profiles import profile
 from torch import Tensor, nn
-from training_memory import BUILTIN, MODELS, make_builtin
+from training_memory import BUILTIN, make_builtin
 
 from timm_tresnet import ExportedModel, export_model, fold_batch_norms, optimize_for_inference
 from timm_tresnet.bench.comparison import REPEATS
@@ -39,6 +39,7 @@ from timm_tresnet.bench.measuring import choose_memory_format, count_flops, read
 from timm_tresnet.bench.results import format_spread, start_results, write_results
 from timm_tresnet.cli.options import at_least, new_file
 from timm_tresnet.utils.tables import format_markdown
+from timm_tresnet.variants import ARCHITECTURES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONVOLUTIONS = ((64, 56), (128, 28), (256, 14))  # channels and side of 3x3 convolutions at 224 px, for the peak
@@ -292,7 +293,7 @@ def _batch(text: str) -> int | str:
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="How fast networks run, eager, folded, compiled and exported.")
-    parser.add_argument("--model", choices=MODELS, default="tresnet_m")
+    parser.add_argument("--model", choices=list(ARCHITECTURES), default="tresnet_m")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--image-size", type=int, default=224, help="side of the images, in pixels")
     parser.add_argument(

@@ -15,7 +15,7 @@ from command_line import format_command, parse_comparison
 from timm_tresnet.bench.comparison import Candidate, run_comparison
 from timm_tresnet.bench.measuring import BUILTIN_PREFIX, make_network
 from timm_tresnet.cli.options import image_size
-from timm_tresnet.tresnet import ARCHITECTURES
+from timm_tresnet.variants import ARCHITECTURES
 
 REFERENCE = "resnet50"
 

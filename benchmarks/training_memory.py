@@ -51,8 +51,8 @@ from timm_tresnet.bench.measuring import (
 from timm_tresnet.bench.results import format_spread, start_results, write_results
 from timm_tresnet.cli.options import at_least, new_file
 from timm_tresnet.utils.tables import format_markdown
+from timm_tresnet.variants import ARCHITECTURES
 
-MODELS = ("tresnet_m", "tresnet_l", "tresnet_xl", "tresnet_v2_l", "test_tresnet")
 BUILTIN = "built-in"
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -248,7 +248,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="What training keeps for backward, what a step peaks at and what it costs."
     )
-    parser.add_argument("--model", choices=MODELS, default="tresnet_m")
+    parser.add_argument("--model", choices=list(ARCHITECTURES), default="tresnet_m")
     parser.add_argument("--rows", nargs="+", choices=every_row, default=list(ROWS), help=f"default: {', '.join(ROWS)}")
     parser.add_argument("--compile", action="store_true", help="add the compiled rows, which take minutes each")
     parser.add_argument("--reference", choices=every_row, default=BUILTIN, help=f"of ratios (default: {BUILTIN})")

@@ -27,8 +27,9 @@ from sybil.parsers.markdown import CodeBlockParser
 from timm.models import save_for_hf
 
 from timm_tresnet.cli import main as cli
-from timm_tresnet.tresnet import ARCHITECTURES, default_cfgs
+from timm_tresnet.tresnet import default_cfgs
 from timm_tresnet.utils.images import SAMPLES
+from timm_tresnet.variants import ARCHITECTURES
 from timm_tresnet.weights.labels import make_notes
 
 ROOT = Path(__file__).parents[1]
@@ -53,12 +54,10 @@ NOT_RUN = {  # how a command begins -> why it is not run as it stands, and what 
     "timm-tresnet benchmark": "takes minutes; its options are parsed, tests/test_commands_benchmark.py runs it",
 }
 NARROW = {  # of each variant; no two alike, so that a checkpoint can be recognised
-    "tresnet_s": (1, 2, 1, 1),
-    "tresnet_m": (1, 1, 1, 1),
-    "tresnet_l": (1, 1, 2, 1),
-    "tresnet_xl": (1, 1, 3, 1),
-    "tresnet_v2_l": (1, 1, 1, 1),
-    "tresnet_v2_xl": (1, 1, 2, 1),
+    name: (1, 1, 1 + position, 1)
+    for v2 in (False, True)
+    for position, name in enumerate(name for name, row in ARCHITECTURES.items() if row.get("v2", False) == v2)
+    if name != "test_tresnet"
 }
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
 _PROGRAMS = {"venv/bin/", ".venv/bin/"}  # folders of programs that stand for the program

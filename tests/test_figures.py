@@ -16,8 +16,9 @@ import timm
 
 from timm_tresnet import TResNet
 from timm_tresnet.bench.results import format_spread
-from timm_tresnet.cli import main as cli
-from timm_tresnet.tresnet import ARCHITECTURES, IMAGENET_TOP1, default_cfgs
+from timm_tresnet.bench.sizes import count_size
+from timm_tresnet.tresnet import default_cfgs
+from timm_tresnet.variants import ARCHITECTURES, IMAGENET_TOP1
 from timm_tresnet.weights.catalogue import load_catalogue
 
 ROOT = Path(__file__).parents[1]
@@ -373,23 +374,21 @@ def test_ingredients_are_as_many_as_the_table_has_arguments():
 # ---- variants and weights
 
 
-def test_variants_have_the_sizes_that_the_command_prints(capsys):
-    cli.main(["list"])
-    printed = dict(re.findall(r"^([\w.]+) +[\d.]+ +([\d.]+) +224x224", capsys.readouterr().out, re.MULTILINE))
+def format_variant(name):
+    """A variant's line in README.md, from its row."""
+    row = ARCHITECTURES[name]
+    params, macs = count_size(row, 224, 1000)
+    blocks = ", ".join(map(str, row["layers"])) + (", bottlenecks throughout" if row.get("v2") else "")
+    return f"| `{name}` | {blocks} | {row.get('width_factor', 1.0)} | {params / 1e6:.1f} M | {macs / 1e9:.1f} |"
+
+
+def test_variants_are_those_of_the_rows():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (table,) = (table for table in read_tables(ROOT / "README.md") if table.header[1] == "blocks per stage")
-    assert [row[0] for row in table.rows] == [f"`{name}`" for name in ARCHITECTURES if name != "test_tresnet"]
-    for label, blocks, width, parameters, gmacs in table.rows:
-        name = label.strip("`")
-        model = timm.create_model(name, device="meta")
-        assert parameters == f"{sum(each.numel() for each in model.parameters()) / 1e6:.1f} M"
-        assert float(gmacs) == pytest.approx(float(printed[f"{name}.{default_cfgs[name].tags[0]}"]), abs=0.06)
-        settings = {"width_factor": 1.0, "v2": False, **ARCHITECTURES[name]}
-        assert blocks.startswith(", ".join(map(str, settings["layers"])))
-        assert ("bottlenecks throughout" in blocks) == settings["v2"]
-        assert float(width) == settings["width_factor"]
-    tiny = sum(each.numel() for each in timm.create_model("test_tresnet").parameters()) / 1e6
-    assert f"has {tiny:.2f} M parameters" in text
+    lines = [f"| {' | '.join(row)} |" for row in table.rows]
+    assert lines == [format_variant(name) for name in ARCHITECTURES if name != "test_tresnet"]
+    params, _ = count_size(ARCHITECTURES["test_tresnet"], 64, 10)
+    assert f"has {params / 1e6:.2f} M parameters, ten classes" in text
 
 
 def test_weights_are_those_of_the_registry():

@@ -19,8 +19,8 @@ from torch.nn.utils import prune
 
 import timm_tresnet
 from timm_tresnet import TResNet
-from timm_tresnet.tresnet import ARCHITECTURES
 from timm_tresnet.utils.images import SAMPLES
+from timm_tresnet.variants import ARCHITECTURES
 
 SETTINGS = ["activations", "expansions"]
 PHOTO = SAMPLES / "cat.jpg"

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import timm_tresnet
 from timm_tresnet import TResNet
+from timm_tresnet.variants import ARCHITECTURES
 
 BuiltinTResNet = timm.models.tresnet.TResNet
 PAPER_VARIANTS = {
@@ -26,7 +27,6 @@ PAPER_VARIANTS = {
     "tresnet_xl": {"layers": [4, 5, 24, 3], "width_factor": 1.3},
     "tresnet_v2_l": {"layers": [3, 4, 23, 3], "width_factor": 1.0, "v2": True},
 }
-VARIANTS = [*PAPER_VARIANTS, "tresnet_s", "tresnet_v2_xl", "test_tresnet"]
 TAGS = [
     "tresnet_l.miil_in1k",
     "tresnet_l.miil_in1k_448",
@@ -46,7 +46,7 @@ ALIASES = {
     "tresnet_xl_448": "tresnet_xl.miil_in1k_448",
 }
 SMALL = {"layers": (1, 1, 1, 1), "num_classes": 10}
-each_variant = pytest.mark.parametrize("variant", VARIANTS)
+each_variant = pytest.mark.parametrize("variant", ARCHITECTURES)
 each_paper_variant = pytest.mark.parametrize("variant", PAPER_VARIANTS)
 
 
@@ -111,7 +111,7 @@ def test_timm_builds_ours(variant):
 
 
 def test_registry_lists_every_variant_and_tag_once():
-    assert list_models("*tresnet*") == list_models(module="tresnet") == sorted(VARIANTS)
+    assert list_models("*tresnet*") == list_models(module="tresnet") == sorted(ARCHITECTURES)
     embedded = ["test_tresnet.mosaic_cifar10", "test_tresnet.r64_cifar10"]
     assert list_pretrained("*tresnet*") == [*embedded, *TAGS]
     assert list_models(module="tresnet", pretrained=True) == list_pretrained("*tresnet*")

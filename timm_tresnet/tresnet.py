@@ -1,4 +1,4 @@
-"""The registry: TResNet's variants, their pretrained configs and timm entrypoints.
+"""The registry: timm's entrypoints and pretrained configs of the rows in `timm_tresnet.variants`.
 
 timm lists models by the last name of their module, and `register_model` looks for the configs beside the function.
 """
@@ -7,7 +7,7 @@ import functools
 import logging
 import sys
 import warnings
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
@@ -21,118 +21,16 @@ from timm.models import (
 
 from timm_tresnet.models.heads import drop_inherited, same_head
 from timm_tresnet.models.network import TResNet
-from timm_tresnet.weights.catalogue import PublicWeight, load_catalogue, make_pretrained_cfg
+from timm_tresnet.variants import ARCHITECTURES, WEIGHTS
+from timm_tresnet.weights.catalogue import PublicWeight, load_catalogue
 from timm_tresnet.weights.checkpoint import checkpoint_filter_fn
-from timm_tresnet.weights.labels import make_notes
-from timm_tresnet.weights.preprocessing import NAMES, fill_preprocessing, note_assumed
+from timm_tresnet.weights.preprocessing import fill_preprocessing
 
 __all__ = ["TResNet"]  # timm adds each entrypoint
 
 _logger = logging.getLogger(__name__)
 
-ARCHITECTURES: dict[str, dict[str, Any]] = {  # blocks per stage and width
-    "tresnet_s": {"layers": (3, 4, 7, 3)},  # asked for in Alibaba-MIIL/TResNet#40
-    "tresnet_m": {"layers": (3, 4, 11, 3)},  # M, L, XL: Table "TResNet variants", arXiv:2003.13630
-    "tresnet_l": {"layers": (4, 5, 18, 3), "width_factor": 1.2},
-    "tresnet_xl": {"layers": (4, 5, 24, 3), "width_factor": 1.3},
-    "tresnet_v2_l": {"layers": (3, 4, 23, 3), "v2": True},  # official code, src/models/tresnet_v2
-    "tresnet_v2_xl": {"layers": (3, 8, 34, 5), "v2": True},  # Alibaba-MIIL/ML_Decoder, its "tresnet_xl"
-    "test_tresnet": {"layers": (2, 2, 3, 1), "width_factor": 0.25},
-}
-
-
-_WEIGHTS = Path(__file__).parent / "weights"
-_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-_MOSAIC_THRESHOLDS = (
-    0.733822,
-    0.720875,
-    0.709961,
-    0.699107,
-    0.752827,
-    0.741801,
-    0.760516,
-    0.787939,
-    0.724124,
-    0.705942,
-)
-
-
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bilinear",
-        "mean": (0.0, 0.0, 0.0),
-        "std": (1.0, 1.0, 1.0),
-        "first_conv": "body.conv1.conv",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        **kwargs,
-    }
-
-
-# "timm/" is completed by timm to the repository timm/<architecture>.<tag>. Naming the file keeps pickles out.
-_timm_hub = functools.partial(_cfg, hf_hub_id="timm/", hf_hub_filename="model.safetensors")
-_timm_hub_448 = functools.partial(_timm_hub, input_size=(3, 448, 448), pool_size=(14, 14))
-
-
-def _public_weight_cfg(public: PublicWeight) -> dict[str, Any]:
-    """Config of a public weight that is on no Hub repository yet; the backbone's if its head is none of ours."""
-    known = make_pretrained_cfg(public, public.converted_classes)
-    notes = note_assumed(known.get("notes"), [name for name in NAMES if name not in known])
-    return _cfg(**{"license": None, **known, "notes": notes})
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "tresnet_s.untrained": _cfg(),
-        "tresnet_m.miil_in21k_ft_in1k": _timm_hub(),
-        "tresnet_m.miil_in21k": _timm_hub(num_classes=11221),
-        "tresnet_m.miil_in1k": _timm_hub(),
-        "tresnet_l.miil_in1k": _timm_hub(),
-        "tresnet_xl.miil_in1k": _timm_hub(),
-        "tresnet_m.miil_in1k_448": _timm_hub_448(),
-        "tresnet_l.miil_in1k_448": _timm_hub_448(),
-        "tresnet_xl.miil_in1k_448": _timm_hub_448(),
-        "tresnet_v2_l.miil_in21k_ft_in1k": _timm_hub(),
-        "tresnet_v2_l.miil_in21k": _timm_hub(num_classes=11221),
-        "tresnet_v2_xl.untrained": _cfg(),
-        "test_tresnet.r64_cifar10": _cfg(
-            file=str(_WEIGHTS / "test_tresnet.r64_cifar10.safetensors"),
-            num_classes=10,
-            input_size=(3, 64, 64),
-            pool_size=(2, 2),
-            crop_pct=1.0,
-            label_names=_CIFAR10,
-        ),
-        "test_tresnet.mosaic_cifar10": _cfg(  # hub/mosaic_cifar10; thresholds as `timm-tresnet train-tagger` chose them
-            file=str(_WEIGHTS / "test_tresnet.mosaic_cifar10.safetensors"),
-            num_classes=10,
-            input_size=(3, 64, 64),
-            pool_size=(2, 2),
-            crop_pct=1.0,
-            crop_mode="squash",
-            label_names=_CIFAR10,
-            notes=make_notes(True, _MOSAIC_THRESHOLDS),
-        ),
-        # Behind the others, so that no default changes.
-        **{name: _public_weight_cfg(public) for name, public in load_catalogue().items() if not public.hf_hub_id},
-    }
-)
-
-# ImageNet-1k top-1 in percent, from timm's results/results-imagenet.csv (validate.py with the configs above)
-IMAGENET_TOP1 = {
-    "tresnet_m.miil_in21k_ft_in1k": 83.09,
-    "tresnet_m.miil_in1k": 80.816,
-    "tresnet_l.miil_in1k": 81.498,
-    "tresnet_xl.miil_in1k": 82.06,
-    "tresnet_m.miil_in1k_448": 81.71,
-    "tresnet_l.miil_in1k_448": 82.278,
-    "tresnet_xl.miil_in1k_448": 83.066,
-    "tresnet_v2_l.miil_in21k_ft_in1k": 83.91,
-}
+default_cfgs = generate_default_cfgs(WEIGHTS)
 
 # The base of what the Hub's client raises when a connection fails, in whichever of httpx and requests it has
 _TransportError = [HTTPError, *(base for base in HTTPError.__mro__ if base.__module__.startswith("requests"))][-1]
@@ -217,42 +115,20 @@ def _explain_missing_weights(variant: str, kwargs: dict[str, Any], reason: str) 
     )
 
 
-def tresnet_s(pretrained: bool = False, **kwargs: Any) -> TResNet:
-    """TResNet-S, 3-4-7-3 blocks; not in the paper, no public weights."""
-    return _create_tresnet("tresnet_s", pretrained, **kwargs)
+def _make_entrypoint(variant: str) -> Callable[..., TResNet]:
+    """Function under whose name timm makes a variant."""
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> TResNet:
+        return _create_tresnet(variant, pretrained, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = variant
+    arguments = ", ".join(f"{name}={value}" for name, value in ARCHITECTURES[variant].items())
+    entrypoint.__doc__ = f"TResNet with {arguments}."
+    return entrypoint
 
 
-def tresnet_m(pretrained: bool = False, **kwargs: Any) -> TResNet:
-    """TResNet-M, 3-4-11-3 blocks (arXiv:2003.13630)."""
-    return _create_tresnet("tresnet_m", pretrained, **kwargs)
-
-
-def tresnet_l(pretrained: bool = False, **kwargs: Any) -> TResNet:
-    """TResNet-L, 4-5-18-3 blocks, width 1.2 (arXiv:2003.13630)."""
-    return _create_tresnet("tresnet_l", pretrained, **kwargs)
-
-
-def tresnet_xl(pretrained: bool = False, **kwargs: Any) -> TResNet:
-    """TResNet-XL, 4-5-24-3 blocks, width 1.3 (arXiv:2003.13630)."""
-    return _create_tresnet("tresnet_xl", pretrained, **kwargs)
-
-
-def tresnet_v2_l(pretrained: bool = False, **kwargs: Any) -> TResNet:
-    """TResNet-V2-L, 3-4-23-3 bottlenecks (arXiv:2104.10972); the "tresnet_l" of ImageNet-21k and ML-Decoder."""
-    return _create_tresnet("tresnet_v2_l", pretrained, **kwargs)
-
-
-def tresnet_v2_xl(pretrained: bool = False, **kwargs: Any) -> TResNet:
-    """TResNet-V2-XL, 3-8-34-5 bottlenecks; the "tresnet_xl" of ML-Decoder (arXiv:2111.12933)."""
-    return _create_tresnet("tresnet_v2_xl", pretrained, **kwargs)
-
-
-def test_tresnet(pretrained: bool = False, **kwargs: Any) -> TResNet:
-    """A tiny TResNet with CIFAR-10 weights inside the package, for trying things out."""
-    return _create_tresnet("test_tresnet", pretrained, **kwargs)
-
-
-_ENTRYPOINTS = (tresnet_s, tresnet_m, tresnet_l, tresnet_xl, tresnet_v2_l, tresnet_v2_xl, test_tresnet)
+_ENTRYPOINTS = {variant: _make_entrypoint(variant) for variant in ARCHITECTURES}
+globals().update(_ENTRYPOINTS)  # where pickle, and whoever asks this module for a model, finds them
 _DEPRECATED = {
     "tresnet_m_miil_in21k": "tresnet_m.miil_in21k",
     "tresnet_m_448": "tresnet_m.miil_in1k_448",
@@ -269,9 +145,9 @@ def register() -> None:
     # Not `import timm.models`: while timm imports itself, it does not have that attribute yet.
     timm_models = sys.modules["timm.models"]
     with warnings.catch_warnings():
-        for entrypoint in _ENTRYPOINTS:
+        for variant, entrypoint in _ENTRYPOINTS.items():
             # Replacing these names is the point of the plugin; any other warning stays.
-            warnings.filterwarnings("ignore", message=f"Overwriting {entrypoint.__name__} in registry")
+            warnings.filterwarnings("ignore", message=f"Overwriting {variant} in registry")
             register_model(entrypoint)
     register_model_deprecations(__name__, _DEPRECATED)
     for name in __all__:

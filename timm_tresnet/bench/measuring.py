@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_tresnet.tresnet import ARCHITECTURES  # the built-in takes the same layers, width_factor and v2
+from timm_tresnet.variants import ARCHITECTURES  # the built-in takes the same layers, width_factor and v2
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 BUILTIN_PREFIX = "built-in:"

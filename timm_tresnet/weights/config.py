@@ -129,8 +129,7 @@ def check_config(config: Any, called: str = NAME) -> None:
 
 
 def _choose_table(config: Any) -> Table:
-    # timm imports torch, and the variants are registered with timm.
-    from timm_tresnet.tresnet import ARCHITECTURES
+    from timm_tresnet.variants import ARCHITECTURES  # which imports this folder
 
     ours = choice(*ARCHITECTURES)
     architecture = Kind(f"a TResNet, {ours.words}", ours.fits)
