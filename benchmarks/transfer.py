@@ -35,6 +35,7 @@ from PIL import Image
 from timm_tresnet.bench.results import start_results
 from timm_tresnet.cli.options import at_least, new_file
 from timm_tresnet.conversion.reading import read_checkpoint
+from timm_tresnet.utils.extras import how_to_install
 from timm_tresnet.utils.files import whole
 from timm_tresnet.utils.tables import format_markdown
 
@@ -76,7 +77,7 @@ def load_digits(data: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     try:
         source = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise RuntimeError(f"--data {data} needs {package}: pip install 'timm-tresnet[transfer]'") from error
+        raise RuntimeError(f"--data {data} needs {package}: {how_to_install('transfer')}") from error
     if data == "mnist":
         flat, labels = source.mnist_data()
         return flat.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64)

@@ -159,7 +159,7 @@ def test_a_file_that_vanishes_meanwhile_is_reported(photos, monkeypatch, capsys)
     assert cli.main(["classify", str(photos)]) == 1
     captured = capsys.readouterr()
     assert captured.out.count("%") == 9
-    assert "gone.jpg: [Errno 2] No such file" in captured.err
+    assert "gone.jpg: there is no " in captured.err
 
 
 def test_names_are_printed_to_a_terminal_that_cannot_show_them(photos, run_python):
@@ -197,7 +197,7 @@ def test_nothing_to_classify_is_a_mistake_that_is_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("tresnet_q", "Unknown model"),
+        ("tresnet_q", "there is no model tresnet_q; did you mean"),
         ("tresnet_s", "No pretrained weights exist"),
         ("local-dir:nowhere", "nowhere"),
         ("test_tresnet.nonsense", "Invalid pretrained tag"),

@@ -37,8 +37,8 @@ def test_the_command_line_has_every_value_of_the_recipe_as_a_flag(capsys):
 
 
 def test_the_command_line_is_quoted_for_the_shell(capsys):
-    line = print_line(capsys, "transfer", "--data-dir", "my images; $(ls)", "--model", "it's")
-    assert shlex.split(line)[2:6] == ["--data-dir", "my images; $(ls)", "--model", "it's"]
+    line = print_line(capsys, "transfer", "--data-dir", "my images; $(ls)", "--model", "local-dir:it's")
+    assert shlex.split(line)[2:6] == ["--data-dir", "my images; $(ls)", "--model", "local-dir:it's"]
     assert "'my images; $(ls)'" in line
 
 
@@ -56,8 +56,8 @@ def test_a_shell_reads_every_word_back_whatever_the_terminal_can_print(encoding)
 
 
 def test_values_that_begin_with_a_dash_are_joined_to_their_flags(capsys):
-    line = print_line(capsys, "transfer", "--data-dir=-my images", "--model=--amp")
-    assert shlex.split(line)[2:4] == ["--data-dir=-my images", "--model=--amp"]
+    line = print_line(capsys, "transfer", "--data-dir=-my images", "--model=local-dir:--amp")
+    assert shlex.split(line)[2:5] == ["--data-dir=-my images", "--model", "local-dir:--amp"]
     assert format_flags({"head_init_bias": -4.6}) == ["--head-init-bias=-4.6"]
 
 
@@ -82,14 +82,15 @@ def test_what_is_behind_two_dashes_is_not_looked_at(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["transfr"], "there is no recipe 'transfr'; choose from frozen_norms, high_resolution, "),
+        (["transfr"], "there is no recipe 'transfr'; did you mean transfer?"),
+        (["q"], "there is no recipe 'q'; choose from frozen_norms, high_resolution, "),
         (["transfer"], "recipe transfer needs --data-dir DIR and --model MODEL, or --show to print its file"),
         (["transfer", "--model", "tresnet_m"], "needs --data-dir DIR and --model MODEL"),
         (["--show"], "name a recipe: frozen_norms, "),
         (GIVEN, "name a recipe: frozen_norms, "),
         (["--", "--epochs", "5"], "name a recipe: frozen_norms, "),
     ],
-    ids=["unknown", "no_data", "no_data_but_a_model", "show_what", "no_name", "flags_alone"],
+    ids=["typed_wrongly", "unknown", "no_data", "no_data_but_a_model", "show_what", "no_name", "flags_alone"],
 )
 def test_what_is_missing_or_wrong_is_said_in_a_sentence(words, message, capsys):
     assert cli.main(["recipe", *words]) == 2
@@ -117,3 +118,34 @@ def test_flags_are_written_as_train_script_reads_them():
 def test_what_no_flag_says_is_refused(value):
     with pytest.raises(ValueError, match=f"no flag of train.py says amp: {value}; leave it out"):
         format_flags({"amp": value})
+
+
+@pytest.mark.parametrize(
+    ("cuda", "words", "device", "said"),
+    [
+        (False, [], ["--device", "cpu"], True),
+        (True, [], [], False),
+        (False, ["--", "--device", "mps"], ["--device", "mps"], False),
+        (False, ["--", "--device=xla"], ["--device=xla"], False),
+    ],
+    ids=["no_cuda", "cuda", "chosen", "chosen_with_equals_sign"],
+)
+def test_the_device_is_the_cpu_where_train_script_would_look_for_cuda_in_vain(
+    cuda, words, device, said, capsys, monkeypatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    assert cli.main(["recipe", "transfer", *GIVEN, *words]) == 0
+    printed = capsys.readouterr()
+    line = shlex.split(printed.out)
+    assert [word for word in line if word.startswith("--device")] == [word for word in device if "device" in word]
+    assert line[len(line) - len(device) :] == device
+    assert ("there is no CUDA here" in printed.err) == said
+
+
+def test_a_model_that_timm_does_not_know_is_asked_about_and_printed_all_the_same(capsys):
+    assert cli.main(["recipe", "transfer", "--data-dir", "flowers", "--model", "tresnet_mm"]) == 0
+    printed = capsys.readouterr()
+    assert "--model tresnet_mm " in printed.out
+    assert "there is no model tresnet_mm; did you mean tresnet_m, " in printed.err
+    assert cli.main(["recipe", "transfer", "--data-dir", "flowers", "--model", "resnet50"]) == 0
+    assert "there is no model" not in capsys.readouterr().err

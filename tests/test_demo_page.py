@@ -19,7 +19,7 @@ from PIL import Image
 from timm_tresnet.utils.images import SAMPLES
 
 pytestmark = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("captum", "gradio"))), reason="needs pip install 'timm-tresnet[demo]'"
+    not all(map(importlib.util.find_spec, ("captum", "gradio"))), reason="needs pip install '.[demo]'"
 )
 ROOT = Path(__file__).parents[1]
 EMBEDDED = "test_tresnet.r64_cifar10"

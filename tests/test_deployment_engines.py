@@ -63,7 +63,8 @@ def test_missing_packages_are_named_with_their_extra(format, extra, tmp_path, em
     output = tmp_path / f"network{SUFFIXES[format]}"
     assert cli.main(["export", "test_tresnet", "--format", format, "--output", str(output)]) == 2
     assert (
-        f"needs onnxscript, which is not installed; run pip install 'timm-tresnet[{extra}]'" in capsys.readouterr().err
+        f"needs onnxscript, which is not installed; in the clone of timm-tresnet, run pip install '.[{extra}]'"
+        in capsys.readouterr().err
     )
 
 

@@ -1,3 +1,5 @@
+import errno
+
 import pytest
 
 from timm_tresnet.utils.errors import summarise
@@ -11,8 +13,32 @@ from timm_tresnet.utils.errors import summarise
         (KeyError("x"), "KeyError: 'x'"),
         (ValueError(), "ValueError"),
         (AttributeError("  "), "AttributeError"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a/b"), "there is no a/b"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", b"a/\xff"), r"there is no a/\xff"),
+        (PermissionError(errno.EACCES, "Permission denied", "a"), "a may not be used: permission denied"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), "a is a folder, where a file is needed"),
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full, no room for the file"),
+        (OSError(errno.ENOSPC, "No space left on device", 7), "the disk is full, no room for the file"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "a"), "a: too many levels of symbolic links"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "connection refused"),
+        (OSError(errno.EIO, ""), "[Errno 5]"),
     ],
-    ids=["lines", "explains_itself", "type_says_more", "no_text", "blank"],
+    ids=[
+        "lines",
+        "explains_itself",
+        "type_says_more",
+        "no_text",
+        "blank",
+        "missing",
+        "bytes",
+        "permission",
+        "folder",
+        "full",
+        "descriptor",
+        "loop",
+        "refused",
+        "no_words",
+    ],
 )
 def test_error_is_said_in_one_line(error, text):
     assert summarise(error) == text

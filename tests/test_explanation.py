@@ -7,7 +7,7 @@ from PIL import Image
 
 from timm_tresnet.utils.images import SAMPLES, read_image
 
-pytest.importorskip("captum", reason="needs pip install 'timm-tresnet[demo]'")
+pytest.importorskip("captum", reason="needs pip install '.[demo]'")
 from timm_tresnet.demo.explanation import explain_image  # noqa: E402
 
 

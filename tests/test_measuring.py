@@ -76,7 +76,7 @@ def test_largest_batch_is_computed_beside_weights_gradients_and_momentum():
 
 def test_measuring_logs_nothing_and_leaves_the_environment_as_it_is(run_python):
     code = (
-        "import os; before = dict(os.environ); import torch; from timm_tresnet import benchmark, measuring\n"
+        "import os; before = dict(os.environ); import torch; from timm_tresnet.bench import comparison, measuring\n"
         "network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 1000))\n"
         "print(measuring.measure_kept(network, *measuring.make_batch(2, 32, 'cpu')), dict(os.environ) == before)"
     )

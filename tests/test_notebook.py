@@ -13,7 +13,7 @@ from timm_tresnet.utils.images import SAMPLES, read_image
 
 NEEDED = ("ipykernel", "nbclient", "nbformat", "onnx", "onnxruntime", "onnxscript")
 pytestmark = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, NEEDED)), reason="needs pip install 'timm-tresnet[notebook,export]'"
+    not all(map(importlib.util.find_spec, NEEDED)), reason="needs pip install '.[notebook,export]'"
 )
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "fine_tune.ipynb"
 
@@ -93,6 +93,6 @@ def test_notebook_is_kept_without_outputs_and_installs_what_it_needs(notebook):
         if cell.cell_type == "code":
             assert cell.outputs == []
             assert cell.execution_count is None
-    assert "%pip install -q 'timm-tresnet[export]'" in notebook.cells[1].source
+    assert "%pip install -q '{source}[export]'" in notebook.cells[1].source
     assert notebook.metadata["colab"]["name"] == NOTEBOOK.name
     assert notebook.metadata["kernelspec"]["name"] == "python3"

@@ -15,8 +15,6 @@ from snippets import (
     split_commands,
 )
 
-from timm_tresnet.cli.commands import list as listing
-
 PARSED = [page for page in PAGES if page.stem != "photographs"]  # which tests/test_photographs.py really runs
 
 
@@ -27,10 +25,7 @@ def stand_ins(request, hub, monkeypatch, tmp_path):
     folder = tmp_path / "user"
     folder.mkdir()
     page = request.node.callspec.params.get("page")
-    listing._measure_backbone.cache_clear()  # of the variants as they are
     make_stand_ins(page.read_text(encoding="utf-8") if page else "", folder, hub, monkeypatch)
-    yield
-    listing._measure_backbone.cache_clear()
 
 
 @pytest.fixture
@@ -65,7 +60,7 @@ def test_commands_that_are_not_run_are_in_a_page():
     [
         ("rm -rf folder", "nobody knows how to test this"),
         ("timm-tresnet classify nowhere.jpg", "exit status 1"),
-        ("pip install 'timm-tresnet[nonsense]'", "no extras {'nonsense'}"),
+        ("pip install '.[nonsense]'", "no extras {'nonsense'}"),
     ],
     ids=["unknown", "failing", "extra"],
 )

@@ -161,7 +161,10 @@ def test_a_missing_package_is_named(transfer, scripts, tmp_path, monkeypatch, ca
     monkeypatch.setitem(transfer.DATA, "digits", ("no_such_package.datasets", "scikit-learn"))
     words = ["--scripts", str(scripts), "--data", "digits", "--json", str(tmp_path / "results.json")]
     assert transfer.main(words) == 1
-    assert "--data digits needs scikit-learn: pip install 'timm-tresnet[transfer]'" in capsys.readouterr().err
+    assert (
+        "--data digits needs scikit-learn: in the clone of timm-tresnet, run pip install '.[transfer]'"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "results.json").exists()
 
 

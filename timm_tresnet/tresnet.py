@@ -21,9 +21,10 @@ from timm.models import (
 
 from timm_tresnet.models.heads import drop_inherited, same_head
 from timm_tresnet.models.network import TResNet
-from timm_tresnet.variants import ARCHITECTURES, WEIGHTS
+from timm_tresnet.variants import ARCHITECTURES, DEPRECATED, WEIGHTS
 from timm_tresnet.weights.catalogue import PublicWeight, load_catalogue
 from timm_tresnet.weights.checkpoint import checkpoint_filter_fn
+from timm_tresnet.weights.hub import require_hub
 from timm_tresnet.weights.preprocessing import fill_preprocessing
 
 __all__ = ["TResNet"]  # timm adds each entrypoint
@@ -61,6 +62,8 @@ def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None,
     other_head = not same_head(kwargs, drop_inherited(source, source))
     load = functools.partial(checkpoint_filter_fn, other_head=other_head)
     try:
+        if pretrained:
+            _require_hub(variant, kwargs)
         return build_model_with_cfg(
             build,
             variant,
@@ -105,6 +108,16 @@ def _check_source(public: PublicWeight, kwargs: dict[str, Any]) -> None:
     )
 
 
+def _require_hub(variant: str, kwargs: dict[str, Any]) -> None:
+    """Find out before the network is built whether its weights can be downloaded, if they have to be."""
+    config = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    if not config.hf_hub_id or config.file or config.state_dict:
+        return
+    names = (config.hf_hub_filename,) if config.hf_hub_filename else ("model.safetensors", "pytorch_model.bin")
+    repo_id, _, revision = config.hf_hub_id.partition("@")
+    require_hub(repo_id, *names, revision=revision or None, cache_dir=kwargs.get("cache_dir"))
+
+
 def _explain_missing_weights(variant: str, kwargs: dict[str, Any], reason: str) -> str:
     config = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     return (
@@ -129,12 +142,6 @@ def _make_entrypoint(variant: str) -> Callable[..., TResNet]:
 
 _ENTRYPOINTS = {variant: _make_entrypoint(variant) for variant in ARCHITECTURES}
 globals().update(_ENTRYPOINTS)  # where pickle, and whoever asks this module for a model, finds them
-_DEPRECATED = {
-    "tresnet_m_miil_in21k": "tresnet_m.miil_in21k",
-    "tresnet_m_448": "tresnet_m.miil_in1k_448",
-    "tresnet_l_448": "tresnet_l.miil_in1k_448",
-    "tresnet_xl_448": "tresnet_xl.miil_in1k_448",
-}
 
 
 def register() -> None:
@@ -149,6 +156,6 @@ def register() -> None:
             # Replacing these names is the point of the plugin; any other warning stays.
             warnings.filterwarnings("ignore", message=f"Overwriting {variant} in registry")
             register_model(entrypoint)
-    register_model_deprecations(__name__, _DEPRECATED)
+    register_model_deprecations(__name__, DEPRECATED)
     for name in __all__:
         setattr(timm_models, name, globals()[name])

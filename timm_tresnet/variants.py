@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from timm_tresnet.utils.names import suggest
 from timm_tresnet.weights.catalogue import PublicWeight, load_catalogue, make_pretrained_cfg
 from timm_tresnet.weights.labels import make_notes
 from timm_tresnet.weights.preprocessing import NAMES, note_assumed
@@ -119,10 +120,34 @@ IMAGENET_TOP1 = {
     "tresnet_v2_l.miil_in21k_ft_in1k": 83.91,
 }
 
+DEPRECATED = {  # timm's former names
+    "tresnet_m_miil_in21k": "tresnet_m.miil_in21k",
+    "tresnet_m_448": "tresnet_m.miil_in1k_448",
+    "tresnet_l_448": "tresnet_l.miil_in1k_448",
+    "tresnet_xl_448": "tresnet_xl.miil_in1k_448",
+}
+
 
 def name_weights() -> list[str]:
     """Names of all variants with the tags of their weights, in the order of `timm.list_models`."""
     return sorted(WEIGHTS, key=lambda name: [int(part) if part.isdigit() else part for part in _split_numbers(name)])
+
+
+def explain_unknown(name: str) -> str | None:
+    """Why a name is no variant, variant.tag or deprecated name, and what may be meant; None if it is one."""
+    variant, dot, tag = name.partition(".")
+    if name in DEPRECATED or name in WEIGHTS or (variant in ARCHITECTURES and not dot):
+        return None
+    if name and Path(name).is_dir():
+        return f"there is no model {name}; did you mean the folder, local-dir:{name}?"
+    if "/" in name:
+        return f"there is no model {name}; did you mean a repository of the Hub, hf-hub:{name}?"
+    if variant in ARCHITECTURES:
+        tags = [known.partition(".")[2] for known in WEIGHTS if known.startswith(f"{variant}.")]
+        meant = suggest(tag, tags)
+        return f"{variant} has no weights {tag!r}{meant or '; it has ' + ', '.join(tags)}"
+    meant = suggest(name, [*ARCHITECTURES, *WEIGHTS, *DEPRECATED], most=3)
+    return f"there is no model {name}{meant or '; `timm-tresnet list` shows those that there are'}"
 
 
 def _split_numbers(name: str) -> list[str]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from timm_tresnet.utils.names import suggest
 from timm_tresnet.variants import ARCHITECTURES  # the built-in takes the same layers, width_factor and v2
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,10 +36,19 @@ def make_network(name: str, **kwargs: Any) -> nn.Module:
     variant = name.removeprefix(BUILTIN_PREFIX)
     if variant != name:
         if variant not in ARCHITECTURES:
-            raise ValueError(f"{name}: built-in models to compare with are {', '.join(ARCHITECTURES)}, got {variant!r}")
+            raise ValueError(
+                f"{name}: built-in models to compare with are {', '.join(ARCHITECTURES)}, got {variant!r}"
+                f"{suggest(variant, ARCHITECTURES)}"
+            )
         return timm.models.tresnet.TResNet(num_classes=_CLASSES, **ARCHITECTURES[variant], **kwargs)
     if not timm.is_model(name.partition(".")[0]):
-        raise ValueError(f"timm knows no model {name!r}; `timm.list_models()` names those that it knows")
+        meant = suggest(name, timm.list_models(), most=3)
+        raise ValueError(f"timm knows no model {name!r}{meant or '; `timm.list_models()` names those that it knows'}")
+    try:
+        timm.models.get_pretrained_cfg(name)
+    except RuntimeError as error:  # a tag that there is not
+        meant = suggest(name, timm.list_models(f"{name.partition('.')[0]}.*", include_tags=True), most=3)
+        raise ValueError(f"timm knows no weights {name!r}{meant}") from error
     return timm.create_model(name, num_classes=_CLASSES, **kwargs)
 
 

@@ -11,6 +11,7 @@ from timm_tresnet.conversion.reading import name_some, open_checkpoint, refuse
 from timm_tresnet.conversion.recognition import NoNetwork, Recognised, recognise
 from timm_tresnet.conversion.run import Run, find_checkpoint, find_run, make_facts, name_classes
 from timm_tresnet.models.heads import HEAD_ARGUMENTS
+from timm_tresnet.utils.names import suggest
 from timm_tresnet.weights.catalogue import NOTHING_KNOWN, Facts, PublicWeight, load_catalogue, make_pretrained_cfg
 from timm_tresnet.weights.labels import LABEL_SETS, label_config, note_source, order_names, read_labels
 from timm_tresnet.weights.loading import look_up
@@ -155,7 +156,8 @@ def _choose_public_weight(
     if wanted == "none":
         return None, []
     if wanted is not None and wanted not in catalogue:
-        raise ValueError(f"no public weight is named {wanted!r}; there are {', '.join(catalogue)}, and 'none'")
+        meant = suggest(wanted, catalogue) or f"; there are {', '.join(catalogue)}, and 'none'"
+        raise ValueError(f"no public weight is named {wanted!r}{meant}")
     in_file = {"architecture": found.architecture, "head": found.head, "num_classes": found.num_classes}
     custom = sorted(found.model_args.keys() - HEAD_ARGUMENTS)
     misfits = []

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from timm_tresnet.deployment.description import AXES, Description
 from timm_tresnet.deployment.int8 import quantise_onnx, quantise_openvino
+from timm_tresnet.utils.extras import how_to_install
 
 OPSET = 18  # the exporter's own; every other is converted from it
 Run = Callable[[Tensor], Tensor]  # images to logits
@@ -68,7 +69,7 @@ def require(purpose: str, extra: str, packages: Sequence[str]) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"{purpose} needs {', '.join(missing)}, which is not installed; run pip install 'timm-tresnet[{extra}]'"
+            f"{purpose} needs {', '.join(missing)}, which is not installed; {how_to_install(extra)}"
         )
     for package in packages:
         try:

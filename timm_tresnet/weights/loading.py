@@ -16,8 +16,10 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
 from timm_tresnet.utils.errors import summarise
+from timm_tresnet.variants import ARCHITECTURES, explain_unknown
 from timm_tresnet.weights import config
 from timm_tresnet.weights.catalogue import load_catalogue
+from timm_tresnet.weights.hub import require_hub
 
 _MOST_PARAMETERS = 10**9  # of TResNet-XL: 8e7
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".tar")  # what timm looks for in a folder
@@ -40,7 +42,7 @@ def load_network(name: str) -> nn.Module:
         if source == "local-dir":
             _check_folder(Path(rest))
         elif not source:
-            _check_variant(rest)
+            _check_name(rest)
         checked = _check_repository(rest) if source == "hf-hub" else name
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"torch\b")  # of odd pickles, which it then refuses or takes
@@ -78,7 +80,7 @@ def look_up(name: str) -> Weights:
             model_args = config.read_config(path, called).get("model_args", {})
             pretrained_cfg = build_skeleton(pinned, called).pretrained_cfg
         else:
-            _check_variant(rest)
+            _check_name(rest)
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Mapping deprecated model name")
                 pretrained_cfg = timm.create_model(rest, pretrained=False).pretrained_cfg
@@ -119,6 +121,14 @@ def build_skeleton(name: str, called: str = config.NAME) -> nn.Module:
     return model
 
 
+def _check_name(name: str) -> None:
+    unknown = explain_unknown(name)
+    if unknown and timm.models.is_model(name.partition(".")[0]) and name.partition(".")[0] not in ARCHITECTURES:
+        raise ValueError("it is no TResNet; see `timm-tresnet list`, and timm.create_model for other networks")
+    if unknown:
+        raise ValueError(unknown)
+
+
 def _split(name: str) -> tuple[str, str]:
     """Source, "" for the registry, and what to look for there, as timm understands them."""
     source, colon, rest = name.partition(":")
@@ -130,11 +140,6 @@ def _split(name: str) -> tuple[str, str]:
     return source, rest
 
 
-def _check_variant(name: str) -> None:
-    if timm.models.is_model(name) and not timm.models.is_model_in_modules(name, ["tresnet"]):
-        raise ValueError("it is no TResNet; see `timm-tresnet list`, and timm.create_model for other networks")
-
-
 def _find_config(source: str, name: str) -> tuple[Path, str, str]:
     """A folder's or repository's config.json, what to call that very one's weights, and how messages name it."""
     if source == "local-dir":
@@ -143,11 +148,14 @@ def _find_config(source: str, name: str) -> tuple[Path, str, str]:
     repo_id, at, revision = name.partition("@")
     if at and not revision:
         raise ValueError(f"needs a revision behind @, got {name}")
+    require_hub(repo_id, config.NAME, revision=revision or None)
     path = Path(hf_hub_download(repo_id, config.NAME, revision=revision or None))
     return path, f"hf-hub:{repo_id}@{path.parent.name}", f"{config.NAME} of {repo_id}"
 
 
 def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
     config.read_config(folder / config.NAME)
     build_skeleton(f"local-dir:{folder}", str(folder / config.NAME))
     with os.scandir(folder) as entries:

@@ -10,6 +10,7 @@ from typing import Any
 
 from timm_tresnet.cli.commands import CommandError, load_model, warn_of_assumed
 from timm_tresnet.cli.options import at_least, between
+from timm_tresnet.utils.errors import summarise
 from timm_tresnet.utils.images import find_images, find_samples, printable, read_image
 from timm_tresnet.utils.tables import format_bar, format_columns
 from timm_tresnet.weights.labels import describe_labels, is_multi_label, label_lookup, read_thresholds
@@ -119,7 +120,7 @@ def _load_artifact(engine: str, artifact: str, trust: bool) -> Any:
     try:
         return ExportedModel(artifact, engine, trust=trust)
     except (OSError, ValueError, ImportError) as error:
-        raise CommandError(f"cannot load {artifact}: {error}") from error
+        raise CommandError(f"cannot load {artifact}: {summarise(error)}") from error
 
 
 def classify_images(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_tresnet.cli.commands import CommandError
+from timm_tresnet.utils.errors import summarise
 from timm_tresnet.weights.catalogue import Facts
 
 ABOUT = {
@@ -75,7 +76,7 @@ def run(words: Sequence[str], *, files: Sequence[Path], output: Path, overwrite:
             conversion = convert_checkpoint(file, **facts)
             write_folder(conversion, folder, overwrite=overwrite)
         except (OSError, ValueError) as error:
-            print(f"timm-tresnet: {error}", file=sys.stderr)
+            print(f"timm-tresnet: {summarise(error)}", file=sys.stderr)
             failed += 1
             continue
         classes = f"{conversion.num_classes} classes" if conversion.num_classes else "no classes"

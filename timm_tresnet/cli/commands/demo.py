@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 
 from timm_tresnet.cli.commands import CommandError
+from timm_tresnet.utils.errors import summarise
+from timm_tresnet.utils.extras import how_to_install
 
 ABOUT = {
     "help": "open a page for trying networks on photographs",
@@ -36,11 +38,11 @@ def run(words: Sequence[str], *, models: Sequence[str] | None, host: str, port: 
     try:
         from timm_tresnet.demo.page import build_demo, list_weights, serve_demo
     except ImportError as error:
-        raise CommandError(f"demo needs the extra `demo`: pip install 'timm-tresnet[demo]' ({error})") from error
+        raise CommandError(f"demo needs further packages ({error}); {how_to_install('demo')}") from error
     embedded, on_hub = list_weights()
     _, *others = models or embedded
     try:
         serve_demo(build_demo(models or [*embedded, *on_hub], next(iter(others), None)), host, port)
     except OSError as error:  # no such address, or no free port
-        raise CommandError(f"cannot serve the demo: {error}") from error
+        raise CommandError(f"cannot serve the demo: {summarise(error)}") from error
     return 0

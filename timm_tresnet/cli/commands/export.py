@@ -7,6 +7,7 @@ from pathlib import Path
 
 from timm_tresnet.cli.commands import CommandError, load_model, warn_of_assumed
 from timm_tresnet.cli.options import at_least
+from timm_tresnet.utils.errors import summarise
 
 ABOUT = {
     "help": "write a network for another engine",
@@ -67,7 +68,7 @@ def run(
     try:
         description = export_model(network, output, format, batch, size and tuple(size), calibration)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
-        raise CommandError(f"cannot export {model}: {error}") from error
+        raise CommandError(f"cannot export {model}: {summarise(error)}") from error
     check = description["check"]
     print(f"{output}: {description['model']}, {description['format']}, {description['precision']}")
     print(f"{description_path(output)}: input, preprocessing and class names")

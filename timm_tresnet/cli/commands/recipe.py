@@ -11,7 +11,9 @@ from typing import Any
 
 from timm_tresnet.cli.commands import CommandError
 from timm_tresnet.cli.options import at_least
+from timm_tresnet.utils.names import suggest
 from timm_tresnet.utils.tables import format_columns
+from timm_tresnet.variants import explain_unknown
 
 ABOUT = {
     "help": "print a training recipe for timm's train.py",
@@ -47,7 +49,8 @@ def run(
         print(format_columns([[known, _read_summary(file)] for known, file in recipes.items()]))
         return 0
     if name not in recipes:
-        raise CommandError(f"there is no recipe {name!r}; choose from {', '.join(recipes)}")
+        meant = suggest(name, recipes) or f"; choose from {', '.join(recipes)}"
+        raise CommandError(f"there is no recipe {name!r}{meant}")
     if show:
         print(recipes[name].read_text(encoding="utf-8"), end="")
         return 0
@@ -55,9 +58,32 @@ def run(
         raise CommandError(f"recipe {name} needs --data-dir DIR and --model MODEL, or --show to print its file")
     given = {"data_dir": data_dir, "model": model} | ({"num_classes": num_classes} if num_classes else {})
     further = words[words.index("--") + 1 :] if "--" in words else []
-    line = ["python", "train.py", *format_flags(given | read_recipe(recipes[name])), *further]
+    given |= read_recipe(recipes[name])
+    for note in _choose_device(given, further), _check_model(model):
+        if note:
+            print(f"timm-tresnet: {note}", file=sys.stderr)
+    line = ["python", "train.py", *format_flags(given), *further]
     print(*(quote_word(word, sys.stdout.encoding or "utf-8") for word in line))
     return 0
+
+
+def _choose_device(flags: dict[str, Any], further: Sequence[str]) -> str | None:
+    """Add --device cpu where train.py's own default, CUDA, would end it at once; returns what to say about it."""
+    import torch
+
+    if torch.cuda.is_available() or any(word.partition("=")[0] == "--device" for word in further):
+        return None
+    flags["device"] = "cpu"
+    return "there is no CUDA here, train.py's default, hence --device cpu; leave it out where there is a GPU"
+
+
+def _check_model(name: str) -> str | None:
+    """What to say about a name that timm does not know; a module of the user's own may yet bring it."""
+    if ":" in name or not (unknown := explain_unknown(name)):
+        return None
+    import timm
+
+    return None if timm.is_model(name.partition(".")[0]) else unknown
 
 
 def find_recipes() -> dict[str, Path]:

@@ -1,0 +1,104 @@
+"""What is said where the Hub cannot be reached, without its client's retries."""
+
+import socket
+import threading
+
+import pytest
+import timm
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from timm_tresnet.weights import hub
+from timm_tresnet.weights.hub import require_hub
+from timm_tresnet.weights.loading import load_network
+
+
+@pytest.fixture
+def endpoint(monkeypatch, tmp_path):
+    """Let the Hub be at an address, with an empty cache and no proxy."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return lambda address: monkeypatch.setattr(constants, "ENDPOINT", address)
+
+
+@pytest.fixture
+def closed():
+    """A port of this machine at which nobody listens."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def refuse(*arguments, **options):
+    raise AssertionError("the client of the Hub was asked, and would try again and again")
+
+
+def test_a_server_that_does_not_answer_is_named_with_the_reason(endpoint, closed):
+    endpoint(f"http://127.0.0.1:{closed}")
+    with pytest.raises(
+        LocalEntryNotFoundError, match=r"config.json of a/b is not in the cache, and 127.0.0.1 cannot be"
+    ):
+        require_hub("a/b", "config.json")
+
+
+def test_a_name_that_nobody_knows_is_a_reason(endpoint, monkeypatch):
+    endpoint("https://huggingface.invalid")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *words, **options: fail_to_resolve())
+    with pytest.raises(LocalEntryNotFoundError, match="cannot be reached \\(Name or service not known\\)"):
+        require_hub("a/b", "config.json")
+
+
+def fail_to_resolve():
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
+def test_looking_up_a_name_is_given_a_limit(endpoint, monkeypatch):
+    endpoint("https://huggingface.invalid")
+    monkeypatch.setattr(hub, "_PATIENCE_S", 0.1)
+    ended = threading.Event()
+
+    def connect(*words, **options):
+        ended.wait(60)
+        raise OSError("too late")
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    with pytest.raises(LocalEntryNotFoundError, match="no answer in 0 s"):
+        require_hub("a/b", "config.json")
+    ended.set()
+
+
+def test_a_server_that_listens_is_left_to_the_client(endpoint):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint(f"http://127.0.0.1:{server.getsockname()[1]}")
+        require_hub("a/b", "config.json")
+
+
+@pytest.mark.parametrize("kind", ["offline", "proxy", "cached"])
+def test_what_the_client_can_do_without_the_server_is_left_to_it(endpoint, closed, monkeypatch, tmp_path, kind):
+    endpoint(f"http://127.0.0.1:{closed}")
+    if kind == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    elif kind == "proxy":
+        monkeypatch.setenv("http_proxy", "http://proxy.invalid:3128")
+        monkeypatch.setenv("no_proxy", "")
+    else:
+        repository = tmp_path / "models--a--b"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        (repository / "snapshots" / ("0" * 40) / "config.json").write_text("{}")
+    require_hub("a/b", "other.json", "config.json")
+
+
+def test_models_and_commands_ask_before_the_client(endpoint, closed, monkeypatch):
+    endpoint(f"http://127.0.0.1:{closed}")
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", refuse)
+    monkeypatch.setattr("timm_tresnet.weights.loading.hf_hub_download", refuse)
+    with pytest.raises(LocalEntryNotFoundError, match="tresnet_m needs model.safetensors from .* cannot be reached"):
+        timm.create_model("tresnet_m", pretrained=True, layers=(1, 1, 1, 1))
+    with pytest.raises(ValueError, match="cannot load the model hf-hub:a/b: config.json of a/b is not in the cache"):
+        load_network("hf-hub:a/b")
+    assert timm.create_model("test_tresnet", pretrained=True)  # in the package
