@@ -51,6 +51,7 @@ NOT_RUN = {  # how a command begins -> why it is not run as it stands, and what 
     "timm-tresnet demo": "serves until it is interrupted; its options are parsed, tests/test_demo_page.py runs it",
     "timm-tresnet train-tagger": "needs images, and takes hours for many; its options are parsed, "
     "tests/test_tagging_training.py runs it",
+    "timm-tresnet train": "likewise; tests/test_commands_train.py runs it",
     "timm-tresnet benchmark": "takes minutes; its options are parsed, tests/test_commands_benchmark.py runs it",
 }
 NARROW = {  # of each variant; no two alike, so that a checkpoint can be recognised
@@ -212,6 +213,7 @@ def make_stand_ins(text: str, folder: Path, hub: HubServer, patch: pytest.Monkey
     tagger = timm.create_model("tresnet_m", num_classes=3)
     tagger.pretrained_cfg["notes"] = make_notes(True, [0.25, 0.5, 0.75])
     save_for_hf(tagger, folder / "coco_tagger", safe_serialization=True)
+    save_for_hf(timm.create_model("tresnet_m", num_classes=3), folder / "flower_classifier", safe_serialization=True)
     photographs = sorted(SAMPLES.rglob("*.jpg"))[:3]
     (folder / "photo.jpg").write_bytes(photographs[0].read_bytes())
     for name in ("folder", "photos"):

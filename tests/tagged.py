@@ -34,3 +34,19 @@ def write_images(folder: Path, count: int, seed: int = 0) -> Path:
             names = ", ".join(f'"{LABELS[label]}"' for label in subset)
             rows.writerow([name, f"[{names}]"])
     return path
+
+
+def write_classes(folder: Path, count: int, seed: int = 0, names: tuple[str, ...] = ("2", "10", "ä b")) -> Path:
+    """Write count images of each class, in a folder for each; returns the folder.
+
+    The class is the channel that is brightened, which is not always the brightest.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for label, name in enumerate(names):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            pixels = torch.randint(0, 90, (3, 24, 28), generator=generator, dtype=torch.uint8)
+            pixels += torch.randint(0, 80, (3, 1, 1), generator=generator, dtype=torch.uint8)
+            pixels[label % 3] += 60
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / name / f"{index}.png")
+    return folder

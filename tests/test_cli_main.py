@@ -83,3 +83,21 @@ def test_a_command_typed_wrongly_is_answered_with_the_right_one(typed, answer, c
     with pytest.raises(SystemExit, match="2"):
         cli.main([typed, "photo.jpg"])
     assert answer in capsys.readouterr().err
+
+
+def test_without_a_command_each_is_listed_with_a_line(capsys):
+    assert cli.main([]) == 0
+    usage, _, *lines = capsys.readouterr().out.splitlines()
+    assert usage == "usage: timm-tresnet COMMAND ..."
+    listed = [line.split(maxsplit=1) for line in lines if line.startswith("  ")]
+    assert [name for name, _ in listed] == list(cli._COMMANDS)
+    assert all(about == cli._COMMANDS[name].ABOUT["help"] for name, about in listed)
+
+
+def test_an_error_of_the_operating_system_is_a_sentence(monkeypatch, capsys):
+    def fail(words, **options):
+        open("nowhere/file.json")
+
+    monkeypatch.setattr(cli._COMMANDS["list"], "run", fail)
+    assert cli.main(["list"]) == 2
+    assert capsys.readouterr().err == "timm-tresnet: there is no nowhere/file.json\n"

@@ -64,5 +64,5 @@ def test_without_its_packages_the_command_says_what_to_install(monkeypatch, tmp_
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", missing)
     assert cli.main(["train-tagger", "labels.csv", "--output", str(tmp_path / "tagger")]) == 2
-    sentence = "training needs the package lightning, which is not installed; pip install 'timm-tresnet[tagging]'"
-    assert capsys.readouterr().err == f"timm-tresnet: {sentence}\n"
+    sentence = "training needs the package lightning, which is not installed; in the clone of timm-tresnet, run pip"
+    assert capsys.readouterr().err == f"timm-tresnet: {sentence} install '.[tagging]'\n"

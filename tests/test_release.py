@@ -117,9 +117,22 @@ def test_workflows_run_ci_and_publish_without_a_secret():
     assert {"run": "bash .ci/run"} in ci["run"]["steps"]
     assert release["check"]["uses"] == "./.github/workflows/ci.yml"
     publish = release["publish"]
-    assert set(publish["needs"]) == {"check", "build"}
+    assert set(publish["needs"]) == {"check", "build", "try"}
     assert publish["permissions"] == {"id-token": "write"}
     assert "secrets" not in read["release"]
+
+
+def test_actions_are_pinned_by_commit_with_their_version():
+    for path in (ROOT / ".github" / "workflows").iterdir():
+        for used in re.findall(r"uses: (.+)", path.read_text()):
+            assert used.startswith("./") or re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v[\d.]+", used), used
+
+
+def test_what_is_published_is_built_with_packages_of_pypi_alone():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
+    for part in (workflow, workflow["jobs"]["build"], workflow["jobs"]["publish"]):
+        assert "index" not in str(part.get("env", "")).lower()
+    assert "index" not in str(workflow["jobs"]["build"]["steps"])
 
 
 def test_conda_recipe_needs_what_the_project_needs():

@@ -1,3 +1,6 @@
+import math
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
@@ -7,9 +10,10 @@ from torch import nn
 pytest.importorskip("lightning.pytorch", reason="install lightning, of the extra tagging")
 pytest.importorskip("torchmetrics", reason="install torchmetrics, of the extra tagging")
 
-from timm_tresnet.tagging.module import Tagger, make_loss
+from timm_tresnet.tagging.module import Tagger
 from timm_tresnet.tagging.scores import score
-from timm_tresnet.tagging.settings import Settings
+from timm_tresnet.tagging.settings import ClassSettings, Settings
+from timm_tresnet.tagging.tasks import make_task
 
 
 def official_loss(logits, targets, gamma_neg=4, gamma_pos=0, clip=0.05):
@@ -29,7 +33,7 @@ def test_the_loss_is_the_official_one_with_its_gradient():
     logits = (torch.randn(6, 5, dtype=torch.float64) * 3).requires_grad_()
     targets = (torch.rand(6, 5) < 0.3).double()
     expected = torch.autograd.grad(official_loss(logits, targets), logits)[0]
-    loss = make_loss(Settings())
+    loss = make_task(Settings()).make_loss()
     found = torch.autograd.grad(loss(logits, targets), logits)[0]
     torch.testing.assert_close(loss(logits, targets).double(), official_loss(logits, targets), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
@@ -38,7 +42,31 @@ def test_the_loss_is_the_official_one_with_its_gradient():
 def test_plain_cross_entropy_is_summed_too():
     logits, targets = torch.randn(6, 5), torch.randint(2, (6, 5)).float()
     expected = official_loss(logits, targets, gamma_neg=0, clip=0)
-    torch.testing.assert_close(make_loss(Settings(loss="bce"))(logits, targets), expected)
+    torch.testing.assert_close(make_task(Settings(loss="bce")).make_loss()(logits, targets), expected)
+
+
+def test_the_loss_of_classes_is_that_of_timm_with_smoothing():
+    from timm.loss import LabelSmoothingCrossEntropy
+
+    logits, classes = torch.randn(6, 5), torch.randint(5, (6,))
+    targets = nn.functional.one_hot(classes, 5).float()
+    task = make_task(ClassSettings(smoothing=0.2))
+    expected = LabelSmoothingCrossEntropy(0.2)(logits, classes)
+    torch.testing.assert_close(task.make_loss()(logits, targets) / 6, expected)
+
+
+def test_figures_of_classes_are_those_of_timm_and_of_counting():
+    from timm.utils import accuracy
+
+    logits, classes = torch.randn(40, 9), torch.randint(8, (40,))  # no image has the last class
+    targets = nn.functional.one_hot(classes, 9).float()
+    task = make_task(ClassSettings())
+    found = task.conclude(task.read(logits), targets)
+    assert list(found["scores"].values()) == [each.item() for each in accuracy(logits, classes, (1, 5))]
+    for label in range(8):
+        mine = classes == label
+        assert found["accuracies"][label] == pytest.approx((logits[mine].argmax(1) == label).float().mean().item())
+    assert math.isnan(found["accuracies"][8])
 
 
 class Trainer:
@@ -145,3 +173,27 @@ def test_nothing_that_can_be_read_is_an_error(monkeypatch):
     tagger._measured = [part | {"network": torch.rand(1, 3), "average": torch.rand(1, 3)}]
     with pytest.raises(ValueError, match="none of the images to train on can be read"):
         tagger.on_validation_epoch_end()
+
+
+def test_the_bar_shows_the_mean_loss_of_the_epoch_so_far(monkeypatch):
+    from timm_tresnet.tagging.telling import ProgressBar
+
+    tagger = make_tagger(monkeypatch)
+    tagger._loss_sum, tagger._loss_count = torch.tensor(6.0), 4
+    trainer = SimpleNamespace(loggers=[SimpleNamespace(version="")], progress_bar_metrics={})
+    assert ProgressBar().get_metrics(trainer, tagger) == {"loss": "1.500"}
+
+
+def test_classes_have_the_mean_loss_of_a_batch_and_an_average_that_warms_up(monkeypatch):
+    network = timm.create_model("test_tresnet", num_classes=3, **SMALL)
+    tagger = Tagger(network, ClassSettings(), held_out=4).train()
+    targets = nn.functional.one_hot(torch.tensor([0, 2, 1]), 3).float()
+    batch = {"image": torch.rand(3, 3, 32, 32), "target": targets, "index": torch.arange(3)}
+    batch["readable"] = torch.tensor([True, False, True])
+    loss = tagger.training_step(batch, 0)
+    logits = tagger.network(batch["image"])[[0, 2]]
+    expected = nn.functional.cross_entropy(logits, torch.tensor([0, 1]), label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
+    assert tagger.mean_loss == pytest.approx(expected.item(), rel=1e-5)
+    assert tagger.average.get_decay(100) < 0.995
+    assert Tagger(network, Settings(), held_out=4).average.get_decay(100) == 0.9997

@@ -1,7 +1,6 @@
 """The `timm-tresnet` command: classify images, list variants, show a demo, convert, train, export and measure."""
 
 import argparse
-import difflib
 import functools
 import importlib.metadata
 import io
@@ -12,14 +11,28 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from timm_tresnet.cli.commands import CommandError, benchmark, classify, convert, demo, export, recipe, train_tagger
+from timm_tresnet.cli.commands import (
+    CommandError,
+    benchmark,
+    classify,
+    convert,
+    demo,
+    export,
+    recipe,
+    train,
+    train_tagger,
+)
 from timm_tresnet.cli.commands import list as listing
+from timm_tresnet.utils.errors import summarise
+from timm_tresnet.utils.names import suggest
+from timm_tresnet.utils.tables import format_columns
 
 _COMMANDS = {
     "classify": classify,
     "list": listing,
     "demo": demo,
     "convert": convert,
+    "train": train,
     "recipe": recipe,
     "train-tagger": train_tagger,
     "export": export,
@@ -68,10 +81,11 @@ def _make_one(
     )
 
 
-def _suggest(word: str) -> str:
-    close = difflib.get_close_matches(word, _COMMANDS, n=1)
-    known = f"did you mean {close[0]}?" if close else f"choose from {', '.join(_COMMANDS)}"
-    return f"there is no command {word!r}; {known}"
+def _list_commands() -> str:
+    """A line for each command."""
+    rows = [[f"  {name}", command.ABOUT["help"]] for name, command in _COMMANDS.items()]
+    more = "timm-tresnet COMMAND --help says more, with an example"
+    return f"usage: timm-tresnet COMMAND ...\n\n{format_columns(rows)}\n\n{more}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,8 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes can be what it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     parser = make_parser()
-    if words and not words[0].startswith("-") and words[0] not in _COMMANDS:
-        parser.error(_suggest(words[0]))
+    if not words:
+        print(_list_commands())
+        return 0
+    if not words[0].startswith("-") and words[0] not in _COMMANDS:
+        known = suggest(words[0], _COMMANDS) or f"; choose from {', '.join(_COMMANDS)}"
+        parser.error(f"there is no command {words[0]!r}{known}")
     own = words[: words.index("--")] if words and words[0] in _PASSING_ON and "--" in words else words
     options, unknown = parser.parse_known_args(own)
     if unknown:
@@ -106,4 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at its end
         return 1
+    except OSError as error:  # of a file that a command did not expect to fail
+        print(f"timm-tresnet: {summarise(error)}", file=sys.stderr)
+        return 2
     return status

@@ -57,7 +57,7 @@ _PAPERS = {  # title, authors and year as arXiv has them
 }
 _HUB_DATASETS = {"ImageNet-1k": "ILSVRC/imagenet-1k"}  # data sets whose Hub repository is that of their authors
 
-_CLASSIFY = """\
+CLASSIFY = """\
 ```python
 import timm
 import torch
@@ -232,7 +232,7 @@ def _describe_preprocessing(public: PublicWeight) -> str:
 def _explain_use(public: PublicWeight | None, num_classes: int, model: str) -> list[str]:
     examples = {"Feature maps": _FEATURES, "Embeddings": EMBED, "Fine-tuning": _FINE_TUNE}
     if num_classes:
-        examples = {"Classification": _CLASSIFY, **examples}
+        examples = {"Classification": CLASSIFY, **examples}
     activation = "sigmoid()" if public and public.multi_label else "softmax(-1)"
     sections = ["## Use", "With timm and timm-tresnet installed; the preprocessing comes with the weights."]
     for title, example in examples.items():

@@ -1,10 +1,13 @@
 """Images and their labels in batches, the same ones in every run with the same seed."""
 
+import contextlib
 import hashlib
 import json
+import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -51,8 +54,7 @@ class LabelledImages(Dataset):
         epoch, index = key
         target = torch.zeros(self._num_labels)
         target[self._labels[index]] = 1
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix_seed(self._seed, epoch, index))
+        with _seeded(mix_seed(self._seed, epoch, index)):
             try:
                 image, readable = self._transform(read_image(self.paths[index])), True
             except ValueError:  # one bad file must not end a run of days; who trains is told how many there are
@@ -75,6 +77,21 @@ class EpochSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return ((self.epoch, index) for index in super().__iter__())
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw from a seed with PyTorch, Python and NumPy, as timm's transforms do, and then go on as before."""
+    python, numbers = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(numbers)
 
 
 def mix_seed(*parts: int) -> int:

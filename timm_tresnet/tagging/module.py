@@ -4,38 +4,23 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from timm.loss import AsymmetricLossMultiLabel
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from timm_tresnet.tagging.data import mix_seed
-from timm_tresnet.tagging.scores import average_precisions, choose_thresholds, score
-from timm_tresnet.tagging.settings import Settings
+from timm_tresnet.tagging.settings import ClassSettings, TrainingSettings
+from timm_tresnet.tagging.tasks import make_task
 
 NETWORKS = ("network", "average")  # what is measured: as it is trained, and its moving average
 _LEAST_CYCLE = 10  # steps; PyTorch divides by zero where a fifth of a cycle is one step
-_THRESHOLD = 0.5  # of CF1 and OF1 during training, as in arXiv:1904.03582
-
-
-def make_loss(settings: Settings) -> nn.Module:
-    """The loss of logits (N, labels) and targets of 0 or 1, summed over both, as official training sums it."""
-    if settings.loss == "bce":
-        return nn.BCEWithLogitsLoss(reduction="sum")
-    return AsymmetricLossMultiLabel(
-        gamma_neg=settings.gamma_neg,
-        gamma_pos=settings.gamma_pos,
-        clip=settings.clip,
-        disable_torch_grad_focal_loss=True,  # train.py of ASL and ML_Decoder
-        reduction="sum",  # AsymmetricLoss there
-    )
 
 
 class Tagger(pl.LightningModule):
     """A network in training.
 
-    After each epoch, the network and its moving average tag the held-out images, and the better of the two is kept if
+    After each epoch, the network and its moving average see the held-out images, and the better of the two is kept if
     it is the best so far, as in official training (`validate_multi` in train.py of ASL and ML_Decoder). What is kept is
     in the checkpoint, so that one file has all.
 
@@ -48,17 +33,20 @@ class Tagger(pl.LightningModule):
     average: ModelEmaV3
     loss: nn.Module
 
-    def __init__(self, network: nn.Module, settings: Settings, held_out: int) -> None:
+    def __init__(self, network: nn.Module, settings: TrainingSettings, held_out: int) -> None:
         super().__init__()
         self.network = network
         self.settings = settings
         self.held_out = held_out
-        self.loss = make_loss(settings)
+        self.task = make_task(settings)
+        self.loss = self.task.make_loss()
         # Not a submodule: neither DistributedDataParallel nor Lightning's modes and devices are to see it.
-        self.__dict__["average"] = ModelEmaV3(network, decay=settings.ema_decay)
+        self._warms_up = isinstance(settings, ClassSettings)  # the average; official training of taggers does not
+        self.__dict__["average"] = ModelEmaV3(network, decay=settings.ema_decay, use_warmup=self._warms_up)
         self.best: dict[str, Any] | None = None
         self.history: list[dict[str, Any]] = []
         self.unreadable: set[int] = set()  # indices of training images
+        self.unmeasured: list[int] = []  # of held-out images that could not be read in the last epoch
         self._averaged_steps = 0
         self._loss_sum, self._loss_count = torch.zeros(()), 0
         self._measured: list[dict[str, Tensor]] = []
@@ -79,6 +67,7 @@ class Tagger(pl.LightningModule):
                 optimizer,
                 sched=settings.sched,
                 num_epochs=settings.epochs,
+                min_lr=settings.min_lr if isinstance(settings, ClassSettings) else 0,
                 warmup_epochs=settings.warmup_epochs,
                 step_on_epochs=False,
                 updates_per_epoch=-(-steps // settings.epochs),
@@ -108,13 +97,19 @@ class Tagger(pl.LightningModule):
         if not readable.all():
             self.unreadable.update(batch["index"][~readable].tolist())
         self._loss_sum += loss.detach()
-        self._loss_count += int(readable.sum())
-        return loss
+        count = int(readable.sum())
+        self._loss_count += count
+        return loss / max(1, count) if self.task.averages else loss
+
+    @property
+    def mean_loss(self) -> float:
+        """Loss an image, in this epoch so far."""
+        return (self._loss_sum / max(1, self._loss_count)).item()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.global_step > self._averaged_steps:  # not while gradients accumulate
             self._averaged_steps = self.global_step
-            self.average.update(self.network)
+            self.average.update(self.network, self.global_step if self._warms_up else None)
 
     def on_validation_start(self) -> None:
         if self.trainer.world_size > 1:  # running statistics are each process's own; those of the first are kept
@@ -125,7 +120,7 @@ class Tagger(pl.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         measured = {name: batch[name] for name in ("index", "readable", "target")}
         for name, network in zip(NETWORKS, (self.network, self.average.module), strict=True):
-            measured[name] = network(batch["image"]).float().sigmoid()
+            measured[name] = self.task.read(network(batch["image"]).float())
         self._measured.append(measured)
 
     def on_validation_epoch_end(self) -> None:
@@ -144,11 +139,13 @@ class Tagger(pl.LightningModule):
         positions[measured["index"]] = torch.arange(len(measured["index"]))
         first[measured["index"]] = True
         kept = positions[first]
-        kept = kept[measured["readable"][kept]]
-        row["unreadable"] = self.held_out - len(kept)
+        readable = measured["readable"][kept]
+        self.unmeasured = measured["index"][kept[~readable]].tolist()
+        kept = kept[readable]
+        row["unreadable"] = len(self.unmeasured)
         targets = measured["target"][kept]
         for name in NETWORKS:
-            row[name] = score(measured[name][kept], targets, _THRESHOLD)
+            row[name] = self.task.score(measured[name][kept], targets)
         self._keep_best(row, {name: measured[name][kept] for name in NETWORKS}, targets)
         self.history.append(row)
         self.log_dict(
@@ -160,19 +157,17 @@ class Tagger(pl.LightningModule):
         gathered: Any = self.all_gather(values)
         return (gathered.flatten(0, 1) if gathered.dim() > values.dim() else gathered).cpu()
 
-    def _keep_best(self, row: dict[str, Any], probabilities: dict[str, Tensor], targets: Tensor) -> None:
-        name = max(NETWORKS, key=lambda each: row[each]["mAP"])
-        if self.best is not None and not row[name]["mAP"] > self.best["mAP"]:
+    def _keep_best(self, row: dict[str, Any], outputs: dict[str, Tensor], targets: Tensor) -> None:
+        figure = self.task.figures[0]
+        name = max(NETWORKS, key=lambda each: row[each][figure])
+        if self.best is not None and not row[name][figure] > self.best[figure]:
             return
         network = self.network if name == "network" else self.average.module
-        thresholds = choose_thresholds(probabilities[name], targets)
         self.best = {
             "epoch": row["epoch"],
             "name": name,
-            "mAP": row[name]["mAP"],
-            "scores": score(probabilities[name], targets, torch.tensor(thresholds)),
-            "thresholds": thresholds,
-            "average_precisions": average_precisions(probabilities[name], targets).tolist(),
+            figure: row[name][figure],
+            **self.task.conclude(outputs[name], targets),
             "weights": {key: value.detach().cpu().clone() for key, value in network.state_dict().items()},
         }
 

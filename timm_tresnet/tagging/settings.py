@@ -10,8 +10,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a network is trained; what is not said is as in official training (train.py of ASL and ML_Decoder).
+class TrainingSettings:
+    """How a network is trained, whatever its labels are; the values are those of `Settings`.
 
     Args:
         model: name of the weights to start from, as `timm_tresnet.weights.loading.load_network` takes it.
@@ -26,13 +26,7 @@ class Settings:
         weight_decay: of all weights but biases and norms.
         sched: how the learning rate goes: one of `SCHEDULES`.
         warmup_epochs: epochs in which it rises, for all but onecycle, which takes the first fifth.
-        loss: one of `LOSSES`.
-        gamma_neg: focusing of the asymmetric loss on labels that an image lacks.
-        gamma_pos: focusing on those that it has.
-        clip: probability up to which a label that an image lacks costs nothing.
         ema_decay: of the moving average of the weights, a step.
-        cutout: side of the square that is painted over, as a share of the image's; 0 for none.
-        randaugment: magnitude of RandAugment, up to 30; 0 for none.
         precision: one of `PRECISIONS`; None for 16-mixed with CUDA, else 32-true.
         channels_last: keep images and weights with their channels last in memory.
         sync_bn: batch norm over all processes.
@@ -52,15 +46,55 @@ class Settings:
     weight_decay: float = 1e-4  # both
     sched: str = "onecycle"  # both
     warmup_epochs: int = 0
-    loss: str = "asl"
-    gamma_neg: float = 4.0  # both, as are the next two
-    gamma_pos: float = 0.0
-    clip: float = 0.05
     ema_decay: float = 0.9997  # both
-    cutout: float = 0.5  # both
-    randaugment: int = 9  # torchvision's default; see `timm_tresnet.tagging.transforms`
     precision: str | None = None
     channels_last: bool = False
     sync_bn: bool = False
     held_out: float = 0.1
     seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(TrainingSettings):
+    """How a tagger is trained; what is not said is as in official training (train.py of ASL and ML_Decoder).
+
+    Args:
+        loss: one of `LOSSES`.
+        gamma_neg: focusing of the asymmetric loss on labels that an image lacks.
+        gamma_pos: focusing on those that it has.
+        clip: probability up to which a label that an image lacks costs nothing.
+        cutout: side of the square that is painted over, as a share of the image's; 0 for none.
+        randaugment: magnitude of RandAugment, up to 30; 0 for none.
+    """
+
+    loss: str = "asl"
+    gamma_neg: float = 4.0  # both, as are the next two
+    gamma_pos: float = 0.0
+    clip: float = 0.05
+    cutout: float = 0.5  # both
+    randaugment: int = 9  # torchvision's default; see `timm_tresnet.tagging.transforms`
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassSettings(TrainingSettings):
+    """How a network for one class an image is trained; what is not said is as in `recipes/transfer.yaml`.
+
+    Args:
+        min_lr: the lowest learning rate.
+        smoothing: of the targets.
+        aa: policy of timm's augmentation, such as v0r or rand-m9-mstd0.5; "" for none.
+        reprob: probability of erasing a part of an image.
+        hflip: probability of mirroring an image.
+    """
+
+    epochs: int = 50
+    batch_size: int = 64
+    lr: float = 2e-4
+    sched: str = "cosine"
+    warmup_epochs: int = 3
+    min_lr: float = 1e-8
+    ema_decay: float = 0.995
+    smoothing: float = 0.1
+    aa: str = "v0r"
+    reprob: float = 0.5
+    hflip: float = 0.5  # train.py's default

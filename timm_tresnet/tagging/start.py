@@ -9,6 +9,7 @@ from torch import nn
 
 from timm_tresnet.models.heads import drop_inherited
 from timm_tresnet.utils.errors import summarise
+from timm_tresnet.variants import explain_unknown
 from timm_tresnet.weights import config
 from timm_tresnet.weights.catalogue import load_catalogue
 from timm_tresnet.weights.labels import is_multi_label, label_lookup
@@ -16,18 +17,19 @@ from timm_tresnet.weights.loading import load_network
 
 
 def make_network(
-    name: str, model_args: Mapping[str, Any], labels: Sequence[str], pretrained: bool = True
+    name: str, model_args: Mapping[str, Any], labels: Sequence[str], pretrained: bool = True, multi_label: bool = True
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Make a network for labels, from weights that may be for other classes or have another head.
 
     Whatever of the weights fits is taken: the body and, if the head is of the same kind, what it has in front of its
-    last layer; that too if the weights are a tagger's for the same labels.
+    last layer; that too if the weights are for the same labels, and an image can have as many of them.
 
     Args:
         name: of the weights, as `timm_tresnet.weights.loading.load_network` takes it.
         model_args: arguments of the network that differ from those of the weights.
         labels: one for each output.
         pretrained: False to draw the weights.
+        multi_label: whether an image can have any number of them.
 
     Returns:
         The network, and the arguments that make it of its variant: model_args and those that came with the weights.
@@ -40,17 +42,19 @@ def make_network(
         network: Any = timm.create_model(name, pretrained=False, num_classes=len(labels), **model_args)
     # What timm and the network raise for arguments and names that are wrong.
     except (AssertionError, FileNotFoundError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"cannot make the network {name} with {dict(model_args)}: {summarise(error)}") from error
+        unknown = None if ":" in name else explain_unknown(name)
+        reason = unknown or summarise(error)
+        raise ValueError(f"cannot make the network {name} with {dict(model_args)}: {reason}") from error
     if network.in_chans != 3:
         raise ValueError(f"{name} takes {network.in_chans} channels, images are read in 3")
     if source is not None:
-        _take_weights(network, source, labels)
+        _take_weights(network, source, labels, multi_label)
     of_weights = _arguments_of_weights(name)
     return network, drop_inherited({**of_weights, **model_args}, of_weights)
 
 
-def _take_weights(network: nn.Module, source: Any, labels: Sequence[str]) -> None:
-    same = is_multi_label(source.pretrained_cfg) and source.num_classes == len(labels)
+def _take_weights(network: nn.Module, source: Any, labels: Sequence[str], multi_label: bool) -> None:
+    same = is_multi_label(source.pretrained_cfg) == multi_label and source.num_classes == len(labels)
     if not (same and list(map(label_lookup(source), range(len(labels)))) == list(labels)):
         source.reset_classifier(len(labels))
     weights, wanted = source.state_dict(), network.state_dict()
@@ -74,20 +78,24 @@ def _arguments_of_weights(name: str) -> dict[str, Any]:
     return dict(timm.models.load_model_config_from_hf(rest)[2] or {})
 
 
-def make_pretrained_cfg(network: nn.Module, image_size: int | None) -> dict[str, Any]:
+def make_pretrained_cfg(network: Any, image_size: int | None, squash: bool = True) -> dict[str, Any]:
     """What timm's pretrained config says of a network that is trained by this package: how its images are prepared.
 
     Args:
         network: from `make_network`.
         image_size: side of its images, in pixels; None for that of the weights.
+        squash: resize to a square whatever the image's shape, as official training of taggers does; False to prepare
+            images as the weights' are prepared.
     """
-    start: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]  # an attribute of a module, to mypy
+    start = network.pretrained_cfg
     size = image_size or start["input_size"][-1]
+    resizing = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"}
+    if not squash:
+        usual = {"interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center"}  # of timm's TResNet
+        resizing = {name: start.get(name) or value for name, value in usual.items()}
     return {
         "input_size": [3, size, size],
-        "interpolation": "bilinear",
-        "crop_pct": 1.0,
-        "crop_mode": "squash",  # official training resizes to a square, whatever the image's shape
+        **resizing,
         "mean": list(start["mean"]),
         "std": list(start["std"]),
         "first_conv": start["first_conv"],

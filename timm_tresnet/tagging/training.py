@@ -19,7 +19,7 @@ import lightning.pytorch as pl
 import timm.data
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
@@ -28,11 +28,14 @@ from timm_tresnet.conversion.reading import name_some
 from timm_tresnet.conversion.writing import check_free
 from timm_tresnet.tagging.annotations import Annotations
 from timm_tresnet.tagging.card import Training
+from timm_tresnet.tagging.class_card import ClassTraining
 from timm_tresnet.tagging.data import LabelledImages, make_loader
+from timm_tresnet.tagging.folders import hold_out_of_each
 from timm_tresnet.tagging.module import Tagger
-from timm_tresnet.tagging.settings import Settings
+from timm_tresnet.tagging.settings import ClassSettings, Settings, TrainingSettings
 from timm_tresnet.tagging.start import make_network, make_pretrained_cfg
-from timm_tresnet.tagging.transforms import make_transform
+from timm_tresnet.tagging.telling import ProgressBar, choose_device, choose_precision, tell_start
+from timm_tresnet.tagging.transforms import make_class_transform, make_transform
 from timm_tresnet.tagging.writing import Tagged, write_tagger
 from timm_tresnet.utils.errors import summarise
 from timm_tresnet.utils.files import whole
@@ -78,10 +81,10 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def train_tagger(
+def train_network(
     training: Annotations,
     measuring: Annotations | None,
-    settings: Settings,
+    settings: TrainingSettings,
     place: Place,
     *,
     device: str = "auto",
@@ -89,12 +92,12 @@ def train_tagger(
     command: str = "",
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Train a network to tag images, and write a folder for `timm.create_model('local-dir:FOLDER', pretrained=True)`.
+    """Train a network on images, and write a folder for `timm.create_model('local-dir:FOLDER', pretrained=True)`.
 
     Args:
         training: the images to train on.
         measuring: those to choose the best epoch and the thresholds with; None to hold out some of the first.
-        settings: of the training.
+        settings: of the training; `ClassSettings` if each image has one label, its class.
         place: where to write.
         device: "auto", "cpu", "cuda" or "mps".
         workers: processes that read images, for each process that trains.
@@ -108,14 +111,22 @@ def train_tagger(
         OSError: if something cannot be written.
         ValueError: if settings, data and what is there already do not go together.
     """
+    multi_label = not isinstance(settings, ClassSettings)
     if measuring is None:
-        training, measuring = hold_out(training, settings.held_out, settings.seed)
-    check_free(place.output, place.overwrite)
+        hold = hold_out if multi_label else hold_out_of_each
+        training, measuring = hold(training, settings.held_out, settings.seed)
+    finished = place.resume and not place.overwrite and place.checkpoint.exists() and _holds_result(place.output)
+    if not finished:
+        check_free(place.output, place.overwrite)
     torch.manual_seed(settings.seed)
     network, model_args = make_network(
-        settings.model, settings.model_args, training.names, pretrained=not settings.from_scratch
+        settings.model,
+        settings.model_args,
+        training.names,
+        pretrained=not settings.from_scratch,
+        multi_label=multi_label,
     )
-    pretrained_cfg = make_pretrained_cfg(network, settings.image_size)
+    pretrained_cfg = make_pretrained_cfg(network, settings.image_size, squash=multi_label)
     _check_runs(network, pretrained_cfg)
     if settings.channels_last:
         network.to(memory_format=torch.channels_last)
@@ -124,10 +135,16 @@ def train_tagger(
     processes, process = count_processes(), int(os.environ.get("RANK", "0"))
     if process == 0:
         _prepare_place(place, {"settings": dataclasses.asdict(settings), "processes": processes, **_fingerprint(data)})
+    if finished:
+        say(f"{printable(place.output)} is already finished, with these settings; --overwrite begins anew")
+        return place.output
     checkpoint = place.checkpoint if place.resume and place.checkpoint.exists() else None
     if checkpoint:
         say(f"going on with {printable(checkpoint)}")
 
+    counts, size = (len(data["training"]), len(data["measuring"])), pretrained_cfg["input_size"][-1]
+    for line in tell_start(network, settings, counts, size, device, processes, place.work):
+        say(line)
     tagger = Tagger(network, settings, len(data["measuring"]))
     with _quiet():
         trainer = _make_trainer(settings, place, device, processes, say)
@@ -143,7 +160,7 @@ def train_tagger(
     if process == 0:
         tagged = _summarise(tagger, model_args, pretrained_cfg, data, training, measuring, command)
         write_tagger(tagged, place.output, tagger.network, place.overwrite)
-        for line in _tell_result(tagger, data["training"], place.output):
+        for line in _tell_result(tagger, data, place.output):
             say(line)
     return place.output
 
@@ -181,12 +198,16 @@ def _check_runs(network: nn.Module, pretrained_cfg: dict[str, Any]) -> None:
 
 
 def _make_data_sets(
-    training: Annotations, measuring: Annotations, settings: Settings, pretrained_cfg: dict[str, Any]
+    training: Annotations, measuring: Annotations, settings: TrainingSettings, pretrained_cfg: dict[str, Any]
 ) -> dict[str, LabelledImages]:
     size = pretrained_cfg["input_size"][-1]
-    augmenting = make_transform(
-        size, pretrained_cfg["mean"], pretrained_cfg["std"], settings.cutout, settings.randaugment
-    )
+    augmenting: Callable[[Any], torch.Tensor]
+    if isinstance(settings, Settings):
+        augmenting = make_transform(
+            size, pretrained_cfg["mean"], pretrained_cfg["std"], settings.cutout, settings.randaugment
+        )
+    else:
+        augmenting = make_class_transform(pretrained_cfg, settings)
     # As `timm-tresnet classify` prepares images, so that thresholds are for what it sees
     plain = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg))
     names = training.names
@@ -265,14 +286,14 @@ class _Teller(Callback):
         self._say = say
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        row = pl_module.history[-1]
+        row, figure = pl_module.history[-1], pl_module.task.figures[0]
         if not math.isfinite(row["loss"]):
             raise ValueError(
                 f"the loss is not finite in epoch {row['epoch']}; try a lower --lr, or --precision 32-true"
             )
         self._say(
-            f"epoch {row['epoch']}/{self._epochs}: loss {row['loss']:.3f}, mAP {row['network']['mAP']:.2f}, of the "
-            f"moving average {row['average']['mAP']:.2f}"
+            f"epoch {row['epoch']}/{self._epochs}: loss {row['loss']:.3f}, {figure} {row['network'][figure]:.2f}, of "
+            f"the moving average {row['average'][figure]:.2f}"
         )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -281,9 +302,8 @@ class _Teller(Callback):
 
 
 def _make_trainer(
-    settings: Settings, place: Place, device: str, processes: int, say: Callable[[str], None]
+    settings: TrainingSettings, place: Place, device: str, processes: int, say: Callable[[str], None]
 ) -> pl.Trainer:
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     bar = is_first_process() and sys.stderr.isatty()
     make = functools.partial(
@@ -292,7 +312,7 @@ def _make_trainer(
         devices=local,
         num_nodes=processes // local,
         strategy="ddp" if processes > 1 else "auto",
-        precision=settings.precision or ("16-mixed" if cuda else "32-true"),  # official training uses autocast
+        precision=choose_precision(settings, choose_device(device)),
         max_epochs=settings.epochs,
         accumulate_grad_batches=settings.accumulate,
         sync_batchnorm=settings.sync_bn,
@@ -312,7 +332,7 @@ def _make_trainer(
                 save_on_train_epoch_end=True,
                 enable_version_counter=False,
             ),
-            *([TQDMProgressBar()] if bar else []),
+            *([ProgressBar()] if bar else []),
         ],
         default_root_dir=place.work,
     )
@@ -356,36 +376,49 @@ def _summarise(
     command: str,
 ) -> Tagged:
     best = tagger.best
+    trained: Any = {
+        "labels": training.names,
+        "scores": best["scores"],
+        "label_counts": data["training"].count_labels().tolist(),
+        "images": (len(data["training"]), len(data["measuring"])),
+        "data": (training.called, measuring.called),
+        "settings": tagger.settings,
+        "head": model_args.get("head", "linear"),
+        "epoch": best["epoch"],
+        "averaged": best["name"] == "average",
+        "command": command,
+    }
+    if isinstance(tagger.settings, ClassSettings):
+        trained = ClassTraining(accuracies=best["accuracies"], pretrained_cfg=pretrained_cfg, **trained)
+    else:
+        trained = Training(
+            thresholds=best["thresholds"],
+            average_precisions=best["average_precisions"],
+            image_size=pretrained_cfg["input_size"][-1],
+            **trained,
+        )
     return Tagged(
         architecture=tagger.network.pretrained_cfg["architecture"],
         model_args=model_args,
         pretrained_cfg=pretrained_cfg,
         weights=best["weights"],
-        training=Training(
-            labels=training.names,
-            thresholds=best["thresholds"],
-            average_precisions=best["average_precisions"],
-            scores=best["scores"],
-            label_counts=data["training"].count_labels().tolist(),
-            images=(len(data["training"]), len(data["measuring"])),
-            data=(training.called, measuring.called),
-            settings=tagger.settings,
-            head=model_args.get("head", "linear"),
-            epoch=best["epoch"],
-            averaged=best["name"] == "average",
-            image_size=pretrained_cfg["input_size"][-1],
-            command=command,
-        ),
+        training=trained,
     )
 
 
-def _tell_result(tagger: Tagger, images: LabelledImages, output: Path) -> Iterator[str]:
+def _holds_result(output: Path) -> bool:
+    return (output / "config.json").exists() and (output / "model.safetensors").exists()
+
+
+def _tell_result(tagger: Tagger, data: dict[str, LabelledImages], output: Path) -> Iterator[str]:
     best = tagger.best
     kind = "the moving average" if best["name"] == "average" else "the weights"
     scores = ", ".join(f"{name} {value:.2f}" for name, value in best["scores"].items())
     yield f"{printable(output)}: {kind} of epoch {best['epoch']}; on the held-out images {scores}"
     if tagger.unreadable:
-        shown = name_some(printable(images.paths[index]) for index in sorted(tagger.unreadable))
+        shown = name_some(printable(data["training"].paths[index]) for index in sorted(tagger.unreadable))
         yield f"skipped {len(tagger.unreadable)} images to train on that cannot be read: {shown}"
     if tagger.history[-1]["unreadable"]:
-        yield f"skipped {tagger.history[-1]['unreadable']} images to measure with that cannot be read"
+        shown = name_some(printable(data["measuring"].paths[index]) for index in sorted(tagger.unmeasured))
+        named = f": {shown}" if shown else ""  # not known where nothing was left to train
+        yield f"skipped {tagger.history[-1]['unreadable']} images to measure with that cannot be read{named}"

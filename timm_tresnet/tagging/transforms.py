@@ -1,10 +1,14 @@
 """What becomes of an image before the network sees it in training, with torchvision's transforms."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import timm.data
 import torch
 from torchvision.transforms import v2
+
+from timm_tresnet.tagging.settings import ClassSettings
+from timm_tresnet.utils.errors import summarise
 
 
 class Cutout(v2.Transform):
@@ -69,3 +73,26 @@ def make_transform(
     return v2.Compose(
         [*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std), inplace=True)]
     )
+
+
+def make_class_transform(pretrained_cfg: Mapping[str, Any], settings: ClassSettings) -> Callable[[Any], torch.Tensor]:
+    """Make timm's own transform of training, as its `train.py` makes it of `recipes/transfer.yaml`.
+
+    Raises:
+        ValueError: if timm knows no such augmentation.
+    """
+    try:
+        return timm.data.create_transform(
+            tuple(pretrained_cfg["input_size"]),
+            is_training=True,
+            hflip=settings.hflip,
+            color_jitter=None,
+            auto_augment=settings.aa or None,
+            interpolation=pretrained_cfg["interpolation"],
+            mean=tuple(pretrained_cfg["mean"]),
+            std=tuple(pretrained_cfg["std"]),
+            re_prob=settings.reprob,
+            re_mode="pixel",
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(f"timm makes no augmentation of --aa {settings.aa}: {summarise(error)}") from error

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from timm_tresnet.conversion.writing import check_free
 from timm_tresnet.tagging.card import Training, make_card
+from timm_tresnet.tagging.class_card import ClassTraining, make_class_card
 from timm_tresnet.utils.files import whole
 from timm_tresnet.weights.labels import make_notes
 from timm_tresnet.weights.loading import load_network
@@ -20,7 +21,7 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Tagged:
-    """A network that tags images.
+    """A network that tags or classifies images.
 
     Args:
         architecture: its variant.
@@ -34,16 +35,23 @@ class Tagged:
     model_args: dict[str, Any]
     pretrained_cfg: dict[str, Any]
     weights: dict[str, Tensor]
-    training: Training
+    training: Training | ClassTraining
 
     def config(self) -> dict[str, Any]:
         """config.json as timm reads it; labels and thresholds reach `pretrained_cfg` of the loaded network."""
-        notes = list(make_notes(True, self.training.thresholds))
         described: dict[str, Any] = {"architecture": self.architecture, "num_classes": len(self.training.labels)}
         if self.model_args:
             described["model_args"] = self.model_args
-        pretrained_cfg = {**self.pretrained_cfg, "num_classes": len(self.training.labels), "notes": notes}
+        pretrained_cfg = {**self.pretrained_cfg, "num_classes": len(self.training.labels)}
+        if isinstance(self.training, Training):
+            pretrained_cfg["notes"] = list(make_notes(True, self.training.thresholds))
         return {**described, "pretrained_cfg": pretrained_cfg, "label_names": list(self.training.labels)}
+
+    def card(self) -> str:
+        """The model card."""
+        if isinstance(self.training, Training):
+            return make_card(self.training, self.architecture)
+        return make_class_card(self.training, self.architecture)
 
 
 def write_tagger(tagged: Tagged, folder: Path, network: nn.Module, overwrite: bool = False) -> None:
@@ -69,7 +77,7 @@ def write_tagger(tagged: Tagged, folder: Path, network: nn.Module, overwrite: bo
         (partial / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
         config = json.dumps(tagged.config(), indent=2, ensure_ascii=False)
         (partial / "config.json").write_text(config + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(make_card(tagged.training, tagged.architecture), encoding="utf-8")
+        (partial / "README.md").write_text(tagged.card(), encoding="utf-8")
         _compare(partial, tagged, network)
         check_free(folder, overwrite)  # again: this took a while
 

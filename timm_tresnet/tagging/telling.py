@@ -1,0 +1,74 @@
+"""What a training says before it begins and while it runs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from timm_tresnet.tagging.settings import TrainingSettings
+from timm_tresnet.utils.images import printable
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar with the mean loss of the epoch so far."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=10)  # steps; on a GPU, reading the loss waits for it
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)  # of the log
+        return {**metrics, "loss": f"{pl_module.mean_loss:.3f}"}
+
+
+def tell_start(
+    network: Any,
+    settings: TrainingSettings,
+    images: tuple[int, int],
+    image_size: int,
+    device: str,
+    processes: int,
+    work: Path,
+) -> Iterator[str]:
+    """What is about to be trained, on what and how, a line at a time.
+
+    Args:
+        network: that is to be trained.
+        settings: of the training.
+        images: number of images to train on, and of those held out.
+        image_size: side of the images, in pixels.
+        device: "auto", "cpu", "cuda" or "mps".
+        processes: number of processes that train.
+        work: folder of the checkpoints.
+    """
+    share = -(-images[0] // processes)
+    batch = min(settings.batch_size, share)
+    yield (
+        f"{images[0]} images to train on, {images[1]} held out, {network.num_classes} labels; {settings.epochs} epochs "
+        f"of {share // batch} batches of {batch * processes}"
+    )
+    parameters = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    start = "random weights" if settings.from_scratch else f"the weights {settings.model}"
+    architecture = network.pretrained_cfg["architecture"]
+    yield f"{architecture} with {parameters:.2f} M parameters, from {start}, at {image_size}x{image_size} pixels"
+    chosen = choose_device(device)
+    times = f", {processes} processes" if processes > 1 else ""
+    yield (
+        f"{settings.opt}, learning rate {settings.lr:g}, {settings.sched}; {choose_precision(settings, chosen)} on "
+        f"{chosen}{times}; checkpoints go into {printable(work)}"
+    )
+
+
+def choose_device(device: str) -> str:
+    """The kind of device that "auto" stands for here, or the one that is named."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def choose_precision(settings: TrainingSettings, device: str) -> str:
+    """The precision that settings ask for, or else that of official training, which uses autocast on a GPU."""
+    return settings.precision or ("16-mixed" if device == "cuda" else "32-true")
