@@ -3,7 +3,14 @@ import json
 import pytest
 from PIL import Image
 
-from timm_tresnet.tagging.annotations import Reading, describe_left_out, read_annotations, read_names
+from timm_tresnet.tagging.annotations import (
+    Reading,
+    describe_left_out,
+    read_annotations,
+    read_names,
+    read_numbers,
+    read_other_names,
+)
 
 
 @pytest.fixture
@@ -20,8 +27,10 @@ def write(path, text, encoding="utf-8"):
 
 
 def read(path, **reading):
-    """Labels by file name relative to the folder, names, and what was left out."""
+    """Labels by file name relative to the folder, names, and what was left out; labels of images known in part."""
     found = read_annotations(path, Reading(**reading))
+    if found.partial:
+        return {each.path.name: (each.labels, each.absent) for each in found.examples}, found.names, found.left_out
     root = path if path.is_dir() else path.parent
     return {each.path.relative_to(root).as_posix(): each.labels for each in found.examples}, found.names, found.left_out
 
@@ -174,7 +183,7 @@ def test_a_column_can_be_named(folder):
 
 
 def test_a_folder_without_metadata_says_where_some_is(folder):
-    with pytest.raises(ValueError, match=r"needs to hold a metadata.jsonl, as dataset folders of the Hub do$"):
+    with pytest.raises(ValueError, match=r"needs to hold a metadata.jsonl, as .* of the Hub do, or a .txt"):
         read(folder)
     write(folder / "sub" / "metadata.jsonl", "")
     with pytest.raises(ValueError, match="there is one in sub"):
@@ -213,3 +222,247 @@ def test_names_come_one_a_line(folder):
     assert read_names(write(folder / "names.txt", "dog\n\n cat \n")) == ("dog", "cat")
     with pytest.raises(ValueError, match="names.txt needs labels that differ, got twice: dog"):
         read_names(write(folder / "names.txt", "dog\ndog\n"))
+
+
+COMBINATIONS = ["haze primary", "primary", "agriculture clear primary", "clear primary", "clear", "haze"]
+
+
+@pytest.mark.parametrize("form", ["x.csv", "metadata.jsonl"])
+def test_labels_with_spaces_between_them_are_not_trained_as_combinations(folder, form):
+    names = ["a.jpg", "b.jpg", "c.jpg", "sub/a.jpg", "a.jpg", "b.jpg"]
+    if form == "x.csv":
+        lines = ["image_name,tags", *(f"{name},{tags}" for name, tags in zip(names, COMBINATIONS, strict=True))]
+    else:
+        pairs = zip(names, COMBINATIONS, strict=True)
+        lines = [json.dumps({"file_name": name, "tags": tags}) for name, tags in pairs]
+    path = write(folder / form, "\n".join(lines))
+    with pytest.raises(ValueError, match="has labels such as .*: say --separator ' ' if these are several labels"):
+        read(path)
+    labels, names, _ = read(path, separator=" ")
+    assert names == ("agriculture", "clear", "haze", "primary")
+    assert labels["c.jpg"] == ("agriculture", "clear", "primary")
+    assert len(read(path, separator=";")[1]) == 6  # said to be one label each
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [["traffic light", "stop sign", "hot dog", "dog"], ["red bus;stop sign", "stop sign", "red bus", "red sign"]],
+    ids=["no_fewer", "usual_separator"],
+)
+def test_labels_may_hold_spaces(folder, cells):
+    names = ["a.jpg", "b.jpg", "c.jpg", "sub/a.jpg"]
+    lines = [f"{name},{cell}" for name, cell in zip(names, cells, strict=True)]
+    path = write(folder / "x.csv", "\n".join(["file,labels", *lines]))
+    expected = {name.strip() for cell in cells for name in cell.split(";")}
+    assert set(read(path)[1]) == expected
+
+
+@pytest.mark.parametrize("separator", ["/", "+"])
+def test_other_separators_are_asked_about_where_they_make_fewer_labels(folder, separator):
+    names = ["a.jpg", "b.jpg", "c.jpg", "sub/a.jpg"]
+    cells = [cell.replace(" ", separator) for cell in ("dog cat", "cat emu", "dog emu", "dog cat emu")]
+    lines = [f"{name},{cell}" for name, cell in zip(names, cells, strict=True)]
+    path = write(folder / "x.csv", "\n".join(["file,labels", *lines]))
+    with pytest.raises(ValueError, match=f"say --separator '[{separator}]'"):
+        read(path)
+    assert read(path, separator=separator)[1] == ("cat", "dog", "emu")
+    write(path, "file,labels\na.jpg,/m/01\nb.jpg,/m/02\n")
+    assert read(path)[1] == ("/m/01", "/m/02")
+
+
+def test_an_emoticon_is_no_reason_to_believe_in_semicolons(folder):
+    cells = ["1girl solo ;)", "1girl hat", "hat solo", "1girl solo hat"]
+    names = ["a.jpg", "b.jpg", "c.jpg", "sub/a.jpg"]
+    lines = [f"{name},{cell}" for name, cell in zip(names, cells, strict=True)]
+    with pytest.raises(ValueError, match="say --separator ' '"):
+        read(write(folder / "x.csv", "\n".join(["file,tags", *lines])))
+
+
+@pytest.mark.parametrize("header", ["image,labels", "ImageID,LabelName", "filepath,label", "Path,Tags"])
+def test_columns_are_found_by_their_usual_names(folder, header):
+    assert read(write(folder / "x.csv", f"{header}\na.jpg,cat;dog\n"))[1] == ("cat", "dog")
+
+
+def test_the_column_of_files_can_be_named(folder):
+    path = write(folder / "x.csv", "photo,labels\na.jpg,cat\n")
+    with pytest.raises(ValueError, match="one of them file or file_name, got .*--file-column names another"):
+        read(path)
+    assert read(path, file_column="photo")[0] == {"a.jpg": ("cat",)}
+    metadata = write(folder / "metadata.jsonl", '{"photo": "a.jpg", "labels": ["cat"]}')
+    assert read(metadata, file_column="photo")[0] == {"a.jpg": ("cat",)}
+
+
+def test_file_names_may_lack_their_suffix(folder):
+    Image.new("RGB", (8, 8)).save(folder / "v1.5.png")
+    path = write(folder / "x.csv", "ImageID,LabelName\na,cat\nv1.5,dog\na,dog\nsub/a,cat\n")
+    labels = {"a.jpg": ("cat", "dog"), "v1.5.png": ("dog",), "sub/a.jpg": ("cat",)}
+    assert read(path)[0] == labels
+    with pytest.raises(ValueError, match=r"names 1 of 1 files that do not exist, .*nothing"):
+        read(write(folder / "x.csv", "ImageID,LabelName\nnothing,cat\n"))
+
+
+def test_tabs_and_lists_of_pandas_are_read(folder):
+    path = write(folder / "x.tsv", "filepath\tlabel\na.jpg\t['it, is', 'dog']\nb.jpg\t[]\nc.jpg\t[3]\n")
+    assert read(path)[:2] == ({"a.jpg": ("dog", "it, is"), "c.jpg": ("3",)}, ("3", "dog", "it, is"))
+    with pytest.raises(ValueError, match="is not JSON"):
+        read(write(folder / "x.tsv", "file\tlabel\na.jpg\t[open('x')]\n"))
+
+
+def test_a_column_for_each_label_is_read_in_order(folder):
+    path = write(folder / "x.csv", "filename, Dog, Cat,size\na.jpg,1,0,8\nb.jpg,0,1.0,9\nc.jpg,0,0,9\n")
+    left_out = {"images without labels": 1, "columns that are not of 0 and 1": 1}
+    assert read(path) == ({"a.jpg": ("Dog",), "b.jpg": ("Cat",)}, ("Dog", "Cat"), left_out)
+    assert read(path, names=("Cat",), keep_empty=True)[0]["a.jpg"] == ()
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (["1,-1", "-1,1"], {"a.jpg": ("x",), "b.jpg": ("y",)}),  # CelebA
+        (["1,", ",1"], {"a.jpg": ("x",), "b.jpg": ("y",)}),
+        (["1,", "0,1"], {"a.jpg": (("x",), ()), "b.jpg": (("y",), ("x",))}),  # CheXpert
+        (["1,-1", "0,1"], {"a.jpg": (("x",), ()), "b.jpg": (("y",), ("x",))}),
+    ],
+    ids=["minus_one_for_no", "nothing_for_no", "nothing_for_unknown", "minus_one_for_unknown"],
+)
+def test_what_is_neither_0_nor_1_is_unknown_if_some_are_0(folder, cells, expected):
+    lines = [f"{name},{cell}" for name, cell in zip(("a.jpg", "b.jpg"), cells, strict=True)]
+    assert read(write(folder / "x.csv", "\n".join(["file,x,y", *lines])))[0] == expected
+
+
+def test_labels_that_were_looked_for_in_vain_are_known_and_others_are_not(folder):
+    lines = ["ImageID,Source,LabelName,Confidence", "a,v,/m/1,1", "a,v,/m/2,0", "b,v,/m/3,0", "c,v,/m/1,1"]
+    path = write(folder / "x.csv", "\n".join(lines))
+    images = {"a.jpg": (("/m/1",), ("/m/2",)), "b.jpg": ((), ("/m/3",)), "c.jpg": (("/m/1",), ())}
+    assert read(path)[:2] == (images, ("/m/1", "/m/2", "/m/3"))
+    write(path, "\n".join([*lines, "a,v,/m/1,0"]))  # two people, two answers
+    images["a.jpg"] = ((), ("/m/2",))
+    assert read(path)[::2] == (images, {"labels that an image has and lacks": 1})
+    with pytest.raises(ValueError, match='needs each confidence to be 0 or 1, got "0.7"'):
+        read(write(path, "\n".join([*lines, "b,m,/m/1,0.7"])))
+    with_all = "ImageID,LabelName,Confidence\na,/m/1,1\nb,/m/2,1\n"
+    assert read(write(path, with_all))[0] == {"a.jpg": ("/m/1",), "b.jpg": ("/m/2",)}  # nobody said no to anything
+
+
+def test_lvis_says_what_an_image_was_searched_for(folder):
+    content = json.loads(coco([(1, "x"), (2, "x")], [(1, 3)], [(3, "cat"), (18, "dog"), (20, "emu")]))
+    for image, negative, name in zip(content["images"], ([18], []), ("sub/a.jpg", "a.jpg"), strict=True):
+        del image["file_name"]
+        image |= {"coco_url": f"http://images.cocodataset.org/{name}", "neg_category_ids": negative}
+    content["images"][1]["coco_url"] = "http://images.cocodataset.org/sub/a.jpg"
+    path = write(folder / "x.json", json.dumps(content))
+    assert read(path)[0] == {"a.jpg": (("cat",), ("dog",))}
+    content["images"][0]["neg_category_ids"] = [4]
+    with pytest.raises(ValueError, match=r"needs images\[0\].neg_category_ids to be ids of categories, got 4"):
+        read(write(path, json.dumps(content)))
+
+
+CARD = """---
+dataset_info:
+  features:
+  - name: image
+    dtype: image
+  - name: labels
+    {kind}:
+      class_label:
+        names:
+          '0': dog
+          '1': cat
+          '2': emu
+---
+# Pets
+"""
+
+
+@pytest.mark.parametrize("kind", ["dtype", "sequence", "list"])
+@pytest.mark.parametrize("place", [".", ".."], ids=["beside", "above"])
+def test_numbers_of_a_hub_data_set_have_the_names_of_its_card(folder, kind, place):
+    path = write(folder / "sub" / "metadata.jsonl", '{"file_name": "a.jpg", "labels": [1, 0]}')
+    write(path.parent / place / "README.md", CARD.replace("{kind}", kind))
+    assert read(path)[:2] == ({"a.jpg": ("cat", "dog")}, ("dog", "cat", "emu"))
+    path.unlink()
+    path = write(folder / "sub" / "metadata.csv", "file_name,labels\na.jpg,1\n")
+    assert read(folder / "sub")[:2] == ({"a.jpg": ("cat",)}, ("dog", "cat", "emu"))
+    with pytest.raises(ValueError, match="are no number of one of the 3 names: 3"):
+        read(write(path, "file_name,labels\na.jpg,3\n"))
+
+
+@pytest.mark.parametrize("card", ["---\n: :\n  - [\n---\n", "---\ndataset_info: 3\n---\n", "# No data\n"])
+def test_a_card_that_does_not_help_leaves_numbers_or_says_why(folder, card):
+    write(folder / "README.md", card)
+    write(folder / "metadata.jsonl", '{"file_name": "a.jpg", "labels": [10, 9]}')
+    if ": :" in card:
+        with pytest.raises(ValueError, match="has a card beside it, .*README.md, that cannot be read"):
+            read(folder)
+    else:
+        assert read(folder)[1] == ("9", "10")  # by their value
+
+
+def test_numbers_are_indices_of_given_names(folder):
+    path = write(folder / "x.csv", "Id,Target\na,1 0\nb,2\n")
+    options = {"file_column": "Id", "column": "Target", "separator": " "}
+    assert read(path, **options, names=("dog", "cat", "emu"))[:2] == (
+        {"a.jpg": ("cat", "dog"), "b.jpg": ("emu",)},
+        ("dog", "cat", "emu"),
+    )
+    assert read(path, **options, names=("2", "1", "0"))[0]["b.jpg"] == ("2",)  # these are names themselves
+
+
+def test_text_beside_images_holds_their_labels(folder):
+    write(folder / "a.txt", "cat, red eyes\ndog\n")
+    write(folder / "sub" / "a.txt", "dog")
+    write(folder / "b.txt", "")
+    labels = {"a.jpg": ("cat", "dog", "red eyes"), "sub/a.jpg": ("dog",)}
+    left_out = {"images without a .txt": 1, "images without labels": 1}
+    assert read(folder) == (labels, ("cat", "dog", "red eyes"), left_out)
+    for name, text in (("a", "cat dog"), ("sub/a", "dog"), ("b", "cat"), ("c", "dog emu"), ("d", "cat emu")):
+        write(folder / f"{name}.txt", text)
+    Image.new("RGB", (8, 8)).save(folder / "d.jpg")
+    with pytest.raises(ValueError, match="say --separator ' '"):
+        read(folder)
+    assert read(folder, separator=" ")[1] == ("cat", "dog", "emu")
+
+
+def test_boxes_beside_images_are_their_labels_by_number(folder):
+    write(folder / "a.txt", "1 0.5 0.5 0.1 0.1\n0 0.5 0.5 0.1 0.1\n")
+    write(folder / "b.txt", "1 0.5 0.5 0.1 0.1 0.2 0.2\n")
+    assert read(folder, names=("dog", "cat"))[0] == {"a.jpg": ("cat", "dog"), "b.jpg": ("cat",)}
+
+
+def test_class_folders_are_one_label_an_image_where_they_are_asked_for(folder):
+    (folder / "sub10").mkdir()
+    (folder / "sub9" / "deep").mkdir(parents=True)
+    for name in ("sub10/a.jpg", "sub9/deep/a.jpg", "sub9/b.jpg"):
+        Image.new("RGB", (8, 8)).save(folder / name)
+    labels = {"sub/a.jpg": ("sub",), "sub10/a.jpg": ("sub10",), "sub9/deep/a.jpg": ("deep",), "sub9/b.jpg": ("sub9",)}
+    found, names, left_out = read(folder, class_folders=True)
+    assert found == labels
+    assert names == ("deep", "sub", "sub9", "sub10")  # as timm sorts them
+    assert left_out == {"images that are in no folder": 3}
+    with pytest.raises(ValueError, match="needs to hold a metadata.jsonl"):
+        read(folder)
+
+
+def test_labels_can_be_called_by_other_names(folder):
+    path = write(folder / "x.csv", "ImageID,LabelName,Confidence\na,/m/1,1\na,/m/2,0\nb,/m/3,1\n")
+    names = read_other_names(write(folder / "names.csv", 'LabelName,DisplayName\n/m/1,"red, round"\n/m/2,Dog\n'))
+    images = {"a.jpg": (("red, round",), ("Dog",)), "b.jpg": (("/m/3",), ())}
+    assert read(path, other_names=names)[:2] == (images, ("red, round", "Dog", "/m/3"))
+    with pytest.raises(ValueError, match="names.csv needs two columns, got 3 cells in line 1"):
+        read_other_names(write(folder / "names.csv", "a,b,c\n"))
+
+
+def test_numbers_come_one_a_label(folder):
+    path = write(folder / "n.csv", 'Classes,avg_pred\ncat,0.5\n"red, round",2\nemu,0\n')
+    assert read_numbers(path, ("red, round", "cat")) == {"red, round": 2, "cat": 0.5}
+    assert read_numbers(write(path, "cat,3\n"), ("cat",)) == {"cat": 3}
+    for text, message in (
+        ("cat,1\n", "n.csv has no number for 1 of 2 labels: dog"),
+        ("cat,1\ndog,many\n", 'needs a number from 0 on in line 2, got "many"'),
+        ("cat,1\ndog,-1\n", "needs a number from 0 on in line 2"),
+        ("cat,1\ndog,nan\n", "needs a number from 0 on in line 2"),
+        ("cat\n", "needs two columns, got 1 cells in line 1"),
+        ('cat,"1', "n.csv is no CSV"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_numbers(write(path, text), ("cat", "dog"))

@@ -1,0 +1,519 @@
+"""The forms in which people write down the labels of images, each read into rows."""
+
+import ast
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import metadata_load
+from yaml import YAMLError
+
+from timm_tresnet.conversion.reading import name_some
+from timm_tresnet.utils.errors import summarise
+from timm_tresnet.utils.images import find_images, printable
+from timm_tresnet.utils.schema import TEXT, Kind, Table, find_fault, show
+
+SEPARATOR = ";"
+_PLAIN_SEPARATORS = (";", ",", "|")  # which few labels hold
+_OTHER_SEPARATORS = (*_PLAIN_SEPARATORS, " ", "/", "+")
+_FILE_COLUMNS = ("file", "file_name", "filename", "filepath", "path", "image", "image_name", "image_path", "imageid")
+_FILE_COLUMNS += ("image_id",)
+_LABEL_COLUMNS = ("labels", "tags", "label", "labelname")
+_CONFIDENCE = "confidence"  # OpenImages: 1 for a label that somebody saw, 0 for one that somebody looked for in vain
+_STATES = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False} | dict.fromkeys(
+    ("", "-1", "-1.0", "nan")
+)
+_METADATA = ("metadata.jsonl", "metadata.csv")  # https://huggingface.co/docs/datasets/image_dataset
+_BOX = 5  # numbers in a line of YOLO's: class, centre, size
+
+_ID = Kind("a whole number or text", lambda value: type(value) is int or TEXT.fits(value))
+_LIST = Kind("a list", lambda value: isinstance(value, list))
+_COCO = Table(dict.fromkeys(("images", "annotations", "categories"), _LIST), ("images", "annotations", "categories"))
+_COCO_ENTRIES = {  # https://cocodataset.org/#format-data; area, iscrowd, bbox and so on do not matter here
+    "images": Table({"id": _ID, "file_name": TEXT, "coco_url": TEXT, "neg_category_ids": _LIST}, ("id",)),
+    "annotations": Table({"image_id": _ID, "category_id": _ID}, ("image_id", "category_id")),
+    "categories": Table({"id": _ID, "name": TEXT}, ("id", "name")),
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How annotations are read.
+
+    Args:
+        images: folder that file names are relative to; None for the one in which the annotations are.
+        separator: between labels in a cell or a text file; None for what is usual in the form.
+        column: of a table, the one with the labels; None for one that is named labels, tags or label.
+        names: the labels that there are, in order; None for those in the file.
+        skip_missing: leave out images whose files do not exist.
+        skip_unknown: leave out labels not among names, and COCO's annotations of unknown images and categories.
+        keep_empty: keep images that have none of the labels.
+        file_column: of a table, the one with the names of files; None for one that is named file, image or the like.
+        other_names: by which labels of the annotations are called instead.
+        class_folders: take a folder of folders as images that have their folder's name as their only label.
+    """
+
+    images: Path | None = None
+    separator: str | None = None
+    column: str | None = None
+    names: tuple[str, ...] | None = None
+    skip_missing: bool = False
+    skip_unknown: bool = False
+    keep_empty: bool = False
+    file_column: str | None = None
+    other_names: Mapping[str, str] | None = None
+    class_folders: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """What annotations say about an image in one place.
+
+    Args:
+        file: name of the image's file, perhaps without its suffix.
+        labels: that the image has.
+        absent: labels that the image is known to lack; None for all others.
+    """
+
+    file: str
+    labels: tuple[str, ...]
+    absent: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a file of annotations says.
+
+    Args:
+        rows: one or several for each image.
+        names: the labels, in the form's own order.
+        classes: names of labels that are numbers from 0 on, where the form has a place for them.
+    """
+
+    rows: list[Row]
+    names: tuple[str, ...]
+    classes: tuple[str, ...] | None = None
+
+
+_Reader = Callable[[Path, Reading, Counter[str]], Rows]
+
+
+def choose_reader(path: Path, class_folders: bool = False) -> tuple[_Reader, Path]:
+    """What reads annotations, and the file or folder that it reads.
+
+    Args:
+        path: as the user names it.
+        class_folders: whether a folder of folders is one of the forms.
+
+    Raises:
+        ValueError: if path is in no known form.
+    """
+    readers: dict[str, _Reader] = {
+        ".json": _read_coco,
+        ".csv": _read_table,
+        ".tsv": _read_table,
+        ".jsonl": _read_metadata,
+    }
+    if path.is_dir():
+        inside = next((path / name for name in _METADATA if (path / name).exists()), None)
+        if inside is not None:
+            return readers[inside.suffix], inside
+        images = list(find_images([path]))
+        if any(image.with_suffix(".txt").exists() for image in images):
+            return _read_sidecars, path
+        if class_folders and any(image.parent != path for image in images):
+            return _read_class_folders, path
+        below = sorted(str(each.parent.relative_to(path)) for name in _METADATA for each in path.glob(f"*/{name}"))
+        hint = f"; there is one in {name_some(below)}" if below else ", or a .txt with labels beside each image"
+        raise ValueError(f"{printable(path)} needs to hold a {_METADATA[0]}, as dataset folders of the Hub do{hint}")
+    if path.suffix.lower() not in readers:
+        raise ValueError(
+            f"{printable(path)} needs to be COCO's .json, a .csv of file and labels, or a folder with {_METADATA[0]} "
+            "or with a .txt beside each image"
+        )
+    return readers[path.suffix.lower()], path
+
+
+def read_text(path: Path) -> str:
+    """Text of a file in UTF-8.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is not UTF-8; what is missing in front is the file's name.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"needs to be text in UTF-8: {error}") from error
+
+
+def _parse_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON: {error}") from error
+
+
+def _read_coco(path: Path, reading: Reading, left_out: Counter[str]) -> Rows:
+    """COCO's, and LVIS's, which says for each image what else it was searched for in vain."""
+    content = _parse_json(read_text(path))
+    fault = find_fault(content, _COCO) or next(filter(None, _find_faulty_entries(content)), None)
+    if fault:
+        raise ValueError(f"{fault}; COCO's annotations have images, annotations and categories")
+    labels: dict[Any, list[str]] = {entry["id"]: [] for entry in content["images"]}
+    ascending = sorted(content["categories"], key=lambda entry: (isinstance(entry["id"], str), entry["id"]))
+    categories = {entry["id"]: entry["name"].strip() for entry in ascending}
+    if len(labels) < len(content["images"]) or len(categories) < len(content["categories"]):
+        raise ValueError("has an id twice among its images or its categories")
+    for index, entry in enumerate(content["annotations"]):
+        of_image, category = labels.get(entry["image_id"]), categories.get(entry["category_id"])
+        if of_image is not None and category is not None:
+            of_image.append(category)
+        elif reading.skip_unknown:
+            left_out["annotations of unknown images or categories"] += 1
+        else:
+            what = "image_id" if of_image is None else "category_id"
+            raise ValueError(
+                f"needs annotations[{index}].{what} to be the id of one of the others, got {show(entry[what])}; "
+                "--skip-unknown leaves such annotations out"
+            )
+    partial = any("neg_category_ids" in entry for entry in content["images"])
+    rows = [
+        Row(
+            _name_coco_file(entry),
+            tuple(labels[entry["id"]]),
+            tuple(categories[each] for each in entry.get("neg_category_ids", ())) if partial else None,
+        )
+        for entry in content["images"]
+    ]
+    return Rows(rows, tuple(categories.values()))
+
+
+def _find_faulty_entries(content: dict[str, list[Any]]) -> Iterator[str | None]:
+    for part, table in _COCO_ENTRIES.items():
+        for index, entry in enumerate(content[part]):
+            yield find_fault(entry, table, f"{part}[{index}]")
+    known = {entry["id"] for entry in content["categories"]}
+    for index, entry in enumerate(content["images"]):
+        if "file_name" not in entry and "coco_url" not in entry:
+            yield f"needs images[{index}].file_name, which is missing"
+        for each in entry.get("neg_category_ids", ()):
+            if not _ID.fits(each) or each not in known:
+                yield f"needs images[{index}].neg_category_ids to be ids of categories, got {show(each)}"
+
+
+def _name_coco_file(entry: dict[str, Any]) -> str:
+    """LVIS's entries have no file_name; the last two parts of the address are COCO's folder and file."""
+    name: str = entry.get("file_name") or "/".join(entry["coco_url"].split("/")[-2:])
+    return name
+
+
+def _read_table(path: Path, reading: Reading, left_out: Counter[str]) -> Rows:
+    """CSV: a column of labels, with or without one of confidences, or a column for each label."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    lines = csv.reader(read_text(path).splitlines(keepends=True), delimiter=delimiter, strict=True)
+    try:
+        header = [name.strip() for name in next(lines, [])]
+        table = []
+        for line in lines:
+            if line and len(line) != len(header):
+                raise ValueError(
+                    f"has {len(line)} cells in line {lines.line_num}, and {len(header)} in its first; put a cell that "
+                    f'holds commas in quotes, as in photo.jpg,"red, round{reading.separator or SEPARATOR}cat"'
+                )
+            if line:
+                table.append([cell.strip() for cell in line])
+    except csv.Error as error:
+        raise ValueError(f"is no CSV in line {lines.line_num}: {error}") from error
+    file = _find_column(header, _FILE_COLUMNS, reading.file_column)
+    labels = _find_column(header, _LABEL_COLUMNS, reading.column)
+    if file is None:
+        raise _miss_column(header, _FILE_COLUMNS[:2], reading.file_column, "--file-column")
+    if labels is None and reading.column is None:
+        rows = _read_one_hot(header, table, file, reading, left_out)
+        if rows is not None:
+            return rows
+    if labels is None:
+        raise _miss_column(header, _LABEL_COLUMNS[:3], reading.column, "--column")
+    cells = _split_cells([line[labels] for line in table], reading.separator, SEPARATOR)
+    confidence = _find_column(header, (_CONFIDENCE,), None)
+    if confidence is None:
+        rows = [Row(line[file], names) for line, names in zip(table, cells, strict=True)]
+    else:
+        rows = list(_weigh_rows(table, cells, file, confidence))
+    return Rows(rows, _collect_names(rows), _read_classes(path, header[labels]))
+
+
+def _find_column(header: Sequence[str], usual: Sequence[str], wanted: str | None) -> int | None:
+    if wanted:
+        return header.index(wanted) if wanted in header else None
+    lower = [name.lower() for name in header]
+    return next((lower.index(name) for name in usual if name in lower), None)
+
+
+def _miss_column(header: Sequence[str], usual: Sequence[str], wanted: str | None, flag: str) -> ValueError:
+    one_hot = "" if wanted or flag != "--column" else ", or a column of 0 and 1 for each label"
+    return ValueError(
+        f"needs a first line that names its columns, one of them {' or '.join((wanted,) if wanted else usual)}"
+        f"{one_hot}, got {show(','.join(header))}; {flag} names another"
+    )
+
+
+def _weigh_rows(
+    table: Sequence[Sequence[str]], cells: Sequence[tuple[str, ...]], file: int, confidence: int
+) -> Iterator[Row]:
+    """Rows with a confidence of 0 or 1; if none is 0, nobody said that anything else was looked for."""
+    states = []
+    for line in table:
+        state = _STATES.get(line[confidence].lower())
+        if state is None:
+            raise ValueError(
+                f"needs each {_CONFIDENCE} to be 0 or 1, got {show(line[confidence])}; leave out labels that nobody "
+                "checked, or rename the column"
+            )
+        states.append(state)
+    partial = not all(states)
+    for line, names, state in zip(table, cells, states, strict=True):
+        yield Row(line[file], names if state else (), (() if state else names) if partial else None)
+
+
+def _read_one_hot(
+    header: Sequence[str], table: Sequence[Sequence[str]], file: int, reading: Reading, left_out: Counter[str]
+) -> Rows | None:
+    """A column of 0 and 1 for each label; -1 or nothing for what nobody checked. None if there are no such columns.
+
+    Where no cell is 0, what is not 1 is absent: files have 1 and -1 (CelebA), or 1 and nothing.
+    """
+    columns = []
+    for index, name in enumerate(header):
+        cells = {line[index].lower() for line in table}
+        if index != file and (not reading.names or name in reading.names) and cells <= _STATES.keys() and cells != {""}:
+            columns.append(index)
+    if not columns or not table:
+        return None
+    others = len(header) - 1 - len(columns)
+    left_out["columns that are not of 0 and 1"] += 0 if reading.names else others
+    states = [{header[index]: _STATES[line[index].lower()] for index in columns} for line in table]
+    no_zeros = not any(state is False for line in states for state in line.values())
+    complete = no_zeros or not any(state is None for line in states for state in line.values())
+    rows = [
+        Row(
+            line[file],
+            tuple(name for name, state in of_line.items() if state),
+            None if complete else tuple(name for name, state in of_line.items() if state is False),
+        )
+        for line, of_line in zip(table, states, strict=True)
+    ]
+    return Rows(rows, tuple(header[index] for index in columns))
+
+
+def _split_cells(cells: Sequence[str], separator: str | None, usual: str | None) -> list[tuple[str, ...]]:
+    """Labels in each cell, a JSON list or separated.
+
+    Raises:
+        ValueError: if no separator is given and another than the usual one seems to separate labels.
+    """
+    if separator is None:
+        _check_separator(cells, usual)
+    return [_split(cell, separator or usual) for cell in cells]
+
+
+def _check_separator(cells: Sequence[str], usual: str | None) -> None:
+    """Refuse to guess: without the usual separator, labels that are separated otherwise look like one label.
+
+    A comma or the like is reason enough to ask. A space, which is in many labels, is one only where splitting there
+    gives fewer labels than there would be, as combinations of the same few do.
+    """
+    plain = [cell for cell in cells if not cell.startswith("[")]
+    usual_count = sum(usual in cell for cell in plain) if usual else 0
+    seldom = usual is not None and not usual_count and len(plain) == len(cells)
+    whole = {name for cell in plain for name in _split(cell, usual)}
+    for other in _OTHER_SEPARATORS:
+        having = [cell for cell in plain if other in cell]
+        if other == usual or not having or len(having) <= 2 * usual_count:
+            continue
+        fewer = len({name for cell in plain for name in _split(cell, other)}) < len(whole)
+        if fewer or (seldom and other in _PLAIN_SEPARATORS):
+            raise ValueError(
+                f"has labels such as {show(having[0])}: say --separator {other!r} if these are several labels, or "
+                f"--separator {usual or SEPARATOR!r} if it is one"
+            )
+
+
+def _split(cell: str, separator: str | None) -> tuple[str, ...]:
+    if cell.startswith("["):
+        return _as_names(_parse_list(cell), "a cell that begins with [")
+    names = cell.split(separator) if separator else [cell]
+    return tuple(name.strip() for name in names if name.strip())
+
+
+def _parse_list(cell: str) -> Any:
+    """A list as JSON has it, or as Python prints it, which is what pandas writes."""
+    try:
+        return _parse_json(cell)
+    except ValueError:
+        try:
+            value = ast.literal_eval(cell)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            value = None
+        if not isinstance(value, list) or not all(isinstance(each, str | int) for each in value):
+            raise
+        return value
+
+
+def _as_names(value: Any, called: str) -> tuple[str, ...]:
+    """Names of labels: text, a number, or a list of these."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(_ID.fits(each) for each in values):
+        raise ValueError(f"needs {called} to be a label or a list of labels, each {_ID.words}, got {show(value)}")
+    return tuple(name for name in (str(each).strip() for each in values) if name)
+
+
+def _read_metadata(path: Path, reading: Reading, left_out: Counter[str]) -> Rows:
+    """metadata.jsonl of a dataset folder of the Hub; a string is one label unless a separator is given."""
+    column, entries = reading.column or "", []
+    wanted_file = reading.file_column or "file_name"
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = _parse_json(line)
+            fault = find_fault(entry, Table({wanted_file: TEXT}, (wanted_file,)))
+            if fault:
+                raise ValueError(fault)
+            column = reading.column or next((name for name in _LABEL_COLUMNS if name in entry), "")
+            if column not in entry:
+                wanted = reading.column or " or ".join(_LABEL_COLUMNS[:3])
+                raise ValueError(
+                    f"needs a column {wanted}, got {name_some(sorted(entry))}; name the one with labels with --column"
+                )
+            entries.append((entry[wanted_file], entry[column], _as_names(entry[column], column)))
+        except ValueError as error:
+            raise ValueError(f"{error} (line {number})") from error
+    strings = iter(_split_cells([value for _, value, _ in entries if isinstance(value, str)], reading.separator, None))
+    rows = [Row(file, next(strings) if isinstance(value, str) else names) for file, value, names in entries]
+    return Rows(rows, _collect_names(rows), _read_classes(path, column))
+
+
+def _read_classes(path: Path, column: str) -> tuple[str, ...] | None:
+    """Names of a column's numbers, from the card of the dataset folder that metadata is in; None if it has none."""
+    if path.name not in _METADATA:
+        return None
+    card = next((each for each in (path.with_name("README.md"), path.parents[1] / "README.md") if each.exists()), None)
+    if card is None:
+        return None
+    try:
+        described = (metadata_load(card) or {}).get("dataset_info")
+    except (ValueError, YAMLError) as error:
+        raise ValueError(f"has a card beside it, {printable(card)}, that cannot be read: {summarise(error)}") from error
+    for configuration in described if isinstance(described, list) else [described]:
+        for feature in configuration.get("features") or () if isinstance(configuration, dict) else ():
+            if isinstance(feature, dict) and feature.get("name") == column:
+                names = _find_class_label(feature)
+                if names is not None:
+                    return names
+    return None
+
+
+def _find_class_label(feature: Any) -> tuple[str, ...] | None:
+    """Names of a feature that is a ClassLabel or a list of them, as `datasets` writes them: {"0": name, ...}."""
+    if not isinstance(feature, dict):
+        return None
+    label = feature.get("class_label")
+    if isinstance(label, dict):
+        names = label.get("names")
+        if isinstance(names, dict) and {str(key) for key in names} == {str(index) for index in range(len(names))}:
+            return tuple(str(names[key]) for key in sorted(names, key=int))
+        return tuple(map(str, names)) if isinstance(names, list) else None
+    found = (_find_class_label(feature.get(part)) for part in ("dtype", "sequence", "list", "feature"))
+    return next((names for names in found if names is not None), None)
+
+
+def _read_sidecars(path: Path, reading: Reading, left_out: Counter[str]) -> Rows:
+    """A .txt beside each image: labels with commas or line ends between them, or YOLO's boxes."""
+    images = list(find_images([path]))
+    texts = {image: image.with_suffix(".txt") for image in images}
+    left_out["images without a .txt"] += sum(not text.exists() for text in texts.values())
+    contents = {str(image.relative_to(path)): read_text(text) for image, text in texts.items() if text.exists()}
+    boxes = [line.split() for content in contents.values() for line in content.splitlines() if line.strip()]
+    if boxes and all(map(_is_box, boxes)):
+        rows = [
+            Row(file, tuple(line.split()[0] for line in content.splitlines() if line.strip()))
+            for file, content in contents.items()
+        ]
+    else:
+        lines = [(file, line.strip()) for file, content in contents.items() for line in content.splitlines() or [""]]
+        cells = _split_cells([line for _, line in lines], reading.separator, ",")
+        rows = [Row(file, names) for (file, _), names in zip(lines, cells, strict=True)]
+    return Rows(rows, _collect_names(rows))
+
+
+def _is_box(words: Sequence[str]) -> bool:
+    return len(words) >= _BOX and words[0].isdecimal() and all(_is_share(word) for word in words[1:])
+
+
+def _is_share(word: str) -> bool:
+    try:
+        return 0 <= float(word) <= 1
+    except ValueError:
+        return False
+
+
+def _read_class_folders(path: Path, reading: Reading, left_out: Counter[str]) -> Rows:
+    """A folder for each label, named after it; as in timm, only the last folder of a path counts."""
+    from timm.utils import natural_key
+
+    images = [image.relative_to(path) for image in find_images([path])]
+    left_out["images that are in no folder"] += sum(len(image.parts) == 1 for image in images)
+    rows = [Row(str(image), (image.parent.name,)) for image in images if len(image.parts) > 1]
+    return Rows(rows, tuple(sorted({name for row in rows for name in row.labels}, key=natural_key)))
+
+
+def _collect_names(rows: Iterable[Row]) -> tuple[str, ...]:
+    """Names sorted, numbers by their value."""
+    names = {name for row in rows for name in (*row.labels, *(row.absent or ()))}
+    return tuple(sorted(names, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name)))
+
+
+def name_numbers(found: Rows, names: tuple[str, ...] | None) -> Rows:
+    """Put names in the place of labels that are numbers from 0 on.
+
+    Args:
+        found: in which the labels may be numbers.
+        names: of the labels, in order, for a form without names of its own.
+
+    Returns:
+        The same if its labels are not all numbers, or there are no names for them.
+
+    Raises:
+        ValueError: if a number is too large.
+    """
+    listed = found.classes or names
+    if not listed or not all(name.isdecimal() for name in found.names) or any(name.isdecimal() for name in listed):
+        return found
+    beyond = [name for name in found.names if int(name) >= len(listed)]
+    if beyond:
+        raise ValueError(f"has labels that are no number of one of the {len(listed)} names: {name_some(beyond)}")
+    return _rename(found, {name: listed[int(name)] for name in found.names}, tuple(listed))
+
+
+def rename(found: Rows, names: Mapping[str, str]) -> Rows:
+    """Call labels by other names; those that have none keep theirs."""
+    renamed = tuple(dict.fromkeys(names.get(name, name) for name in found.names))
+    return _rename(found, {name: names.get(name, name) for name in found.names}, renamed)
+
+
+def _rename(found: Rows, new: Mapping[str, str], names: tuple[str, ...]) -> Rows:
+    rows = [
+        replace(
+            row,
+            labels=tuple(new[name] for name in row.labels),
+            absent=None if row.absent is None else tuple(new[name] for name in row.absent),
+        )
+        for row in found.rows
+    ]
+    return Rows(rows, names)
