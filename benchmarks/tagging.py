@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=new_file, metavar="FILE", help="file for the results, must not exist yet")
     settings = parser.parse_args(words)
     command = format_command(__file__, words)
-    packages = ("lightning", "torchmetrics", "torchvision")
+    packages = ("lightning", "torchvision")
     results = start_results(command, "cpu", settings, unrecorded=("data", "work"), packages=packages)
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -1,11 +1,12 @@
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from tagged import LABELS, write_images
 
-from timm_tresnet.tagging.annotations import read_annotations
+from timm_tresnet.tagging.annotations import Example, read_annotations
 from timm_tresnet.tagging.data import EpochSampler, LabelledImages, make_loader, mix_seed
 from timm_tresnet.tagging.transforms import make_transform
 
@@ -103,3 +104,13 @@ def test_images_are_read_as_classify_reads_them(tmp_path, examples):
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(examples[0].path)  # transparent: white
     images = LabelledImages(examples, LABELS, make_transform(32, [0.0], [1.0], 0, 0), 32)
     assert images[0, 0]["image"].min() == 1
+
+
+def test_targets_say_what_is_known():
+    examples = [Example(Path("a"), ("x",)), Example(Path("b"), ("y",), ("x",)), Example(Path("c"), (), ())]
+    images = LabelledImages(examples, ("x", "y", "z"), None, 32)
+    assert [images.make_target(index).tolist() for index in range(3)] == [[1, 0, 0], [0, 1, -1], [-1, -1, -1]]
+    assert images.count_labels().tolist() == [1, 1, 0]
+    assert images.count_absent().tolist() == [1, 1, 1]
+    less = LabelledImages([*examples[:2], Example(Path("c"), ())], ("x", "y", "z"), None, 32)
+    assert images.fingerprint() != less.fingerprint()

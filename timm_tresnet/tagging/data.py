@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from timm_tresnet.tagging.annotations import Example
+from timm_tresnet.tagging.scores import UNKNOWN
 from timm_tresnet.utils.images import read_image
 
 
 class LabelledImages(Dataset):
-    """Images with a target of 0 or 1 for each label.
+    """Images with a target for each label: 1 if it is there, 0 if it is absent, -1 where nobody knows.
 
     What is drawn for an image depends on the seed, the epoch and the image alone: not on the process or the worker that
     draws it, nor on what was drawn before. So a run that is resumed sees what it would have seen.
@@ -26,8 +27,9 @@ class LabelledImages(Dataset):
         examples: the images.
         names: the labels, in the order of the network's outputs.
         transform: from `PIL.Image.Image` to a tensor of one shape.
-        image_size: side of that tensor, for the image that stands for one that cannot be read.
+        image_size: side of that tensor, or height and width, for the image that stands for one that cannot be read.
         seed: of what the transform draws.
+        upright: turn images as their cameras were held.
     """
 
     def __init__(
@@ -35,16 +37,21 @@ class LabelledImages(Dataset):
         examples: Sequence[Example],
         names: Sequence[str],
         transform: Callable[[Any], Tensor],
-        image_size: int,
+        image_size: int | tuple[int, int],
         seed: int = 0,
+        upright: bool = True,
     ) -> None:
         positions = {name: position for position, name in enumerate(names)}
         self.paths = [example.path for example in examples]
         self._labels = [[positions[label] for label in example.labels] for example in examples]
+        self._absent = [
+            None if example.absent is None else [positions[label] for label in example.absent] for example in examples
+        ]
         self._num_labels = len(names)
         self._transform = transform
-        self._image_size = image_size
+        self._stand_in_shape = (3, *(2 * [image_size] if isinstance(image_size, int) else image_size))
         self._seed = seed
+        self._upright = upright
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -52,23 +59,41 @@ class LabelledImages(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         """The image of an index in an epoch: "image", "target", "index", and "readable", False where it is all 0."""
         epoch, index = key
-        target = torch.zeros(self._num_labels)
-        target[self._labels[index]] = 1
         with _seeded(mix_seed(self._seed, epoch, index)):
             try:
-                image, readable = self._transform(read_image(self.paths[index])), True
+                image, readable = self._transform(read_image(self.paths[index], self._upright)), True
             except ValueError:  # one bad file must not end a run of days; who trains is told how many there are
-                image, readable = torch.zeros(3, self._image_size, self._image_size), False
-        return {"image": image, "target": target, "index": index, "readable": readable}
+                image, readable = torch.zeros(self._stand_in_shape), False
+        return {"image": image, "target": self.make_target(index), "index": index, "readable": readable}
+
+    def make_target(self, index: int) -> Tensor:
+        """1, 0 or -1 for each label of an image."""
+        absent = self._absent[index]
+        target = torch.full((self._num_labels,), 0.0 if absent is None else float(UNKNOWN))
+        target[absent or []] = 0
+        target[self._labels[index]] = 1
+        return target
 
     def fingerprint(self) -> str:
-        """A hash of the files' names and their labels."""
-        content = json.dumps([[str(path), labels] for path, labels in zip(self.paths, self._labels, strict=True)])
+        """A hash of the files' names and what is known of their labels."""
+        parts = zip(self.paths, self._labels, self._absent, strict=True)
+        content = json.dumps(
+            [[str(path), labels] if absent is None else [str(path), labels, absent] for path, labels, absent in parts]
+        )
         return hashlib.sha256(content.encode(errors="surrogateescape")).hexdigest()
 
     def count_labels(self) -> Tensor:
         """How many images have each label."""
-        flat = torch.tensor([label for labels in self._labels for label in labels], dtype=torch.long)
+        return self._count(self._labels)
+
+    def count_absent(self) -> Tensor:
+        """How many images are known to lack each label."""
+        complete = [labels for labels, absent in zip(self._labels, self._absent, strict=True) if absent is None]
+        lacking = len(complete) - self._count(complete)
+        return lacking + self._count([absent for absent in self._absent if absent is not None])
+
+    def _count(self, positions: Sequence[Sequence[int]]) -> Tensor:
+        flat = torch.tensor([position for part in positions for position in part], dtype=torch.long)
         return flat.bincount(minlength=self._num_labels)
 
 

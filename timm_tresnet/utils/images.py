@@ -61,11 +61,12 @@ def printable(path: Path) -> str:
     return "".join(escaped)
 
 
-def read_image(path: Path) -> Any:
+def read_image(path: Path, upright: bool = True) -> Any:
     """Read an image file, turned as its camera was held: the first frame, in 8 bits, on white where it is transparent.
 
     Args:
         path: the file, in one of `FORMATS`.
+        upright: turn the image as its camera was held; False for the pixels as they are stored.
 
     Returns:
         A `PIL.Image.Image` in mode RGB.
@@ -86,7 +87,7 @@ def read_image(path: Path) -> Any:
             warnings.simplefilter("ignore")  # of what Pillow puts right
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=list(FORMATS)) as image:
-                return _to_rgb(image)
+                return _to_rgb(image, upright)
     except UnidentifiedImageError as error:
         raise ValueError(f"not an image in {', '.join(FORMATS)}") from error
     except Image.DecompressionBombWarning as error:
@@ -97,7 +98,7 @@ def read_image(path: Path) -> Any:
         raise ValueError(summarise(error)) from error
 
 
-def _to_rgb(image: Any) -> Any:
+def _to_rgb(image: Any, upright: bool) -> Any:
     from PIL import Image, ImageOps
 
     short, long = sorted(image.size)
@@ -105,7 +106,7 @@ def _to_rgb(image: Any) -> Any:
         raise ValueError(f"{image.width}x{image.height} pixels, one side is over {_LARGEST_RATIO} times the other")
     tags = getattr(image, "tag_v2", {})  # of TIFF; gone once the image is turned
     deep = image.mode in _16_BITS or (image.mode == "I" and image.format == "PNG")
-    image = ImageOps.exif_transpose(image)
+    image = ImageOps.exif_transpose(image) if upright else image
     if deep:
         image = _from_16_bits(image, 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1, tags.get(_PHOTOMETRIC) == 0)
     if image.mode in ("I", "F"):
