@@ -8,41 +8,11 @@ from tagged import SMALL
 from torch import nn
 
 pytest.importorskip("lightning.pytorch", reason="install lightning, of the extra tagging")
-pytest.importorskip("torchmetrics", reason="install torchmetrics, of the extra tagging")
 
 from timm_tresnet.tagging.module import Tagger
 from timm_tresnet.tagging.scores import score
 from timm_tresnet.tagging.settings import ClassSettings, Settings
 from timm_tresnet.tagging.tasks import make_task
-
-
-def official_loss(logits, targets, gamma_neg=4, gamma_pos=0, clip=0.05):
-    """The asymmetric loss term by term (arXiv:2009.14119, "Asymmetric Loss"); its focusing weights have no gradient."""
-    total = torch.zeros((), dtype=logits.dtype)
-    for logit, target in zip(logits.flatten(), targets.flatten(), strict=True):
-        probability = logit.sigmoid()
-        if target == 1:
-            total = total - (1 - probability).detach() ** gamma_pos * probability.log()
-        else:
-            shifted = (probability - clip).clamp(min=0)
-            total = total - shifted.detach() ** gamma_neg * (1 - shifted).log()
-    return total
-
-
-def test_the_loss_is_the_official_one_with_its_gradient():
-    logits = (torch.randn(6, 5, dtype=torch.float64) * 3).requires_grad_()
-    targets = (torch.rand(6, 5) < 0.3).double()
-    expected = torch.autograd.grad(official_loss(logits, targets), logits)[0]
-    loss = make_task(Settings()).make_loss()
-    found = torch.autograd.grad(loss(logits, targets), logits)[0]
-    torch.testing.assert_close(loss(logits, targets).double(), official_loss(logits, targets), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
-
-
-def test_plain_cross_entropy_is_summed_too():
-    logits, targets = torch.randn(6, 5), torch.randint(2, (6, 5)).float()
-    expected = official_loss(logits, targets, gamma_neg=0, clip=0)
-    torch.testing.assert_close(make_task(Settings(loss="bce")).make_loss()(logits, targets), expected)
 
 
 def test_the_loss_of_classes_is_that_of_timm_with_smoothing():

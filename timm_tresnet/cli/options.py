@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def new_file(text: str) -> Path:
@@ -43,6 +44,64 @@ def image_size(text: str) -> int:
     if size < 32 or size % 4:
         raise argparse.ArgumentTypeError(f"needs a multiple of 4 from 32 on, got {size}")
     return size
+
+
+def add_reading_options(parser: Any) -> None:
+    """Add the options of how annotations are read, those of `timm_tresnet.tagging.forms.Reading`, to a parser or group.
+
+    Args:
+        parser: where to; `make_reading` takes the options.
+    """
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="that file names are relative to (default: the annotations')"
+    )
+    parser.add_argument(
+        "--labels", type=Path, metavar="FILE", help="the labels, one a line (default: those in ANNOTATIONS)"
+    )
+    parser.add_argument(
+        "--other-names",
+        type=Path,
+        metavar="FILE",
+        help="a .csv of labels in ANNOTATIONS and the names to call them by, as OpenImages' class-descriptions.csv",
+    )
+    parser.add_argument(
+        "--separator", metavar="TEXT", help="between labels (default: ; in a table, a comma in a .txt beside an image)"
+    )
+    parser.add_argument("--column", metavar="NAME", help="with the labels (default: labels, tags, label or LabelName)")
+    parser.add_argument(
+        "--file-column", metavar="NAME", help="with the names of files (default: file, file_name, image or the like)"
+    )
+    parser.add_argument("--skip-missing", action="store_true", help="leave out images whose files do not exist")
+    parser.add_argument(
+        "--skip-unknown", action="store_true", help="leave out labels that are not in --labels or ANNOTATIONS"
+    )
+    parser.add_argument(
+        "--keep-empty", action="store_true", help="keep images without labels (default: they are left out)"
+    )
+
+
+def make_reading(options: dict[str, Any], **others: Any) -> Any:
+    """A `timm_tresnet.tagging.forms.Reading` of `READING_OPTIONS`.
+
+    Raises:
+        OSError: if a file that is named cannot be read.
+        ValueError: if it is not what it should be.
+    """
+    from timm_tresnet.tagging.annotations import Reading, read_names, read_other_names
+
+    fields = dict(options)
+    labels, other_names = fields.pop("labels"), fields.pop("other_names")
+    return Reading(
+        **fields,
+        names=read_names(labels) if labels else None,
+        other_names=read_other_names(other_names) if other_names else None,
+        **others,
+    )
+
+
+READING_OPTIONS = ("images", "labels", "other_names", "separator", "column", "file_column")
+READING_OPTIONS += ("skip_missing", "skip_unknown", "keep_empty")
+FORMS = "a .json of COCO or LVIS, a .csv or .tsv, a folder with metadata.jsonl or with a .txt beside each image"
 
 
 def add_comparison_options(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from timm_tresnet.tagging.data import mix_seed
-from timm_tresnet.tagging.settings import ClassSettings, TrainingSettings
+from timm_tresnet.tagging.settings import ClassSettings, Settings, TrainingSettings
 from timm_tresnet.tagging.tasks import make_task
 
 NETWORKS = ("network", "average")  # what is measured: as it is trained, and its moving average
@@ -28,18 +28,21 @@ class Tagger(pl.LightningModule):
         network: gives logits (N, labels).
         settings: of the training.
         held_out: number of held-out images.
+        loss: of logits and targets, summed over images; None for that of the settings alone.
     """
 
     average: ModelEmaV3
     loss: nn.Module
 
-    def __init__(self, network: nn.Module, settings: TrainingSettings, held_out: int) -> None:
+    def __init__(
+        self, network: nn.Module, settings: TrainingSettings, held_out: int, loss: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.network = network
         self.settings = settings
         self.held_out = held_out
         self.task = make_task(settings)
-        self.loss = self.task.make_loss()
+        self.loss = loss or self.task.make_loss()
         # Not a submodule: neither DistributedDataParallel nor Lightning's modes and devices are to see it.
         self._warms_up = isinstance(settings, ClassSettings)  # the average; official training of taggers does not
         self.__dict__["average"] = ModelEmaV3(network, decay=settings.ema_decay, use_warmup=self._warms_up)
@@ -49,6 +52,9 @@ class Tagger(pl.LightningModule):
         self.unmeasured: list[int] = []  # of held-out images that could not be read in the last epoch
         self._averaged_steps = 0
         self._loss_sum, self._loss_count = torch.zeros(()), 0
+        # How probable the network found each label in training, the estimate of arXiv:2110.10955 for how common it is.
+        self.predicted_sum, self.predicted_count = torch.zeros(int(network.num_classes)), 0  # type: ignore[arg-type]
+        self._predicted = torch.zeros_like(self.predicted_sum)
         self._measured: list[dict[str, Tensor]] = []
 
     def configure_optimizers(self) -> Any:
@@ -85,6 +91,7 @@ class Tagger(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self._loss_sum, self._loss_count = torch.zeros((), device=self.device), 0
+        self._predicted = torch.zeros(self.predicted_sum.shape, device=self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout then depends on the step alone, in a run that is resumed too.
@@ -97,6 +104,8 @@ class Tagger(pl.LightningModule):
         if not readable.all():
             self.unreadable.update(batch["index"][~readable].tolist())
         self._loss_sum += loss.detach()
+        if isinstance(self.settings, Settings):
+            self._predicted += logits[readable].detach().sigmoid().sum(0)
         count = int(readable.sum())
         self._loss_count += count
         return loss / max(1, count) if self.task.averages else loss
@@ -131,6 +140,8 @@ class Tagger(pl.LightningModule):
         loss = self._gather(torch.stack([self._loss_sum, torch.full_like(self._loss_sum, self._loss_count)])[None]).sum(
             0
         )
+        self.predicted_sum = self.predicted_sum + self._gather(self._predicted[None]).sum(0)
+        self.predicted_count += int(loss[1])
         if not loss[1]:
             raise ValueError("none of the images to train on can be read")
         row: dict[str, Any] = {"epoch": self.current_epoch + 1, "loss": (loss[0] / loss[1]).item()}
@@ -178,6 +189,7 @@ class Tagger(pl.LightningModule):
             "best": self.best,
             "history": self.history,
             "unreadable": sorted(self.unreadable),
+            "predicted": (self.predicted_sum, self.predicted_count),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -185,3 +197,4 @@ class Tagger(pl.LightningModule):
         self.average.module.load_state_dict(kept["average"])
         self._averaged_steps = kept["averaged_steps"]
         self.best, self.history, self.unreadable = kept["best"], kept["history"], set(kept["unreadable"])
+        self.predicted_sum, self.predicted_count = kept["predicted"]

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 LOSSES = ("asl", "bce")
+UNKNOWNS = ("ignore", "negative", "selective")
 SCHEDULES = ("onecycle", "cosine", "step", "poly", "tanh")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -63,6 +64,14 @@ class Settings(TrainingSettings):
         gamma_neg: focusing of the asymmetric loss on labels that an image lacks.
         gamma_pos: focusing on those that it has.
         clip: probability up to which a label that an image lacks costs nothing.
+        unknown: what becomes of labels of which nobody knows whether they are there: one of `UNKNOWNS`, to leave them
+            out of the loss, to take them as absent, or to decide by how probable they are.
+        gamma_unknown: focusing on them, where unknown is "selective", as are the next three.
+        unknown_top_k: how many of them, the most probable ones, are left out, an image of the batch on average.
+        prior: how often each label is there, by its name; None if nobody says.
+        prior_threshold: from which on labels are so common that they are left out where nobody knows.
+        pos_weight: how much each label counts where it is there, by its name; "balanced" for as much as where it is
+            absent, None for 1.
         cutout: side of the square that is painted over, as a share of the image's; 0 for none.
         randaugment: magnitude of RandAugment, up to 30; 0 for none.
     """
@@ -71,6 +80,12 @@ class Settings(TrainingSettings):
     gamma_neg: float = 4.0  # both, as are the next two
     gamma_pos: float = 0.0
     clip: float = 0.05
+    unknown: str = "ignore"
+    gamma_unknown: float = 4.0  # README.md of PartialLabelingCSL
+    unknown_top_k: int = 5  # its train.py, --likelihood_topk
+    prior: dict[str, float] | None = None
+    prior_threshold: float = 0.5  # its README.md
+    pos_weight: dict[str, float] | str | None = None
     cutout: float = 0.5  # both
     randaugment: int = 9  # torchvision's default; see `timm_tresnet.tagging.transforms`
 

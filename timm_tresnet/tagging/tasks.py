@@ -3,10 +3,10 @@
 from typing import Any, Protocol
 
 import torch
-from timm.loss import AsymmetricLossMultiLabel
 from timm.utils import accuracy
 from torch import Tensor, nn
 
+from timm_tresnet.tagging.losses import LabelLoss
 from timm_tresnet.tagging.scores import average_precisions, choose_thresholds, score
 from timm_tresnet.tagging.settings import ClassSettings, Settings, TrainingSettings
 
@@ -25,7 +25,7 @@ class Task(Protocol):
     averages: bool
 
     def make_loss(self) -> nn.Module:
-        """The loss of logits and targets of 0 or 1, each (N, labels), summed over images."""
+        """The loss of logits and targets, each (N, labels), summed over images."""
         ...
 
     def read(self, logits: Tensor) -> Tensor:
@@ -51,16 +51,7 @@ class Tagging:
         self._settings = settings
 
     def make_loss(self) -> nn.Module:
-        settings = self._settings
-        if settings.loss == "bce":
-            return nn.BCEWithLogitsLoss(reduction="sum")
-        return AsymmetricLossMultiLabel(
-            gamma_neg=settings.gamma_neg,
-            gamma_pos=settings.gamma_pos,
-            clip=settings.clip,
-            disable_torch_grad_focal_loss=True,  # train.py of ASL and ML_Decoder
-            reduction="sum",  # AsymmetricLoss there
-        )
+        return LabelLoss(self._settings)
 
     def read(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()

@@ -1,6 +1,7 @@
 """A training from annotations to a folder that timm loads."""
 
 import contextlib
+import csv
 import dataclasses
 import functools
 import json
@@ -11,7 +12,7 @@ import pickle
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch import nn
+from torch import Tensor, nn
 
 from timm_tresnet.conversion.reading import name_some
 from timm_tresnet.conversion.writing import check_free
@@ -31,6 +32,7 @@ from timm_tresnet.tagging.card import Training
 from timm_tresnet.tagging.class_card import ClassTraining
 from timm_tresnet.tagging.data import LabelledImages, make_loader
 from timm_tresnet.tagging.folders import hold_out_of_each
+from timm_tresnet.tagging.losses import LabelLoss, order_numbers, weigh_positives
 from timm_tresnet.tagging.module import Tagger
 from timm_tresnet.tagging.settings import ClassSettings, Settings, TrainingSettings
 from timm_tresnet.tagging.start import make_network, make_pretrained_cfg
@@ -44,6 +46,7 @@ from timm_tresnet.utils.schema import read_json, show
 
 _RUN = "run.json"
 _CHECKPOINT = "last.ckpt"
+PRIOR = "prior.csv"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +134,8 @@ def train_network(
     if settings.channels_last:
         network.to(memory_format=torch.channels_last)
     data = _make_data_sets(training, measuring, settings, pretrained_cfg)
+    if training.partial and isinstance(settings, Settings):
+        say(_tell_known(data["training"], training, settings))
     _check_positives(data["measuring"])
     processes, process = count_processes(), int(os.environ.get("RANK", "0"))
     if process == 0:
@@ -145,7 +150,8 @@ def train_network(
     counts, size = (len(data["training"]), len(data["measuring"])), pretrained_cfg["input_size"][-1]
     for line in tell_start(network, settings, counts, size, device, processes, place.work):
         say(line)
-    tagger = Tagger(network, settings, len(data["measuring"]))
+    loss = _make_loss(settings, data["training"], training.names) if isinstance(settings, Settings) else None
+    tagger = Tagger(network, settings, len(data["measuring"]), loss)
     with _quiet():
         trainer = _make_trainer(settings, place, device, processes, say)
         trainer.fit(
@@ -158,6 +164,8 @@ def train_network(
             weights_only=True,
         )
     if process == 0:
+        if training.partial:
+            _write_prior(tagger, training.names, place.work / PRIOR)
         tagged = _summarise(tagger, model_args, pretrained_cfg, data, training, measuring, command)
         write_tagger(tagged, place.output, tagger.network, place.overwrite)
         for line in _tell_result(tagger, data, place.output):
@@ -218,8 +226,35 @@ def _make_data_sets(
 
 
 def _check_positives(images: LabelledImages) -> None:
-    if not images.count_labels().any():
-        raise ValueError("none of the images to measure with has a label; hold out more, or give others by --val")
+    present, absent = images.count_labels(), images.count_absent()
+    if not ((present > 0) & ((absent > 0) | (present == len(images)))).any():  # as `find_measurable` has it
+        raise ValueError(
+            "the images to measure with have no label that can be measured, of which some are known to have it and, if "
+            "not all were checked, some to lack it; hold out more, or give others by --val"
+        )
+
+
+def _tell_known(images: LabelledImages, training: Annotations, settings: Settings) -> str:
+    known = int(images.count_labels().sum() + images.count_absent().sum())
+    share = known / (len(images) * len(training.names))
+    return f"{training.called}: {share:.1%} of all labels of all images are known; --unknown {settings.unknown}"
+
+
+def _make_loss(settings: Settings, images: LabelledImages, names: Sequence[str]) -> LabelLoss:
+    weights = settings.pos_weight
+    if isinstance(weights, str):
+        pos_weight: Tensor | None = weigh_positives(images.count_labels(), images.count_absent())
+    else:
+        pos_weight = order_numbers(weights, names)
+    return LabelLoss(settings, pos_weight, order_numbers(settings.prior, names))
+
+
+def _write_prior(tagger: Tagger, names: Sequence[str], path: Path) -> None:
+    prior = (tagger.predicted_sum / max(tagger.predicted_count, 1)).tolist()
+    with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["label", "prior"])
+        rows.writerows(zip(names, prior, strict=True))
 
 
 def _fingerprint(data: dict[str, LabelledImages]) -> dict[str, str]:

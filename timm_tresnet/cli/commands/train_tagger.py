@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_tresnet.cli.options import at_least, between
+from timm_tresnet.cli.options import FORMS, READING_OPTIONS, add_reading_options, at_least, between, make_reading
 from timm_tresnet.cli.training import add_held_out, add_training_options, run_training
 
 ABOUT = {
@@ -20,7 +20,7 @@ EXAMPLE = "train-tagger labels.csv --images photos --head ml_decoder --output ta
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
-    from timm_tresnet.tagging.settings import LOSSES, Settings
+    from timm_tresnet.tagging.settings import LOSSES, UNKNOWNS, Settings
 
     usual = Settings()
     data = parser.add_argument_group("data")
@@ -28,63 +28,63 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "annotations",
         type=Path,
         metavar="ANNOTATIONS",
-        help="COCO's .json, a .csv with the columns file and labels, or a folder with metadata.jsonl",
+        help=FORMS,
     )
-    data.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="that file names are relative to (default: the annotations')"
-    )
+    add_reading_options(data)
     data.add_argument("--val", type=Path, metavar="ANNOTATIONS", help="of images to measure with")
     data.add_argument("--val-images", type=Path, metavar="FOLDER", help="as --images (default: the annotations')")
     add_held_out(data, usual)
-    data.add_argument(
-        "--labels", type=Path, metavar="FILE", help="the labels, one a line (default: those in ANNOTATIONS)"
-    )
-    data.add_argument("--separator", metavar="TEXT", help="between the labels in a cell of a .csv (default: ;)")
-    data.add_argument("--column", metavar="NAME", help="with the labels (default: labels, tags or label)")
-    data.add_argument("--skip-missing", action="store_true", help="leave out images whose files do not exist")
-    data.add_argument(
-        "--skip-unknown", action="store_true", help="leave out labels that are not in --labels or ANNOTATIONS"
-    )
-    data.add_argument(
-        "--keep-empty", action="store_true", help="keep images without labels (default: they are left out)"
-    )
-
     rows = [
         ("gamma-neg", at_least(0, float), "of the asymmetric loss"),
         ("gamma-pos", at_least(0, float), "of the asymmetric loss"),
         ("clip", between(0, 0.99), "of the asymmetric loss"),
+        ("gamma-unknown", at_least(0, float), "of the asymmetric loss, for --unknown selective"),
+        ("unknown-top-k", at_least(0), "unknown labels an image that are left out, for --unknown selective"),
+        ("prior-threshold", between(0, 1), "above which a label of --prior is left out where it is unknown"),
         ("cutout", between(0, 1), "side of the square that is painted over, as a share; 0 for none"),
         ("randaugment", between(0, 30, int), "magnitude; 0 for none"),
     ]
     add_training_options(parser, usual, rows)
-    parser.add_argument("--loss", choices=LOSSES, default=usual.loss, help="(default: %(default)s)")
+    for name, choices in (("loss", LOSSES), ("unknown", UNKNOWNS)):
+        parser.add_argument(f"--{name}", choices=choices, default=getattr(usual, name), help="(default: %(default)s)")
+    parser.add_argument(
+        "--prior", type=Path, metavar="FILE", help="how often each label is there, a .csv, for --unknown selective"
+    )
+    parser.add_argument(
+        "--pos-weight",
+        metavar="FILE|balanced",
+        help="how much each label counts where it is there, a .csv; balanced: as much as where it is absent",
+    )
 
 
 def run(
     words: Sequence[str],
     *,
     annotations: Path,
-    images: Path | None,
     val: Path | None,
     val_images: Path | None,
-    labels: Path | None,
-    separator: str | None,
-    column: str | None,
-    skip_missing: bool,
-    skip_unknown: bool,
-    keep_empty: bool,
+    prior: Path | None,
+    pos_weight: str | None,
     **options: Any,
 ) -> int:
     """Train, say how it goes, and write the folder."""
-    from timm_tresnet.tagging.annotations import Annotations, Reading, read_annotations, read_names
+    from timm_tresnet.tagging.annotations import Annotations, read_annotations, read_numbers
     from timm_tresnet.tagging.settings import Settings
 
+    names: tuple[str, ...] = ()
+    reading_options = {name: options.pop(name) for name in READING_OPTIONS}
+
     def read() -> tuple[Annotations, Annotations | None]:
-        names = read_names(labels) if labels else None
-        reading = Reading(images, separator, column, names, skip_missing, skip_unknown, keep_empty)
+        nonlocal names
+        reading = make_reading(reading_options)
         training = read_annotations(annotations, reading)
+        names = training.names
         if not val:
             return training, None
-        return training, read_annotations(val, dataclasses.replace(reading, images=val_images, names=training.names))
+        return training, read_annotations(val, dataclasses.replace(reading, images=val_images, names=names))
 
-    return run_training(words, read, Settings, **options)
+    def make_settings(**settings: Any) -> Settings:
+        weights = pos_weight if pos_weight in (None, "balanced") else read_numbers(Path(pos_weight), names)
+        return Settings(**settings, prior=read_numbers(prior, names) if prior else None, pos_weight=weights)
+
+    return run_training(words, read, make_settings, **options)
