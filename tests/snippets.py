@@ -52,6 +52,7 @@ NOT_RUN = {  # how a command begins -> why it is not run as it stands, and what 
     "timm-tresnet train-tagger": "needs images, and takes hours for many; its options are parsed, "
     "tests/test_tagging_training.py runs it",
     "timm-tresnet train": "likewise; tests/test_commands_train.py runs it",
+    "timm-tresnet validate": "needs annotated images; its options are parsed, tests/test_commands_validate.py runs it",
     "timm-tresnet benchmark": "takes minutes; its options are parsed, tests/test_commands_benchmark.py runs it",
 }
 NARROW = {  # of each variant; no two alike, so that a checkpoint can be recognised

@@ -21,6 +21,7 @@ from timm_tresnet.cli.commands import (
     recipe,
     train,
     train_tagger,
+    validate,
 )
 from timm_tresnet.cli.commands import list as listing
 from timm_tresnet.utils.errors import summarise
@@ -35,6 +36,7 @@ _COMMANDS = {
     "train": train,
     "recipe": recipe,
     "train-tagger": train_tagger,
+    "validate": validate,
     "export": export,
     "benchmark": benchmark,
 }

@@ -163,6 +163,21 @@ def _read_index(key: Any) -> int | None:
     return key if type(key) is int else None
 
 
+def list_names(model: Any) -> list[tuple[str, ...]]:
+    """All names of each class, an identifier before its description; empty where the weights name none."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    config, count = model.pretrained_cfg, model.num_classes
+    names, descriptions = config.get("label_names"), config.get("label_descriptions") or {}
+    if not names or len(names) != count:
+        subset = infer_imagenet_subset(model)
+        if not subset:
+            return [()] * count
+        info = ImageNetInfo(subset)
+        names, descriptions = info.label_names(), info.label_descriptions(as_dict=True)
+    return [tuple(dict.fromkeys((name, descriptions.get(name, name)))) for name in names]
+
+
 def is_multi_label(pretrained_cfg: Mapping[str, Any]) -> bool:
     """Whether an image can have any number of the classes, each with a sigmoid, as the weights' config says."""
     return MULTI_LABEL in (pretrained_cfg.get("notes") or ())

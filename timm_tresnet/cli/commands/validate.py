@@ -1,0 +1,255 @@
+"""`timm-tresnet validate` measures weights on annotated images."""
+
+import argparse
+import csv
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from timm_tresnet.cli.commands import CommandError, load_model
+from timm_tresnet.cli.options import FORMS, add_reading_options, at_least, make_reading, new_file
+from timm_tresnet.utils.errors import summarise
+from timm_tresnet.utils.extras import how_to_install
+from timm_tresnet.utils.images import printable
+from timm_tresnet.utils.tables import format_columns
+from timm_tresnet.weights.labels import is_multi_label, label_lookup
+
+ABOUT = {
+    "help": "measure weights on annotated images",
+    "description": "Measure weights on annotated images. Of taggers: mAP, and precision, recall and F1 by class and "
+    "overall at 0.5, at the weights' own thresholds and of the most probable labels. Of classifiers: top-1 and top-5, "
+    "as timm's validate.py. Labels are matched by name.",
+}
+EXAMPLE = "validate --model local-dir:tagger labels.csv --images photos"
+_MOST_CURVES = 100  # of single labels in the picture
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to its parser."""
+    from timm_tresnet.tagging.settings import DEVICES
+
+    parser.add_argument(
+        "annotations", type=Path, metavar="ANNOTATIONS", help=f"{FORMS}, or a folder of folders named after labels"
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="NAME", help="a model with weights, as --model of classify takes it"
+    )
+    data = parser.add_argument_group("data")
+    add_reading_options(data)
+    data.add_argument(
+        "--by-order",
+        action="store_true",
+        help="take the labels, in their order, to be the network's, as timm's validate.py does with folders",
+    )
+    data.add_argument(
+        "--unknown",
+        choices=["ignore", "negative"],
+        default="ignore",
+        help="what becomes of labels that nobody checked: left out, or taken as absent (default: %(default)s)",
+    )
+    data.add_argument(
+        "--as-stored",
+        action="store_true",
+        help="do not turn images as their cameras were held; neither timm's validate.py nor the official code does",
+    )
+    figures = parser.add_argument_group("figures")
+    figures.add_argument("--top-k", type=at_least(1), default=3, metavar="K", help="(default: %(default)s)")
+    figures.add_argument(
+        "--multi-label", action="store_true", help="each output has a sigmoid, although the weights do not say so"
+    )
+    figures.add_argument(
+        "--json", type=new_file, dest="json_file", metavar="FILE", help="file for all figures, must not exist yet"
+    )
+    figures.add_argument("--csv", type=new_file, dest="csv_file", metavar="FILE", help="file for a row of each label")
+    figures.add_argument(
+        "--plot", type=new_file, metavar="FILE", help="picture of precision over recall, .svg, .png or .pdf"
+    )
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
+    machine.add_argument("--amp", choices=["bfloat16", "float16"], help="autocast to this dtype")
+    machine.add_argument("--batch-size", type=at_least(1), default=32, metavar="N", help="(default: %(default)s)")
+    machine.add_argument(
+        "-j",
+        "--workers",
+        type=at_least(0),
+        default=min(8, os.cpu_count() or 1),
+        help="that read images (default: %(default)s)",
+    )
+
+
+def run(
+    words: Sequence[str],
+    *,
+    annotations: Path,
+    model: str,
+    by_order: bool,
+    unknown: str,
+    as_stored: bool,
+    top_k: int,
+    multi_label: bool,
+    json_file: Path | None,
+    csv_file: Path | None,
+    plot: Path | None,
+    device: str,
+    amp: str | None,
+    batch_size: int,
+    workers: int,
+    **reading: Any,
+) -> int:
+    """Measure, print the figures, and name what was left out."""
+    where = _choose_device(device)
+    if plot:
+        _check_plot(plot)
+    network = load_model(model)
+    if network.num_classes == 0:
+        raise CommandError(f"{model} is a backbone without classes")
+    if network.in_chans != 3:
+        raise CommandError(f"{model} takes {network.in_chans} channels, images are read in 3")
+    multi_label = multi_label or is_multi_label(network.pretrained_cfg)
+    if (csv_file or plot) and not multi_label:
+        raise CommandError(f"--csv and --plot are about taggers; {model} gives an image one label")
+    import torch
+    from tqdm import tqdm
+
+    from timm_tresnet.tagging import validation
+    from timm_tresnet.tagging.annotations import describe_left_out, read_annotations
+
+    try:
+        annotated = read_annotations(annotations, make_reading(reading, class_folders=True))
+        if unknown == "negative":
+            examples = tuple(dataclasses.replace(example, absent=None) for example in annotated.examples)
+            annotated = dataclasses.replace(annotated, examples=examples)
+        matching = validation.match_labels(annotated.names, network, by_order)
+        for line in filter(None, (describe_left_out(annotated), *_tell_matching(matching, annotated, network))):
+            print(f"timm-tresnet: {line}", file=sys.stderr)
+        with tqdm(total=len(annotated.examples), disable=None, unit="image") as bar:  # None: on terminals
+            outputs = validation.run_network(
+                network,
+                annotated,
+                matching,
+                batch_size=batch_size,
+                workers=workers,
+                device=where,
+                amp=getattr(torch, amp) if amp else None,
+                upright=not as_stored,
+                advance=bar.update,
+            )
+        figures = validation.measure(network, outputs, top_k, multi_label)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CommandError(f"cannot measure {model}: {summarise(error)}") from error
+    unreadable = [printable(path) for path in outputs.unreadable]
+    _print_figures(figures, model, annotated.called)
+    if json_file:
+        about = {"command": shlex.join(["timm-tresnet", *words]), "model": model, "annotations": annotated.called}
+        _write_json(json_file, {**about, **figures, "unknown_labels": matching.unknown, "unreadable": unreadable})
+    if csv_file:
+        _write_csv(csv_file, figures["per_label"])
+    if plot:
+        _draw(plot, outputs, figures, model)
+    for path in unreadable:
+        print(f"timm-tresnet: skipped {path}, which cannot be read", file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+def _check_plot(path: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise CommandError(
+            f"--plot needs the package {error.name}, which is not installed; {how_to_install('plots')}"
+        ) from error
+    kinds = Figure().canvas.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in kinds:
+        raise CommandError(f"--plot needs a file that ends with one of {', '.join(kinds)}, got {printable(path)}")
+
+
+def _choose_device(device: str) -> str:
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return next(name for name in there if there[name])
+    if not there[device]:
+        raise CommandError(f"this machine has no {device}; --device {next(name for name in there if there[name])}")
+    return device
+
+
+def _tell_matching(matching: Any, annotated: Any, network: Any) -> list[str]:
+    from timm_tresnet.conversion.reading import name_some
+
+    lines = []
+    if matching.unknown:
+        lines.append(
+            f"{len(matching.unknown)} of {len(annotated.names)} labels of {annotated.called} are unknown to the "
+            f"network and left out: {name_some(matching.unknown)}"
+        )
+    if matching.missing:
+        missing = [label_lookup(network)(index) for index in matching.missing]
+        lines.append(
+            f"{len(missing)} of the network's {network.num_classes} labels are not in {annotated.called} and not "
+            f"measured: {name_some(missing)}"
+        )
+    return lines
+
+
+def _print_figures(figures: dict[str, Any], model: str, called: str) -> None:
+    print(
+        f"{model}: {figures['images']} images of {called}, {figures['measured_labels']} of {figures['labels']} labels "
+        "measured"
+    )
+    print(", ".join(f"{name} {value:.2f}" for name, value in figures["scores"].items()))
+    if "decisions" in figures:
+        names = list(next(iter(figures["decisions"].values())))
+        rows = [[way, *(f"{row[name]:6.2f}" for name in names)] for way, row in figures["decisions"].items()]
+        print(format_columns([["", *(name.rjust(6) for name in names)], *rows]))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    from timm_tresnet.utils.files import whole
+
+    with whole(path, overwrite=False) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_csv(path: Path, per_label: Sequence[dict[str, Any]]) -> None:
+    from timm_tresnet.utils.files import whole
+
+    with whole(path, overwrite=False) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.DictWriter(file, list(per_label[0]))
+        rows.writeheader()
+        rows.writerows(per_label)
+
+
+def _draw(path: Path, outputs: Any, figures: dict[str, Any], model: str) -> None:
+    """Draw precision over recall: of all decisions together and, in grey, of the labels that most images have."""
+    from matplotlib.figure import Figure
+
+    from timm_tresnet.tagging.scores import rank
+    from timm_tresnet.utils.files import whole
+
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    axes = figure.subplots()
+    by_images = sorted(figures["per_label"], key=lambda row: -row["images"])
+    indices = [row["index"] for row in by_images]
+    for index in indices[:_MOST_CURVES]:
+        ranking = rank(outputs.logits[:, index], outputs.targets[:, index])
+        axes.plot(100 * ranking.recall, 100 * ranking.precision, color="0.8", linewidth=0.7)
+    together = rank(outputs.logits[:, indices], outputs.targets[:, indices])
+    axes.plot(
+        100 * together.recall,
+        100 * together.precision,
+        color="tab:blue",
+        linewidth=2,
+        label=f"all decisions, micro AP {figures['scores']['micro AP']:.2f}",
+    )
+    shown = min(_MOST_CURVES, len(indices))
+    axes.plot([], [], color="0.8", label=f"{shown} of {len(indices)} labels, mAP {figures['scores']['mAP']:.2f}")
+    axes.set(xlabel="recall, %", ylabel="precision, %", xlim=(0, 100), ylim=(0, 101), title=model)
+    axes.legend(loc="lower left")
+    with whole(path, overwrite=False) as unfinished:
+        figure.savefig(unfinished, format=path.suffix.lower().removeprefix("."))
