@@ -14,6 +14,7 @@ from huggingface_hub.hf_api import RepoFile
 from safetensors import safe_open
 
 from timm_tresnet.conversion.card import PLACEHOLDER
+from timm_tresnet.utils.archives import check_claims
 from timm_tresnet.utils.errors import summarise
 from timm_tresnet.weights.catalogue import PublicWeight, load_catalogue, make_pretrained_cfg
 from timm_tresnet.weights.checkpoint import find_misfits
@@ -98,7 +99,9 @@ def read_shapes(path: Path) -> Shapes:
 
     Raises:
         SafetensorError: if the file is damaged or something else.
+        ValueError: if its header claims more than the file holds.
     """
+    check_claims(path)
     with safe_open(path, "pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
 

@@ -16,6 +16,7 @@ import torch
 
 import timm_tresnet  # noqa: F401  registers the variants
 from timm_tresnet.conversion import Conversion, convert_checkpoint, read_checkpoint, write_folder
+from timm_tresnet.utils.terminal import escape
 from timm_tresnet.weights.checkpoint import OFFICIAL_STEM, unwrap
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -54,10 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             check=lambda folder: compare(source, conversion, folder),
         )
     except (OSError, ValueError) as error:
-        print(f"hub/convert.py: nothing written: {error}", file=sys.stderr)
+        print(f"hub/convert.py: nothing written: {escape(str(error))}", file=sys.stderr)
         return 1
     for message in (*conversion.notes, *conversion.warnings):
-        print(message)
+        print(escape(message))
     print(f"{arguments.output}: equal to {arguments.file}")
     return 0
 

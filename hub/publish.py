@@ -38,6 +38,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError
 
 from timm_tresnet.conversion.card import PLACEHOLDER
+from timm_tresnet.utils.terminal import escape
 
 _SHOWN_LINES = 60  # of a difference; label lists are long
 
@@ -96,7 +97,7 @@ def read_folder(folder: Path, repo_id: str) -> dict[str, LocalFile]:
         (Path(checked) / CARD).write_bytes(card)
         try:
             problems = find_problems(Path(checked), read_shapes(folder / WEIGHTS), repo_id)
-        except SafetensorError as error:
+        except (SafetensorError, ValueError) as error:
             problems = [f"{WEIGHTS} has no readable header: {error}"]
     if problems:
         raise ValueError("\n".join(problems))
@@ -291,21 +292,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         files = read_space(arguments.folder) if arguments.space else read_folder(arguments.folder, arguments.repo)
     except (OSError, ValueError) as error:
-        print(f"publish: {error}", file=sys.stderr)
+        print(f"publish: {escape(str(error), lines=True)}", file=sys.stderr)
         return 1
     api = connect()
     try:
         plan = make_plan(api, files, arguments.repo, repo_type)
-        print(describe(plan))
+        print(escape(describe(plan), lines=True))
         if not arguments.push:
             print("nothing was changed; --push does it")
             return 0
         commit = push(api, plan, arguments.revision_tag)
     except PublishError as error:
-        print(f"publish: {error}", file=sys.stderr)
+        print(f"publish: {escape(str(error), lines=True)}", file=sys.stderr)
         return 1
     except Exception as error:  # the client takes answers apart unchecked, and a wrong one can raise anything
-        print(f"publish: {explain(error, arguments.repo)}", file=sys.stderr)
+        print(f"publish: {escape(explain(error, arguments.repo))}", file=sys.stderr)
         return 1
     print(f"{arguments.repo} holds these files at {commit}, downloaded and compared")
     return 0

@@ -18,6 +18,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import SafetensorsParsingError
 
 from timm_tresnet.utils.errors import summarise
+from timm_tresnet.utils.terminal import escape
 
 
 def audit(api: HfApi, repo_id: str, revision: str | None = None, download_weights: bool = False) -> list[str]:
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:  # the client takes answers apart unchecked, and a wrong one can raise anything
             findings = [explain(error, repo_id)]
         failed = failed or bool(findings)
-        print("\n".join(f"{name}: {finding}" for finding in findings or ["nothing to report"]))
+        print("\n".join(f"{name}: {escape(finding)}" for finding in findings or ["nothing to report"]))
     return int(failed)
 
 

@@ -51,14 +51,15 @@ def test_timm_builds_ours_whatever_was_imported_first(run_python, code):
     assert process.stderr == ""
 
 
+@pytest.mark.parametrize("error", ["ImportError('sabotage')", "SystemExit('sabotage')", "GeneratorExit('sabotage')"])
 @pytest.mark.parametrize("module", ["tresnet", "models.blocks", "autoload"])
-def test_broken_plugin_warns_once_and_leaves_timm_its_own_models(run_python, module):
+def test_broken_plugin_warns_once_and_leaves_timm_its_own_models(run_python, module, error):
     code = f"""
 import importlib.abc, sys
 class Saboteur(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == "timm_tresnet.{module}":
-            raise ImportError("sabotage")
+            raise {error}
 sys.meta_path.insert(0, Saboteur())
 import torch
 {WHO_BUILDS}
@@ -69,6 +70,45 @@ print(len(timm.list_models("tresnet*", pretrained=True)))
     assert process.stdout.split() == [BUILTIN, "10"]
     assert process.stderr.count("timm keeps its own") == 1
     assert "sabotage" in process.stderr
+
+
+@pytest.mark.parametrize(("signal", "status"), [("SIGTERM", 7), ("SIGINT", 130)], ids=["handler_of_the_user", "key"])
+def test_process_that_is_told_to_stop_stops_while_the_plugin_is_imported(run_python, signal, status):
+    code = f"""
+import importlib.abc, os, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+class Stopper(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "timm_tresnet.tresnet":
+            os.kill(os.getpid(), signal.{signal})
+sys.meta_path.insert(0, Stopper())
+import timm
+print("went on")
+"""
+    process = run_python("-c", code, check=False)
+    assert process.stdout == ""
+    assert process.returncode in (status, status - 256, -2)
+
+
+BROKEN = {  # what cannot be caught in the package
+    "truncated": "_PUBLIC = {",
+    "gone": None,
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_what_cannot_be_caught_ends_with_the_variable_that_pytorch_names(run_python, content, tmp_path):
+    (tmp_path / "plugin-1.dist-info").mkdir()
+    (tmp_path / "plugin-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1\n")
+    entry = "[torch.backends]\nplugin = plugin_that_is_broken:_autoload\n"
+    (tmp_path / "plugin-1.dist-info" / "entry_points.txt").write_text(entry)
+    if content:
+        (tmp_path / "plugin_that_is_broken.py").write_text(content)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import torch; print(torch.ones(1).item())"
+    process = run_python("-c", code, check=False)
+    assert process.returncode == 1
+    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in process.stderr
+    assert run_python("-c", code, TORCH_DEVICE_BACKEND_AUTOLOAD="0").stdout == "1.0\n"
 
 
 def test_modules_keep_their_own_loaders(run_python):

@@ -38,7 +38,9 @@ try:
     from timm_tresnet import autoload
 
     autoload.arm()
-except Exception as error:  # PyTorch imports this package by itself; a broken plugin must not break `import torch`
+except KeyboardInterrupt:
+    raise
+except BaseException as error:  # PyTorch imports this by itself: a broken plugin, or its sys.exit, must not end torch
     logging.getLogger(__name__).warning("timm_tresnet is broken, timm keeps its own TResNet: %r", error)
 
 

@@ -9,8 +9,10 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import logging
+import signal
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -37,8 +39,17 @@ def _register() -> None:
         tresnet = importlib.import_module(f"{_PACKAGE}.tresnet")
         if getattr(sys.modules["timm.models"], "TResNet", None) is not tresnet.TResNet:
             tresnet.register()
-    except Exception as error:  # whatever is wrong with the plugin, `import timm` has to work
+    except BaseException as error:  # whatever is wrong with the plugin, `import timm` has to work
+        if _is_of_user(error):
+            raise
         _logger.warning("timm_tresnet could not register its models, timm keeps its own: %r", error)
+
+
+def _is_of_user(error: BaseException) -> bool:
+    """Whether a key or a signal handler of the process stops it, and not a module that is broken or calls sys.exit."""
+    handlers = [getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()]
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return isinstance(error, KeyboardInterrupt) or any(frame.f_code in handlers for frame in frames)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

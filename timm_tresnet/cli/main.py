@@ -27,6 +27,7 @@ from timm_tresnet.cli.commands import list as listing
 from timm_tresnet.utils.errors import summarise
 from timm_tresnet.utils.names import suggest
 from timm_tresnet.utils.tables import format_columns
+from timm_tresnet.utils.terminal import escape
 
 _COMMANDS = {
     "classify": classify,
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = command.run(words, **options)
         print(end="", flush=True)
     except CommandError as error:
-        print(f"timm-tresnet: {error}", file=sys.stderr)
+        print(f"timm-tresnet: {escape(str(error), lines=True)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at its end

@@ -11,7 +11,9 @@ from timm_tresnet.conversion.reading import name_some, open_checkpoint, refuse
 from timm_tresnet.conversion.recognition import NoNetwork, Recognised, recognise
 from timm_tresnet.conversion.run import Run, find_checkpoint, find_run, make_facts, name_classes
 from timm_tresnet.models.heads import HEAD_ARGUMENTS
+from timm_tresnet.utils.images import printable
 from timm_tresnet.utils.names import suggest
+from timm_tresnet.utils.terminal import escape
 from timm_tresnet.weights.catalogue import NOTHING_KNOWN, Facts, PublicWeight, load_catalogue, make_pretrained_cfg
 from timm_tresnet.weights.labels import LABEL_SETS, label_config, note_source, order_names, read_labels
 from timm_tresnet.weights.loading import look_up
@@ -97,9 +99,9 @@ def convert_checkpoint(
     except NoNetwork as error:
         if stand_ins:
             raise refuse(path, stand_ins) from error
-        raise ValueError(f"cannot convert {path}: {error}") from error
+        raise ValueError(f"cannot convert {printable(path)}: {escape(str(error))}") from error
     except ValueError as error:
-        raise ValueError(f"cannot convert {path}: {error}") from error
+        raise ValueError(f"cannot convert {printable(path)}: {escape(str(error))}") from error
     notes = [*faults, *(run.notes if run else ()), *conversion.notes]
     if stand_ins:
         notes.append(f"not read, nor run: {name_some(stand_ins)}")

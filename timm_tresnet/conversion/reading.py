@@ -14,9 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from timm_tresnet.utils.archives import PICKLE, SAFETENSORS, ZIP, check_claims
+from timm_tresnet.utils.errors import summarise
+from timm_tresnet.utils.images import printable
+from timm_tresnet.utils.terminal import escape
 from timm_tresnet.weights.checkpoint import FoundNetwork
 
-_NAMES_SHOWN = 20
+_NAMES_SHOWN, _CHARACTERS_SHOWN = 20, 200
 _MOST_STAND_INS = 200  # files of other training code ask for some ten classes
 # Numbers of 8 and 4 bits mean nothing without the scales that come with them.
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -52,37 +56,42 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
 
     Raises:
         OSError: if there is no such file, or it may not be read.
-        ValueError: if it is neither, is damaged, holds no dict, or asks for functions of the operating system.
+        ValueError: if it is neither, is damaged, holds no dict, claims more than it holds, or asks for functions of the
+            operating system.
     """
     return open_checkpoint(path)[0]
 
 
 def open_checkpoint(path: Path) -> tuple[Mapping[str, Any], list[str]]:
     """As `read_checkpoint`; also returns the names of the classes and functions for which there are stand-ins."""
-    with path.open("rb") as file:
-        start = file.read(9)
+    try:
+        found = check_claims(path)
+    except ValueError as error:
+        raise ValueError(f"cannot read {printable(path)}: {error}") from error
     stand_ins: list[str] = []
-    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+    if found in (ZIP, PICKLE):
         checkpoint, stand_ins = _load_pickle(path)
-    elif start[8:] == b"{":
+    elif found == SAFETENSORS:
         try:
             checkpoint = load_file(path)
         except (SafetensorError, KeyError, OverflowError, RuntimeError, ValueError) as error:
-            raise ValueError(f"cannot read {path}: damaged safetensors file: {error}") from error
+            raise ValueError(f"cannot read {printable(path)}: damaged safetensors file: {summarise(error)}") from error
     else:
-        raise ValueError(f"cannot read {path}: it begins neither like a file of torch.save nor like safetensors")
+        raise ValueError(
+            f"cannot read {printable(path)}: it begins neither like a file of torch.save nor like safetensors"
+        )
     if isinstance(checkpoint, _StandIn):
         raise refuse(path, stand_ins)
     if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"cannot read {path}: needs a dict of tensors, got {type(checkpoint).__name__}")
+        raise ValueError(f"cannot read {printable(path)}: needs a dict of tensors, got {type(checkpoint).__name__}")
     return checkpoint, stand_ins
 
 
 def refuse(path: Path, names: Iterable[str]) -> ValueError:
     """The error about a file whose weights are inside objects of classes that would have to be run."""
     return ValueError(
-        f"refused to read {path}: it needs {name_some(names)} to be run, and a file of weights needs no code. If you "
-        "trust it, save its state_dict alone, with the code that wrote it"
+        f"refused to read {printable(path)}: it needs {name_some(names)} to be run, and a file of weights needs no code. "
+        "If you trust it, save its state_dict alone, with the code that wrote it"
     )
 
 
@@ -131,8 +140,10 @@ def _load_pickle(path: Path) -> tuple[Any, list[str]]:
             name = unknown[1] if unknown else filled[1] if filled else ""
             kind = _DictStandIn if filled else _StandIn
             if not name or (name in stand_ins and issubclass(stand_ins[name], kind)):
-                reason = text.strip().partition("\n")[0] or type(error).__name__
-                raise ValueError(f"cannot read {path}: damaged or foreign file of torch.save: {reason}") from error
+                reason = escape(text.strip().partition("\n")[0]) or type(error).__name__
+                raise ValueError(
+                    f"cannot read {printable(path)}: damaged or foreign file of torch.save: {reason}"
+                ) from error
             module, _, own = name.rpartition(".")
             stand_ins[name] = type(own, (kind,), {"__module__": module or "builtins", "__qualname__": own})
 
@@ -146,19 +157,25 @@ def take_tensors(network: FoundNetwork) -> dict[str, Tensor]:
         number = tensor.dtype in (_COUNTERS if counter else _WEIGHTS)
         if not dense or not number or tensor.device.type != "cpu":
             raise ValueError(
-                f"{name} needs to hold plain floating-point numbers of 16 to 64 bits, got {tensor.dtype}, "
+                f"{escape(name)} needs to hold plain floating-point numbers of 16 to 64 bits, got {tensor.dtype}, "
                 f"{tensor.layout}"
             )
         if tensor.ndim == 0 and not counter:
-            raise ValueError(f"{name} needs at least one dimension, got a single number")
+            raise ValueError(f"{escape(name)} needs at least one dimension, got a single number")
         # A few bytes can claim to be a huge tensor that repeats them.
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{name} of shape {tuple(tensor.shape)} is larger than what the file holds of it")
+            shape = tuple(tensor.shape)
+            raise ValueError(f"{escape(name)} of shape {shape} is larger than what the file holds of it")
     return tensors
 
 
 def name_some(names: Iterable[str]) -> str:
-    """Names for an error message, the first of them if there are many."""
+    """Names for an error message, escaped and shortened, the first of them if there are many."""
     names = list(names)
-    shown = ", ".join(names[:_NAMES_SHOWN]) or "nothing"
+    shown = ", ".join(map(_shorten, names[:_NAMES_SHOWN])) or "nothing"
     return f"{shown} and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else shown
+
+
+def _shorten(name: str) -> str:
+    name = escape(name)
+    return name if len(name) <= _CHARACTERS_SHOWN else f"{name[:_CHARACTERS_SHOWN]}..."

@@ -4,6 +4,8 @@ import errno
 import os
 from typing import Any
 
+from timm_tresnet.utils.terminal import escape
+
 _SHOWN = 600  # characters
 _REASONS = {  # of errors of the operating system, with the name of the file
     errno.ENOENT: "there is no {}",
@@ -20,7 +22,7 @@ _REASONS = {  # of errors of the operating system, with the name of the file
 
 def summarise(error: BaseException) -> str:
     """What an error says, in one line of bounded length; behind its type unless that is one that explains itself."""
-    text = " ".join((_explain(error) or str(error)).split())
+    text = escape(" ".join((_explain(error) or str(error)).split()))
     if not text or not isinstance(error, ImportError | OSError | RuntimeError | ValueError):
         text = ": ".join(filter(None, (type(error).__name__, text)))
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

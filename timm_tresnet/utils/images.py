@@ -2,13 +2,13 @@
 
 import os
 import stat
-import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from timm_tresnet.utils.errors import summarise
+from timm_tresnet.utils.terminal import escape
 
 _SAMPLES = Path(__file__).parents[1] / "weights" / "samples"  # a folder for each weights name
 SAMPLES = _SAMPLES / "test_tresnet.r64_cifar10"
@@ -56,9 +56,7 @@ def find_images(paths: Sequence[Path]) -> Iterator[Path]:
 
 def printable(path: Path) -> str:
     """Name of a file for a message or a result: bytes that are no UTF-8, and what a terminal obeys, are escaped."""
-    name = os.fsencode(path).decode("utf-8", "backslashreplace")
-    escaped = (each.encode("unicode_escape").decode() if unicodedata.category(each) == "Cc" else each for each in name)
-    return "".join(escaped)
+    return escape(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
 def read_image(path: Path, upright: bool = True) -> Any:

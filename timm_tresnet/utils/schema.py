@@ -2,11 +2,12 @@
 
 import json
 import stat
-import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from timm_tresnet.utils.terminal import escape
 
 _LARGEST_FILE = 2**26  # bytes; names and descriptions of ImageNet-21k's classes are 2**21
 _SHOWN = 60  # characters of a value in a message
@@ -99,8 +100,7 @@ def map_of(kind: Kind) -> Kind:
 
 
 def _is_text(value: Any) -> bool:
-    # No control characters, which a terminal obeys, and no halves of surrogate pairs, which cannot be printed.
-    return isinstance(value, str) and all(unicodedata.category(each) not in ("Cc", "Cs") for each in value)
+    return isinstance(value, str) and escape(value) == value
 
 
 TEXT = Kind("text without control characters", _is_text)

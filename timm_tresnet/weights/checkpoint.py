@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_tresnet.models.layers import MLDecoderHead
+from timm_tresnet.utils.terminal import escape
 
 _logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def _fit_other_head(state_dict: dict[str, Tensor], head: nn.Module) -> dict[str,
     else:
         new, in_file = own, {}
     if new:
-        _logger.info("The head differs from that of the weights, so these are new: %s", ", ".join(sorted(new)))
+        _logger.info("The head differs from that of the weights, so these are new: %s", escape(", ".join(sorted(new))))
     body = {name: tensor for name, tensor in state_dict.items() if not name.startswith(_HEAD)}
     return {**body, **in_file, **new}
 

@@ -1,10 +1,10 @@
 """Networks by name, as the commands take them: what a stranger's folder or repository says is checked first."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import re
-import stat
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
+from timm_tresnet.utils.archives import check_claims
 from timm_tresnet.utils.errors import summarise
 from timm_tresnet.variants import ARCHITECTURES, explain_unknown
 from timm_tresnet.weights import config
@@ -160,8 +161,15 @@ def _check_folder(folder: Path) -> None:
     build_skeleton(f"local-dir:{folder}", str(folder / config.NAME))
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.endswith(_WEIGHTS) and not stat.S_ISREG(entry.stat().st_mode):
-                raise ValueError(f"{entry.path} is not a file")
+            if entry.name.endswith(_WEIGHTS):
+                _check_file(Path(entry.path))
+
+
+def _check_file(path: Path) -> None:
+    try:
+        check_claims(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _check_repository(name: str) -> str:
@@ -178,7 +186,10 @@ def _check_hash(repo_id: str, revision: str) -> None:
     try:
         blob = Path(hf_hub_download(repo_id, "model.safetensors", revision=revision)).resolve()
     except EntryNotFoundError:
-        return  # timm looks for other files
+        with contextlib.suppress(EntryNotFoundError):  # what timm takes then
+            _check_file(Path(hf_hub_download(repo_id, "pytorch_model.bin", revision=revision)))
+        return
+    _check_file(blob)
     if re.fullmatch(r"[0-9a-f]{64}", blob.name):  # in a cache without links, files have their own names
         with blob.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,6 +9,8 @@ from typing import Any
 
 from timm_tresnet.cli.commands import CommandError
 from timm_tresnet.utils.errors import summarise
+from timm_tresnet.utils.images import printable
+from timm_tresnet.utils.terminal import escape
 from timm_tresnet.weights.catalogue import Facts
 
 ABOUT = {
@@ -81,11 +83,11 @@ def run(words: Sequence[str], *, files: Sequence[Path], output: Path, overwrite:
             continue
         classes = f"{conversion.num_classes} classes" if conversion.num_classes else "no classes"
         public = f"public weight {conversion.public_weight.name}" if conversion.public_weight else "no public weight"
-        print(f"{folder}: {conversion.architecture}, {classes}, {conversion.layout} names, {public}")
+        print(f"{printable(folder)}: {conversion.architecture}, {classes}, {conversion.layout} names, {public}")
         for note in conversion.notes:
-            print(f"  {note}")
+            print(f"  {escape(note)}")
         for warning in conversion.warnings:
-            print(f"timm-tresnet: warning: {file}: {warning}", file=sys.stderr)
+            print(f"timm-tresnet: warning: {printable(file)}: {escape(warning)}", file=sys.stderr)
     return 1 if failed else 0
 
 
