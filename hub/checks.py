@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ from huggingface_hub import HfApi, ModelCard, RepoCard
 from huggingface_hub.hf_api import RepoFile
 from safetensors import safe_open
 
-from timm_tresnet.conversion.card import PLACEHOLDER
+from timm_tresnet.conversion.card import PLACEHOLDER, plain
 from timm_tresnet.utils.archives import check_claims
 from timm_tresnet.utils.errors import summarise
-from timm_tresnet.weights.catalogue import PublicWeight, load_catalogue, make_pretrained_cfg
+from timm_tresnet.weights.catalogue import TRAINED_ON, PublicWeight, load_catalogue, make_pretrained_cfg
 from timm_tresnet.weights.checkpoint import find_misfits
 from timm_tresnet.weights.config import read_config
-from timm_tresnet.weights.labels import is_multi_label
+from timm_tresnet.weights.labels import MULTI_LABEL, is_multi_label
 from timm_tresnet.weights.loading import build_skeleton
 
 WEIGHTS, CONFIG, CARD = REQUIRED = ("model.safetensors", "config.json", "README.md")
@@ -122,7 +122,7 @@ def find_problems(folder: Path, shapes: Shapes, repo_id: str) -> list[str]:
         if "pretrained_cfg" not in config:
             raise ValueError(f"{CONFIG} needs pretrained_cfg, as timm writes it now")
     except ValueError as error:
-        return [str(error), *_check_card(folder / CARD, None, repo_id)]
+        return [str(error), *_check_card(folder / CARD, None, repo_id, {})]
     public = load_catalogue().get(f"{config['architecture']}.{config['pretrained_cfg'].get('tag')}")
     problems = _check_weights(folder, shapes)
     names = config.get("label_names")
@@ -130,7 +130,7 @@ def find_problems(folder: Path, shapes: Shapes, repo_id: str) -> list[str]:
         problems.append(f"{CONFIG} names {len(names)} classes but has num_classes {config.get('num_classes')}")
     if public:
         problems += _compare_with_catalogue(config, public)
-    return problems + _check_card(folder / CARD, public, repo_id)
+    return problems + _check_card(folder / CARD, public, repo_id, config)
 
 
 def find_space_problems(folder: Path) -> list[str]:
@@ -199,7 +199,7 @@ def _read_card(path: Path, kind: type[RepoCard] = RepoCard) -> tuple[Any, list[s
         return None, [f"{CARD} has metadata that the Hub cannot read: {summarise(error)}"]
 
 
-def _check_card(path: Path, public: PublicWeight | None, repo_id: str) -> list[str]:
+def _check_card(path: Path, public: PublicWeight | None, repo_id: str, config: dict[str, Any]) -> list[str]:
     data, problems = _read_card(path, ModelCard)
     if problems:
         return problems
@@ -212,12 +212,31 @@ def _check_card(path: Path, public: PublicWeight | None, repo_id: str) -> list[s
         for name, value in expected.items()
         if data.get(name) != value
     ]
+    problems += _compare_with_config(data, content, config, expected)
     if public and data.eval_results:
         values = [result.metric_value for result in data.eval_results]
         if any(value != public.metric.value for value in values):
             problems.append(f"{CARD} has results {values}, public weight {public.name} has {public.metric.value}")
     named = set(re.findall(rf"{PLACEHOLDER}|hf-hub:[\w./-]+", content)) - {f"hf-hub:{repo_id}"}
     return problems + [f"{CARD} tells its readers to load {name}" for name in sorted(named)]
+
+
+def _compare_with_config(data: Any, content: str, config: dict[str, Any], expected: dict[str, str]) -> Iterator[str]:
+    """What a card says otherwise than the config beside it."""
+    pretrained_cfg = config.get("pretrained_cfg", {})
+    license = pretrained_cfg.get("license")
+    if license and "license" not in expected and data.get("license") != license:
+        yield f"{CARD} has license {data.get('license')!r}, {CONFIG} has {license!r}"
+    description = pretrained_cfg.get("description") or ""
+    if description.startswith(TRAINED_ON) and plain(description.removeprefix(TRAINED_ON)) not in content:
+        yield f"{CARD} does not say what {CONFIG} says: {description}"
+    if config:
+        multi_label = is_multi_label(pretrained_cfg)
+        if multi_label != (MULTI_LABEL in (data.get("tags") or [])):
+            yield f"{CARD} {'lacks' if multi_label else 'has'} the tag {MULTI_LABEL}, against {CONFIG}"
+        wrong, right = ("softmax(", "sigmoid()") if multi_label else ("sigmoid()", "softmax(-1)")
+        if wrong in content:
+            yield f"{CARD} computes probabilities by {wrong.strip('()')}, by {CONFIG} it is {right}"
 
 
 def _shorten(names: list[str]) -> str:

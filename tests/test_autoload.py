@@ -51,8 +51,13 @@ def test_timm_builds_ours_whatever_was_imported_first(run_python, code):
     assert process.stderr == ""
 
 
-@pytest.mark.parametrize("error", ["ImportError('sabotage')", "SystemExit('sabotage')", "GeneratorExit('sabotage')"])
-@pytest.mark.parametrize("module", ["tresnet", "models.blocks", "autoload"])
+@pytest.mark.parametrize(
+    ("module", "error"),
+    [
+        *((module, "ImportError('sabotage')") for module in ("tresnet", "models.blocks", "autoload")),
+        *((module, "SystemExit('sabotage')") for module in ("tresnet", "autoload")),
+    ],
+)
 def test_broken_plugin_warns_once_and_leaves_timm_its_own_models(run_python, module, error):
     code = f"""
 import importlib.abc, sys
@@ -77,6 +82,7 @@ def test_process_that_is_told_to_stop_stops_while_the_plugin_is_imported(run_pyt
     code = f"""
 import importlib.abc, os, signal, sys
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+signal.signal(signal.SIGINT, signal.default_int_handler)
 class Stopper(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == "timm_tresnet.tresnet":
@@ -87,7 +93,7 @@ print("went on")
 """
     process = run_python("-c", code, check=False)
     assert process.stdout == ""
-    assert process.returncode in (status, status - 256, -2)
+    assert process.returncode in (status, -2)
 
 
 BROKEN = {  # what cannot be caught in the package

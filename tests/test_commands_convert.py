@@ -1,10 +1,14 @@
+import importlib
 import json
 import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import reference
 import torch
+from huggingface_hub import ModelCard
 
 from timm_tresnet.cli import main as cli
 
@@ -30,6 +34,27 @@ def test_convert_writes_a_folder_that_classify_loads(checkpoints, tmp_path, caps
     assert cli.main(["classify", "--json", "--threshold", "0", "--model", f"local-dir:{output}"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert {len(result["predictions"]) for result in results} == {10}
+
+
+def test_card_says_what_the_config_says(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "hub")
+    known = ["--input-size", "64", "--license", "mit", "--dataset", "My *birds*", "--multi-label"]
+    output = tmp_path / "new"
+    assert cli.main(["convert", str(checkpoints / "a.pth"), "--output", str(output), *known]) == 0
+    pretrained_cfg = json.loads((output / "config.json").read_text())["pretrained_cfg"]
+    assert (pretrained_cfg["license"], pretrained_cfg["notes"]) == ("mit", ["multi-label"])
+    assert pretrained_cfg["description"] == "Trained on My *birds*"
+    card = ModelCard((output / "README.md").read_text())
+    assert card.data.license == "mit"
+    assert "multi-label" in card.data.tags
+    for said in (r"Converted from a checkpoint trained on My \*birds\*.", "one sigmoid a class", "[0].sigmoid()"):
+        assert said in card.text
+    assert not re.search(r"not known|softmax|None", card.text)
+    checks = importlib.import_module("checks")
+    card.save(output / "README.md")
+    text = (output / "README.md").read_text().replace("local-dir:FOLDER", "hf-hub:owner/birds")
+    (output / "README.md").write_text(text)
+    assert checks.find_problems(output, checks.read_shapes(output / "model.safetensors"), "owner/birds") == []
 
 
 def test_convert_writes_a_subfolder_for_each_of_several_files(checkpoints, tmp_path, capsys):

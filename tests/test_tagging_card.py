@@ -1,4 +1,7 @@
 import dataclasses
+import re
+import shlex
+import subprocess
 
 import pytest
 from huggingface_hub import ModelCard
@@ -62,7 +65,6 @@ def test_many_labels_are_not_all_in_the_table():
 
 
 def test_the_example_of_a_card_runs(tmp_path, monkeypatch, capsys):
-    import re
     import shutil
 
     from timm_tresnet.utils.images import find_samples
@@ -76,3 +78,40 @@ def test_the_example_of_a_card_runs(tmp_path, monkeypatch, capsys):
     for example in examples:
         exec(compile(example, "README.md", "exec"), {})
     assert "ship 0." in capsys.readouterr().out
+
+
+def command_of(card):
+    (code,) = re.findall(r"```bash\n(timm-tresnet train-tagger.*?)\n```", card, re.DOTALL)
+    return code
+
+
+def test_a_card_shows_no_folder_of_this_machine():
+    words = [
+        "timm-tresnet",
+        "train-tagger",
+        "/home/me/secret/train.csv",
+        "--images=/home/me/photos",
+        "--output",
+        "/srv/x",
+    ]
+    words += ["--model", "local-dir:/home/me/weights", "--val", r"C:\Users\me\val.csv", "--column", "a/b"]
+    data = ("/home/me/secret/train.csv", "val/held_out.csv")
+    card = make_card(dataclasses.replace(TRAINING, command=shlex.join(words), data=data), "tresnet_m")
+    assert not re.search("home|secret|srv|Users", card)
+    assert shlex.split(command_of(card))[2:] == [
+        *("train.csv", "--images=photos", "--output", "x", "--model", "local-dir:weights", "--val", "val.csv"),
+        *("--column", "a/b"),
+    ]
+    assert "100 images of `train.csv`, 10 images of `val/held_out.csv`" in card
+
+
+@pytest.mark.parametrize("word", ["a\n```\n# Heading\n", "a\r\n~~~", "'\n\\\n'", "\x1b[2J", "a\u2028b", "```"])
+def test_no_word_leaves_the_command_of_a_card(word):
+    command = shlex.join(["timm-tresnet", "train-tagger", "a.csv", "--column", word])
+    code = command_of(make_card(dataclasses.replace(TRAINING, command=command), "tresnet_m"))
+    assert len(code.splitlines()) == 1
+    if "\u2028" not in word:  # which bash writes as its locale has it
+        said = subprocess.run(
+            ["bash", "-c", f"printf %s {code.partition('--column ')[2]}"], capture_output=True, check=True
+        )
+        assert said.stdout.decode() == word

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 from huggingface_hub import EvalResult, ModelCardData
 
 from timm_tresnet.utils.tables import format_markdown
-
-if TYPE_CHECKING:
-    from timm_tresnet.weights.catalogue import PublicWeight
+from timm_tresnet.weights.catalogue import NOTHING_KNOWN, Facts, PublicWeight
+from timm_tresnet.weights.labels import MULTI_LABEL
 
 PLACEHOLDER = "local-dir:FOLDER"  # stands for the model's name in a card that is not for a repository yet
 
@@ -113,12 +110,12 @@ optimizer.step()
 ```"""
 
 
-def make_card(public: PublicWeight | None, architecture: str, num_classes: int, repo_id: str | None = None) -> str:
+def make_card(facts: Facts | None, architecture: str, num_classes: int, repo_id: str | None = None) -> str:
     """Write the model card of converted weights.
 
     Args:
-        public: what is known about the weights; None if they are not public ones. What it does not say, the card leaves
-            out.
+        facts: what is known about the weights, of which config.json is made too; a `PublicWeight` if they are public
+            ones. What it does not say, the card leaves out.
         architecture: name of the variant.
         num_classes: outputs of the converted network; 0 if it has no classifier.
         repo_id: Hub repository, "organisation/name", in which the card will be; None if there is none yet, and the
@@ -132,35 +129,39 @@ def make_card(public: PublicWeight | None, architecture: str, num_classes: int, 
     """
     if repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, re.ASCII):
         raise ValueError(f"make_card needs repo_id to be OWNER/NAME, got {repo_id!r}")
+    facts = facts or NOTHING_KNOWN
+    public = facts if isinstance(facts, PublicWeight) else None
     name = public.name if public else repo_id.partition("/")[2] if repo_id else architecture
-    sections = [f"# {plain(name)}", _introduce(public, architecture, num_classes)]
-    if table := _tabulate(public, num_classes):
+    sections = [f"# {plain(name)}", _introduce(facts, architecture, num_classes)]
+    if table := _tabulate(facts, num_classes):
         sections.append(table)
-    sections += _explain_use(public, num_classes, f"hf-hub:{repo_id}" if repo_id else PLACEHOLDER)
-    if public:
-        data = map(plain, filter(None, (public.pretraining, public.dataset)))
+    sections += _explain_use(facts, num_classes, f"hf-hub:{repo_id}" if repo_id else PLACEHOLDER)
+    if data := [plain(each) for each in (public and public.pretraining, facts.dataset) if each]:
         sections += ["## Training data", f"{', then '.join(data)}."]
+    if public:
         official = _refer("official code", public.code)
         licence = f"{plain(public.license)}, as the {official}." if public.license else _UNLICENSED
         sections += ["## Licence", licence]
+    elif facts.license:
+        sections += ["## Licence", f"{plain(facts.license)}, as said when the weights were converted."]
     sections += ["## Citation", cite([public.paper] if public else [])]
-    metadata = _describe(public, name, num_classes).to_yaml()
+    metadata = _describe(facts, name, num_classes).to_yaml()
     return f"---\n{metadata}\n---\n" + "\n\n".join(sections) + "\n"
 
 
 _UNLICENSED = "Their authors name no licence for these weights; ask them before you use the weights."
 
 
-def _describe(public: PublicWeight | None, name: str, num_classes: int) -> ModelCardData:
+def _describe(facts: Facts, name: str, num_classes: int) -> ModelCardData:
+    public = facts if isinstance(facts, PublicWeight) else None
     pipeline = "image-classification" if num_classes else "image-feature-extraction"
     tags = [pipeline, "timm", "tresnet"]
-    if public is None:
-        return ModelCardData(library_name="timm", pipeline_tag=pipeline, tags=tags)
-    if public.multi_label:
-        tags.append("multi-label")
-    datasets = [_HUB_DATASETS[dataset] for dataset in (public.dataset, public.pretraining) if dataset in _HUB_DATASETS]
+    if facts.multi_label:
+        tags.append(MULTI_LABEL)
+    named = (facts.dataset, public and public.pretraining)
+    datasets = [_HUB_DATASETS[dataset] for dataset in named if dataset in _HUB_DATASETS]
     results = None
-    if public.metric and _has_published_head(public, num_classes):
+    if public and public.metric and _has_published_head(public, num_classes):
         repository = public.metric.published.partition(",")[0]
         if repository == "timm":
             repository = "huggingface/pytorch-image-models"
@@ -177,7 +178,7 @@ def _describe(public: PublicWeight | None, name: str, num_classes: int) -> Model
             )
         ]
     return ModelCardData(
-        license=public.license,
+        license=facts.license,
         library_name="timm",
         pipeline_tag=pipeline,
         tags=tags,
@@ -187,15 +188,17 @@ def _describe(public: PublicWeight | None, name: str, num_classes: int) -> Model
     )
 
 
-def _introduce(public: PublicWeight | None, architecture: str, num_classes: int) -> str:
-    kind = "A multi-label image classifier" if public and public.multi_label else "An image classifier"
+def _introduce(facts: Facts, architecture: str, num_classes: int) -> str:
+    public = facts if isinstance(facts, PublicWeight) else None
+    kind = "A multi-label image classifier" if facts.multi_label else "An image classifier"
     if not num_classes:
         kind = "An image feature extractor"
     text = (
         f"{kind}: TResNet ({link(_TRESNET)}), variant {as_code(architecture)}, for timm with the plugin timm-tresnet."
     )
     if public is None:
-        return f"{text} Converted from a checkpoint whose training is not known."
+        known = f"trained on {plain(facts.dataset)}" if facts.dataset else "whose training is not known"
+        return f"{text} Converted from a checkpoint {known}."
     files = " or ".join(map(as_code, public.files))
     code = _refer("code", public.code)
     source = f"The weights are those of {link(public.paper)}, converted from {files} of its {code}."
@@ -204,36 +207,38 @@ def _introduce(public: PublicWeight | None, architecture: str, num_classes: int)
     return f"{text} {source}"
 
 
-def _tabulate(public: PublicWeight | None, num_classes: int) -> str:
+def _tabulate(facts: Facts, num_classes: int) -> str:
     rows = [("classes", num_classes)] if num_classes else []
-    if public:
-        if public.multi_label and num_classes:
-            rows.append(("outputs", "one sigmoid a class; an image can have any number of the classes"))
-        if public.input_size:
-            rows.append(("image", _describe_preprocessing(public)))
-        if public.metric:
-            metric = f"{public.metric.value} %, published in {plain(public.metric.published)}"
-            if not _has_published_head(public, num_classes):
-                metric += "; that is with the published head, which is not part of these weights"
-            rows.append((plain(f"{public.metric.name} on {public.dataset}"), metric))
+    if facts.multi_label and num_classes:
+        rows.append(("outputs", "one sigmoid a class; an image can have any number of the classes"))
+    if facts.input_size:
+        rows.append(("image", _describe_preprocessing(facts)))
+    if isinstance(facts, PublicWeight) and facts.metric:
+        metric = f"{facts.metric.value} %, published in {plain(facts.metric.published)}"
+        if not _has_published_head(facts, num_classes):
+            metric += "; that is with the published head, which is not part of these weights"
+        rows.append((plain(f"{facts.metric.name} on {facts.dataset}"), metric))
     return format_markdown(["", ""], rows) if rows else ""
 
 
-def _describe_preprocessing(public: PublicWeight) -> str:
-    size = public.input_size
-    if public.crop_mode == "squash":
-        resizing = f"resized to {size} × {size} pixels whatever its shape"
+def _describe_preprocessing(facts: Facts) -> str:
+    size = facts.input_size
+    if facts.crop_mode == "squash":
+        text = f"RGB, resized to {size} × {size} pixels whatever its shape"
+    elif facts.crop_pct:
+        text = f"RGB, shorter side resized to {int(size / facts.crop_pct)} pixels, then the central {size} × {size}"
     else:
-        resizing = f"shorter side resized to {int(size / public.crop_pct)} pixels, then the central {size} × {size}"
-    text = f"RGB, {resizing} ({plain(str(public.interpolation))})"
-    return f"{text}; mean {list(public.mean)}, std {list(public.std)}" if public.mean and public.std else text
+        text = f"RGB, {size} × {size} pixels"
+    if facts.interpolation:
+        text += f" ({plain(facts.interpolation)})"
+    return f"{text}; mean {list(facts.mean)}, std {list(facts.std)}" if facts.mean and facts.std else text
 
 
-def _explain_use(public: PublicWeight | None, num_classes: int, model: str) -> list[str]:
+def _explain_use(facts: Facts, num_classes: int, model: str) -> list[str]:
     examples = {"Feature maps": _FEATURES, "Embeddings": EMBED, "Fine-tuning": _FINE_TUNE}
     if num_classes:
         examples = {"Classification": CLASSIFY, **examples}
-    activation = "sigmoid()" if public and public.multi_label else "softmax(-1)"
+    activation = "sigmoid()" if facts.multi_label else "softmax(-1)"
     sections = ["## Use", "With timm and timm-tresnet installed; the preprocessing comes with the weights."]
     for title, example in examples.items():
         sections += [f"### {title}", example.format(model=model, activation=activation, top=min(5, num_classes))]

@@ -26,13 +26,15 @@ class Conversion(Recognised):
 
     Args:
         pretrained_cfg: timm's pretrained config, as far as it is known.
-        public_weight: what is known about the weights, if they are public ones.
+        facts: all that is known about the weights, of which config and card are made.
+        public_weight: what is known about them, if they are public ones.
         labels: names of the classes as timm's config.json has them; empty if they are not known.
         notes: what was done that may matter.
         warnings: what may be wrong with the weights.
     """
 
     pretrained_cfg: dict[str, Any]
+    facts: Facts = NOTHING_KNOWN
     public_weight: PublicWeight | None = None
     labels: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -129,6 +131,8 @@ def _describe(
     of_run = run.facts(in_chans).known if run else {}
     of_other = _look_up_facts(like, in_chans).known if like else {}
     facts = dataclasses.replace(public or NOTHING_KNOWN, **{**of_run, **of_other, **given.known})
+    if public and facts.dataset != public.dataset:
+        facts = dataclasses.replace(facts, metric=None)  # it was measured on the other one
     _check_facts(facts, in_chans)
     names, source, fault = _name_classes(found, public, run, labels)
     bad = [name for name, tensor in found.state_dict.items() if not torch.isfinite(tensor).all()]
@@ -138,6 +142,7 @@ def _describe(
     return Conversion(
         **{**vars(found), "model_args": found.model_args | facts.slopes},
         pretrained_cfg=pretrained_cfg,
+        facts=facts,
         public_weight=public,
         labels=names,
         notes=tuple(_note(found, misfits, facts, run, source, fault)),

@@ -50,7 +50,7 @@ def write_folder(
         (partial / "model.safetensors").write_bytes(save(conversion.state_dict, metadata={"format": "pt"}))
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (partial / "config.json").write_text(text + "\n", encoding="utf-8")
-        card = make_card(conversion.public_weight, conversion.architecture, conversion.num_classes, repo_id)
+        card = make_card(conversion.facts, conversion.architecture, conversion.num_classes, repo_id)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if check is not None:
             check(partial)

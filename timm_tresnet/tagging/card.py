@@ -1,13 +1,17 @@
 """Model cards of taggers: the README.md of the folder that a training ends with."""
 
 import math
+import re
+import shlex
 from dataclasses import dataclass
+from pathlib import PurePosixPath, PureWindowsPath
 
 from huggingface_hub import ModelCardData
 
 from timm_tresnet.conversion.card import EMBED, PLACEHOLDER, as_code, cite, link, plain
 from timm_tresnet.tagging.settings import Settings
 from timm_tresnet.utils.tables import format_markdown
+from timm_tresnet.utils.terminal import escape
 
 _LOSS_PAPER, _HEAD_PAPER = "arXiv:2009.14119", "arXiv:2111.12933"
 _MOST_LABELS = 1000  # rows of the table; a page of the Hub with more is slow
@@ -50,13 +54,13 @@ class Training:
         scores: mAP, CF1 and OF1 on them, in percent, at these thresholds.
         label_counts: how many training images have each label.
         images: number of images to train on, and of those held out.
-        data: names of their annotations.
+        data: the files of their annotations.
         settings: of the training.
         head: of the network.
         epoch: whose weights these are.
         averaged: whether they are the moving average.
         image_size: side of the images, in pixels.
-        command: with which it was made.
+        command: with which it was made, quoted for a shell.
     """
 
     labels: tuple[str, ...]
@@ -118,14 +122,32 @@ def _tabulate(training: Training) -> list[tuple[str, object]]:
 
 
 def _explain_training(training: Training) -> str:
-    (trained, held_out), (train_data, held_out_data) = training.images, training.data
+    (trained, held_out), (train_data, held_out_data) = training.images, map(_localise, training.data)
     weights = f"Moving average of the weights (decay {training.settings.ema_decay})" if training.averaged else "Weights"
     text = (
         f"{trained} images of {as_code(train_data)}, {held_out} images of {as_code(held_out_data)} held out. {weights} "
         f"after epoch {training.epoch} of {training.settings.epochs}, the best on the held-out images, on which each "
         "label's threshold was chosen too, for its best F1; on images that chose nothing, figures will be lower."
     )
-    return f"{text}\n\n```bash\n{training.command}\n```" if training.command else text
+    words = " ".join(_quote(_localise(word)) for word in shlex.split(training.command))
+    return f"{text}\n\n```bash\n{words}\n```" if words else text
+
+
+def _localise(word: str) -> str:
+    """A word of a command line, or a file, whose absolute paths are the names behind them: cards are published."""
+    match = re.match(r"(--[\w-]+=)?(local-dir:)?", word)
+    path = word[match.end() :]
+    for kind in (PurePosixPath, PureWindowsPath):
+        if kind(path).is_absolute():
+            return match[0] + (kind(path).name or ".")
+    return word
+
+
+def _quote(word: str) -> str:
+    """A word for a shell, in one line."""
+    if escape(word) == word:
+        return shlex.quote(word)
+    return "$'" + escape(word.replace("\\", r"\\").replace("'", r"\'")) + "'"
 
 
 def _tabulate_labels(training: Training) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from timm_tresnet.weights.labels import MULTI_LABEL
 
+TRAINED_ON = "Trained on "  # before the data set in the description of a pretrained config
 _FILE = importlib.resources.files(__package__) / "catalogue.toml"  # not a Path in a zip application
 
 
@@ -145,7 +146,7 @@ def make_pretrained_cfg(facts: Facts, num_classes: int, in_chans: int = 3) -> di
         config["input_size"] = (in_chans, *sides)
         config["pool_size"] = tuple(math.ceil(side / 32) for side in sides)
     if facts.dataset is not None:
-        config["description"] = f"Trained on {facts.dataset}"
+        config["description"] = f"{TRAINED_ON}{facts.dataset}"
     if isinstance(facts, PublicWeight):
         config |= {"tag": facts.tag, "origin_url": facts.code, "paper_ids": facts.paper}
     if facts.multi_label and num_classes:
