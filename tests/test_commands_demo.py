@@ -36,7 +36,7 @@ class Page:
     ("embedded", "options", "asked"),
     [
         (["a"], [], [["a", "on_the_hub"], None, "127.0.0.1", None]),
-        (["a", "b"], [], [["a", "b", "on_the_hub"], "b", "127.0.0.1", None]),
+        (["a", "b"], [], [["a", "b", "on_the_hub"], None, "127.0.0.1", None]),
         (["a", "b"], ["--model", "c", "--port", "8000"], [["c"], None, "127.0.0.1", 8000]),
         (["a"], ["--model", "c", "--model", "d", "--host", "0.0.0.0"], [["c", "d"], "d", "0.0.0.0", None]),
     ],

@@ -1,13 +1,18 @@
 """The demo as users have it: a server of its own, asked over HTTP and by a headless Chromium."""
 
+import contextlib
 import importlib.util
 import io
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -23,6 +28,7 @@ pytestmark = pytest.mark.skipif(
 )
 ROOT = Path(__file__).parents[1]
 EMBEDDED = "test_tresnet.r64_cifar10"
+LEGEND = "In colour: tags from their own thresholds on. Grey: below them."
 NOTHING_ELSE = """
 import socket
 
@@ -66,14 +72,29 @@ class Demo:
         with urllib.request.urlopen(self.url + path, timeout=60) as answer:
             return answer.read().decode()
 
-    def call(self, index, *data):
+    def upload(self, content, name="a.jpg"):
+        """Upload a file; returns its path in the server."""
+        head = f'--b\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
+        headers = {"Content-Type": "multipart/form-data; boundary=b"}
+        body = head.encode() + content + b"\r\n--b--\r\n"
+        request = urllib.request.Request(f"{self.url}gradio_api/upload", body, headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)[0]
+
+    def peak_mib(self):
+        """The most memory that the server has had."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 1024
+
+    def call(self, index, *data, session=None):
         """What a stranger's own client gets from a function of the page."""
-        body = json.dumps({"data": data, "fn_index": index, "session_hash": f"session{index}"}).encode()
+        session = session or f"session{index}"
+        body = json.dumps({"data": data, "fn_index": index, "session_hash": session}).encode()
         request = urllib.request.Request(
             f"{self.url}gradio_api/queue/join?", body, {"Content-Type": "application/json"}
         )
         urllib.request.urlopen(request, timeout=60).close()
-        events = self.get(f"gradio_api/queue/data?session_hash=session{index}").split("\n\n")
+        events = self.get(f"gradio_api/queue/data?session_hash={urllib.parse.quote(session)}").split("\n\n")
         messages = [json.loads(event.removeprefix("data: ")) for event in events if event]
         return next(message for message in messages if message["msg"] == "process_completed")
 
@@ -143,9 +164,21 @@ def test_photograph_is_uploaded_classified_and_explained_side_by_side(page, seco
     upload(page, SAMPLES / "cat.jpg")
     wait_for(page, "#first-note", "where “cat” is, 4×4 cells")
     assert EMBEDDED in page.inner_text("#first-note")
-    assert page.inner_text("#first-labels").split()[:3] == ["cat", "cat", "97%"]
+    assert page.inner_text("#first-labels").split()[:2] == ["cat", "97%"]
+    preview = page.locator("#preview img")
+    assert preview.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
     assert second in page.inner_text("#second-note")
-    assert page.inner_text("#second-labels").split() == ["whiskers", "whiskers", "88%", "fur", "50%", "wheels", "12%"]
+    assert page.inner_text("#second-labels").split() == [
+        "whiskers",
+        "88%",
+        "fur",
+        "50%",
+        "wheels",
+        "12%",
+        *LEGEND.split(),
+    ]
+    grey = page.locator("#second-labels div[style*='opacity:0.45']")
+    assert grey.all_inner_texts() == ["wheels\n12%"]
     for column in ("first", "second"):
         picture = page.locator(f"#{column}-picture img")
         picture.wait_for()
@@ -159,6 +192,7 @@ def test_photograph_is_uploaded_classified_and_explained_side_by_side(page, seco
 def test_sample_is_a_click_away_and_other_weights_are_shown_at_once(page):
     page.locator("#samples").get_by_role("button").nth(3).click()
     wait_for(page, "#first-note", "where “horse” is")
+    page.locator("#preview img").wait_for()
     choose(page, "second", EMBEDDED)
     wait_for(page, "#second-note", "where “horse” is")
     choose(page, "second", "nothing")
@@ -189,7 +223,7 @@ def test_bad_upload_is_answered_with_a_message_and_the_next_one_with_its_class(n
 
 def test_weights_that_cannot_be_had_are_a_message_in_their_column(page):
     upload(page, SAMPLES / "deer.jpg")
-    choose(page, "second", "tresnet_m.miil_in1k")
+    choose(page, "second", "tresnet_m.miil_in1k")  # on their way at first, then not to be had
     wait_for(page, "#second-note", "cannot load the model tresnet_m.miil_in1k")
     assert not page.locator("#second-labels").is_visible()
     wait_for(page, "#first-note", "where “deer” is")
@@ -225,7 +259,7 @@ def find_function(demo, output):
 
 
 def test_weights_outside_the_list_are_refused(demo):
-    answer = demo.call(find_function(demo, "markdown"), None, "hf-hub:somebody/else", "nothing")
+    answer = demo.call(find_function(demo, "timer"), None, "hf-hub:somebody/else")
     assert answer["success"] is False
     assert "hf-hub:somebody/else is not in the list of choices" in answer["output"]["error"]
 
@@ -237,6 +271,84 @@ def test_files_of_the_server_cannot_be_named(path, demo):
     assert f"InvalidPathError: Cannot move {path} to the gradio cache dir" in demo.log.read_text()
     with pytest.raises(urllib.error.HTTPError, match="403"):
         demo.get(f"gradio_api/file={path}")
+
+
+FILE = {"path": "http://93.184.215.14/a.jpg", "meta": {"_type": "gradio.FileData"}, "orig_name": "a.jpg"}
+
+
+def test_no_address_is_fetched_for_a_visitor(demo):
+    upload, show = find_function(demo, "state"), find_function(demo, "timer")
+    for index, data in (upload, [FILE]), (upload, [{**FILE, "url": FILE["path"]}]), (show, [FILE, FILE]):
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            demo.call(index, *data)
+    for path in (f"file={FILE['path']}", f"proxy={FILE['path']}"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            demo.get(f"gradio_api/{path}")
+    uploaded = {**FILE, "path": demo.upload((SAMPLES / "cat.jpg").read_bytes()), "url": FILE["path"]}
+    answer = demo.call(upload, uploaded)
+    assert answer["success"]
+    assert "asked for" not in demo.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "buckets"), ("GET", "records?bucket_id=a/b"), ("POST", "connect"), ("GET", "records/a/b/assets/c")],
+)
+def test_run_history_is_off(method, path, demo):
+    request = urllib.request.Request(f"{demo.url}gradio_api/run-history/{path}", b"{}", method=method)
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(request, timeout=60)
+    assert json.loads(demo.get("config"))["run_history"] is False
+
+
+def test_photograph_that_unfolds_is_refused_before_it_is_decoded(demo):
+    content = io.BytesIO()
+    Image.new("I;16", (9000, 9000)).save(content, "PNG")
+    assert len(content.getvalue()) < 200_000
+    before = demo.peak_mib()
+    file = {**FILE, "path": demo.upload(content.getvalue(), "a.png")}
+    answer = demo.call(find_function(demo, "state"), file)
+    assert "take 648 MB, more than 268" in json.dumps(answer["output"]["data"])
+    assert demo.peak_mib() < before + 100
+
+
+def test_hub_that_does_not_answer_holds_nobody_else_and_gets_no_login(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        asked = []
+
+        def listen():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = silent.accept()
+                    asked.append((connection, connection.recv(10_000)))
+
+        threading.Thread(target=listen, daemon=True).start()
+        words = ["demo", "--model", "tresnet_m.miil_in1k", "--model", EMBEDDED]
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        (tmp_path / "token").write_text("hf_of_the_file")
+        variables = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret"}
+        code = f"from timm_tresnet.cli.main import main; main({words})"
+        demo = Demo(code, tmp_path / "log", **variables)
+        try:
+            upload, show = find_function(demo, "state"), find_function(demo, "timer")
+            file = {**FILE, "path": demo.upload((SAMPLES / "cat.jpg").read_bytes())}
+            for name, said in (("tresnet_m.miil_in1k", "on their way"), (EMBEDDED, "where “cat” is")) * 2:
+                session = f"one {name}"
+                assert demo.call(upload, file, session=session)["success"]
+                for _ in range(600):  # the network in the package is on its way for a moment too
+                    said_now = str(demo.call(show, None, name, session=session)["output"]["data"])
+                    if said in said_now:
+                        break
+                    threading.Event().wait(0.05)
+                else:
+                    raise AssertionError(said_now)
+            assert asked
+        finally:
+            demo.stop()
+        said_to_hub = b"".join(content for _, content in asked)
+        assert b"HTTP/1.1" in said_to_hub
+        assert b"uthorization" not in said_to_hub
+        assert b"hf_" not in said_to_hub
 
 
 def test_page_counts_nobody_and_only_this_machine_reaches_it(demo):

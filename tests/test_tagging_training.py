@@ -251,7 +251,7 @@ def test_a_checkpoint_from_elsewhere_that_wants_to_run_code_is_refused(train, tm
     (tmp_path / "tagger.training" / "last.ckpt").write_bytes(pickle.dumps(Harm(), protocol=2))
     assert train(output, "--epochs", "1", "--resume") == 2
     assert not (tmp_path / "harm").exists()
-    assert "last.ckpt is no checkpoint of a training: " in capsys.readouterr().err
+    assert "last.ckpt is no checkpoint of this training: " in capsys.readouterr().err
 
 
 def test_images_that_cannot_be_read_are_counted_and_the_rest_is_trained(train, tmp_path, capsys):

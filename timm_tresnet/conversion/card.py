@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+
 from huggingface_hub import EvalResult, ModelCardData
 
 from timm_tresnet.utils.tables import format_markdown

@@ -90,8 +90,8 @@ def open_checkpoint(path: Path) -> tuple[Mapping[str, Any], list[str]]:
 def refuse(path: Path, names: Iterable[str]) -> ValueError:
     """The error about a file whose weights are inside objects of classes that would have to be run."""
     return ValueError(
-        f"refused to read {printable(path)}: it needs {name_some(names)} to be run, and a file of weights needs no code. "
-        "If you trust it, save its state_dict alone, with the code that wrote it"
+        f"refused to read {printable(path)}: it needs {name_some(names)} to be run, and a file of weights needs no "
+        "code. If you trust it, save its state_dict alone, with the code that wrote it"
     )
 
 

@@ -12,10 +12,11 @@ from captum.attr import LayerGradCam
 from PIL import Image
 from torch import Tensor, nn
 
-from timm_tresnet.weights.labels import is_multi_label, label_lookup
+from timm_tresnet.weights.labels import is_multi_label, label_lookup, read_thresholds
 
 _LEAST_CELLS = 4  # on a side of the map that is shown; the last stage has fewer for small images
 _SHOWN_PIXELS = 320  # on a side, at least
+_THRESHOLD = 0.5  # of taggers without thresholds of their own
 _OPACITY = 0.6  # of the colours where the map is largest
 
 
@@ -29,6 +30,7 @@ class Explanation:
         cells: rows and columns of the map that the colours were made of.
         classify_ms: time of the network.
         explain_ms: time of Grad-CAM.
+        thresholds: of a tagger, from which probability on an image has a label, by its name; None of other networks.
     """
 
     probabilities: dict[str, float]
@@ -36,6 +38,7 @@ class Explanation:
     cells: tuple[int, int]
     classify_ms: float
     explain_ms: float
+    thresholds: dict[str, float] | None = None
 
 
 def explain_image(model: nn.Module, image: Image.Image, count: int = 5) -> Explanation:
@@ -72,13 +75,18 @@ def explain_image(model: nn.Module, image: Image.Image, count: int = 5) -> Expla
     explaining = time.perf_counter()
     heat = LayerGradCam(model, _choose_layer(model, x)).attribute(x, int(indices[0]), relu_attributions=True)
     explained = time.perf_counter()
-    describe = label_lookup(model)
+    names = [label_lookup(model)(index) for index in indices.tolist()]
+    thresholds = None
+    if is_multi_label(model.pretrained_cfg):
+        own = read_thresholds(model.pretrained_cfg, model.num_classes) or [_THRESHOLD] * model.num_classes
+        thresholds = dict(zip(names, (own[index] for index in indices.tolist()), strict=True))
     return Explanation(
-        probabilities=dict(zip(map(describe, indices.tolist()), values.tolist(), strict=True)),
+        probabilities=dict(zip(names, values.tolist(), strict=True)),
         heat_map=_colour(_crop(image, config), heat.detach()),
         cells=tuple(heat.shape[-2:]),
         classify_ms=1000 * (classified - start),
         explain_ms=1000 * (explained - explaining),
+        thresholds=thresholds,
     )
 
 

@@ -50,6 +50,7 @@ class Tagger(pl.LightningModule):
         self.history: list[dict[str, Any]] = []
         self.unreadable: set[int] = set()  # indices of training images
         self.unmeasured: list[int] = []  # of held-out images that could not be read in the last epoch
+        self.stepped = False  # in this process, so that what it was resumed from is known to fit
         self._averaged_steps = 0
         self._loss_sum, self._loss_count = torch.zeros(()), 0
         # How probable the network found each label in training, the estimate of arXiv:2110.10955 for how common it is.
@@ -116,6 +117,7 @@ class Tagger(pl.LightningModule):
         return (self._loss_sum / max(1, self._loss_count)).item()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.stepped = True
         if self.global_step > self._averaged_steps:  # not while gradients accumulate
             self._averaged_steps = self.global_step
             self.average.update(self.network, self.global_step if self._warms_up else None)

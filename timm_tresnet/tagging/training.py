@@ -8,11 +8,10 @@ import json
 import logging
 import math
 import os
-import pickle
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
 from timm_tresnet.conversion.reading import name_some
@@ -34,6 +32,7 @@ from timm_tresnet.tagging.data import LabelledImages, make_loader
 from timm_tresnet.tagging.folders import hold_out_of_each
 from timm_tresnet.tagging.losses import LabelLoss, order_numbers, weigh_positives
 from timm_tresnet.tagging.module import Tagger
+from timm_tresnet.tagging.resuming import CheckpointError, WholeCheckpoints, find_checkpoint_fault
 from timm_tresnet.tagging.settings import ClassSettings, Settings, TrainingSettings
 from timm_tresnet.tagging.start import make_network, make_pretrained_cfg
 from timm_tresnet.tagging.telling import ProgressBar, choose_device, choose_precision, tell_start
@@ -153,16 +152,28 @@ def train_network(
     loss = _make_loss(settings, data["training"], training.names) if isinstance(settings, Settings) else None
     tagger = Tagger(network, settings, len(data["measuring"]), loss)
     with _quiet():
-        trainer = _make_trainer(settings, place, device, processes, say)
-        trainer.fit(
-            tagger,
-            *(
-                make_loader(images, settings.batch_size, name == "training", workers, process, processes, settings.seed)
-                for name, images in data.items()
-            ),
-            ckpt_path=checkpoint,
-            weights_only=True,
-        )
+        trainer = _make_trainer(settings, place, device, processes, say, tagger, len(data["training"]))
+        loaders = [
+            make_loader(images, settings.batch_size, name == "training", workers, process, processes, settings.seed)
+            for name, images in data.items()
+        ]
+        try:
+            trainer.fit(tagger, *loaders, ckpt_path=checkpoint, weights_only=True)
+        # What Lightning and PyTorch raise for a part that was not looked at depends on what is in it.
+        except (
+            ArithmeticError,
+            AssertionError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            if checkpoint is None or tagger.stepped or isinstance(error, CheckpointError):
+                raise
+            raise ValueError(
+                f"cannot go on with {printable(checkpoint)}: {summarise(error)}; begin anew with --overwrite"
+            ) from error
     if process == 0:
         if training.partial:
             _write_prior(tagger, training.names, place.work / PRIOR)
@@ -299,20 +310,6 @@ def _find_differences(before: Any, now: dict[str, Any]) -> list[str]:
     ]
 
 
-class _WholeCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoints, of which a kill or a full disk leaves the old one or the new one."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with whole(Path(path)) as unfinished:
-            super().save_checkpoint(checkpoint, unfinished, storage_options)
-
-    def load_checkpoint(self, path: Any, *arguments: Any, **kwargs: Any) -> dict[str, Any]:
-        try:
-            return super().load_checkpoint(path, *arguments, **kwargs)
-        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:  # of what wants to run code, or is damaged
-            raise ValueError(f"{path} is no checkpoint of a training: {summarise(error)}") from error
-
-
 class _Teller(Callback):
     """Says a line after each epoch, and how to go on if one is interrupted."""
 
@@ -337,10 +334,24 @@ class _Teller(Callback):
 
 
 def _make_trainer(
-    settings: TrainingSettings, place: Place, device: str, processes: int, say: Callable[[str], None]
+    settings: TrainingSettings,
+    place: Place,
+    device: str,
+    processes: int,
+    say: Callable[[str], None],
+    tagger: Tagger,
+    images: int,
 ) -> pl.Trainer:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     bar = is_first_process() and sys.stderr.isatty()
+
+    def find_resuming_fault(checkpoint: Mapping[str, Any]) -> str | None:
+        loops = {
+            f"{name}_loop": getattr(trainer, f"{name}_loop").state_dict()
+            for name in ("fit", "validate", "test", "predict")
+        }
+        return find_checkpoint_fault(checkpoint, tagger, loops, images)
+
     make = functools.partial(
         pl.Trainer,
         accelerator=device,
@@ -356,7 +367,7 @@ def _make_trainer(
         log_every_n_steps=1,
         enable_model_summary=False,
         enable_progress_bar=bar,
-        plugins=[_WholeCheckpoints()],
+        plugins=[WholeCheckpoints(find_resuming_fault)],
         logger=CSVLogger(place.work, name="", version=None),
         callbacks=[
             _Teller(settings.epochs, say),
@@ -372,7 +383,8 @@ def _make_trainer(
         default_root_dir=place.work,
     )
     try:
-        return make()
+        trainer = make()
+        return trainer
     except MisconfigurationException as error:
         raise ValueError(f"this machine cannot do that: {error}") from error
 

@@ -24,6 +24,8 @@ FORMATS = {
 }
 _SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 _LARGEST_RATIO = 100  # of the sides; a narrow image is huge once its short side has the size that a network wants
+_MOST_BYTES = 2**29  # of an image's pixels, 8 bytes each of those that are copied on the way to 8 bits and no alpha
+_ROWS = 64  # that are brought to 8 bits at once
 _GROUND = (255, 255, 255)  # behind what is transparent: such images are mostly drawn for white pages
 _16_BITS = ("I;16", "I;16L", "I;16B", "I;16N")  # modes of Pillow; of a PNG, older releases say "I"
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF's tags; 0 for the second: 0 is white
@@ -59,12 +61,13 @@ def printable(path: Path) -> str:
     return escape(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
-def read_image(path: Path, upright: bool = True) -> Any:
+def read_image(path: Path, upright: bool = True, most_bytes: int = _MOST_BYTES) -> Any:
     """Read an image file, turned as its camera was held: the first frame, in 8 bits, on white where it is transparent.
 
     Args:
         path: the file, in one of `FORMATS`.
         upright: turn the image as its camera was held; False for the pixels as they are stored.
+        most_bytes: of the pixels that it declares, as they are in memory; asked before any is decoded.
 
     Returns:
         A `PIL.Image.Image` in mode RGB.
@@ -85,6 +88,7 @@ def read_image(path: Path, upright: bool = True) -> Any:
             warnings.simplefilter("ignore")  # of what Pillow puts right
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=list(FORMATS)) as image:
+                _check_size(image, most_bytes)
                 return _to_rgb(image, upright)
     except UnidentifiedImageError as error:
         raise ValueError(f"not an image in {', '.join(FORMATS)}") from error
@@ -96,12 +100,21 @@ def read_image(path: Path, upright: bool = True) -> Any:
         raise ValueError(summarise(error)) from error
 
 
-def _to_rgb(image: Any, upright: bool) -> Any:
-    from PIL import Image, ImageOps
-
+def _check_size(image: Any, most_bytes: int) -> None:
     short, long = sorted(image.size)
     if long > _LARGEST_RATIO * short:
         raise ValueError(f"{image.width}x{image.height} pixels, one side is over {_LARGEST_RATIO} times the other")
+    pixel = 8 if image.mode.endswith("A") or image.mode in ("I", "F", *_16_BITS) else 4  # copies of which are made
+    if pixel * image.width * image.height > most_bytes:
+        raise ValueError(
+            f"{image.width}x{image.height} pixels of {image.mode} take {pixel * image.width * image.height / 1e6:.0f} "
+            f"MB, more than {most_bytes / 1e6:.0f}"
+        )
+
+
+def _to_rgb(image: Any, upright: bool) -> Any:
+    from PIL import Image, ImageOps
+
     tags = getattr(image, "tag_v2", {})  # of TIFF; gone once the image is turned
     deep = image.mode in _16_BITS or (image.mode == "I" and image.format == "PNG")
     image = ImageOps.exif_transpose(image) if upright else image
@@ -120,6 +133,9 @@ def _from_16_bits(image: Any, white: int, inverted: bool) -> Any:
     import numpy
     from PIL import Image
 
-    grey = numpy.asarray(image).astype(numpy.float32) * (255 / white)
-    grey = grey.round().clip(0, 255).astype(numpy.uint8)
+    deep = numpy.asarray(image)
+    grey = numpy.empty(deep.shape, numpy.uint8)
+    for start in range(0, len(deep), _ROWS):  # of the whole, four copies in 32 bits would be made
+        rows = deep[start : start + _ROWS].astype(numpy.float32) * (255 / white)
+        grey[start : start + _ROWS] = rows.round().clip(0, 255)
     return Image.fromarray(255 - grey if inverted else grey)

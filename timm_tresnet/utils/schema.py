@@ -55,7 +55,7 @@ def show(value: Any) -> str:
         return "an object"
     if isinstance(value, list | tuple) and any(isinstance(each, dict | list) for each in value):
         return f"a list of {len(value)}"
-    shown = json.dumps(value)
+    shown = json.dumps(value, default=lambda each: type(each).__name__)
     return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
 
 

@@ -7,7 +7,7 @@ _TURNING = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}  # ch
 
 
 def escape(text: str, lines: bool = False) -> str:
-    """Text in which what a terminal obeys is written as Python writes it, such as `\\x1b`.
+    r"""Text in which what a terminal obeys is written as Python writes it, such as `\\x1b`.
 
     Args:
         text: of anybody.

@@ -40,9 +40,9 @@ def run(words: Sequence[str], *, models: Sequence[str] | None, host: str, port: 
     except ImportError as error:
         raise CommandError(f"demo needs further packages ({error}); {how_to_install('demo')}") from error
     embedded, on_hub = list_weights()
-    _, *others = models or embedded
+    beside = models[1] if models and len(models) > 1 else None
     try:
-        serve_demo(build_demo(models or [*embedded, *on_hub], next(iter(others), None)), host, port)
+        serve_demo(build_demo(models or [*embedded, *on_hub], beside), host, port)
     except OSError as error:  # no such address, or no free port
         raise CommandError(f"cannot serve the demo: {summarise(error)}") from error
     return 0

@@ -1,0 +1,68 @@
+"""Networks that are fetched while visitors wait for none of them."""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+_PATIENCE_S = 900  # for a download
+_KEPT = 3  # networks at once
+
+
+@dataclass
+class _Fetch:
+    """A network that arrives, or has arrived, or why it does not."""
+
+    begun: float = field(default_factory=time.monotonic)
+    network: nn.Module | None = None
+    error: str | None = None
+
+
+class Networks:
+    """Networks by name, each fetched once, in a thread of its own; those that were used last are kept.
+
+    Args:
+        load: makes a network of a name, or raises ValueError.
+        patience_s: for a network, before it is said that it does not arrive; it can still do so.
+    """
+
+    def __init__(self, load: Callable[[str], nn.Module], patience_s: float = _PATIENCE_S) -> None:
+        self._load = load
+        self._patience_s = patience_s
+        self._fetches: OrderedDict[str, _Fetch] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, name: str) -> nn.Module | None:
+        """The network, or None while it is on its way. Never waits.
+
+        Raises:
+            ValueError: if it cannot be had, and the next time it is tried again; or if it takes too long.
+        """
+        with self._lock:
+            fetch = self._fetches.get(name)
+            if fetch is None:
+                fetch = self._fetches[name] = _Fetch()
+                threading.Thread(target=self._fetch, args=(name, fetch), daemon=True).start()
+            self._fetches.move_to_end(name)
+            if fetch.error is not None:
+                del self._fetches[name]
+                raise ValueError(fetch.error)
+            if fetch.network is None and time.monotonic() - fetch.begun > self._patience_s:
+                raise ValueError(f"the weights {name} have not arrived within {self._patience_s:.0f} seconds")
+            return fetch.network
+
+    def _fetch(self, name: str, fetch: _Fetch) -> None:
+        try:
+            fetch.network = self._load(name)
+        except ValueError as error:
+            fetch.error = str(error)
+        except BaseException as error:
+            fetch.error = f"{name} cannot be had: {type(error).__name__}"
+            raise
+        with self._lock:
+            arrived = [name for name, each in self._fetches.items() if each.network is not None]
+            for old in arrived[:-_KEPT]:
+                del self._fetches[old]
