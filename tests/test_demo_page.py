@@ -214,7 +214,7 @@ def test_bad_upload_is_answered_with_a_message_and_the_next_one_with_its_class(n
     upload(page, tmp_path / name)
     wait_for(page, "#message", said)
     assert "cannot be shown to a network" in page.inner_text("#message")
-    assert not page.locator("#first-column").is_visible()
+    page.locator("#first-column").wait_for(state="hidden")
     upload(page, SAMPLES / "airplane.jpg")
     wait_for(page, "#first-note", "where “airplane” is")
     assert not page.locator("#message").is_visible()

@@ -1,5 +1,6 @@
 import contextlib
 import os
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -289,6 +290,34 @@ def test_every_folder_of_samples_belongs_to_a_model_in_the_package_and_names_its
         for path in photographs:
             assert f"| `{path.name}` |" in sources
             assert max(read_image(path).size) > 32
+
+
+LICENCES = re.compile(r"CC0 1\.0|public domain|CC BY 4\.0|Apache-2\.0|MIT")
+SOURCE = {".py", ".toml", ".typed", ".md"}  # written for this package, whose LICENSE holds
+
+
+def test_every_file_that_is_shipped_names_its_source_and_its_licence():
+    package, root = SAMPLES.parents[2], Path(__file__).parents[1]
+    shipped = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    shipped += [path for path in (root / "docs").rglob("*") if path.suffix in (".webp", ".png", ".jpg", ".gif")]
+    others = [path for path in shipped if path.suffix not in SOURCE]
+    assert {path.suffix for path in others} == {".jpg", ".safetensors", ".webp"}
+    for path in others:
+        if path.suffix == ".safetensors":
+            name = path.stem
+            (page,) = [each for each in (root / "hub").glob("*/README.md") if f"# {name}\n" in each.read_text()]
+            said = re.search(r"^license: (.*)$", page.read_text(), re.MULTILINE)[1]
+            assert said == "apache-2.0"
+            assert "## Data" in page.read_text()
+        else:
+            (row,) = [
+                row for row in (path.parent / "SOURCES.md").read_text().splitlines() if f"| `{path.name}` |" in row
+            ]
+            cells = [cell.strip() for cell in row.strip("| ").split(" | ")]
+            assert len(cells) == 5
+            assert all(cells)
+            assert LICENCES.search(cells[3]), f"{path.name} has no licence: {cells[3]}"
+            assert "none" not in cells[3]
 
 
 @pytest.mark.parametrize("tag", ["other", "..", None, "r64_cifar10/../../samples"])

@@ -466,3 +466,51 @@ def test_numbers_come_one_a_label(folder):
     ):
         with pytest.raises(ValueError, match=message):
             read_numbers(write(path, text), ("cat", "dog"))
+
+
+def make_outside(tmp_path):
+    """A folder of annotations beside a file that is not its own; names that lead there."""
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "data" / "a.png")
+    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "private.png")
+    (tmp_path / "data" / "inner.png").symlink_to("a.png")
+    (tmp_path / "data" / "up").symlink_to("..")
+    (tmp_path / "data-beside").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "data-beside" / "b.png")
+    return [str(tmp_path / "private.png"), "../private.png", "x/../../private.png", "link.png", "up/private.png"] + [
+        "../data-beside/b.png",
+        str(tmp_path / "data" / "a.png"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl"])
+def test_images_outside_the_folder_are_taken_with_an_option_alone(suffix, number, tmp_path):
+    name = make_outside(tmp_path)[number]
+    path = tmp_path / "data" / f"labels.{suffix}"
+    path.write_text(
+        {
+            "csv": f"file,labels\n{name},cat\n",
+            "jsonl": json.dumps({"file_name": name, "labels": ["cat"]}),
+            "json": json.dumps(
+                {
+                    "images": [{"id": 1, "file_name": name}],
+                    "categories": [{"id": 1, "name": "cat"}],
+                    "annotations": [{"image_id": 1, "category_id": 1}],
+                }
+            ),
+        }[suffix]
+    )
+    with pytest.raises(ValueError, match=r"names 1 files outside \S+, by absolute paths, .. or links: .*--outside"):
+        read_annotations(path)
+    if not name.startswith("x/"):  # there is no x
+        (example,) = read_annotations(path, Reading(outside=True)).examples
+        assert example.path.exists()
+
+
+def test_links_within_the_folder_and_a_folder_that_is_a_link_are_no_matter(tmp_path):
+    make_outside(tmp_path)
+    (tmp_path / "data" / "labels.csv").write_text("file,labels\ninner.png,cat\n./a.png,cat\n")
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "data")
+    assert len(read_annotations(tmp_path / "elsewhere" / "labels.csv").examples) == 2

@@ -77,7 +77,7 @@ def test_the_example_of_a_card_runs(tmp_path, monkeypatch, capsys):
     assert len(examples) == 2
     for example in examples:
         exec(compile(example, "README.md", "exec"), {})
-    assert "ship 0." in capsys.readouterr().out
+    assert "airplane 0." in capsys.readouterr().out
 
 
 def command_of(card):

@@ -78,6 +78,11 @@ def add_reading_options(parser: Any) -> None:
     parser.add_argument(
         "--keep-empty", action="store_true", help="keep images without labels (default: they are left out)"
     )
+    parser.add_argument(
+        "--outside",
+        action="store_true",
+        help="take images outside --images too: by absolute paths, .. or links that lead there (default: refused)",
+    )
 
 
 def make_reading(options: dict[str, Any], **others: Any) -> Any:
@@ -100,7 +105,7 @@ def make_reading(options: dict[str, Any], **others: Any) -> Any:
 
 
 READING_OPTIONS = ("images", "labels", "other_names", "separator", "column", "file_column")
-READING_OPTIONS += ("skip_missing", "skip_unknown", "keep_empty")
+READING_OPTIONS += ("skip_missing", "skip_unknown", "keep_empty", "outside")
 FORMS = "a .json of COCO or LVIS, a .csv or .tsv, a folder with metadata.jsonl or with a .txt beside each image"
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -90,7 +91,13 @@ def read_annotations(path: Path, reading: Reading = _USUAL) -> Annotations:
             found = rename(found, reading.other_names)
         names = reading.names or found.names
         _check_names(names)
-        images = _gather(found.rows, reading.images or (path if path.is_dir() else path.parent))
+        folder = reading.images or (path if path.is_dir() else path.parent)
+        if not reading.outside:
+            _refuse_outside([row.file for row in found.rows if _leaves(row.file.strip())], folder)
+        images = _gather(found.rows, folder)
+        if not reading.outside:
+            home = os.path.realpath(folder)
+            _refuse_outside([str(image.relative_to(folder)) for image in images if _is_elsewhere(image, home)], folder)
         known = set(names)
         unknown = {label for each in images.values() for label in each.named if label not in known}
         if unknown and not reading.skip_unknown:
@@ -181,6 +188,28 @@ def _add_suffixes(gathered: dict[Path, _Gathered]) -> dict[Path, _Gathered]:
                     break
         completed[path] = image
     return completed
+
+
+def _refuse_outside(names: Sequence[str], folder: Path) -> None:
+    """Refuse images outside the folder: whoever wrote the annotations would choose among all files of this machine."""
+    outside = list(dict.fromkeys(names))
+    if outside:
+        raise ValueError(
+            f"names {len(outside)} files outside {printable(folder)}, by absolute paths, .. or links: "
+            f"{name_some(outside)}; if you trust it, take them with --outside"
+        )
+
+
+def _leaves(name: str) -> bool:
+    path = Path(name)
+    return path.is_absolute() or bool(path.drive) or ".." in path.parts
+
+
+def _is_elsewhere(path: Path, home: str) -> bool:
+    if "\0" in str(path):
+        return False  # it is no file, which is said later
+    found = os.path.realpath(path)
+    return found != home and not found.startswith(home.rstrip(os.sep) + os.sep)
 
 
 def _leave_out(examples: Sequence[Example], reading: Reading, left_out: Counter[str]) -> Iterator[Example]:

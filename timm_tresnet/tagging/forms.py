@@ -55,6 +55,7 @@ class Reading:
         file_column: of a table, the one with the names of files; None for one that is named file, image or the like.
         other_names: by which labels of the annotations are called instead.
         class_folders: take a folder of folders as images that have their folder's name as their only label.
+        outside: take images outside the folder too: by absolute paths, `..`, or links that lead there.
     """
 
     images: Path | None = None
@@ -67,6 +68,7 @@ class Reading:
     file_column: str | None = None
     other_names: Mapping[str, str] | None = None
     class_folders: bool = False
+    outside: bool = False
 
 
 @dataclass(frozen=True)
