@@ -1,5 +1,8 @@
 """The doors that tests/fuzz.py knocks at: how an input is made for each, and what is a right answer to it."""
 
+import argparse
+import asyncio
+import contextlib
 import copy
 import io
 import json
@@ -7,7 +10,7 @@ import math
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +27,13 @@ from killing import run_killed
 from PIL import Image
 from publishing import direct_client, load_tools, make_insects
 from safetensors.torch import load_file, save, save_file
+from tagged import WORDS, write_images
 from timm.models import save_for_hf
+from timm.utils import CheckpointSaver
 
 from timm_tresnet import ExportedModel, convert_checkpoint, export_model, write_folder
 from timm_tresnet.cli import main as cli
+from timm_tresnet.demo import door as gate
 from timm_tresnet.utils.images import SAMPLES
 
 ANSWERED, REFUSED, SKIPPED = "answered", "refused in one sentence", "skipped and the others done"
@@ -317,13 +323,243 @@ class Writers(Door):
         return Case(lambda: run_killed(write, moment), judge, [], f"{path.name}, {moment}")
 
 
+class Annotated(Door):
+    """Annotations of images, of every kind that train-tagger reads; it ends where the training would begin."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        patch = pytest.MonkeyPatch()  # until this process ends
+        patch.setattr("timm_tresnet.tagging.training.train_tagger", lambda *arguments, **options: None)
+        names, labels = ["a.png", "b/c.png", "ä, d.png"], ["cat", "a; b", "ä"]
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8)).save(folder / name)
+        (folder / "link.png").symlink_to("/etc/hostname")
+        coco = {
+            "images": [{"id": number, "file_name": name, "width": 8} for number, name in enumerate(names)],
+            "categories": [{"id": number + 1, "name": name} for number, name in enumerate(labels)],
+            "annotations": [{"id": 9 + n, "image_id": n % 3, "category_id": n % 2 + 1} for n in range(5)],
+        }
+        rows = [{"file_name": name, "labels": labels[:2]} for name in names]
+        self.good = {
+            "json": json.dumps(coco).encode(),
+            "jsonl": "\n".join(map(json.dumps, rows)).encode(),
+            "csv": 'file,labels\na.png,cat;ä\nb/c.png,"[""a; b""]"\n"ä, d.png",cat\n'.encode(),
+        }
+
+    def make(self, draw: random.Random) -> Case:
+        kind = draw.choice(tuple(self.good))
+        content = self.good[kind]
+        if kind == "json":
+            content = mutate_json(content, draw)
+        elif kind == "jsonl":
+            lines = content.split(b"\n")
+            at = draw.randrange(len(lines))
+            lines[at] = mutate_json(lines[at], draw)
+            content = b"\n".join(lines)
+        else:
+            content = mutate_bytes(content, draw, self.good[draw.choice(tuple(self.good))])
+        if draw.random() < 0.2:
+            name = draw.choice((b"/etc/hostname", b"../x.png", b"link.png", b"b/../../x", b"a.png\0", b"\x1b[2J.png"))
+            content = content.replace(b"a.png", name)
+        path = self.folder / f"bad.{kind}"
+        path.write_bytes(content)
+        flags = ("--skip-missing", "--skip-unknown", "--keep-empty", "--outside")
+        words = [
+            "train-tagger",
+            str(path),
+            "--output",
+            str(self.folder / "out"),
+            *draw.sample(flags, draw.randrange(3)),
+        ]
+        return Case(lambda: cli.main(words), judge_training, [path], " ".join(words[4:]))
+
+
+class Resumed(Door):
+    """last.ckpt of a training that is to go on."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        from timm_tresnet.tagging import resuming  # needs Lightning
+
+        data = [write_images(folder / name, 8, seed) for seed, name in enumerate(("train", "val"))]
+        self.words = ["train-tagger", str(data[0]), "--val", str(data[1]), *WORDS, "--epochs", "2"]
+        self.words += ["--output", str(folder / "tagger"), "--resume"]
+        save = resuming.WholeCheckpoints.save_checkpoint
+
+        def save_and_stop(self: Any, *arguments: Any, **options: Any) -> None:
+            save(self, *arguments, **options)
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(resuming.WholeCheckpoints, "save_checkpoint", save_and_stop)
+            with contextlib.suppress(KeyboardInterrupt, SystemExit):
+                cli.main(self.words)
+        self.work = folder / "tagger.training"
+        self.good = (self.work / "last.ckpt").read_bytes()
+        self.run = (self.work / "run.json").read_bytes()
+
+    def make(self, draw: random.Random) -> Case:
+        shutil.rmtree(self.folder / "tagger", ignore_errors=True)
+        path = self.work / "last.ckpt"
+        (self.work / "run.json").write_bytes(mutate_json(self.run, draw) if draw.random() < 0.1 else self.run)
+        content = self.good
+        if draw.random() < 0.7:
+            value = torch.load(io.BytesIO(content), weights_only=True)
+            for _ in range(draw.choice((1, 1, 2))):
+                value = _mutate_value(value, draw)
+            changed = io.BytesIO()
+            torch.save(value, changed)
+            content = changed.getvalue()
+        if draw.random() < 0.3:
+            content = mutate_bytes(content, draw, self.run)
+        path.write_bytes(content)
+        return Case(lambda: cli.main(self.words), judge_training, [path])
+
+
+def judge_training(status: int, out: str, err: str) -> str:
+    """Of a training that ends well or says in a sentence why there is none."""
+    if status == 0:
+        assert not err, err
+        return ANSWERED
+    assert status == 2
+    assert re.fullmatch(r"timm-tresnet: cannot train: [^\n\x1b]+\n", err), err
+    return REFUSED
+
+
+class Payloads(Door):
+    """Events of the demo's page, as a visitor's own program sends them."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        file = {"path": "/tmp/gradio/1/a.jpg", "url": "http://127.0.0.1/x", "meta": {"_type": "gradio.FileData"}}
+        event = {
+            "data": [{**file, "size": 3, "orig_name": "a.jpg"}],
+            "fn_index": 1,
+            "session_hash": "x",
+            "event_data": None,
+        }
+        self.good = json.dumps(event).encode()
+
+    def make(self, draw: random.Random) -> Case:
+        body = mutate_json(self.good, draw)
+        if draw.random() < 0.5:
+            address = draw.choice(
+                (b"http://x/a", b"HTTP://x", b"\\u0068ttp://x", b"//x", b"file:///a", b"data:,a", b"")
+            )
+            body = body.replace(b"/tmp/gradio/1/a.jpg", address)
+        path = draw.choice(("queue/join", "queue/join", "upload", "run/predict", "proxy=http://x", "cancel"))
+        read: list[Any] = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            read.append((await receive())["body"])
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        async def ask() -> int:
+            answers: list[Any] = []
+
+            async def receive() -> dict[str, Any]:
+                return {"type": "http.request", "body": body, "more_body": False}
+
+            async def send(message: Any) -> None:
+                answers.append(message)
+
+            scope = {"type": "http", "method": "POST", "path": f"/gradio_api/{path}", "headers": []}
+            await gate.Door(app, 2**20, set)(scope, receive, send)
+            return answers[0]["status"]
+
+        def judge(status: int, out: str, err: str) -> str:
+            if status != 200:
+                assert status in (400, 404, 413)
+                assert not read
+                return REFUSED
+            assert path in ("queue/join", "upload", "cancel")
+            if path != "upload":
+                assert all(
+                    each.startswith("/") and each[1:2] != "/" for each in _find(json.loads(read[0] or "0"), "path")
+                )
+                assert not list(_find(json.loads(read[0] or "0"), "url"))
+            return ANSWERED
+
+        return Case(lambda: asyncio.run(ask()), judge, [], f"{path} {body!r}")
+
+
+def _find(value: Any, name: str) -> Iterator[Any]:
+    """What a name stands for, anywhere in a payload."""
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        if key == name:
+            yield each
+        yield from _find(each, name)
+
+
+class Runs(Door):
+    """Folders that timm's train.py leaves: its checkpoints with arguments and optimizer, args.yaml, summary.csv."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        model = timm.create_model("test_tresnet", num_classes=3)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        model(torch.rand(2, 3, 32, 32)).sum().backward()
+        optimizer.step()
+        words = {"model": "test_tresnet", "num_classes": 3, "input_size": None, "img_size": 64, "mean": [0.0] * 3}
+        words |= {"std": [1.0] * 3, "interpolation": "bilinear", "crop_pct": 0.9, "class_map": "", "data_dir": "/x"}
+        saver = CheckpointSaver(
+            model, optimizer, argparse.Namespace(**words), checkpoint_dir=str(folder), decreasing=False
+        )
+        saver.save_checkpoint(0, metric=50.0)
+        (folder / "args.yaml").write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in words.items()))
+        (folder / "summary.csv").write_text("epoch,train_loss,eval_loss,eval_top1\n0,1.0,1.0,50.0\n")
+        self.good = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def make(self, draw: random.Random) -> Case:
+        out = self.folder / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        for name, content in self.good.items():
+            (self.folder / name).write_bytes(content)
+        name = draw.choice(("last.pth.tar", "last.pth.tar", "last.pth.tar", "args.yaml", "summary.csv"))
+        content = self.good[name]
+        if name == "last.pth.tar" and draw.random() < 0.7:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                value = torch.load(io.BytesIO(content), weights_only=True)
+            if draw.random() < 0.6:
+                words = vars(value["args"])
+                words[draw.choice(list(words))] = draw.choice(_ZOO)
+            else:
+                value = _mutate_value(value, draw)
+            changed = io.BytesIO()
+            torch.save(value, changed)
+            content = changed.getvalue()
+        else:
+            content = mutate_bytes(content, draw, self.good["summary.csv"])
+        (self.folder / name).write_bytes(content)
+        words = ["convert", str(self.folder / "last.pth.tar"), "--output", str(out)]
+        return Case(lambda: cli.main(words), self.judge, [self.folder / name], name)
+
+    def judge(self, status: int, out: str, err: str) -> str:
+        assert not re.search(r"[\x00-\x09\x0b-\x1f]", out + err)
+        assert all(re.fullmatch(r"timm-tresnet: \S.*", line) for line in err.splitlines()), err
+        folder = self.folder / "out"
+        if status == 0:
+            assert sorted(entry.name for entry in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+            json.loads((folder / "config.json").read_text())
+            return ANSWERED
+        assert status == 1
+        assert len(err.splitlines()) == 1, err
+        assert not folder.exists()
+        return REFUSED
+
+
 DOORS = {  # with the share of inputs that each gets
-    "configs": (Configs, 0.2),
-    "images": (Images, 0.3),
-    "checkpoints": (Checkpoints, 0.15),
-    "artifacts' JSON": (Artifacts, 0.15),
-    "servers' answers": (Servers, 0.15),
-    "killed writers": (Writers, 0.05),
+    "configs": (Configs, 0.15),
+    "images": (Images, 0.2),
+    "checkpoints": (Checkpoints, 0.1),
+    "artifacts' JSON": (Artifacts, 0.1),
+    "servers' answers": (Servers, 0.1),
+    "killed writers": (Writers, 0.03),
+    "annotations": (Annotated, 0.12),
+    "last.ckpt": (Resumed, 0.04),
+    "demo's payloads": (Payloads, 0.1),
+    "run folders": (Runs, 0.06),
 }
 
 

@@ -342,6 +342,10 @@ def test_hub_that_does_not_answer_holds_nobody_else_and_gets_no_login(tmp_path):
                     threading.Event().wait(0.05)
                 else:
                     raise AssertionError(said_now)
+            for _ in range(1200):
+                if asked:
+                    break
+                threading.Event().wait(0.05)
             assert asked
         finally:
             demo.stop()

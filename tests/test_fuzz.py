@@ -11,6 +11,8 @@ pytestmark = [
 
 @pytest.mark.parametrize("door", fuzz.DOORS)
 def test_damaged_inputs_are_answered_refused_or_skipped(door, tmp_path):
+    if door in ("annotations", "last.ckpt"):
+        pytest.importorskip("lightning", reason="install the extra tagging")
     counts = fuzz.knock(door, 24, 1, tmp_path / "kept")
     assert counts.total() == 24
     reports = [path.read_text() for path in sorted(tmp_path.rglob("report.txt"))]

@@ -1,6 +1,7 @@
 """Make the sample mosaic of the package from the photographs beside the other model, whose licences are named.
 
-    python hub/mosaic_cifar10/sample.py timm_tresnet/weights/samples/test_tresnet.mosaic_cifar10/cat_horse_airplane_deer.jpg
+    cd timm_tresnet/weights/samples/test_tresnet.mosaic_cifar10
+    python ../../../../hub/mosaic_cifar10/sample.py cat_horse_airplane_deer.jpg
 
 The squares were chosen among 900 drawn at random: those whose tags the network gets right by the widest margin.
 """
