@@ -1,6 +1,8 @@
 """The client of the Hub as these tools use it, and what its failures mean."""
 
 import re
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import huggingface_hub
@@ -17,15 +19,46 @@ from huggingface_hub.errors import HTTPError as ClientError  # base of what its 
 
 from timm_tresnet.utils.errors import summarise
 
-PATIENCE_S = 60  # without a byte; the client by itself waits for ever
+PATIENCE_S = 60  # without a byte, or as the Hub asks for it; the client by itself waits for ever
+LEAST_RATE = 10_000  # bytes a second of an answer that takes longer than that
+
+
+class WaitError(OSError):
+    """Says what would have to be waited for too long."""
 
 
 def connect() -> HfApi:
-    """A client of the Hub that gives up on a silent server and hands its login to no other host."""
+    """A client of the Hub that waits only so long, whatever the server does, and hands its login to no other host."""
     huggingface_hub.close_session()
     session = huggingface_hub.get_session()
-    session.event_hooks = {**session.event_hooks, "request": [*session.event_hooks["request"], _restrain]}
+    hooks = {name: list(session.event_hooks.get(name, ())) for name in ("request", "response")}
+    session.event_hooks = {"request": [*hooks["request"], _restrain], "response": [*hooks["response"], _bound]}
     return HfApi()
+
+
+def _bound(response: Any) -> None:
+    """Refuse a wait that is too long, and give up an answer that only trickles."""
+    if response.status_code == 429 or response.status_code >= 500:  # the client obeys these headers, whatever they say
+        asked = (response.headers.get("Retry-After", ""), response.headers.get("ratelimit", "").partition("t=")[2])
+        waits = (re.match(r"\s*([0-9]{1,99})\s*(;|$)", each) for each in asked)
+        wait = max((int(match[1]) for match in waits if match), default=0)
+        if wait > PATIENCE_S:
+            raise WaitError(f"the Hub asks to wait for {wait} seconds")
+    base = next(each for each in type(response.stream).__mro__ if each.__name__ == "SyncByteStream")
+
+    class Timed(base):  # httpx, or what the client's transport is called in its version, takes no other
+        def __iter__(self) -> Iterator[bytes]:
+            start, received = time.monotonic(), 0
+            for chunk in stream:
+                yield chunk
+                received += len(chunk)
+                if time.monotonic() - start > PATIENCE_S + received / LEAST_RATE:
+                    raise WaitError(f"{received} bytes came in {time.monotonic() - start:.0f} seconds")
+
+        def close(self) -> None:
+            stream.close()
+
+    stream, response.stream = response.stream, Timed()
 
 
 def _restrain(request: Any) -> None:
@@ -73,6 +106,8 @@ def _interpret(error: BaseException, repo_id: str) -> str:
         return "the Hub cannot be reached: check the network and HF_ENDPOINT, then run this again"
     if isinstance(error, RevisionNotFoundError | EntryNotFoundError):
         return f"{repo_id} does not have the file or revision that was asked for"
+    if isinstance(error, WaitError):
+        return f"the Hub is too slow or asks for patience, so {repo_id} was not waited for: run this again later"
     if isinstance(error, HfHubHTTPError):
         return _interpret_status(error.response.status_code, repo_id, login)
     if isinstance(error, ClientError | OSError):

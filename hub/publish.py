@@ -206,7 +206,8 @@ def push(api: HfApi, plan: Plan, tag: str | None = None) -> str:
     if tag in plan.tags and (plan.to_send or plan.tags[tag] != plan.commit):
         raise PublishError(f"tag {tag} of {plan.repo_id} is commit {plan.tags[tag]} already; choose another name")
     commit = plan.commit
-    if commit is None:
+    created = commit is None
+    if created:
         sdk = {"space_sdk": SPACE_SDK} if plan.repo_type == "space" else {}
         api.create_repo(plan.repo_id, repo_type=plan.repo_type, **sdk)  # fails if someone else has made it since
         commit = find_commit(api, plan.repo_id, repo_type=plan.repo_type)
@@ -215,13 +216,18 @@ def push(api: HfApi, plan: Plan, tag: str | None = None) -> str:
             CommitOperationAdd(path_in_repo=path, path_or_fileobj=plan.files[path].content) for path in plan.to_send
         ]
         message = f"Publish {', '.join(plan.to_send)}"
-        commit = api.create_commit(
-            plan.repo_id,
-            operations,
-            commit_message=message,
-            parent_commit=commit,  # on what the plan saw, or not at all
-            repo_type=plan.repo_type,
-        ).oid
+        try:
+            commit = api.create_commit(
+                plan.repo_id,
+                operations,
+                commit_message=message,
+                parent_commit=commit,  # on what the plan saw, or not at all
+                repo_type=plan.repo_type,
+            ).oid
+        except Exception as error:
+            if created:  # it is not removed: another may have begun to use it
+                error.add_note(f"{plan.repo_id} was created and is empty: run this again, or delete it on its page")
+            raise
     _verify_upload(api, plan, commit)
     if tag and tag not in plan.tags:
         api.create_tag(plan.repo_id, tag=tag, revision=commit, repo_type=plan.repo_type)
@@ -306,7 +312,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"publish: {escape(str(error), lines=True)}", file=sys.stderr)
         return 1
     except Exception as error:  # the client takes answers apart unchecked, and a wrong one can raise anything
-        print(f"publish: {escape(explain(error, arguments.repo))}", file=sys.stderr)
+        said = "; ".join([explain(error, arguments.repo), *getattr(error, "__notes__", ())])
+        print(f"publish: {escape(said)}", file=sys.stderr)
         return 1
     print(f"{arguments.repo} holds these files at {commit}, downloaded and compared")
     return 0

@@ -40,6 +40,7 @@ class Fault:
             all of it.
         drop: "before" or "after" the request is carried out, the connection is reset without an answer.
         delay: seconds in which nothing comes, in the middle of the body.
+        trickle: seconds between any two hundred bytes of the body.
         times: how many requests; -1 for all to come.
     """
 
@@ -52,6 +53,7 @@ class Fault:
     break_off_at: int | None = None
     drop: str = ""
     delay: float = 0
+    trickle: float = 0
     times: int = 1
 
 
@@ -371,6 +373,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[: len(body) // 2])
             self.hub.closing.wait(self.fault.delay)
             body = body[len(body) // 2 :]
+        while self.fault.trickle and body and not self.hub.closing.wait(self.fault.trickle):
+            self.wfile.write(body[:100])
+            body = body[100:]
         self.wfile.write(body)
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import time
 
 import pytest
 import reference
@@ -239,6 +240,50 @@ def test_refusals_say_what_to_do(hub, publish, fault, message, capsys):
     assert publish("--push", "--revision-tag", "v1") == 1
     assert message in capsys.readouterr().err
     assert not any(repository.tags for repository in hub.repositories.values())
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Retry-After": "86400"}, {"ratelimit": '"api";r=0;t=86400'}], ids=["retry", "rate"]
+)
+@pytest.mark.parametrize("request_", [r"PUT .*", r"POST .*/batch", r"POST .*/commit/main", r"GET .*/tree/.*"])
+def test_no_answer_makes_it_wait_for_long(request_, headers, hub, publish, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    if "tree" in request_:  # of a repository that is there
+        assert publish("--push") == 0
+    hub.faults.append(Fault(request_, status=429, headers=headers, times=-1))
+    assert publish("--push") == 1
+    assert "asks to wait for 86400 seconds" in capsys.readouterr().err
+    assert sum(waited) <= 60
+
+
+def test_short_waits_are_waited_for(hub, publish, monkeypatch):
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    hub.faults.append(Fault(r"PUT .*", status=429, headers={"Retry-After": "7"}, times=1))
+    assert publish("--push") == 0
+    assert 8.0 in waited
+
+
+def test_answer_that_only_trickles_has_a_deadline(hub, tools, publish, monkeypatch, capsys):
+    assert publish("--push") == 0
+    monkeypatch.setattr(tools["client"], "PATIENCE_S", 0.2)
+    monkeypatch.setattr(tools["client"], "LEAST_RATE", 10**6)
+    hub.faults.append(Fault(r"GET .*/resolve/.*safetensors", trickle=0.05, times=-1))  # a byte's patience is never lost
+    capsys.readouterr()
+    assert tools["verify"].main(["--weights", REPO]) == 1
+    assert "is too slow or asks for patience, so owner/insects was not waited for" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("request_", [r"POST .*/commit/main", r"POST .*/preupload/main", r"POST .*/batch"])
+def test_repository_that_a_refusal_leaves_empty_is_named(request_, hub, publish, capsys):
+    hub.faults.append(Fault(request_, status=403, times=-1))
+    assert publish("--push") == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith("owner/insects was created and is empty: run this again, or delete it on its page")
+    assert len(hub.repositories[REPO].revisions) == 1
+    assert publish("--push") == 1  # it was there before
+    assert "was created" not in capsys.readouterr().err
 
 
 def test_commit_of_someone_else_in_between_is_not_overwritten(tools, hub, folder):
