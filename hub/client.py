@@ -28,7 +28,12 @@ class WaitError(OSError):
 
 
 def connect() -> HfApi:
-    """A client of the Hub that waits only so long, whatever the server does, and hands its login to no other host."""
+    """A client of the Hub that waits only so long, whatever the server does, and hands its login to no other host.
+
+    It transfers files by HTTP alone. The default, Xet, is a program of its own (hf_xet), which none of these bounds
+    reaches: of a server without Xet's routes it did not let go within three minutes.
+    """
+    constants.HF_HUB_DISABLE_XET = True
     huggingface_hub.close_session()
     session = huggingface_hub.get_session()
     hooks = {name: list(session.event_hooks.get(name, ())) for name in ("request", "response")}

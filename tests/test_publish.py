@@ -257,6 +257,13 @@ def test_no_answer_makes_it_wait_for_long(request_, headers, hub, publish, monke
     assert sum(waited) <= 60
 
 
+def test_transfer_that_no_bound_reaches_is_not_used(hub, publish, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    assert publish("--push") == 0
+    assert find_requests(hub, "PUT /lfs-objects/")
+    assert not find_requests(hub, "xet")
+
+
 def test_short_waits_are_waited_for(hub, publish, monkeypatch):
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
