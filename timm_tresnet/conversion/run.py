@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pickle
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -206,7 +207,10 @@ def find_run(checkpoint: Mapping[str, Any], path: Path, args: Path | None = None
 
 def _read_args(path: Path) -> Any:
     """What an args.yaml says; never objects of classes."""
-    if path.stat().st_size > _LARGEST_FILE:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is not a file")  # a pipe would keep us waiting
+    if status.st_size > _LARGEST_FILE:
         raise ValueError(f"{path} needs to be at most {_LARGEST_FILE} bytes long")
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
