@@ -122,18 +122,23 @@ def _tabulate(training: Training) -> list[tuple[str, object]]:
 
 
 def _explain_training(training: Training) -> str:
-    (trained, held_out), (train_data, held_out_data) = training.images, map(_localise, training.data)
+    (trained, held_out), (train_data, held_out_data) = training.images, map(localise, training.data)
     weights = f"Moving average of the weights (decay {training.settings.ema_decay})" if training.averaged else "Weights"
     text = (
         f"{trained} images of {as_code(train_data)}, {held_out} images of {as_code(held_out_data)} held out. {weights} "
         f"after epoch {training.epoch} of {training.settings.epochs}, the best on the held-out images, on which each "
         "label's threshold was chosen too, for its best F1; on images that chose nothing, figures will be lower."
     )
-    words = " ".join(_quote(_localise(word)) for word in shlex.split(training.command))
-    return f"{text}\n\n```bash\n{words}\n```" if words else text
+    return text + show_command(training.command)
 
 
-def _localise(word: str) -> str:
+def show_command(command: str) -> str:
+    """A command line, quoted for a shell, as code in a section of its own; nothing of none."""
+    words = " ".join(_quote(localise(word)) for word in shlex.split(command))
+    return f"\n\n```bash\n{words}\n```" if words else ""
+
+
+def localise(word: str) -> str:
     """A word of a command line, or a file, whose absolute paths are the names behind them: cards are published."""
     match = re.match(r"(--[\w-]+=)?(local-dir:)?", word)
     path = word[match.end() :]

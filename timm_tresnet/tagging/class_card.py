@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from timm_tresnet.conversion.card import CLASSIFY, EMBED, PLACEHOLDER, as_code, cite, link, plain
+from timm_tresnet.tagging.card import localise, show_command
 from timm_tresnet.tagging.settings import ClassSettings
 from timm_tresnet.utils.tables import format_markdown
 
@@ -98,14 +99,14 @@ def _tabulate(training: ClassTraining) -> list[tuple[str, object]]:
 
 
 def _explain_training(training: ClassTraining) -> str:
-    (trained, held_out), (train_data, held_out_data) = training.images, training.data
+    (trained, held_out), (train_data, held_out_data) = training.images, map(localise, training.data)
     weights = f"Moving average of the weights (decay {training.settings.ema_decay})" if training.averaged else "Weights"
     text = (
         f"{trained} images of {as_code(train_data)}, {held_out} images of {as_code(held_out_data)} held out. {weights} "
         f"after epoch {training.epoch} of {training.settings.epochs}, the best on the held-out images; on images that "
         "chose nothing, figures will be lower."
     )
-    return f"{text}\n\n```bash\n{training.command}\n```" if training.command else text
+    return text + show_command(training.command)
 
 
 def _tabulate_classes(training: ClassTraining) -> str:
