@@ -343,10 +343,9 @@ def test_hub_that_does_not_answer_holds_nobody_else_and_gets_no_login(tmp_path):
                 else:
                     raise AssertionError(said_now)
             for _ in range(1200):
-                if asked:
+                if any(content for _, content in asked):
                     break
                 threading.Event().wait(0.05)
-            assert asked
         finally:
             demo.stop()
         said_to_hub = b"".join(content for _, content in asked)

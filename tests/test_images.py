@@ -311,7 +311,9 @@ def test_every_file_that_is_shipped_names_its_source_and_its_licence():
             assert "## Data" in page.read_text()
         else:
             (row,) = [
-                row for row in (path.parent / "SOURCES.md").read_text().splitlines() if f"| `{path.name}` |" in row
+                row
+                for row in next(path.parent.glob("SOURCES.*")).read_text().splitlines()
+                if f"| `{path.name}` |" in row
             ]
             cells = [cell.strip() for cell in row.strip("| ").split(" | ")]
             assert len(cells) == 5
