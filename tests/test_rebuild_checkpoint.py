@@ -14,7 +14,7 @@ from users import (
 
 from timm_tresnet.models.blocks import BasicBlock, ResidualBlock
 from timm_tresnet.models.layers import ActivatedBatchNorm2d, ConvNormAct
-from timm_tresnet.recompute.stages import Stage
+from timm_tresnet.recompute.stage import Stage
 
 
 def _checkpoint_wrapped(kinds):

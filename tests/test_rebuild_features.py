@@ -8,7 +8,7 @@ from timm.layers import DropPath
 from torch import nn
 from users import EDITS, build, inputs, same_as_plain
 
-from timm_tresnet.recompute.stages import Stage
+from timm_tresnet.recompute.stage import Stage
 
 
 class UserConv(nn.Module):

@@ -4,7 +4,7 @@ import weakref
 import pytest
 import torch
 
-from timm_tresnet.recompute.saved import Blank, Kept, Rebuilt, Values, keep, release, release_values
+from timm_tresnet.recompute.saved import Recomputed, ShapeOnly, Stored, Values, discard, discard_values
 
 
 @pytest.fixture
@@ -18,12 +18,12 @@ def rebuilt(made, value, *inputs, values=None, **kwargs):
         made.append(value)
         return torch.full((3,), float(value)) + sum(inputs)
 
-    return Rebuilt(function, inputs, Values() if values is None else values, **kwargs)
+    return Recomputed(function, inputs, Values() if values is None else values, **kwargs)
 
 
 def test_kept_tensor_is_given_out_until_it_is_edited():
     tensor = torch.ones(3)
-    kept = Kept(tensor)
+    kept = Stored(tensor)
     assert kept.take().data_ptr() == tensor.data_ptr()
     tensor.view(3)[0].add_(1)
     with pytest.raises(RuntimeError, match=r"shape \(3,\) .* modified by an inplace operation .* modify a clone"):
@@ -31,7 +31,7 @@ def test_kept_tensor_is_given_out_until_it_is_edited():
 
 
 def test_tensor_is_made_of_what_it_is_made_of(made):
-    source = rebuilt(made, 1, rebuilt(made, 2), Kept(torch.full((3,), 10.0)))
+    source = rebuilt(made, 1, rebuilt(made, 2), Stored(torch.full((3,), 10.0)))
     assert torch.equal(source.take(), torch.full((3,), 13.0))
     assert made == [2, 1]
 
@@ -40,8 +40,8 @@ def save(x, source):
     """The square of x, whose node asks the source for both factors."""
     y = x * x
     node = y.grad_fn
-    assert release(node._raw_saved_self, source)
-    assert release(node._raw_saved_other, source)
+    assert discard(node._raw_saved_self, source)
+    assert discard(node._raw_saved_other, source)
     return y
 
 
@@ -62,7 +62,7 @@ def test_value_for_which_somebody_does_not_ask_is_dropped_too(made):
     first, second = x * 1.0, other * 1.0
     y = first * second
     node = y.grad_fn
-    assert release(node._raw_saved_self, source)
+    assert discard(node._raw_saved_self, source)
     source.use()  # somebody who will not ask
     torch.autograd.grad(y.sum(), other, retain_graph=True)
     assert made == [2]
@@ -87,20 +87,20 @@ def test_other_version_of_a_tensor_is_kept_as_it_is(made):
     x = torch.ones(3)
     x.add_(1)
     packed = rebuilt(made, 5).pack(x)
-    assert type(packed) is Kept
+    assert type(packed) is Stored
     assert torch.equal(packed.take(), x)
-    assert type(rebuilt(made, 5, version=1).pack(x)) is Rebuilt
+    assert type(rebuilt(made, 5, version=1).pack(x)) is Recomputed
     assert made == []
 
 
 def test_function_in_place_overwrites_only_what_nobody_else_has():
-    kept, values = Kept(torch.zeros(3)), Values()
-    on_kept = Rebuilt(lambda x: x.add_(1), (kept,), values, in_place=True)
+    kept, values = Stored(torch.zeros(3)), Values()
+    on_kept = Recomputed(lambda x: x.add_(1), (kept,), values, in_place=True)
     assert torch.equal(on_kept.take(), torch.ones(3))
     assert torch.equal(kept.take(), torch.zeros(3))
 
-    inner = Rebuilt(torch.clone, (kept,), values)
-    outer = Rebuilt(lambda x: x.add_(1), (inner,), values, in_place=True)
+    inner = Recomputed(torch.clone, (kept,), values)
+    outer = Recomputed(lambda x: x.add_(1), (inner,), values, in_place=True)
     outer.use()
     assert inner.uses == 1
     assert torch.equal(outer.take(), torch.ones(3))
@@ -108,7 +108,7 @@ def test_function_in_place_overwrites_only_what_nobody_else_has():
 
 def test_layout_is_that_of_the_tensor():
     x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
-    source = Rebuilt(lambda: x.detach().contiguous().clone(), (), Values())
+    source = Recomputed(lambda: x.detach().contiguous().clone(), (), Values())
     assert source.pack(x) is source
     assert source.take().stride() == x.stride()
     assert torch.equal(source.take(), x)
@@ -117,7 +117,7 @@ def test_layout_is_that_of_the_tensor():
 def test_blank_has_shape_layout_and_dtype_of_the_tensor_and_not_the_tensor():
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     storage = weakref.ref(x.untyped_storage())
-    blank = Blank(x)
+    blank = ShapeOnly(x)
     del x
     assert storage() is None
     tensor = blank.take()
@@ -128,7 +128,7 @@ def test_blank_has_shape_layout_and_dtype_of_the_tensor_and_not_the_tensor():
 def test_values_that_backward_does_not_read_are_let_go():
     x = torch.ones(1, 1, 4, 4, requires_grad=True)
     node = (y := torch.nn.functional.conv2d(x, torch.ones(1, 1, 3, 3))).grad_fn
-    release_values(node._raw_saved_input)
+    discard_values(node._raw_saved_input)
     assert node._saved_input.data_ptr() != x.data_ptr()
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(grad[0, 0, 0], torch.tensor([1.0, 2.0, 2.0, 1.0]))
@@ -138,16 +138,14 @@ def test_hooks_of_others_are_left_alone(made):
     x = torch.ones(3, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
         node = (x * x).grad_fn
-    assert not release(node._raw_saved_self, rebuilt(made, 1))
-    assert keep(node._raw_saved_self) is None
-    release_values(node._raw_saved_self)
+    assert not discard(node._raw_saved_self, rebuilt(made, 1))
+    discard_values(node._raw_saved_self)
     assert node._saved_self.data_ptr() == x.data_ptr()
 
 
 def test_what_is_not_saved_is_not_let_go(made):
     node = (torch.ones(3, requires_grad=True) * torch.ones(3)).grad_fn
-    assert not release(node._raw_saved_self, rebuilt(made, 1))
-    assert keep(node._raw_saved_other).take().shape == (3,)
+    assert not discard(node._raw_saved_self, rebuilt(made, 1))
 
 
 def test_autocast_and_grad_mode_of_backward_do_not_reach_what_is_made():
@@ -158,7 +156,7 @@ def test_autocast_and_grad_mode_of_backward_do_not_reach_what_is_made():
         return x.clone()
 
     x = torch.ones(3, requires_grad=True)
-    y = save(x, Rebuilt(function, (Kept(x),), Values()))
+    y = save(x, Recomputed(function, (Stored(x),), Values()))
     with torch.autocast("cpu"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
     assert seen == [(False, False)]
@@ -166,7 +164,7 @@ def test_autocast_and_grad_mode_of_backward_do_not_reach_what_is_made():
 
 def test_threads_that_share_a_graph_share_no_values(made):
     x = torch.ones(1000, requires_grad=True)
-    source = Rebuilt(lambda x: x * 2, (Kept(x),), Values())
+    source = Recomputed(lambda x: x * 2, (Stored(x),), Values())
     y = save(x, source)
     grads = []
 

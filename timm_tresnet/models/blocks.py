@@ -6,27 +6,16 @@ from typing import Any
 
 import timm.layers
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerType
 from torch import Tensor, nn
 
-from timm_tresnet.models.layers import (
-    BlurPool2d,
-    ConvNormAct,
-    DropPath,
-    ReLU,
-    ShortcutPool2d,
-    SqueezeExcite,
-    StrideOneAvgPool2d,
-)
-
-_ABSENT = type(None)
-_PARTS = {  # by name, beside the units
-    "act": nn.ReLU,
-    "downsample": (_ABSENT, nn.Identity, nn.Sequential),
-    "drop_path": (nn.Identity, timm.layers.DropPath),
-    "se": (_ABSENT, nn.Identity, SqueezeExcite),
-}
-_PARTS_OF_SHORTCUT = (ConvNormAct, ShortcutPool2d, StrideOneAvgPool2d)
+from timm_tresnet.models.layers import BlurPool2d, ConvNormAct, SqueezeExcite, StrideOneAvgPool2d, make_shortcut_pool
+from timm_tresnet.recompute.compiled import is_in_region
+from timm_tresnet.recompute.eligibility import find_user_code, is_untouched
+from timm_tresnet.recompute.policy import CONVOLUTION, EXPANSION
+from timm_tresnet.recompute.program import Unreadable, read, reads_block
+from timm_tresnet.recompute.run import Operation, Program
 
 
 class ResidualBlock(nn.Module):
@@ -52,6 +41,7 @@ class ResidualBlock(nn.Module):
     """
 
     expansion: int  # channels of the output over planes
+    runs_in_region = True
 
     def __init__(
         self,
@@ -70,8 +60,8 @@ class ResidualBlock(nn.Module):
         super().__init__()
         factory_kwargs = {"device": device, "dtype": dtype}
         self.stride = stride
-        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
-        self.act = ReLU()
+        self.drop_path = timm.layers.DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+        self.act = nn.ReLU(inplace=True)
         unit_kwargs = {"norm_layer": norm_layer, **factory_kwargs}
         self.downsample = _make_shortcut(in_channels, planes * self.expansion, stride, dilation, **unit_kwargs)
         unit = functools.partial(ConvNormAct, **unit_kwargs)
@@ -80,12 +70,26 @@ class ResidualBlock(nn.Module):
         se = functools.partial(SqueezeExcite, **factory_kwargs) if use_se else lambda *channels: None
         self._add_main_path(in_channels, planes, unit, act_layer, downsampling, dilation[1], se)
 
+    def add(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """The sum that ends the block, and its ReLU."""
+        if not torch.jit.is_scripting():
+            if is_in_region():
+                return self._add_in_region(x, shortcut)
+        return self.act(self.drop_path(x) + shortcut)
+
     @torch.jit.unused
-    def has_own_parts(self) -> bool:
-        """Whether its parts are of the kinds that the constructor makes."""
-        parts = all(isinstance(part, _PARTS.get(name, ConvNormAct)) for name, part in self._modules.items())
-        shortcut = self.downsample if isinstance(self.downsample, nn.Sequential) else ()
-        return parts and all(isinstance(part, _PARTS_OF_SHORTCUT) for part in shortcut)
+    def _add_in_region(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """`add`, where nothing may work in place."""
+        drop = self.drop_path
+        if type(drop) is timm.layers.DropPath:
+            if self.training and drop.drop_prob > 0:
+                keep = 1 - drop.drop_prob
+                mask = torch.bernoulli(x.new_empty(x.shape[0], *[1] * (x.ndim - 1)), keep)
+                x = x * (mask / keep if keep > 0 and drop.scale_by_keep else mask)
+        else:
+            x = drop(x)
+        x = x + shortcut
+        return F.relu(x) if type(self.act) is nn.ReLU else self.act(x)
 
     def _add_main_path(
         self,
@@ -118,7 +122,7 @@ class BasicBlock(ResidualBlock):
         x = self.conv1(x)  # 3x3, blur-pooled where the stage halves its resolution
         x = self.conv2(x)  # 3x3, no activation before the sum
         x = x if self.se is None else self.se(x)
-        return self.act(self.drop_path(x) + shortcut)
+        return self.add(x, shortcut)
 
 
 class Bottleneck(ResidualBlock):
@@ -135,7 +139,7 @@ class Bottleneck(ResidualBlock):
         # As in dilated ResNets, only the downsampling block looks at the finer grid it came from.
         self.conv2 = unit(planes, planes, 3, act_layer=act_layer, **downsampling)
         self.se = se(planes, max(planes * self.expansion // 8, 64))
-        self.conv3 = unit(planes, planes * self.expansion, 1, expands=True)
+        self.conv3 = unit(planes, planes * self.expansion, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -143,7 +147,52 @@ class Bottleneck(ResidualBlock):
         x = self.conv2(x)  # 3x3, blur-pooled where the stage halves its resolution
         x = x if self.se is None else self.se(x)
         x = self.conv3(x)  # 1x1, widens; no activation before the sum
-        return self.act(self.drop_path(x) + shortcut)
+        return self.add(x, shortcut)
+
+
+@reads_block(BasicBlock)
+def _read_basic_block(block: BasicBlock) -> Program:
+    return _read_block(block, (("conv1", CONVOLUTION), ("conv2", CONVOLUTION)), ())
+
+
+@reads_block(Bottleneck)
+def _read_bottleneck(block: Bottleneck) -> Program:
+    return _read_block(block, (("conv1", CONVOLUTION), ("conv2", CONVOLUTION)), (("conv3", EXPANSION),))
+
+
+def _read_block(
+    block: nn.Module, units: tuple[tuple[str, str], ...], units_behind_se: tuple[tuple[str, str], ...]
+) -> Program:
+    act = block.__dict__["_modules"].get("act")
+    if type(act) is not nn.ReLU or not is_untouched(act):
+        raise Unreadable(f"its last activation: {_describe(act)}")
+    operations: list[Operation] = []
+    for name, kind in units:
+        operations += _read_part(block, name, ConvNormAct, kind)
+    operations += _read_part(block, "se", (nn.Identity, SqueezeExcite))
+    for name, kind in units_behind_se:
+        operations += _read_part(block, name, ConvNormAct, kind)
+    operations += _read_part(block, "drop_path", (nn.Identity, timm.layers.DropPath))
+    shortcut = _read_part(block, "downsample", (nn.Identity, nn.Sequential))
+    return Program(operations, shortcut, act)
+
+
+def _read_part(block: nn.Module, name: str, kinds: type | tuple[type, ...], *arguments: str) -> list[Operation]:
+    part = block.__dict__["_modules"].get(name)
+    if part is None and name in ("se", "downsample") and hasattr(block, name):  # absent, and not deleted
+        return []
+    if not isinstance(part, kinds):
+        raise Unreadable(f"{name}: {_describe(part)}")
+    try:
+        return read(part, *arguments)
+    except Unreadable as error:
+        raise Unreadable(f"{name}: {error}") from None
+
+
+def _describe(module: nn.Module | None) -> str:
+    if module is None:
+        return "it is missing"
+    return find_user_code(module) or f"a {type(module).__name__}"
 
 
 def _make_blur(channels: int, stride: int, dilation: tuple[int, int], **factory_kwargs: Any) -> BlurPool2d | None:
@@ -159,7 +208,7 @@ def _make_shortcut(
     """Shortcut of a block: None for the input itself, or average pool, 1x1 convolution and norm where shapes change."""
     layers: list[nn.Module] = []
     if stride > 1:
-        layers.append(ShortcutPool2d())
+        layers.append(make_shortcut_pool())
     elif dilation[0] != dilation[1]:
         layers.append(StrideOneAvgPool2d(dilation[0]))
     if layers or in_channels != out_channels:

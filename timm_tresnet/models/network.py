@@ -21,8 +21,8 @@ from timm_tresnet.models.arguments import (
 from timm_tresnet.models.blocks import BasicBlock, Bottleneck
 from timm_tresnet.models.heads import choose_head
 from timm_tresnet.models.layers import BlurPool2d, ConvNormAct, LinearHead, MLDecoderHead, SpaceToDepth
-from timm_tresnet.recompute.rebuild import SETTINGS
-from timm_tresnet.recompute.stages import Recorded, Stage
+from timm_tresnet.recompute.policy import SETTINGS
+from timm_tresnet.recompute.stage import Body, Stage
 
 _BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
@@ -248,7 +248,7 @@ class TResNet(nn.Module):
         choose("rebuild", setting, dict.fromkeys(SETTINGS))
         self.rebuild = setting
         for module in self.modules():
-            if isinstance(module, Recorded):
+            if isinstance(module, Body):
                 module.rebuild = setting
 
     @torch.jit.ignore
@@ -430,7 +430,7 @@ class TResNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _make_stem(stem: str, in_chans: int, planes: int, **kwargs: Any) -> Recorded:
+def _make_stem(stem: str, in_chans: int, planes: int, **kwargs: Any) -> Body:
     """What comes before the stages, at a quarter of the image's resolution; kwargs are those of `ConvNormAct`."""
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     if stem == "space_to_depth":
@@ -439,7 +439,7 @@ def _make_stem(stem: str, in_chans: int, planes: int, **kwargs: Any) -> Recorded
     else:
         modules["conv1"] = ConvNormAct(in_chans, planes, 7, stride=2, **kwargs)
         modules["maxpool"] = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-    return Recorded(modules)
+    return Body(modules)
 
 
 def _make_stage(

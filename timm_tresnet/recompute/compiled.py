@@ -1,38 +1,29 @@
-"""What the compiler keeps for backward: the policy of `timm_tresnet.recompute.rebuild`, told to `torch.compile`.
+"""What the compiler stores for backward: the policy, told to `torch.compile`.
 
-In eager mode a tape and hooks let tensors go. The compiler sees forward and backward as one graph and decides itself
-what to keep. It keeps to `torch.utils.checkpoint` with a policy (selective checkpointing): in a *region*, a few blocks
-that run one after the other, it saves the outputs of the operators that the policy names and the input of the region,
-and computes all else again where backward needs it. Everything stays in one graph, and no hook is left in it.
-
-=========================================  =============  ============  ==================
-saved                                      "activations"  "expansions"  grad checkpointing
-=========================================  =============  ============  ==================
-convolution of feature maps, blur          yes            yes           no
-1x1 convolution that widens fourfold       yes            no            no
-the same, more than fourfold               no             yes           no
-convolution in squeeze-and-excitation      yes            yes           yes
-statistics of norms, means of channels     yes            yes           yes
-random numbers                             yes            yes           yes
-=========================================  =============  ============  ==================
-
-A 1x1 convolution that widens fourfold is the last one of a bottleneck. One does more, on the shortcut into the first
-bottleneck of TResNet-M: it makes much of little, but with "expansions" a step would peak higher without it. Regions end
-where eager mode keeps an output (`stages`). `docs/measurements.md` has what was measured of other ends.
+The compiler sees forward and backward as one graph and decides itself what to store. It keeps to
+`torch.utils.checkpoint` with a policy (selective checkpointing): in a *region*, a few blocks that run one after the
+other, it stores the outputs of the operators that the policy names and the input of the region, and recomputes the
+rest. Everything stays in one graph without hooks. Regions end where eager mode stores an output.
 """
 
 import functools
 import hashlib
 import marshal
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from timm_tresnet.recompute.eligibility import has_hooks, is_user_defined
+from timm_tresnet.recompute.policy import RECOMPUTED_BY_COMPILER, classify_convolution
+from timm_tresnet.recompute.saved import watch
+
+# A module, the key of the policy for it or "none", and whether its output is stored.
+Step = tuple[nn.Module, str, bool]
+
 _aten = torch.ops.aten
-_SAVED = (
+_STORED = (
     _aten.mean.dim,
     _aten.var_mean.correction,
     _aten.copy_.default,  # into running statistics; a backend that runs Dynamo's graph as it is would do that twice
@@ -46,15 +37,21 @@ def is_in_region() -> bool:
     return _in_region and torch.compiler.is_compiling()
 
 
-def run_region(modules: list[nn.Module], x: Tensor, setting: str) -> Tensor:
-    """Run modules one after the other, of which backward rebuilds what the setting says.
+def run_steps(steps: list[Step], x: Tensor) -> Tensor:
+    """Run modules one after the other, in regions with one policy each, which end where an output is stored."""
+    region: list[nn.Module] = []
+    for index, (module, setting, stored) in enumerate(steps):
+        if setting == "none":
+            x = module(x)
+            continue
+        region.append(module)
+        if stored or index + 1 == len(steps) or steps[index + 1][1] != setting:
+            x = _run_region(region, x, setting)
+            region = []
+    return x
 
-    Args:
-        modules: of the region.
-        x: what the first of them takes.
-        setting: "activations", "expansions", or "convolutions" for all of them to run again.
-    """
 
+def _run_region(modules: list[nn.Module], x: Tensor, setting: str) -> Tensor:
     def run(x: Tensor) -> Tensor:
         for module in modules:
             x = module(x)
@@ -70,25 +67,55 @@ def run_region(modules: list[nn.Module], x: Tensor, setting: str) -> Tensor:
         _in_region = False
 
 
+def fits_region(module: nn.Module) -> bool:
+    """Whether a region can hold a module: one of ours, and nothing in it draws, counts or overwrites if it runs again.
+
+    Hooks of FSDP, which free and gather weights, are among what no region can hold.
+    """
+    if not getattr(module, "runs_in_region", False) or is_user_defined(module, adapters=False):
+        return False
+    for part in module.modules():
+        kind = type(part).__module__
+        if has_hooks(part) or isinstance(part, nn.RReLU):
+            return False
+        if kind == "timm.layers.drop" and type(part).__name__ != "DropPath":
+            return False
+        is_norm = hasattr(part, "fits_region")
+        if not part.fits_region() if is_norm else isinstance(part, nn.modules.batchnorm._NormBase):
+            return False
+        is_norm = is_norm or kind == "timm.layers.norm_act"
+        for name, child in part.named_children():  # an activation may overwrite what a norm has returned
+            if getattr(child, "inplace", False) and not (
+                name == "act" and (is_norm or (type(child) is nn.ReLU and kind.startswith("timm_tresnet.")))
+            ):
+                return False
+    return True
+
+
+@torch.compiler.assume_constant_result
+def watch_weights(module: nn.Module) -> None:
+    """Watch the weights of a module, once, when the compiler traces it: a region uses them again in backward."""
+    watch(module.parameters())
+
+
 def _choose(setting: str, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """What to do with the output of an operator, args being its arguments."""
     if operator is _aten.convolution.default:
-        saves = _saves_convolution(setting, *args[:2])
+        kind = classify_convolution(args[0].shape, args[1].shape)
+        stored = kind not in RECOMPUTED_BY_COMPILER[setting]
     else:
-        saves = operator in _SAVED or torch.Tag.nondeterministic_seeded in operator.tags
-    return CheckpointPolicy.MUST_SAVE if saves else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _saves_convolution(setting: str, x: Tensor, weight: Tensor) -> bool:
-    if math.prod(x.shape[2:]) == 1:
-        return True
-    outputs, inputs, *kernel = weight.shape
-    widening = outputs / inputs if kernel == [1, 1] else 0
-    return {"activations": widening <= 4, "expansions": widening != 4, "convolutions": False}[setting]
+        stored = operator in _STORED or torch.Tag.nondeterministic_seeded in operator.tags
+    return CheckpointPolicy.MUST_SAVE if stored else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 # Of the code that decides, which may change without the version.
-_POLICY_HASH = hashlib.sha256(marshal.dumps((_choose.__code__, _saves_convolution.__code__, str(_SAVED)))).hexdigest()
+_CODE = (
+    _choose.__code__,
+    classify_convolution.__code__,
+    repr(_STORED),
+    repr(sorted(map(sorted, RECOMPUTED_BY_COMPILER.values()))),
+)
+_POLICY_HASH = hashlib.sha256(marshal.dumps(_CODE)).hexdigest()
 
 
 def _make_contexts(setting: str) -> functools.partial:
@@ -102,4 +129,4 @@ def _make_contexts(setting: str) -> functools.partial:
     return make
 
 
-_CONTEXTS = {setting: _make_contexts(setting) for setting in ("activations", "expansions", "convolutions")}
+_CONTEXTS = {setting: _make_contexts(setting) for setting in RECOMPUTED_BY_COMPILER}

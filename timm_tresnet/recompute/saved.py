@@ -1,19 +1,24 @@
-"""What stands for a tensor that autograd has saved: the tensor itself, or how it is made again."""
+"""What stands for a saved tensor: the tensor itself, or how it is recomputed."""
 
-import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 _is_grad_enabled, _is_autocast_enabled = torch.is_grad_enabled, torch._C._is_any_autocast_enabled
 _get_pass = torch._C._current_graph_task_id  # -1 outside of backward passes
 
+_watched: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weights that backward uses again
+_handles: list[Any] = []  # of the hook on optimizers
+_REFUSALS = ("Calling register_hooks on a saved tensor", "Trying to backward through the graph a second time")
 
-class Kept:
+
+class Stored:
     """A tensor as it is, with the version it must still have when it is used."""
 
     __slots__ = ("tensor", "version")
@@ -23,7 +28,7 @@ class Kept:
         self.version = tensor._version
 
     def use(self) -> None:
-        """Say that one more will ask, which does not matter here."""
+        """Count one more consumer, which does not matter here."""
 
     def take(self) -> Tensor:
         if self.tensor._version != self.version:
@@ -36,11 +41,11 @@ class Kept:
 
 
 class Values(dict[int, dict[int, list[Any]]]):
-    """What the backward passes through a graph have made and not yet given to all who ask, by the number of the pass.
+    """Recomputed tensors that not all consumers have taken yet, by the number of the backward pass.
 
-    Of each pass it is the value, and the number of those who have not asked yet, by the id of what stands for the
-    tensor. A pass drops what it has made at its end: not all who could ask do where not every gradient is wanted, and
-    the graph may live on. If it fails, the next one of its thread does.
+    For each pass: the value and the number of consumers that are left, by the id of the `Recomputed`. A pass drops its
+    values at its end: not every consumer runs where not every gradient is wanted, and the graph may live on. After a
+    pass that failed, the next one of its thread drops them.
     """
 
     def __init__(self) -> None:
@@ -59,15 +64,15 @@ class Values(dict[int, dict[int, list[Any]]]):
         self.pop(self._latest.pop(thread, -1), None)
 
 
-class Rebuilt:
+class Recomputed:
     """A tensor as the function and the inputs that make it.
 
     Args:
         function: makes the tensor from inputs.
-        inputs: what function takes.
-        values: shared by all that is made in one forward.
-        version: that of the tensor, once it has been made.
-        in_place: whether function overwrites the first of its inputs.
+        inputs: of the function.
+        values: shared by all tensors of one forward.
+        version: of the tensor, once it has been made.
+        in_place: whether the function overwrites the first of its inputs.
     """
 
     __slots__ = ("function", "inputs", "values", "version", "in_place", "uses", "stride")
@@ -75,7 +80,7 @@ class Rebuilt:
     def __init__(
         self,
         function: Callable[..., Tensor],
-        inputs: tuple["Kept | Rebuilt", ...],
+        inputs: tuple["Stored | Recomputed", ...],
         values: Values,
         version: int = 0,
         in_place: bool = False,
@@ -85,26 +90,27 @@ class Rebuilt:
         self.values = values
         self.version = version
         self.in_place = in_place
-        self.uses = 0  # how many ask for it in one backward pass
+        self.uses = 0  # consumers in one backward pass
         self.stride: tuple[int, ...] | None = None
 
     def use(self) -> None:
-        """Say that one more will ask."""
+        """Count one more consumer."""
         self.uses += 1
         if self.uses == 1:
             for source in self.inputs:
                 source.use()
 
-    def pack(self, tensor: Tensor) -> "Kept | Rebuilt":
-        """What stands for a saved tensor: this, if the tensor is still what function makes."""
+    def pack(self, tensor: Tensor) -> "Stored | Recomputed":
+        """Pack hook. Returns this handle, or the tensor as stored if it was modified."""
         if self.version != tensor._version:
-            return Kept(tensor)
+            return Stored(tensor)
         self.stride = tensor.stride()
         self.use()
         return self
 
     def take(self) -> Tensor:
-        if self.uses == 1 or (number := _get_pass()) < 0:
+        # Compiled autograd traces backward, and can neither read the pass's number nor call back at its end.
+        if self.uses == 1 or torch.compiler.is_compiling() or (number := _get_pass()) < 0:
             return self._make()
         values = self.values[number]
         held = values.get(id(self))
@@ -118,8 +124,8 @@ class Rebuilt:
         return held[0]
 
     def _make(self) -> Tensor:
-        if self.in_place and not (type(self.inputs[0]) is Rebuilt and self.inputs[0].uses == 1):
-            value = self.function(self.inputs[0].take().clone())  # others have it too
+        if self.in_place and not (type(self.inputs[0]) is Recomputed and self.inputs[0].uses == 1):
+            value = self.function(self.inputs[0].take().clone())  # another consumer has it too
         elif len(self.inputs) == 1:
             value = self.function(self.inputs[0].take())
         else:
@@ -129,8 +135,11 @@ class Rebuilt:
         return value
 
 
-class Blank:
-    """A tensor whose values do not matter: a linear function's backward asks for its input and does not read it."""
+Source = Stored | Recomputed | None  # of a tensor; None: it must stay where autograd has saved it
+
+
+class ShapeOnly:
+    """A tensor whose values do not matter: a linear function's backward needs the shape of its input alone."""
 
     __slots__ = ("shape", "stride", "dtype", "device")
 
@@ -141,41 +150,49 @@ class Blank:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
-def release(saved: Any, source: Rebuilt) -> bool:
-    """Let go of what an autograd node has saved, to be rebuilt; False if it is nothing, or others have hooks there."""
+def discard(saved: Any, source: Recomputed) -> bool:
+    """Discard what an autograd node has saved, to be recomputed; False if it has saved nothing, or has other hooks."""
+    return _register(saved, source.pack, unpack)
+
+
+def discard_values(saved: Any) -> bool:
+    """Discard what an autograd node has saved and does not read; False as in `discard`."""
+    return _register(saved, ShapeOnly, ShapeOnly.take)
+
+
+def _register(saved: Any, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> bool:
     try:
-        saved.register_hooks(source.pack, _unpack)
-    except RuntimeError:
+        saved.register_hooks(pack, unpack)
+    except RuntimeError as error:
+        if not str(error).startswith(_REFUSALS):  # whatever else is raised meanwhile, as by a signal handler
+            raise
         return False
     return True
 
 
-def release_values(saved: Any) -> None:
-    """Let go of what an autograd node has saved and does not read; it stays where others have hooks."""
-    with contextlib.suppress(RuntimeError):
-        saved.register_hooks(Blank, Blank.take)
-
-
-def keep(saved: Any) -> Kept | None:
-    """What an autograd node has saved, for others to be made from it too; None as in `release`."""
-    kept: list[Kept] = []
-
-    def pack(tensor: Tensor) -> Kept:
-        kept.append(Kept(tensor))
-        return kept[0]
-
-    try:
-        saved.register_hooks(pack, _unpack)
-    except RuntimeError:
-        return None
-    return kept[0]
-
-
-def _unpack(packed: Kept | Rebuilt) -> Tensor:
+def unpack(packed: Stored | Recomputed) -> Tensor:
+    """Unpack hook, outside of grad mode and autocast, which the forward has decided."""
     if not _is_grad_enabled() and not _is_autocast_enabled():  # as in nearly every backward
         return packed.take()
     source = packed
-    while type(source) is Rebuilt:
+    while type(source) is Recomputed:
         source = source.inputs[0]
     with torch.no_grad(), torch.autocast(source.tensor.device.type, enabled=False):
         return packed.take()
+
+
+def watch(weights: Iterable[Tensor]) -> None:
+    """Have a step of any optimizer raise the version of weights; a fused one does not by itself."""
+    for weight in weights:
+        _watched[weight] = None
+    if not _handles:
+        _handles.append(register_optimizer_step_post_hook(_raise_versions))
+
+
+def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    if torch.compiler.is_compiling():  # a compiled step raises them
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter in _watched:
+                torch.autograd.graph.increment_version(parameter)

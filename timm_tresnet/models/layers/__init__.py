@@ -1,13 +1,11 @@
 """The layers of TResNet, usable on their own."""
 
 from timm_tresnet.models.layers.activated_batch_norm import ActivatedBatchNorm2d
-from timm_tresnet.models.layers.anti_alias import BlurPool2d, ShortcutPool2d, StrideOneAvgPool2d
+from timm_tresnet.models.layers.anti_alias import BlurPool2d, StrideOneAvgPool2d, make_shortcut_pool
 from timm_tresnet.models.layers.bottleneck_head import BottleneckHead
 from timm_tresnet.models.layers.conv_norm_act import ConvNormAct, FoldedConvNormAct
-from timm_tresnet.models.layers.drop_path import DropPath
 from timm_tresnet.models.layers.linear_head import LinearHead
 from timm_tresnet.models.layers.ml_decoder_head import MLDecoderHead
-from timm_tresnet.models.layers.relu import ReLU
 from timm_tresnet.models.layers.space_to_depth import SpaceToDepth
 from timm_tresnet.models.layers.squeeze_excite import SqueezeExcite
 
@@ -16,13 +14,11 @@ __all__ = [
     "BlurPool2d",
     "BottleneckHead",
     "ConvNormAct",
-    "DropPath",
     "FoldedConvNormAct",
     "LinearHead",
     "MLDecoderHead",
-    "ReLU",
-    "ShortcutPool2d",
     "SpaceToDepth",
     "SqueezeExcite",
     "StrideOneAvgPool2d",
+    "make_shortcut_pool",
 ]

@@ -1,5 +1,7 @@
-"""Batch norm and activation in one module, whose output is rebuilt from its input."""
+"""Batch norm and activation in one module, whose output backward recomputes from its input."""
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -12,16 +14,19 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from timm_tresnet.models.layers.synchronized_norm import SynchronizedNorm, reduce_statistics
-from timm_tresnet.recompute.affine import make_inference_normalization, make_normalization
 from timm_tresnet.recompute.compiled import is_in_region
-from timm_tresnet.recompute.rebuild import is_plain, open_tape, record_function
+from timm_tresnet.recompute.eligibility import is_plain, is_untouched
+from timm_tresnet.recompute.norms import check_values
+from timm_tresnet.recompute.operations import CustomNorm, Norm
+from timm_tresnet.recompute.program import call, read_activation, reads
+from timm_tresnet.recompute.run import Operation
 
 
 @register_notrace_module
 class ActivatedBatchNorm2d(BatchNormAct2d):
-    """timm's batch norm with activation, whose output need not be kept for backward.
+    """timm's batch norm with activation, whose output need not be stored for backward.
 
-    In training, `recompute.rebuild` keeps this layer's input and two numbers a channel. In-Place ABN keeps as much
+    In a block, backward recomputes the output from this layer's input and a few numbers a channel. In-Place ABN stores as much
     ("In-Place Activated BatchNorm", arXiv:1712.02616); this works for weights of any sign and for any activation.
     Everything that timm and PyTorch do to batch norms applies, since this is one.
 
@@ -45,7 +50,7 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
     def synchronize(self, process_group: Any = None) -> None:
         """Compute batch statistics over all processes from now on, as `torch.nn.SyncBatchNorm` does.
 
-        Unlike that, this works on every device, and its output is rebuilt in backward too.
+        Unlike that, this works on every device, and backward recomputes its output too.
 
         Args:
             process_group: the processes; None for all.
@@ -69,8 +74,6 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
                 return self._forward_synchronized(x, running_mean, running_var, momentum)
             if self.training and is_in_region():
                 return self._forward_in_region(x, running_mean, running_var, momentum)
-            if open_tape() is not None:
-                return self._forward_recorded(x, running_mean, running_var, use_batch, momentum)
         x = F.batch_norm(x, running_mean, running_var, self.weight, self.bias, use_batch, momentum, self.eps)
         return self.act(self.drop(x))
 
@@ -85,7 +88,7 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
     def fits_region(self) -> bool:
         """Whether a region (`timm_tresnet.recompute.compiled`) can hold this norm, so that statistics count once."""
         affine = self.weight is not None and self.bias is not None
-        return affine and self.momentum is not None and not self.synchronized
+        return affine and self.momentum is not None and not self.synchronized and type(self.drop) is nn.Identity
 
     @torch.jit.unused
     def _is_distributed(self) -> bool:
@@ -98,38 +101,31 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
     def _forward_synchronized(
         self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
     ) -> Tensor:
+        return self.act(self.drop(self._normalize_synchronized(x, running_mean, running_var, momentum)[0]))
+
+    @torch.jit.unused
+    def _count_and_normalize(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+        self._count_batch()
+        return self._normalize_synchronized(x, **kwargs)
+
+    @torch.jit.unused
+    def _normalize_synchronized(
+        self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+        """Output, and what computes it from x again."""
         mean, var, count = reduce_statistics(x, self.process_group)
         if running_mean is not None and running_var is not None:
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var * count / (count - 1).clamp(min=1)).to(running_var.dtype), momentum)
         y = SynchronizedNorm.apply(x, self.weight, self.bias, mean, var, count, self.eps, self.process_group)
-        record_function(x, y)
-        return self.act(self.drop(y))
-
-    @torch.jit.unused
-    def _forward_recorded(
-        self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, use_batch: bool, momentum: float
-    ) -> Tensor:
-        tape = open_tape()
-        if not _can_run_again(x, self.eps, self.weight, self.bias, running_mean, running_var):
-            x = F.batch_norm(x, running_mean, running_var, self.weight, self.bias, use_batch, momentum, self.eps)
-            return self.act(self.drop(x))
-        # A slope that is a tensor may be edited until backward.
-        number = type(self.act) is nn.LeakyReLU and type(self.act.negative_slope) is float
-        fused = number and self.act.inplace and type(self.drop) is nn.Identity
-        slope = self.act.negative_slope if fused else None
-        statistics = (running_mean, running_var, use_batch, momentum, self.eps)
-        y, norm, function = run_norm(x, self.weight, self.bias, *statistics, slope)
-        if function is not None:
-            tape.add_norm(tape.find(x), norm, y, function)
-        return y if fused else self.act(self.drop(y))
+        return y, getattr(y.grad_fn, "again", None)
 
     @torch.jit.unused
     def _forward_in_region(
         self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
     ) -> Tensor:
         """In training, with operators that give statistics alone, for `timm_tresnet.recompute.compiled` to save."""
-        _check_values(x)
+        check_values(x)
         count = x.numel() // x.shape[1]
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.no_grad():
@@ -147,51 +143,39 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
         return super().extra_repr() + (", synchronized" if self.synchronized else "")
 
 
-def _can_run_again(x: Tensor, eps: float, *of_channels: Tensor | None) -> bool:
-    """Whether batch norm is sure to do the same again: other classes may not, and other layouts round otherwise."""
-    return (
-        type(x) is Tensor
+_get_fields = operator.itemgetter(
+    *("_modules", "_parameters", "_buffers", "training", "track_running_stats", "momentum", "eps", "synchronized")
+)
+
+
+@reads(ActivatedBatchNorm2d)
+def _read(norm: ActivatedBatchNorm2d) -> list[Operation]:
+    """Batch norm with leaky ReLU as one operation, with another activation as two; an unusual one is called."""
+    children, parameters, buffers, training, tracks, momentum, eps, synchronized = _get_fields(norm.__dict__)
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    mean, var, count = buffers.get("running_mean"), buffers.get("running_var"), buffers.get("num_batches_tracked")
+    act, drop = children.get("act"), children.get("drop")
+    usual = (
+        type(mean) is type(var) is type(count) is Tensor
+        and (not training or (tracks and type(momentum) in (float, int)))
         and isinstance(eps, int | float)
-        and eps > 0  # about which F.batch_norm has something to say
-        and all(each is None or (is_plain(each) and each.is_contiguous()) for each in of_channels)
+        and eps > 0  # else F.batch_norm raises an error
+        and mean.is_contiguous()  # another layout rounds otherwise
+        and var.is_contiguous()
+        and (weight is None or (is_plain(weight) and weight.is_contiguous()))
+        and (bias is None or (is_plain(bias) and bias.is_contiguous()))
+        and type(drop) is nn.Identity
+        and is_untouched(drop)
     )
-
-
-def run_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    use_batch: bool,
-    momentum: float,
-    eps: float,
-    slope: float | None,
-) -> tuple[Tensor, Any, Callable[[Tensor], Tensor] | None]:
-    """Batch norm, and leaky ReLU in place unless slope is None.
-
-    Returns:
-        The output, the norm's autograd node, and what makes the output of x again; None if nobody is going to ask.
-    """
-    if use_batch:
-        _check_values(x)
-    # What torch.batch_norm calls, for the statistics that torch.batch_norm does not return.
-    y, mean, rstd, _, _ = torch._batch_norm_impl_index(
-        x, weight, bias, running_mean, running_var, use_batch, momentum, eps, torch.backends.cudnn.enabled
-    )
-    node = y.grad_fn
-    if slope is not None:
-        F.leaky_relu_(y, slope)
-    if node is None or not x.numel():
-        return y, node, None
-    if use_batch:
-        return y, node, make_normalization(x, mean, rstd, weight, bias, slope)
-    return y, node, make_inference_normalization(x, running_mean, running_var, eps, weight, bias, slope)
-
-
-def _check_values(x: Tensor) -> None:
-    if x.numel() == x.shape[1]:
-        raise ValueError(f"Batch norm needs more than one value per channel when training, got {tuple(x.shape)}")
+    if not usual:
+        return [call(norm, is_saved=type(act) is not nn.Identity)]
+    if synchronized and training and norm._is_distributed():
+        normalize = functools.partial(norm._count_and_normalize, running_mean=mean, running_var=var, momentum=momentum)
+        return [CustomNorm(norm, normalize), *read_activation(act)]
+    fused = type(act) is nn.LeakyReLU and act.inplace and type(act.negative_slope) is float and is_untouched(act)
+    slope = act.negative_slope if fused else None
+    operation = Norm(norm, (weight, bias, mean, var, training, momentum, eps, slope), count if training else None)
+    return [operation] if fused else [operation, *read_activation(act)]
 
 
 class _NormFromStatistics(torch.autograd.Function):

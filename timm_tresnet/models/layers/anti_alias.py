@@ -9,13 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from timm_tresnet.recompute.rebuild import open_tape
-from timm_tresnet.recompute.tape import Again, Tape
+from timm_tresnet.recompute.operations import Blur, Map
+from timm_tresnet.recompute.program import are_constants, call, reads
+from timm_tresnet.recompute.run import Operation
 
 
 @torch.fx.wrap
 def blur_pool(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
     """Function behind BlurPool2d; a leaf for torch.fx, which cannot trace its check of the size."""
+    kernel = _fit_kernel(x, kernel, dilation)
+    if not torch.jit.is_scripting():
+        x = _pad(x, dilation)
+    else:
+        x = F.pad(x, [dilation, dilation, dilation, dilation], mode="reflect")
+    return F.conv2d(x, kernel, stride=stride, dilation=dilation, groups=kernel.shape[0])
+
+
+def _fit_kernel(x: Tensor, kernel: Tensor, dilation: int) -> Tensor:
+    """The kernel for the channels and the dtype of x, whose size is checked."""
     if not torch.jit.is_tracing():  # tracing would freeze the comparisons and warn about them
         if x.shape[2] <= dilation or x.shape[3] <= dilation:
             raise ValueError(
@@ -26,14 +37,7 @@ def blur_pool(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
             kernel = kernel[: x.shape[1]]  # structured pruning took channels; all have the same taps
     if kernel.dtype != x.dtype:  # as in FSDP's mixed precision, which casts no buffers; exact, and no node if traced
         kernel = kernel.to(x.dtype)
-    if not torch.jit.is_scripting():
-        tape = open_tape()
-        if tape is not None and not kernel.requires_grad and type(x) is type(kernel) is Tensor:
-            return _blur_recorded(tape, x, kernel, stride, dilation)
-        x = _pad(x, dilation)
-    else:
-        x = F.pad(x, [dilation, dilation, dilation, dilation], mode="reflect")
-    return F.conv2d(x, kernel, stride=stride, dilation=dilation, groups=kernel.shape[0])
+    return kernel
 
 
 @torch.jit.unused
@@ -53,23 +57,21 @@ def _is_channels_last_on_cuda(x: Tensor) -> bool:
     return x.is_cuda and _is_channels_last(x)
 
 
-def _blur_recorded(tape: Tape, x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
+_conv2d = F.conv2d
+
+
+def _blur_in_steps(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> tuple[Tensor, Tensor]:
+    """The padded input and the output of a blur, as `recompute` runs it."""
+    kernel = _fit_kernel(x, kernel, dilation)
     fast = dilation == 1 and _is_channels_last_on_cuda(x)
     padded = _ReflectOnCuda.apply(x) if fast else _pad(x, dilation)
-    y = F.conv2d(padded, kernel, stride=stride, dilation=dilation, groups=kernel.shape[0])
-    if y.grad_fn is not None:
-        blur = functools.partial(_blur, kernel=kernel, stride=stride, dilation=dilation, dtype=y.dtype)
-        tape.add_blur(x, padded, y, blur)
-    return y
+    return padded, _conv2d(padded, kernel, None, stride, 0, dilation, kernel.shape[0])
 
 
-_conv2d = F.conv2d  # whatever is in its place when backward comes
-
-
-def _blur(x: Tensor, kernel: Tensor, stride: int, dilation: int, dtype: torch.dtype) -> Tensor:
+def _blur_again(x: Tensor, kernel: Tensor, stride: int, dilation: int, dtype: torch.dtype) -> Tensor:
     """blur_pool in a dtype: that of its output under autocast, which converts both."""
-    padded = _pad(x.to(dtype), dilation)
-    return _conv2d(padded, kernel.to(dtype), stride=stride, dilation=dilation, groups=kernel.shape[0])
+    kernel = _fit_kernel(x, kernel, dilation).to(dtype)
+    return _conv2d(_pad(x.to(dtype), dilation), kernel, None, stride, 0, dilation, kernel.shape[0])
 
 
 class _ReflectOnCuda(torch.autograd.Function):
@@ -150,46 +152,44 @@ class BlurPool2d(timm.layers.BlurPool2d):
         return f"{self.channels}, stride={self.stride}, dilation={self.dilation}"
 
 
-class ShortcutPool2d(nn.AvgPool2d):
-    """Average pool 2x2 at stride 2 that counts only pixels inside the image, for the shortcut of a strided stage.
-
-    Shape:
-        - input: (N, C, H, W)
-        - output: (N, C, ceil(H / 2), ceil(W / 2))
-    """
-
-    def __init__(self) -> None:
-        super().__init__(kernel_size=2, stride=2, ceil_mode=True, count_include_pad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return pool_shortcut(x)
-        return self._pool_recorded(x)
-
-    @torch.jit.unused
-    def _pool_recorded(self, x: Tensor) -> Tensor:
-        return pool_shortcut(x) if open_tape() is None else pool_recorded(x)
+@reads(BlurPool2d)
+def _read_blur(blur: BlurPool2d) -> list[Operation]:
+    kernel, stride, dilation = blur._buffers.get("kernel"), blur.stride, blur.dilation
+    if type(kernel) is not Tensor or kernel.requires_grad or not are_constants((stride, dilation)):
+        return [call(blur)]
+    arguments = {"kernel": kernel, "stride": stride, "dilation": dilation}
+    return [Blur(blur, functools.partial(_blur_in_steps, **arguments), functools.partial(_blur_again, **arguments))]
 
 
-def pool_shortcut(x: Tensor) -> Tensor:
-    """Function behind ShortcutPool2d."""
-    return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
+_POOL = {"kernel_size": 2, "stride": 2, "padding": 0, "ceil_mode": True, "count_include_pad": False}
 
 
-def pool_recorded(x: Tensor) -> Tensor:
-    """pool_shortcut where a tape is open."""
+def make_shortcut_pool() -> nn.AvgPool2d:
+    """Average pool 2x2 at stride 2 that counts only pixels inside the image, for the shortcut of a strided stage."""
+    return nn.AvgPool2d(**_POOL)
+
+
+@reads(nn.AvgPool2d)
+def _read_pool(pool: nn.AvgPool2d) -> list[Operation]:
+    constants = {name: getattr(pool, name) for name in _POOL}
+    if not are_constants(constants.values()) or pool.divisor_override is not None:
+        return [call(pool)]
+    again = functools.partial(F.avg_pool2d, **constants)
+    return [Map(pool, _pool_fast if constants == _POOL else again, again)]
+
+
+def _pool_fast(x: Tensor) -> Tensor:
     if _is_channels_last_on_cuda(x) and x.shape[2] % 2 == x.shape[3] % 2 == 0:
         return _EvenPool.apply(x)
-    return pool_shortcut(x)
+    return F.avg_pool2d(x, **_POOL)
 
 
 class _EvenPool(torch.autograd.Function):
-    """pool_shortcut with a backward that is several times faster than PyTorch's on CUDA in channels-last layout."""
+    """The shortcut's pool with a backward several times faster than PyTorch's on CUDA in channels-last layout."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
-        ctx.again = Again(pool_shortcut)
-        return pool_shortcut(x)
+        return F.avg_pool2d(x, **_POOL)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_y: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class _EvenPool(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: FunctionCtx, tangent: Tensor) -> Tensor:
-        return pool_shortcut(tangent)
+        return F.avg_pool2d(tangent, **_POOL)
 
 
 class StrideOneAvgPool2d(nn.Module):

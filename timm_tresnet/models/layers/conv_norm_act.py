@@ -18,7 +18,10 @@ from torch.nn.utils import fuse_conv_bn_weights
 
 from timm_tresnet.models.layers.activated_batch_norm import ActivatedBatchNorm2d
 from timm_tresnet.models.layers.observed import is_observed
-from timm_tresnet.recompute.rebuild import record_expansion
+from timm_tresnet.recompute.eligibility import is_untouched
+from timm_tresnet.recompute.policy import CONVOLUTION
+from timm_tresnet.recompute.program import Unreadable, call, read, read_convolution, reads
+from timm_tresnet.recompute.run import Operation
 
 # Affine in eval mode, each known by name: a subclass may compute something else.
 _FOLDABLE_NORMS = (
@@ -82,7 +85,6 @@ class ConvNormAct(timm.layers.ConvNormAct):
         norm_layer: normalisation, a name or class; ActivatedBatchNorm2d for "batchnorm2d", FrozenBatchNormAct2d for
             "frozenbatchnorm2d", anything else as `timm.layers.get_norm_act_layer` takes it.
         aa: anti-aliasing layer that does the downsampling, after the activation; None for none.
-        expands: whether the setting "expansions" of `timm_tresnet.recompute.rebuild` is about this convolution.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
@@ -90,6 +92,8 @@ class ConvNormAct(timm.layers.ConvNormAct):
         - input: (N, in_channels, H, W)
         - output: (N, out_channels, ceil(H / stride), ceil(W / stride)), before aa
     """
+
+    runs_in_region = True
 
     def __init__(
         self,
@@ -101,7 +105,6 @@ class ConvNormAct(timm.layers.ConvNormAct):
         act_layer: LayerType | None = None,
         norm_layer: LayerType = "batchnorm2d",
         aa: nn.Module | None = None,
-        expands: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -128,7 +131,6 @@ class ConvNormAct(timm.layers.ConvNormAct):
         if isinstance(self.bn, FrozenBatchNormAct2d):  # timm sets these in freezing, and reads them in unfreezing
             self.bn.num_features, self.bn.affine = out_channels, True
         self.aa = aa
-        self.expands = expands
 
     @torch.jit.ignore
     def add_module(self, name: str, module: nn.Module | None) -> None:
@@ -140,11 +142,8 @@ class ConvNormAct(timm.layers.ConvNormAct):
             super().add_module(name, module)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        if self.expands and not torch.jit.is_scripting():
-            self._record_expansion(y)
-        y = self.bn(y)
-        return y if self.aa is None else self.aa(y)
+        x = self.bn(self.conv(x))
+        return x if self.aa is None else self.aa(x)
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
@@ -192,6 +191,20 @@ class ConvNormAct(timm.layers.ConvNormAct):
             and not is_observed(self, self.conv, self.bn, drop)
         )
 
-    @torch.jit.unused
-    def _record_expansion(self, y: Tensor) -> None:
-        record_expansion(y)
+
+@reads(ConvNormAct)
+def _read(unit: ConvNormAct, kind: str = CONVOLUTION) -> list[Operation]:
+    get = unit.__dict__["_modules"].get
+    norm, aa = get("bn"), get("aa")
+    operations = [read_convolution(get("conv"), kind)]
+    if isinstance(norm, ActivatedBatchNorm2d):
+        operations += read(norm)
+    elif norm is None:
+        raise Unreadable("it has no norm")
+    else:  # an output without activation is saved by nobody
+        operations.append(call(norm, is_saved=not isinstance(getattr(norm, "act", nn.Identity()), nn.Identity)))
+    if aa is None and hasattr(unit, "aa"):  # absent, and not deleted
+        return operations
+    if type(aa) is not nn.Identity or not is_untouched(aa):
+        operations += read(aa)
+    return operations

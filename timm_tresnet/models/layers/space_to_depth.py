@@ -39,6 +39,8 @@ class SpaceToDepth(nn.Module):
         ValueError: if H or W is not a multiple of block_size or is smaller than min_size.
     """
 
+    runs_in_region = True
+
     def __init__(self, block_size: int = 4, min_size: int = 1) -> None:
         super().__init__()
         self.block_size = block_size

@@ -1,10 +1,18 @@
 """Squeeze-and-excitation, in the shape that TResNet uses it."""
 
+import functools
+from typing import Any
+
 import timm.layers
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_tresnet.models.layers.relu import ReLU
+from timm_tresnet.recompute.compiled import is_in_region
+from timm_tresnet.recompute.eligibility import find_user_code, is_untouched
+from timm_tresnet.recompute.operations import Call, Convolution, Gate
+from timm_tresnet.recompute.program import Unreadable, read_convolution, reads
+from timm_tresnet.recompute.run import Operation
 
 
 class SqueezeExcite(timm.layers.SEModule):
@@ -32,10 +40,42 @@ class SqueezeExcite(timm.layers.SEModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, rd_channels=reduced_channels, device=device, dtype=dtype)
-        self.act = ReLU()
+        self.act = nn.ReLU(inplace=True)
         self.gate = nn.Sigmoid()  # PyTorch's own class, which tools know
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = x.mean((2, 3), keepdim=True)
-        gate = self.gate(self.fc2(self.act(self.bn(self.fc1(gate)))))
-        return x * gate
+        return x * self._make_gate(x)
+
+    def _make_gate(self, x: Tensor) -> Tensor:
+        gate = self.bn(self.fc1(x.mean((2, 3), keepdim=True)))
+        if torch.jit.is_scripting():
+            gate = self.act(gate)
+        else:
+            gate = self._activate(gate)
+        return self.gate(self.fc2(gate))
+
+    @torch.jit.unused
+    def _activate(self, x: Tensor) -> Tensor:
+        return F.relu(x) if is_in_region() and type(self.act) is nn.ReLU else self.act(x)
+
+
+@reads(SqueezeExcite)
+def _read(se: SqueezeExcite) -> list[Operation]:
+    get = se.__dict__["_modules"].get
+    norm, act, gate = get("bn"), get("act"), get("gate")
+    first, second = read_convolution(get("fc1")), read_convolution(get("fc2"))
+    usual = type(act) is nn.ReLU and type(gate) is nn.Sigmoid and type(norm) is nn.Identity
+    usual = usual and is_untouched(act) and is_untouched(gate) and is_untouched(norm)
+    if usual and type(first) is type(second) is Convolution:
+        arguments = [(each.weight, each.bias, *each.settings) for each in (first, second)]
+        return [Gate(se, functools.partial(_make_gate, *arguments), False)]
+    for each in (norm, act, gate):  # user code would see the gate
+        if each is None or (reason := find_user_code(each)) is not None:
+            raise Unreadable("a module is missing" if each is None else reason)
+    user_defined = any(isinstance(each, Call) and each.is_user_defined for each in (first, second))
+    return [Gate(se, se._make_gate, user_defined)]
+
+
+def _make_gate(first: tuple[Any, ...], second: tuple[Any, ...], x: Tensor) -> Tensor:
+    squeezed = torch.relu_(F.conv2d(x.mean((2, 3), keepdim=True), *first))
+    return torch.sigmoid(F.conv2d(squeezed, *second))

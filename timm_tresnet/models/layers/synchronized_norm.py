@@ -1,4 +1,4 @@
-"""Batch norm over the batches of several processes, from which only the input need be kept for backward."""
+"""Batch norm over the batches of several processes, of which only the input need be stored for backward."""
 
 import functools
 from typing import Any
@@ -8,8 +8,7 @@ import torch.distributed
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from timm_tresnet.recompute.affine import make_affine, scale_and_shift
-from timm_tresnet.recompute.tape import Again
+from timm_tresnet.recompute.norms import make_affine, scale_and_shift
 
 
 @torch.no_grad()
@@ -61,8 +60,8 @@ class SynchronizedNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, var, count)
         ctx.eps, ctx.process_group = eps, process_group
         scale, shift = make_affine(mean, (var + eps).rsqrt(), weight, bias)
-        ctx.again = Again(functools.partial(scale_and_shift, scale=scale, shift=shift))
-        return ctx.again.function(x)
+        ctx.again = functools.partial(scale_and_shift, scale=scale, shift=shift)  # computes the output again
+        return ctx.again(x)
 
     @staticmethod
     @once_differentiable

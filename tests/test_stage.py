@@ -16,7 +16,7 @@ from comparing import (
 )
 
 from timm_tresnet import TResNet
-from timm_tresnet.recompute.stages import Stage
+from timm_tresnet.recompute.stage import Stage
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ def test_checkpointing_runs_blocks_with_other_norms_again():
 
 @pytest.mark.parametrize("blocks", [1, 3, 4, 5, 11, 18, 24])
 def test_chains_between_kept_outputs_grow_away_from_the_end(blocks):
-    from timm_tresnet.recompute.stages import _kept_outputs
+    from timm_tresnet.recompute.policy import find_kept_outputs
 
-    kept = _kept_outputs(blocks)
+    kept = find_kept_outputs(blocks)
     ends = [blocks, *kept]
     chains = [later - earlier - 1 for later, earlier in zip(ends, kept, strict=False)]
     assert chains == list(range(2, 2 + len(kept)))

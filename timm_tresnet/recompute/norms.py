@@ -1,13 +1,13 @@
-"""Batch norm whose statistics are known, which is an affine map of each channel."""
+"""Batch norm as an affine map of each channel, whose statistics are known once it has run."""
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Whatever is in their place when backward comes.
 _native_batch_norm, _leaky_relu_ = torch.native_batch_norm, F.leaky_relu_
 
 _neutral: dict[tuple[torch.Size, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}  # of as many channels
@@ -16,17 +16,17 @@ _neutral: dict[tuple[torch.Size, torch.dtype, torch.device], tuple[Tensor, Tenso
 def make_normalization(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, slope: float | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """What does to x again what batch norm, and leaky ReLU, did, whatever becomes of the weights meanwhile.
+    """Return what computes batch norm, and leaky ReLU, again; edits of the weights do not reach it.
 
     On the CPU in batch norm's arithmetic, to the last bit; on CUDA in one kernel, at most one rounding from cuDNN's.
 
     Args:
-        x: what the norm took, (N, C, H, W).
-        mean: of each channel, (C,), which nobody edits.
-        rstd: 1 / sqrt(var + eps) of each channel, (C,), which nobody edits.
+        x: input of the norm, (N, C, H, W).
+        mean: of each channel, (C,); it must stay as it is.
+        rstd: 1 / sqrt(var + eps) of each channel, (C,); it must stay as it is.
         weight: (C,), or None for ones.
         bias: (C,), or None for zeros.
-        slope: that of the leaky ReLU, or None for no such.
+        slope: that of the leaky ReLU, or None for none.
     """
     if x.is_cuda:
         return functools.partial(_normalize_on_cuda, mean, rstd, _copy(weight), _copy(bias), slope)
@@ -52,9 +52,9 @@ def make_inference_normalization(
     bias: Tensor | None,
     slope: float | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """As `make_normalization`, for batch norm that takes its running statistics, with their var instead of rstd.
+    """As `make_normalization`, for batch norm with running statistics, with their var instead of rstd.
 
-    Its kernel's 1 / sqrt(var + eps) is another one in the last bit, so it is called again as it was.
+    Its kernel's 1 / sqrt(var + eps) differs in the last bit, so the kernel is called again with the same arguments.
     """
     if x.is_cuda:
         return make_normalization(x, mean.clone(), 1 / (var + eps).sqrt(), weight, bias, slope)
@@ -112,3 +112,41 @@ def _normalize_on_cuda(
         return x.clone()
     y = torch.batch_norm_elemt(x, weight, bias, mean, rstd, 0.0)  # the last one is in rstd already
     return y if slope is None else F.leaky_relu_(y, slope)
+
+
+def run_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_batch: bool,
+    momentum: float,
+    eps: float,
+    slope: float | None,
+) -> tuple[Tensor, Any, Callable[[Tensor], Tensor] | None]:
+    """Batch norm, and leaky ReLU in place unless slope is None.
+
+    Returns:
+        The output, the norm's autograd node, and what computes the output from x again; None without a node.
+    """
+    if use_batch:
+        check_values(x)
+    # What torch.batch_norm calls, for the statistics that torch.batch_norm does not return.
+    y, mean, rstd, _, _ = torch._batch_norm_impl_index(
+        x, weight, bias, running_mean, running_var, use_batch, momentum, eps, torch.backends.cudnn.enabled
+    )
+    node = y.grad_fn
+    if slope is not None:
+        F.leaky_relu_(y, slope)
+    if node is None:
+        return y, node, None
+    if use_batch:
+        return y, node, make_normalization(x, mean, rstd, weight, bias, slope)
+    return y, node, make_inference_normalization(x, running_mean, running_var, eps, weight, bias, slope)
+
+
+def check_values(x: Tensor) -> None:
+    """Refuse a batch that has no variance, as `F.batch_norm` does."""
+    if x.numel() == x.shape[1]:
+        raise ValueError(f"Batch norm needs more than one value per channel when training, got {tuple(x.shape)}")

@@ -1,0 +1,212 @@
+"""Whether anything may be recomputed: asked once a forward, and of each module.
+
+A tensor can be recomputed if only code of this package, of PyTorch and of timm runs on it, for user code may edit it
+where autograd does not see it. Replaced functions of PyTorch, such as `F.conv2d`, are not looked for; classes of
+modules whose `forward` was replaced are.
+"""
+
+import functools
+import logging
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
+
+_KNOWN_MODULES = (
+    *(f"torch.nn.modules.{name}" for name in ("activation", "batchnorm", "container", "conv", "linear", "pooling")),
+    *(f"timm.layers.{name}" for name in ("activations", "drop", "norm", "norm_act", "split_batchnorm")),
+)
+_OURS = "timm_tresnet."
+_FSDP = ("torch.distributed.fsdp.", "torch.distributed._composable.fsdp.")
+# They change weights, or add to what a convolution returns, and neither keep nor edit its input or output.
+_ADAPTERS = ("torch.nn.utils.", "torch.nn.modules.dropout", "peft.tuners.")
+_KNOWN = ("torch.", "timm.", "timm_tresnet.")
+_METHODS = ("forward", "_conv_forward", "_call_impl", "_compiled_call_impl")
+
+_find_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # PyTorch 2.5 has it not
+_methods: list[tuple[type, str, Any]] = []
+_logger = logging.getLogger("timm_tresnet")
+_logged: set[str] = set()
+
+
+def stand_for(kind: type, name: str = "forward") -> bool:
+    """Note a method that a program stands for; False if it is not PyTorch's, timm's or ours already."""
+    method = getattr(kind, name)
+    _methods.append((kind, name, method))
+    return all((each.__module__ or "").startswith(_KNOWN) for each in (kind, method))
+
+
+def find_obstacle() -> str | None:
+    """Why nothing may be recomputed in this forward; None if nothing forbids it."""
+    for kind, name, method in _methods:
+        if getattr(kind, name) is not method:
+            return f"{kind.__name__}.{name} is replaced"
+    if (reason := find_transform()) is not None:
+        return reason
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        return "hooks on saved tensors are disabled"
+    if _has_saved_tensor_hooks():
+        return "hooks on all saved tensors are active, as of torch.utils.checkpoint or save_on_cpu"
+    compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
+    if compiled_autograd is not None and (
+        compiled_autograd.compiled_autograd_enabled or compiled_autograd.in_compiled_autograd_region
+    ):
+        return "compiled autograd is enabled"
+    return None
+
+
+def find_transform() -> str | None:
+    """Which transform, mode or global hook is active."""
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a dispatch mode is active"
+    if torch._C._len_torch_function_stack() > 0 and any(
+        type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack()
+    ):
+        return "a function mode is active"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    return "hooks on all modules are registered" if has_global_hooks() else None
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks are registered that run in every module."""
+    hooks = nn.modules.module
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )
+
+
+def _has_saved_tensor_hooks() -> bool:
+    if _find_top_hooks is not None:
+        return _find_top_hooks(True) is not None
+    # PyTorch refuses further hooks on what was saved under them.
+    node = torch.ones((), device="cpu", requires_grad=True).exp().grad_fn
+    try:
+        node._raw_saved_result.register_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    except RuntimeError:
+        return True
+    return False
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks are registered on a module."""
+    fields = module.__dict__
+    return bool(
+        fields["_forward_hooks"]
+        or fields["_forward_pre_hooks"]
+        or fields["_backward_hooks"]
+        or fields["_backward_pre_hooks"]
+    )
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a module has neither hooks nor methods of its own, nor tensors in place of its parameters."""
+    fields = module.__dict__
+    return not (
+        fields["_forward_hooks"]
+        or fields["_forward_pre_hooks"]
+        or fields["_backward_hooks"]
+        or fields["_backward_pre_hooks"]
+        or "forward" in fields
+        or "_call_impl" in fields
+        or "_conv_forward" in fields
+        or "_compiled_call_impl" in fields
+        or "weight" in fields
+        or "bias" in fields
+    )
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers and frees the module's weights, by hooks and a class of its own."""
+    return type(module).__module__.startswith(_FSDP)
+
+
+def original_class(module: nn.Module) -> type:
+    """Class of a module, before FSDP2 has derived one of it."""
+    return type(module).__mro__[2] if is_sharded(module) else type(module)
+
+
+def is_user_defined(module: nn.Module, deep: bool = True, adapters: bool = True) -> bool:
+    """Whether user code can observe the module's input, output or internals: by a class, a method or a hook.
+
+    Args:
+        module: the module.
+        deep: ask about the modules in it too.
+        adapters: whether parametrizations and adapters of PyTorch and peft may be in it.
+    """
+    modules = [module]
+    for each in modules:  # which grows meanwhile
+        if find_user_code(each, adapters) is not None:
+            return True
+        if deep:
+            modules += [child for child in each.__dict__["_modules"].values() if child is not None]
+    return False
+
+
+def find_user_code(module: nn.Module, adapters: bool = True) -> str | None:
+    """What is user-defined in a module, the modules in it aside."""
+    fields, kind = module.__dict__, type(module)
+    known = _is_known if not torch.compiler.is_compiling() else _look_up
+    if not known(kind.__module__, adapters):
+        return f"{kind.__module__}.{kind.__qualname__}"
+    for name in _METHODS:
+        if name in fields and fields[name] is not None:
+            return f"a replaced {name}" if name != "_compiled_call_impl" else "it is compiled"
+    if fields["_backward_hooks"] or fields["_backward_pre_hooks"]:
+        return "a backward hook"
+    hooks = (*fields["_forward_hooks"].values(), *fields["_forward_pre_hooks"].values())
+    return None if _are_known(hooks, adapters) else "a forward hook"
+
+
+def _are_known(hooks: Iterable[object], adapters: bool) -> bool:
+    known = (*_FSDP, *_ADAPTERS) if adapters else _FSDP
+    return all((getattr(hook, "__module__", None) or "").startswith(known) for hook in hooks)
+
+
+def _look_up(name: str, adapters: bool) -> bool:
+    return name in _KNOWN_MODULES or name.startswith((_OURS, *_FSDP, *(_ADAPTERS if adapters else ())))
+
+
+_is_known = functools.cache(_look_up)  # which the compiler cannot trace
+
+
+def is_plain(x: object) -> bool:
+    """Whether something is a tensor of PyTorch's own classes."""
+    return type(x) in (Tensor, nn.Parameter)
+
+
+def is_held(x: Tensor) -> bool:
+    """Whether anything but the caller's one variable holds a tensor or its memory, and may edit it later."""
+    return _count_holders(x) > _NO_OTHERS
+
+
+def _count_holders(x: Tensor) -> int:
+    return sys.getrefcount(x) + torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+
+
+def _count_of_fresh_tensor() -> int:
+    x = torch.empty(1, device="cpu")
+    return _count_in_call(x)
+
+
+def _count_in_call(x: Tensor) -> int:
+    return _count_holders(x)
+
+
+_NO_OTHERS = _count_of_fresh_tensor()
+
+
+def log_once(reason: str) -> None:
+    """Log one INFO line for each reason why a forward recomputes less than its setting says."""
+    if reason not in _logged:
+        _logged.add(reason)
+        _logger.info("Backward recomputes nothing here, and stores what plain PyTorch stores: %s", reason)
