@@ -17,7 +17,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from timm_tresnet.recompute.eligibility import has_hooks, is_user_defined
 from timm_tresnet.recompute.policy import RECOMPUTED_BY_COMPILER, classify_convolution
-from timm_tresnet.recompute.saved import watch
 
 # A module, the key of the policy for it or "none", and whether its output is stored.
 Step = tuple[nn.Module, str, bool]
@@ -93,9 +92,9 @@ def fits_region(module: nn.Module) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def watch_weights(module: nn.Module) -> None:
-    """Watch the weights of a module, once, when the compiler traces it: a region uses them again in backward."""
-    watch(module.parameters())
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is active while the compiler traces."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _choose(setting: str, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

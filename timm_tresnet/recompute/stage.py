@@ -9,7 +9,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from timm_tresnet.recompute.compiled import Step, fits_region, run_steps, watch_weights
+from timm_tresnet.recompute.compiled import Step, fits_region, is_transformed, run_steps
 from timm_tresnet.recompute.eligibility import (
     find_obstacle,
     find_transform,
@@ -27,6 +27,7 @@ from timm_tresnet.recompute.operations import call_sharded
 from timm_tresnet.recompute.policy import CHECKPOINTING, RECOMPUTED, keeps_output
 from timm_tresnet.recompute.program import Unreadable, read_program
 from timm_tresnet.recompute.run import Run, run_program
+from timm_tresnet.recompute.saved import watch
 
 # Called with each module that runs, and the reason why nothing in it is recomputed, or None.
 observers: list[Callable[[nn.Module, str | None], None]] = []
@@ -130,13 +131,17 @@ class Body(nn.Sequential):
 
     def _forward_compiled(self, x: Tensor) -> Tensor:
         recomputes = self.training and torch.is_grad_enabled() and not _is_exporting() and not has_global_hooks()
-        if not recomputes or torch._C._functorch.peek_interpreter_stack() is not None:
+        if not recomputes or is_transformed():
             for module in self:
                 x = module(x)
             return x
-        if self.rebuild != "none":
-            watch_weights(self)
+        self._watch_weights()
         return run_steps(self._list_steps(), x)
+
+    @torch.compiler.assume_constant_result
+    def _watch_weights(self) -> None:
+        """Watch the weights, once, when the compiler traces this: its regions use them again in backward."""
+        watch(self.parameters())
 
     def _list_steps(self) -> list[Step]:
         steps: list[Step] = []
