@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from timm.layers import LayerType, calculate_drop_path_rates
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from timm_tresnet.models.arguments import (
@@ -21,9 +22,11 @@ from timm_tresnet.models.arguments import (
 from timm_tresnet.models.blocks import BasicBlock, Bottleneck
 from timm_tresnet.models.heads import choose_head
 from timm_tresnet.models.layers import BlurPool2d, ConvNormAct, LinearHead, MLDecoderHead, SpaceToDepth
+from timm_tresnet.recompute.explain import Part, explain, format_parts
 from timm_tresnet.recompute.policy import SETTINGS
 from timm_tresnet.recompute.stage import Body, Stage
 
+register_notrace_module(Stage)  # timm's traced networks then call stages, which recompute as ever
 _BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
@@ -250,6 +253,22 @@ class TResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, Body):
                 module.rebuild = setting
+
+    @torch.jit.ignore
+    def explain_recompute(self, images: Tensor) -> list[Part]:
+        """Print and return which blocks are recomputed in backward, or why not, and what that stores.
+
+        Runs the network forward twice, in the mode it is in; running statistics and random numbers stay as they were.
+
+        Args:
+            images: (N, in_chans, H, W); a few are enough.
+
+        Returns:
+            The rows of the table, see `timm_tresnet.recompute.explain.Part`.
+        """
+        parts = explain(self, images)
+        print(format_parts(parts))
+        return parts
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _KNOWN_MODULES = (
     *(f"torch.nn.modules.{name}" for name in ("activation", "batchnorm", "container", "conv", "linear", "pooling")),
@@ -61,7 +62,9 @@ def find_obstacle() -> str | None:
 
 def find_transform() -> str | None:
     """Which transform, mode or global hook is active."""
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if torch._C._len_torch_dispatch_stack() > 0 and not all(
+        getattr(mode, "only_looks", False) for mode in _get_current_dispatch_mode_stack()
+    ):
         return "a dispatch mode is active"
     if torch._C._len_torch_function_stack() > 0 and any(
         type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack()
@@ -205,8 +208,8 @@ def _count_in_call(x: Tensor) -> int:
 _NO_OTHERS = _count_of_fresh_tensor()
 
 
-def log_once(reason: str) -> None:
-    """Log one INFO line for each reason why a forward recomputes less than its setting says."""
+def log_once(reason: str, what: str) -> None:
+    """Log one INFO line for each reason why backward recomputes nothing of the whole network, or of a part."""
     if reason not in _logged:
         _logged.add(reason)
-        _logger.info("Backward recomputes nothing here, and stores what plain PyTorch stores: %s", reason)
+        _logger.info("Backward recomputes nothing of %s: %s; explain_recompute(images) says more", what, reason)

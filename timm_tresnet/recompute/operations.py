@@ -115,19 +115,16 @@ class Map:
     Args:
         module: the layer.
         function: computes the output.
-        again: computes it again, with the constants of the forward; None if the output is to be stored.
+        again: computes it again, with the constants of the forward.
         shown: whether user code may see the output.
     """
 
     module: nn.Module
     function: Callable[[Tensor], Tensor]
-    again: Callable[[Tensor], Tensor] | None
+    again: Callable[[Tensor], Tensor]
     shown: bool = False
+    is_repeatable = True
     is_user_defined = False
-
-    @property
-    def is_repeatable(self) -> bool:
-        return self.again is not None
 
     def run(self, x: Tensor, source: Source, run: Run) -> Result:
         y = self.function(x)
@@ -139,8 +136,6 @@ class Map:
         saved = getattr(node, "_raw_saved_self", None)
         if saved is not None and type(source) is Recomputed:
             discard(saved, source)
-        if self.again is None:
-            return y, Stored(y)
         made = Recomputed(self.again, (source,), run.values, y._version)
         saved = getattr(node, "_raw_saved_result", None)
         if saved is not None and not self.shown:
@@ -186,11 +181,13 @@ class Gate:
         module: the layer.
         function: computes the gate from the input.
         calls_user_code: whether user code runs in it, which sees the means.
+        stores_input: whether an input without a source, which autograd saves here alone, is taken as stored.
     """
 
     module: nn.Module
     function: Callable[[Tensor], Tensor]
     calls_user_code: bool
+    stores_input: bool = False
     is_repeatable = True
     is_user_defined = False
 
@@ -199,6 +196,8 @@ class Gate:
         if self.calls_user_code:
             run.recheck(gate)
         y = x * gate
+        if self.stores_input and source is None and gate.requires_grad and x.grad_fn is not None:
+            source = Stored(x)
         if source is None or run.closed or y.grad_fn is None:
             return y, None
         if type(source) is Recomputed and gate.requires_grad:
@@ -231,12 +230,13 @@ class Call:
         is_user_defined: whether user code sees its input and output; then the input is stored too, and nothing is
             recomputed from an output that user code still holds.
         is_saved: whether autograd saves its output anyway, so that storing it costs nothing.
+        is_repeatable: whether storing it does under grad checkpointing too, as for an activation.
     """
 
     module: nn.Module
     is_user_defined: bool = False
     is_saved: bool = True
-    is_repeatable = False
+    is_repeatable: bool = False
 
     def run(self, x: Tensor, source: Source, run: Run) -> Result:
         if self.is_user_defined or type(source) is not Recomputed:

@@ -22,7 +22,7 @@ from timm_tresnet.recompute.eligibility import (
     original_class,
     stand_for,
 )
-from timm_tresnet.recompute.operations import Call, Convolution, DropPath, Map, Sharded
+from timm_tresnet.recompute.operations import Call, Convolution, DropPath, Gate, Map, Sharded
 from timm_tresnet.recompute.policy import CONVOLUTION
 from timm_tresnet.recompute.run import Operation, Program
 
@@ -52,7 +52,6 @@ _ACTIVATIONS: dict[type, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     timm.layers.activations.Sigmoid: (torch.sigmoid, ()),
     timm.layers.activations.Tanh: (torch.tanh, ()),
 }
-_ONE_OPERATION = (nn.PReLU, timm.layers.activations.PReLU)  # which saves its input, and has a weight
 
 
 class Unreadable(Exception):
@@ -85,14 +84,14 @@ def read_program(module: nn.Module) -> Program:
         if not is_untouched(module) and (reason := find_user_code(module)) is not None:
             raise Unreadable(reason)
         program = reader(module)
-        _mark_shown(program.shortcut)
-    elif kind in _readers or kind is nn.MaxPool2d:
-        program = Program(read(module))
+        _link(program.shortcut)
+    elif kind in _readers and kind is not nn.Sequential and (operations := read(module)):
+        program = Program(operations)
         if hasattr(program.operations[-1], "shown"):  # what comes next is not known yet
             program.operations[-1].shown = True
     else:
-        raise Unreadable(f"{kind.__module__}.{kind.__qualname__} is not a block")
-    _mark_shown(program.operations)
+        raise Unreadable(find_user_code(module) or f"{kind.__name__} has no program")
+    _link(program.operations)
     return program
 
 
@@ -112,8 +111,8 @@ def read(module: nn.Module | None, *arguments: Any) -> list[Operation]:
     return [call(module)]
 
 
-def call(module: nn.Module, is_saved: bool = True) -> Call:
-    """Read a module that has no recipe.
+def call(module: nn.Module, **arguments: bool) -> Call:
+    """Read a module that has no recipe; arguments are those of `Call`.
 
     Raises:
         Unreadable: if it is user-defined.
@@ -121,7 +120,7 @@ def call(module: nn.Module, is_saved: bool = True) -> Call:
     for each in module.modules():
         if (reason := find_user_code(each)) is not None:
             raise Unreadable(reason)
-    return Call(module, is_saved=is_saved)
+    return Call(module, **arguments)
 
 
 def are_constants(values: Iterable[Any]) -> bool:
@@ -138,14 +137,12 @@ def read_activation(act: nn.Module) -> list[Operation]:
     kind = type(act)
     if kind is nn.Identity and is_untouched(act):
         return []
-    if kind in _ONE_OPERATION and find_user_code(act) is None:
-        return [Map(act, act, None)]
     if kind not in _ACTIVATIONS or not is_untouched(act):
-        return [call(act)]
+        return [call(act, is_repeatable=True)]
     function, names = _ACTIVATIONS[kind]
     constants = {name: getattr(act, name) for name in names}
     if not are_constants(constants.values()):
-        return [call(act)]
+        return [call(act, is_repeatable=True)]
     return [Map(act, act, functools.partial(function, **constants) if constants else function)]
 
 
@@ -166,10 +163,13 @@ def read_convolution(conv: nn.Module | None, kind: str = CONVOLUTION) -> Operati
     return Call(conv, is_user_defined=is_user_defined(conv))
 
 
-def _mark_shown(operations: list[Operation]) -> None:
+def _link(operations: list[Operation]) -> None:
+    """Tell operations what they need to know of their neighbours."""
     for operation, following in zip(operations, operations[1:], strict=False):
         if following.is_user_defined and hasattr(operation, "shown"):
             operation.shown = True
+        if type(operation) is Call and not operation.is_user_defined and type(following) is Gate:
+            following.stores_input = True
 
 
 _TENSORS = (Tensor, nn.Parameter)
@@ -184,6 +184,11 @@ def _read_identity(module: nn.Module) -> list[Operation]:
 @reads(nn.Sequential)
 def _read_sequential(module: nn.Sequential) -> list[Operation]:
     return [operation for child in module for operation in read(child)]
+
+
+@reads(nn.MaxPool2d)
+def _read_max_pool(module: nn.MaxPool2d) -> list[Operation]:
+    return [call(module)]
 
 
 @reads(timm.layers.DropPath)

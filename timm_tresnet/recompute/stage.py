@@ -16,7 +16,6 @@ from timm_tresnet.recompute.eligibility import (
     find_user_code,
     has_global_hooks,
     has_hooks,
-    is_plain,
     is_sharded,
     is_untouched,
     is_user_defined,
@@ -65,7 +64,7 @@ class Body(nn.Sequential):
         if reason is None:
             return self._run_all(x, Run(RECOMPUTED[self.rebuild]))
         if reason:
-            log_once(reason)
+            log_once(reason, "this network")
         for module in self:
             _observe(module, reason)
             x = self._run_plainly(module, x)
@@ -75,8 +74,8 @@ class Body(nn.Sequential):
         """Why nothing is recomputed; empty if nobody has asked for it."""
         if self.rebuild == "none" or not torch.is_grad_enabled() or torch.jit.is_tracing():
             return ""
-        if not is_plain(x):
-            return f"the input is a {type(x).__module__}.{type(x).__qualname__}"
+        if not isinstance(x, Tensor):
+            return f"the input is a {type(x).__qualname__}, as when torch.fx traces"
         if type(self).__iter__ is not nn.Sequential.__iter__:
             return f"{type(self).__qualname__} has its own __iter__"
         return find_obstacle()
@@ -102,22 +101,25 @@ class Body(nn.Sequential):
         stored: bool = False,
         call: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
+        repeats = False
         if run.closed:
-            reason = "user code before it"
+            reason = "user code before it has opened a mode or hooks, or has returned no plain tensor"
+            log_once(reason, "a part of this network")
         elif type(x) is not Tensor or x.dim() != 4 or not x.numel():
             reason = f"its input is a {type(x).__name__} of shape {tuple(x.shape)}"
         else:
             try:
                 program = read_program(module)
-                if not self._repeats_all() or program.is_repeatable():
+                if not self._repeats_all() or program.is_repeatable() or not _can_run_again(module):
                     _observe(module, None)
                     return run_program(program, x, run, stored)
-                reason = "torch.utils.checkpoint runs it again"
+                reason, repeats = "torch.utils.checkpoint runs it again", True
             except Unreadable as error:
                 reason = str(error)
+                log_once(f"{reason}, in a {type(module).__name__}", "a part of this network")
         _observe(module, reason)
         run.enter(shown=True)
-        x = self._run_plainly(module, x, call)
+        x = (_checkpoint if repeats else _call)(module, call or module, x)
         run.recheck(x)
         run.leave(x, None, stored)
         return x
@@ -126,8 +128,8 @@ class Body(nn.Sequential):
         """Whether backward runs everything again."""
         return False
 
-    def _run_plainly(self, module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        return (call or module)(x)
+    def _run_plainly(self, module: nn.Module, x: Tensor) -> Tensor:
+        return module(x)
 
     def _forward_compiled(self, x: Tensor) -> Tensor:
         recomputes = self.training and torch.is_grad_enabled() and not _is_exporting() and not has_global_hooks()
@@ -190,10 +192,10 @@ class Stage(Body):
     def _repeats_all(self) -> bool:
         return self.grad_checkpointing
 
-    def _run_plainly(self, block: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def _run_plainly(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_tracing():
-            return _checkpoint(block, call or block, x)
-        return (call or block)(x)
+            return _checkpoint(block, block, x)
+        return block(x)
 
 
 def _observe(module: nn.Module, reason: str | None) -> None:
@@ -206,15 +208,27 @@ def _is_exporting() -> bool:
     return getattr(torch.compiler, "_is_exporting_flag", False)  # there since PyTorch 2.7
 
 
+def _call(block: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return call(x)
+
+
 def _checkpoint(block: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if find_transform() is not None or not torch._C._autograd._saved_tensors_hooks_is_enabled():
         return call(x)  # with which it does not work
-    if is_user_defined(block):  # user code may do something else the second time
+    if not _can_run_again(block):
         return call(x)
     with torch.utils.checkpoint.set_checkpoint_early_stop(False):  # else it may stop before a random mask is drawn
         return torch.utils.checkpoint.checkpoint(
             call, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _KeepRunningStatistics(block))
         )
+
+
+def _can_run_again(block: nn.Module) -> bool:
+    """Whether a block does the same a second time; user code may not, and spectral norm takes another step."""
+    if is_user_defined(block):
+        return False
+    parts = [each for part in block.modules() for each in (part, *part._forward_pre_hooks.values())]
+    return not any("SpectralNorm" in type(each).__name__ for each in parts)
 
 
 class _KeepRunningStatistics:

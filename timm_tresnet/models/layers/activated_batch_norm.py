@@ -26,8 +26,8 @@ from timm_tresnet.recompute.run import Operation
 class ActivatedBatchNorm2d(BatchNormAct2d):
     """timm's batch norm with activation, whose output need not be stored for backward.
 
-    In a block, backward recomputes the output from this layer's input and a few numbers a channel. In-Place ABN stores as much
-    ("In-Place Activated BatchNorm", arXiv:1712.02616); this works for weights of any sign and for any activation.
+    In a block, backward recomputes the output from this layer's input and a few numbers a channel. In-Place ABN stores
+    as much ("In-Place Activated BatchNorm", arXiv:1712.02616); this works for weights of any sign and any activation.
     Everything that timm and PyTorch do to batch norms applies, since this is one.
 
     Args:

@@ -4,6 +4,9 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from timm_tresnet.recompute.program import call, reads
+from timm_tresnet.recompute.run import Operation
+
 
 @torch.fx.wrap
 def space_to_depth(x: Tensor, block_size: int, min_size: int) -> Tensor:
@@ -56,3 +59,8 @@ class SpaceToDepth(nn.Module):
 
     def extra_repr(self) -> str:
         return f"block_size={self.block_size}, min_size={self.min_size}"
+
+
+@reads(SpaceToDepth)
+def _read(module: SpaceToDepth) -> list[Operation]:
+    return [call(module)]

@@ -1,0 +1,141 @@
+"""Which parts of a network are recomputed, which are not and why, and what that stores."""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from timm_tresnet.recompute.stage import Body, Stage, observers
+from timm_tresnet.utils.tables import format_markdown
+
+
+class Part(NamedTuple):
+    """What is stored for the backward of a part of a network.
+
+    Args:
+        name: of the module; that of a stage stands for all of its blocks.
+        reason: why nothing in it is recomputed; None if something is.
+        stored_mb: megabytes an image that the part stores.
+        plain_mb: those that plain PyTorch stores.
+    """
+
+    name: str
+    reason: str | None
+    stored_mb: float
+    plain_mb: float
+
+
+class _Meter(TorchDispatchMode):
+    """Counts bytes that live on, by the module that was running when they were made."""
+
+    only_looks = True  # so that recomputation goes on
+
+    def __init__(self, own: list[Tensor]) -> None:
+        super().__init__()
+        self.reasons: dict[nn.Module, str | None] = {}
+        self.sizes: dict[nn.Module | None, int] = {}
+        self._current: nn.Module | None = None
+        self._own = [tensor.untyped_storage() for tensor in own]
+        self._seen = {storage._cdata for storage in self._own}
+
+    def enter(self, module: nn.Module, reason: str | None) -> None:
+        self._current = module
+        self.reasons[module] = reason
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage(), self._current)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage, module: nn.Module | None) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._seen:
+            self._seen.add(key)
+            self.sizes[module] = self.sizes.get(module, 0) + size
+            weakref.finalize(storage, self._drop, key, size, module)
+
+    def _drop(self, key: int, size: int, module: nn.Module | None) -> None:
+        self._seen.discard(key)
+        self.sizes[module] -= size
+
+
+def explain(network: nn.Module, images: Tensor) -> list[Part]:
+    """Run a network forward twice, as it is and storing everything, and compare what each part stores.
+
+    Running statistics and random numbers are afterwards as before.
+
+    Args:
+        network: in the mode of interest.
+        images: (N, C, H, W).
+    """
+    reasons, stored = _measure(network, images)
+    with _storing_everything(network):
+        _, plain = _measure(network, images)
+    parts: list[Part] = []
+    for name, module in network.named_modules():
+        if module in reasons:
+            megabytes = (sizes.get(module, 0) / images.shape[0] / 1e6 for sizes in (stored, plain))
+            parts.append(Part(name, reasons[module], *megabytes))
+    stages = [name for name, module in network.named_modules() if isinstance(module, Stage)]
+    for stage in stages:
+        blocks = [part for part in parts if part.name.startswith(f"{stage}.")]
+        if blocks:
+            reason = None if any(part.reason is None for part in blocks) else "none of its blocks is"
+            total = Part(stage, reason, *(sum(part[column] for part in blocks) for column in (2, 3)))
+            parts.insert(parts.index(blocks[0]), total)
+    return parts
+
+
+def format_parts(parts: list[Part]) -> str:
+    """A table of what `explain` returns."""
+    rows = [
+        [
+            part.name,
+            "yes" if part.reason is None else f"no: {part.reason}",
+            f"{part.stored_mb:.2f}",
+            f"{part.plain_mb:.2f}",
+        ]
+        for part in parts
+    ]
+    return format_markdown(["", "recomputed", "stored, MB an image", "plain PyTorch, MB an image"], rows)
+
+
+def _measure(network: nn.Module, images: Tensor) -> tuple[dict[nn.Module, str | None], dict[nn.Module | None, int]]:
+    """Reasons and bytes by module."""
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    meter = _Meter([images, *network.parameters(), *network.buffers()])
+    observers.append(meter.enter)
+    devices = [images.device] if images.is_cuda else []
+    try:
+        with torch.random.fork_rng(devices), torch.enable_grad(), meter:
+            output = network(images)
+        sizes = dict(meter.sizes)  # while the graph of the output lives
+        del output
+    finally:
+        observers.remove(meter.enter)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    return meter.reasons, sizes
+
+
+@contextmanager
+def _storing_everything(network: nn.Module) -> Iterator[None]:
+    bodies = [module for module in network.modules() if isinstance(module, Body)]
+    before = [(body, dict(body.__dict__)) for body in bodies]
+    for body in bodies:
+        body.rebuild = "none"
+        if isinstance(body, Stage):
+            body.grad_checkpointing = False
+    try:
+        yield
+    finally:
+        for body, fields in before:
+            body.__dict__.update(fields)
