@@ -4,9 +4,8 @@ import pytest
 import timm
 import torch
 import torch._functorch.config
-from torch import nn
-
 from timm_tresnet.recompute.rebuild import SETTINGS
+from torch import nn
 
 
 def compare_masks(budget: float) -> list[bool]:

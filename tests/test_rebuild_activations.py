@@ -4,7 +4,7 @@ import functools
 
 from comparing import train_step
 from torch import nn
-from users import another, everywhere, inputs, same_as_plain
+from users import MODIFIED, another, everywhere, inputs, same_as_plain
 
 
 @same_as_plain(
@@ -63,6 +63,6 @@ ACTIVATIONS = [
 ]
 
 
-@same_as_plain(*everywhere(ACTIVATIONS), few=len(ACTIVATIONS))
+@same_as_plain(*everywhere(ACTIVATIONS), few=len(ACTIVATIONS), raises=f"{MODIFIED}|negative slope")
 def test_activation_put_in(put, make, model):
     return train_step(put(model, make), inputs())

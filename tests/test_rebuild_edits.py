@@ -6,7 +6,7 @@ import pickle
 
 import torch
 from torch import nn
-from users import inputs, same_as_plain, step_after, units
+from users import MODIFIED, inputs, same_as_plain, step_after, units
 
 from timm_tresnet.models.layers import BlurPool2d
 
@@ -213,7 +213,7 @@ BETWEEN = [
 ]
 
 
-@same_as_plain(*BETWEEN, few=len(BETWEEN))
+@same_as_plain(*BETWEEN, few=len(BETWEEN), raises=f"{MODIFIED}|expect.* scalar type")
 def test_network_edited_between_forward_and_backward(edit, model):
     return step_after(model, functools.partial(edit, model))
 
@@ -227,7 +227,13 @@ def test_convolutions_edited_through_data_between_forward_and_backward(edit, mod
 
 
 @same_as_plain(
-    eps_changed, statistics_reset, running_mean_edited, norms_edited_by_data, norm_bias_edited_in_no_grad, run_again
+    eps_changed,
+    statistics_reset,
+    running_mean_edited,
+    norms_edited_by_data,
+    norm_bias_edited_in_no_grad,
+    run_again,
+    raises=MODIFIED,
 )
 def test_network_with_eval_norms_edited_between_forward_and_backward(edit, model):
     for u in units(model):

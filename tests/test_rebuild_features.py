@@ -6,7 +6,7 @@ import torch
 from comparing import collect, train_step
 from timm.layers import DropPath
 from torch import nn
-from users import EDITS, build, inputs, same_as_plain
+from users import EDITS, MODIFIED, build, inputs, same_as_plain
 
 from timm_tresnet.recompute.stage import Stage
 
@@ -61,7 +61,7 @@ def test_preactivation_in_place_of_stage(cls, model):
     return train_step(model, inputs())
 
 
-@same_as_plain(nn.Identity, DropPath, nn.Sequential)
+@same_as_plain(nn.Identity, DropPath, nn.Sequential, raises=MODIFIED)
 def test_identity_at_the_end_and_features_edited(cls, model):
     model.body.append(cls())
     y = model.body(inputs())
@@ -83,7 +83,7 @@ def test_identity_in_stage_and_features_edited_through_data(cls, model):
     return collect(model, loss)
 
 
-@same_as_plain(*((edit, index) for index in (2, 3, 1, 4, 0) for edit in EDITS))
+@same_as_plain(*((edit, index) for index in (2, 3, 1, 4, 0) for edit in EDITS), raises=MODIFIED)
 def test_features_edited(edit, index, model):
     y, features = model.forward_intermediates(inputs())
     loss = y.square().mean()
@@ -92,7 +92,7 @@ def test_features_edited(edit, index, model):
     return collect(model, loss)
 
 
-@same_as_plain(*((edit, index) for index in (2, 1, 3) for edit in EDITS[:2]))
+@same_as_plain(*((edit, index) for index in (2, 1, 3) for edit in EDITS[:2]), raises=MODIFIED)
 def test_features_edited_before_the_next_stage(edit, index, model):
     x = inputs()
     for position, module in enumerate(model.body):
@@ -104,7 +104,7 @@ def test_features_edited_before_the_next_stage(edit, index, model):
     return collect(model, loss)
 
 
-@same_as_plain(*EDITS)
+@same_as_plain(*EDITS, raises=MODIFIED)
 def test_output_edited(edit, model):
     y = model.body(inputs())
     loss = y.square().mean()
@@ -113,7 +113,7 @@ def test_output_edited(edit, model):
     return collect(model, loss)
 
 
-@same_as_plain("mul", "relu")
+@same_as_plain("mul", "relu", raises=MODIFIED)
 def test_features_edited_by_autograd(kind, model):
     y, features = model.forward_intermediates(inputs())
     z = [f.mul_(2) if kind == "mul" else f.relu_() for f in features]

@@ -4,7 +4,7 @@ import torch
 from comparing import REBUILDING, collect, train_step
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from users import EDITS, Steeper, inputs, same_as_plain, step_after
+from users import EDITS, FREED, MODIFIED, Steeper, inputs, same_as_plain, step_after
 
 
 def targets(model):
@@ -145,20 +145,24 @@ HOOKS = [
 ]
 
 
-@same_as_plain(*((hook, target) for target in TARGETS for hook in HOOKS), few=2 * len(HOOKS))
+@same_as_plain(
+    *((hook, target) for target in TARGETS for hook in HOOKS), few=2 * len(HOOKS), raises=f"{MODIFIED}|{FREED}"
+)
 def test_forward_hook(hook, target, model):
     targets(model)[target].register_forward_hook(hook)
     return train_step(model, inputs())
 
 
-@same_as_plain(*((edit, target) for target in TARGETS for edit in EDITS[:2]), few=4)
+@same_as_plain(*((edit, target) for target in TARGETS for edit in EDITS[:2]), few=4, raises=MODIFIED)
 def test_seen_and_edited_later(edit, target, model):
     seen = []
     targets(model)[target].register_forward_hook(lambda m, a, y: seen.append(y))
     return step_after(model, lambda _: edit(seen))
 
 
-@same_as_plain(*((edit, target) for target in ("stage", "block", "norm", "body", "stage1") for edit in EDITS[:2]))
+@same_as_plain(
+    *((edit, target) for target in ("stage", "block", "norm", "body", "stage1") for edit in EDITS[:2]), raises=MODIFIED
+)
 def test_seen_replaced_and_edited_later(edit, target, model):
     seen = []
 
@@ -171,7 +175,8 @@ def test_seen_replaced_and_edited_later(edit, target, model):
 
 
 @same_as_plain(
-    *((edit, target) for target in ("stage", "block", "norm", "conv", "unit3", "stage1") for edit in EDITS[:2])
+    *((edit, target) for target in ("stage", "block", "norm", "conv", "unit3", "stage1") for edit in EDITS[:2]),
+    raises=MODIFIED,
 )
 def test_input_seen_and_edited_later(edit, target, model):
     seen = []
@@ -184,7 +189,8 @@ def test_input_seen_and_edited_later(edit, target, model):
         (kind, target)
         for target in ("conv", "norm", "unit", "block", "stage", "act")
         for kind in ("returns", "no_grad", "data")
-    )
+    ),
+    raises=MODIFIED,
 )
 def test_pre_hook(name, target, model):
     def hook(m, a):
@@ -281,7 +287,7 @@ def test_optimizer_in_backward(cls, model):
     return {**result, **{k: v.clone() for k, v in model.state_dict().items()}}
 
 
-@same_as_plain(*EDITS)
+@same_as_plain(*EDITS, raises=MODIFIED)
 def test_identity_in_hooked_stage(edit, model):
     model.body.layer3.append(nn.Identity())
     seen = []

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import prune
 from users import (
     FREEZES,
+    MODIFIED,
     Steeper,
     another,
     edit_data,
@@ -44,7 +45,7 @@ def test_variant_trained_for_two_steps(kwargs, model):
     return train_step(model, inputs().flip(3))
 
 
-@same_as_plain(*FREEZES, few=len(FREEZES))
+@same_as_plain(*FREEZES, few=len(FREEZES), raises="does not require grad")
 def test_frozen(freeze, model):
     freeze(model)
     return train_step(model, inputs())
@@ -74,7 +75,7 @@ def test_networks_inside_hooks(model):
     return {**result, **{f"other {k}": v for k, v in collect(other, result["loss"]).items()}}
 
 
-@same_as_plain(edit_data, edit_in_no_grad)
+@same_as_plain(edit_data, edit_in_no_grad, raises=MODIFIED)
 def test_features_of_a_network_inside_a_hook(edit, model):
     other = another(model, seed=5)
     seen = []
@@ -116,7 +117,7 @@ def test_teacher_inside_a_hook(kind, model):
 @same_as_plain("before", "after")
 def test_layer_scale(when, model):
     model.body.layer3[2].se = LayerScale2d(model.body.layer3[2].conv3.conv.in_channels, init_values=0.5)
-    model.body.layer3[3].se = LayerScale2d(model.body.layer3[3].conv3.conv.in_channels, init_values=0.5, inplace=True)
+    model.body.layer3[3].se = LayerScale2d(model.body.layer3[3].conv3.conv.in_channels, init_values=-0.5)
     if when == "before":
         return train_step(model, inputs())
     return step_after(model, lambda y: model.body.layer3[2].se.gamma.data.mul_(-3))

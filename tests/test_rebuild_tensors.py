@@ -89,7 +89,7 @@ NORMS += (no_weight, no_bias_in_eval_mode, whole_eps, bias_with_gaps, mean_with_
 NORMS += (weight_of_a_class, count_of_a_class)
 
 
-@same_as_plain(*NORMS, few=6)
+@same_as_plain(*NORMS, few=6, raises="batch_norm eps must be")
 def test_norms(edit, model):
     for norm in norms(model):
         edit(norm)
@@ -100,7 +100,7 @@ def test_norms(edit, model):
 def test_eps_that_is_edited_between_forward_and_backward(model):
     for norm in norms(model):
         norm.eval().eps = torch.tensor(1e-3)
-    return step_after(model, lambda model: [norm.eps.mul_(3) for norm in norms(model)])
+    return step_after(model, lambda _: [norm.eps.mul_(3) for norm in norms(model)])
 
 
 @same_as_plain()
@@ -145,7 +145,7 @@ def test_tensor_in_place_of_a_parameter(model):
     return train_step(model, inputs())
 
 
-@same_as_plain()
+@same_as_plain(raises="running_mean should contain")
 def test_stage_that_gets_a_single_image(model):
     model.body.layer1.register_forward_pre_hook(lambda stage, args: args[0][0])
     return train_step(model, inputs())

@@ -1,6 +1,7 @@
 """What users do, under every setting and with plain PyTorch: the same to the last bit, or the same kind of error."""
 
 import functools
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -42,7 +43,12 @@ class Steeper(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def same_as_plain(*variants, few=3, settings=REBUILDING, tolerance=None):
+MODIFIED = "modified by an inplace operation"
+FREED = "backward through the graph a second time"
+_OF_THE_TEST = (AttributeError, ImportError, NameError, TypeError)  # its own mistakes, which prove nothing
+
+
+def same_as_plain(*variants, few=3, settings=REBUILDING, tolerance=None, raises=None):
     """Make a test of what a user does, a function from a network to tensors by name.
 
     Args:
@@ -50,6 +56,8 @@ def same_as_plain(*variants, few=3, settings=REBUILDING, tolerance=None):
         few: how many variants are tried each time; the others are `thorough`.
         settings: those to compare with "none".
         tolerance: largest relative difference of a gradient; without it, all bits are the same.
+        raises: regular expression for the message of an error that plain PyTorch raises; some variants may raise none,
+            a single one must.
     """
 
     def decorate(function):
@@ -63,7 +71,13 @@ def same_as_plain(*variants, few=3, settings=REBUILDING, tolerance=None):
 
         @pytest.mark.parametrize(("run", "setting"), cases)
         def test(run, setting):
-            assert_same(outcome(run, setting), _plain_outcome(run), tolerance)
+            expected = _plain_outcome(run)
+            if isinstance(expected, Raised):
+                assert raises is not None, f"plain PyTorch raises {expected}, and the test does not say so"
+                assert re.search(raises, expected.message), expected
+            else:
+                assert raises is None or len(variants) > 1, f"plain PyTorch raises nothing, for {raises}"
+            assert_same(outcome(run, setting), expected, tolerance)
 
         test.__name__, test.__doc__ = function.__name__, function.__doc__
         return test
@@ -88,6 +102,8 @@ def outcome(run, setting):
         warnings.simplefilter("ignore")  # what users do also makes PyTorch warn, in both cases
         try:
             result = run(model)
+        except _OF_THE_TEST:
+            raise
         except Exception as error:
             return Raised(type(error), str(error))
     return {**result, "random": torch.get_rng_state()}

@@ -52,16 +52,11 @@ def find_obstacle() -> str | None:
         return "hooks on saved tensors are disabled"
     if _has_saved_tensor_hooks():
         return "hooks on all saved tensors are active, as of torch.utils.checkpoint or save_on_cpu"
-    compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
-    if compiled_autograd is not None and (
-        compiled_autograd.compiled_autograd_enabled or compiled_autograd.in_compiled_autograd_region
-    ):
-        return "compiled autograd is enabled"
     return None
 
 
 def find_transform() -> str | None:
-    """Which transform, mode or global hook is active."""
+    """Which transform, mode, compiled autograd or global hook is active."""
     if torch._C._len_torch_dispatch_stack() > 0 and not all(
         getattr(mode, "only_looks", False) for mode in _get_current_dispatch_mode_stack()
     ):
@@ -74,6 +69,11 @@ def find_transform() -> str | None:
         return "a transform of torch.func is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
+    compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
+    if compiled_autograd is not None and (
+        compiled_autograd.compiled_autograd_enabled or compiled_autograd.in_compiled_autograd_region
+    ):
+        return "compiled autograd is enabled"
     return "hooks on all modules are registered" if has_global_hooks() else None
 
 

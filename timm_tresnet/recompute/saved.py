@@ -31,7 +31,8 @@ class Stored:
         """Count one more consumer, which does not matter here."""
 
     def take(self) -> Tensor:
-        if self.tensor._version != self.version:
+        # Compiled autograd traces this with versions that are not known yet.
+        if not torch.compiler.is_compiling() and self.tensor._version != self.version:
             raise RuntimeError(
                 f"A tensor of shape {tuple(self.tensor.shape)} that backward needs has been modified by an inplace "
                 f"operation after it was used (version {self.tensor._version}, needed {self.version}); modify a clone "
