@@ -168,7 +168,7 @@ def _read(norm: ActivatedBatchNorm2d) -> list[Operation]:
         and is_untouched(drop)
     )
     if not usual:
-        return [call(norm, is_saved=type(act) is not nn.Identity)]
+        return [call(norm, is_saved=type(act) is not nn.Identity, is_repeatable=True)]
     if synchronized and training and norm._is_distributed():
         normalize = functools.partial(norm._count_and_normalize, running_mean=mean, running_var=var, momentum=momentum)
         return [CustomNorm(norm, normalize), *read_activation(act)]
