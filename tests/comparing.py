@@ -5,6 +5,9 @@ import torch
 from torch import nn
 
 from timm_tresnet import TResNet
+from timm_tresnet.recompute.policy import RECOMPUTED
+from timm_tresnet.recompute.program import read_program
+from timm_tresnet.recompute.run import Run, run_program
 
 SMALL = {"layers": (2, 2, 6, 1), "num_classes": 10, "width_factor": 0.25}
 REBUILDING = ["activations", "expansions", "checkpointing"]
@@ -27,6 +30,11 @@ def make_model(setting="none", seed=0, **kwargs):
 
 def images(batch=2, size=64, **kwargs):
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1), **kwargs)
+
+
+def run_alone(layer, x, setting="activations"):
+    """Run a layer as a program of its own, or as it is with "none"."""
+    return layer(x) if setting == "none" else run_program(read_program(layer), x, Run(RECOMPUTED[setting]))
 
 
 def collect(model, loss):

@@ -3,11 +3,12 @@ import warnings
 
 import pytest
 import torch
+from comparing import run_alone
 from timm.layers import BatchNormAct2d
 from torch import nn
 
 from timm_tresnet.models.layers import ActivatedBatchNorm2d
-from timm_tresnet.recompute import rebuild
+from timm_tresnet.recompute.policy import SETTINGS
 
 
 def make_pair(num_features=3, **kwargs):
@@ -23,8 +24,7 @@ def make_pair(num_features=3, **kwargs):
 
 def run(layer, x, setting):
     layer, x = copy.deepcopy(layer), x.clone().requires_grad_()
-    with rebuild.recording(setting):
-        y = layer(x)
+    y = run_alone(layer, x, setting)
     y.square().sum().backward()
     return {
         "output": y.detach(),
@@ -34,7 +34,7 @@ def run(layer, x, setting):
     }
 
 
-@pytest.mark.parametrize("setting", rebuild.SETTINGS)
+@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
     "kwargs",
@@ -53,15 +53,15 @@ def test_output_is_the_activated_affine_map_of_the_normalised_input():
     x = torch.randn(4, 3, 5, 6, dtype=torch.float64)
     x_hat = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), keepdim=True, correction=0) + 1e-5).sqrt()
     z = x_hat * layer.weight[:, None, None] + layer.bias[:, None, None]
-    with rebuild.recording("activations"):
-        torch.testing.assert_close(layer(x), torch.where(z > 0, z, 0.01 * z))
+    for setting in ("none", "activations"):
+        torch.testing.assert_close(run_alone(layer, x, setting), torch.where(z > 0, z, 0.01 * z))
 
 
 def test_single_value_per_channel_is_refused_in_training():
     layer, _ = make_pair()
     x = torch.randn(1, 3, 1, 1)
-    with rebuild.recording("activations"), pytest.raises(ValueError, match="more than one value per channel"):
-        layer(x)
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        run_alone(layer, x)
 
 
 def test_layer_scripts_and_shows_itself_as_timms_does():

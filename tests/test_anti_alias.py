@@ -4,9 +4,7 @@ import torch
 from torch import nn
 
 from timm_tresnet.models.layers import BlurPool2d, StrideOneAvgPool2d, anti_alias
-from timm_tresnet.models.layers.anti_alias import ShortcutPool2d
-from timm_tresnet.recompute import rebuild
-from timm_tresnet.recompute.saved import Blank
+from timm_tresnet.recompute.saved import ShapeOnly
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
@@ -32,8 +30,7 @@ def test_blur_pool_blurs_however_many_channels_pruning_left(channels, run):
     x = torch.randn(2, channels, 6, 7, dtype=torch.float64, requires_grad=True)
     if run == "scripted":
         layer = torch.jit.script(layer)
-    with rebuild.recording("activations" if run == "recorded" else "none"):
-        y = layer(x)
+    y = run_alone(layer, x, "activations" if run == "recorded" else "none")
     expected = reference.blur_pool(x)
     torch.testing.assert_close(y, expected)
     grad_y = torch.randn_like(y)
@@ -47,14 +44,13 @@ def test_ways_for_channels_last_on_cuda_compute_the_same(size, stride, recorded,
     def run(layer):
         x = torch.randn(2, 8, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         x = x.to(memory_format=torch.channels_last).requires_grad_()
-        with rebuild.recording("activations" if recorded else "none"):
-            y = layer(x)
+        y = run_alone(layer, x, "activations" if recorded else "none")
         assert y.is_contiguous(memory_format=torch.channels_last)
         grad_y = torch.arange(y.numel(), dtype=y.dtype).reshape(y.shape).to(memory_format=torch.channels_last)
         (grad_x,) = torch.autograd.grad(y, x, grad_y, create_graph=layer is pool)
         return y, grad_x
 
-    blur, pool = BlurPool2d(8, stride=stride, dtype=torch.float64), ShortcutPool2d()
+    blur, pool = BlurPool2d(8, stride=stride, dtype=torch.float64), make_shortcut_pool()
     expected = [run(blur), run(pool)]
     monkeypatch.setattr(
         anti_alias, "_is_channels_last_on_cuda", lambda x: x.is_contiguous(memory_format=torch.channels_last)
@@ -122,8 +118,7 @@ def test_gradients_of_the_recorded_blur_are_those_of_its_output(on_cuda, monkeyp
         layer = BlurPool2d(3, stride, dilation, dtype=torch.float64)
 
         def run(x, layer=layer):
-            with rebuild.recording("activations"):
-                return layer(x * x)  # of which there is a second derivative
+            return run_alone(layer, x * x)  # of which there is a second derivative
 
         assert torch.autograd.gradcheck(run, x)
         assert torch.autograd.gradgradcheck(run, x)
@@ -134,8 +129,8 @@ def test_gradients_of_the_recorded_blur_are_those_of_its_output(on_cuda, monkeyp
 def test_recorded_blur_keeps_nothing_of_the_size_of_its_input(on_cuda, autocast, monkeypatch):
     monkeypatch.setattr(anti_alias, "_is_channels_last_on_cuda", lambda x: on_cuda)
     x = torch.randn(2, 3, 4, 6, requires_grad=True) * 1
-    with torch.autocast("cpu", enabled=autocast), rebuild.recording("activations"):
-        y = BlurPool2d(3)(x)
+    with torch.autocast("cpu", enabled=autocast):
+        y = run_alone(BlurPool2d(3), x)
     assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
     convolution = y.grad_fn
     blank = convolution._saved_input
@@ -149,10 +144,9 @@ def test_recorded_blur_keeps_nothing_of_the_size_of_its_input(on_cuda, autocast,
 
 
 def test_gradient_of_the_recorded_blur_reads_no_values(monkeypatch):
-    monkeypatch.setattr(Blank, "take", lambda blank: torch.full(blank.shape, torch.nan))
+    monkeypatch.setattr(ShapeOnly, "take", lambda blank: torch.full(blank.shape, torch.nan))
     x, layer = torch.randn(2, 3, 6, 5, requires_grad=True), BlurPool2d(3)
     expected = torch.autograd.grad(layer(x).square().sum(), x)
-    with rebuild.recording("activations"):
-        y = layer(x)
+    y = run_alone(layer, x)
     assert y.grad_fn._saved_input.isnan().all()
     assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], expected[0])

@@ -11,13 +11,12 @@ import pytest
 import timm
 import timm.models.tresnet
 import torch
-from comparing import REBUILDING, collect, each_setting, make_model
+from comparing import REBUILDING, collect, each_setting, make_model, run_alone
 from torch import nn
 
 from timm_tresnet import optimize_for_inference
 from timm_tresnet.bench.measuring import find_largest_batch, measure_kept
 from timm_tresnet.models.layers import BlurPool2d
-from timm_tresnet.recompute import rebuild
 
 pytestmark = [
     pytest.mark.gpu,
@@ -228,9 +227,8 @@ def test_blur_is_the_cpus(stride, dilation, memory_format):
         grad = torch.randn_like(y)
         (expected,) = torch.autograd.grad(y, x, grad)
         for setting in ("none", "activations"):
-            with rebuild.recording(setting):
-                on_device = x.detach().to("cuda", memory_format=memory_format).requires_grad_()
-                result = blur.cuda()(on_device)
+            on_device = x.detach().to("cuda", memory_format=memory_format).requires_grad_()
+            result = run_alone(blur.cuda(), on_device, setting)
             torch.testing.assert_close(result.cpu(), y.detach(), rtol=1e-5, atol=1e-5)
             (actual,) = torch.autograd.grad(result, on_device, grad.cuda())
             torch.testing.assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-5)

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import torch._functorch.config
-from timm_tresnet.recompute.rebuild import SETTINGS
+from timm_tresnet.recompute.policy import SETTINGS
 from torch import nn
 
 
