@@ -25,7 +25,7 @@ from timm_tresnet.cli.options import at_least, new_file
 from timm_tresnet.utils.tables import format_markdown
 
 # The others compute the same network.
-ACCURACY_VARIATIONS = {name: kwargs for name, kwargs in VARIATIONS.items() if "rebuild" not in kwargs}
+ACCURACY_VARIATIONS = {name: kwargs for name, kwargs in VARIATIONS.items() if "recompute" not in kwargs}
 
 
 def select_images(data: Path, images_per_class: int, folder: Path) -> None:

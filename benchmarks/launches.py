@@ -1,4 +1,4 @@
-"""What rebuilding costs where launches set the pace: a step of a narrow network on small images, in one thread.
+"""What recomputation costs where launches set the pace: a step of a narrow network on small images, in one thread.
 
     python benchmarks/launches.py --json benchmarks/results/launches.json
 
@@ -28,7 +28,7 @@ def make_networks() -> dict[str, nn.Module]:
     """The built-in, and ours with every setting, in training mode."""
     networks = {BUILTIN: make_network(BUILTIN_PREFIX + MODEL, width_factor=WIDTH_FACTOR)}
     for setting in ("none", "activations", "expansions"):
-        networks[setting] = make_network(MODEL, width_factor=WIDTH_FACTOR, rebuild=setting)
+        networks[setting] = make_network(MODEL, width_factor=WIDTH_FACTOR, recompute=setting)
     networks["checkpointing"] = make_network(MODEL, width_factor=WIDTH_FACTOR)
     networks["checkpointing"].set_grad_checkpointing()
     return {name: network.train() for name, network in networks.items()}
@@ -48,7 +48,7 @@ def measure_step(network: nn.Module, images: Tensor, amp: str | None = None) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table and write the results."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(description="What rebuilding costs where launches set the pace.")
+    parser = argparse.ArgumentParser(description="What recomputation costs where launches set the pace.")
     parser.add_argument("--steps", type=at_least(1), default=40, help="default: %(default)s")
     parser.add_argument("--batch-size", type=at_least(1), default=2, help="default: %(default)s")
     parser.add_argument("--image-size", type=at_least(32), default=32, help="default: %(default)s")

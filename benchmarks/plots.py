@@ -173,7 +173,7 @@ def draw_training_memory(files: Sequence[dict[str, Any]]) -> Figure:
     axes.set_ylabel("peak of a training step, GB")
     axes.legend(frameon=False, title=f"{settings['model']}, {settings['image_size']} px")
     axes.set_title("Training memory against the batch")
-    notes = "built-in, none: plain PyTorch; activations, expansions: settings of rebuild; checkpointing: every block."
+    notes = "built-in, none: plain PyTorch; activations, expansions: settings of recompute; checkpointing: every block."
     return _finish(figure, files, notes)
 
 

@@ -34,8 +34,8 @@ from timm_tresnet.weights.labels import read_thresholds
 from timm_tresnet.weights.loading import load_network
 
 HEADS = {  # options of the command
-    "ml_decoder": ["--head", "ml_decoder", "--model-kwargs", "rebuild=none", "num_groups=10", "decoder_embedding={}"],
-    "linear": ["--head", "linear", "--model-kwargs", "rebuild=none"],
+    "ml_decoder": ["--head", "ml_decoder", "--model-kwargs", "recompute=none", "num_groups=10", "decoder_embedding={}"],
+    "linear": ["--head", "linear", "--model-kwargs", "recompute=none"],
 }
 LOSSES = ("asl", "bce")
 # What is not official: Cutout and RandAugment can take a whole photograph away, label and all; an average over

@@ -62,9 +62,9 @@ def make_builtin(model: str) -> nn.Module:
     return make_network(BUILTIN_PREFIX + model)
 
 
-def make_ours(rebuild: str, model: str) -> nn.Module:
-    """This package's TResNet with a setting of `rebuild`."""
-    return make_network(model, rebuild=rebuild)
+def make_ours(recompute: str, model: str) -> nn.Module:
+    """This package's TResNet with a setting of `recompute`."""
+    return make_network(model, recompute=recompute)
 
 
 def make_checkpointed(model: str) -> nn.Module:

@@ -19,7 +19,7 @@ _JOINING = (  # patterns, from the root of the repository
         "notebooks/*.ipynb",
         "recipes/*.yaml",
         "tests/ACCEPTANCE.md",
-        "timm_tresnet/recompute/rebuild.py",
+        "timm_tresnet/recompute/policy.py",
         "timm_tresnet/recompute/compiled.py",
     ),
 )

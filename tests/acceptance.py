@@ -166,8 +166,8 @@ ROWS = [
         note="the built-in has no such arguments",
     ),
     Row(
-        "model_kwargs_rebuild",
-        "--model-kwargs layers=(1,1,1,1) width_factor=0.25 rebuild=expansions",
+        "model_kwargs_recompute",
+        "--model-kwargs layers=(1,1,1,1) width_factor=0.25 recompute=expansions",
         expected="ours",
         note="the built-in has no such argument",
     ),

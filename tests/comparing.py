@@ -1,4 +1,4 @@
-"""A small network, a training step, and what that gives and keeps: what tests compare with and without rebuilding."""
+"""A small network, a training step, and what that gives and keeps: what tests compare with and with plain PyTorch."""
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ from timm_tresnet.recompute.program import read_program
 from timm_tresnet.recompute.run import Run, run_program
 
 SMALL = {"layers": (2, 2, 6, 1), "num_classes": 10, "width_factor": 0.25}
-REBUILDING = ["activations", "expansions", "checkpointing"]
-each_setting = pytest.mark.parametrize("setting", REBUILDING)
+RECOMPUTING = ["activations", "expansions", "checkpointing"]
+each_setting = pytest.mark.parametrize("setting", RECOMPUTING)
 
 
 def make_model(setting="none", seed=0, **kwargs):
     """Small network whose batch norm weights are positive, negative and zero."""
     torch.manual_seed(seed)
-    model = TResNet(**{**SMALL, **kwargs}, rebuild="activations" if setting == "checkpointing" else setting)
+    model = TResNet(**{**SMALL, **kwargs}, recompute="activations" if setting == "checkpointing" else setting)
     if setting == "checkpointing":
         model.set_grad_checkpointing()
     for module in model.modules():
@@ -65,7 +65,7 @@ def assert_same(actual, expected):
 
 
 def compare(run, setting, **kwargs):
-    """Assert that run, from a model to what `collect` returns, gives the same with and without rebuilding."""
+    """Assert that run, from a model to what `collect` returns, gives the same with and with plain PyTorch."""
     results = []
     for each in (setting, "none"):
         torch.manual_seed(2)

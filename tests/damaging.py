@@ -78,7 +78,7 @@ DAMAGES = [  # where in config.json, and what is put there
         "label_embedding": [0, -1, "many", HUGE, 1.5],
         "drop_rate": [-1, 2, "half", math.nan],
         "drop_path_rate": [-1, 1, None],
-        "rebuild": ["everything", None, 1],
+        "recompute": ["everything", None, 1],
     }.items() for value in values),
 ]  # fmt: skip
 

@@ -29,7 +29,9 @@ def test_show_prints_the_file_as_it_is(capsys):
 
 def test_the_command_line_has_every_value_of_the_recipe_as_a_flag(capsys):
     line = print_line(capsys, "memory", *GIVEN)
-    assert line.startswith("python train.py --data-dir flowers --model tresnet_m --pretrained --model-kwargs rebuild=")
+    assert line.startswith(
+        "python train.py --data-dir flowers --model tresnet_m --pretrained --model-kwargs recompute="
+    )
     words = shlex.split(line)
     for name in read_recipe(find_recipes()["memory"]):
         assert words.count(f"--{name.replace('_', '-')}") == 1
@@ -106,11 +108,11 @@ def test_flags_are_written_as_train_script_reads_them():
         "batch_size": 4,
         "dist_bn": "",
         "train_img_sizes": [32, 64],
-        "model_kwargs": {"rebuild": "expansions", "use_se": (True, False), "drop_rate": 0.5, "block": "1"},
+        "model_kwargs": {"recompute": "expansions", "use_se": (True, False), "drop_rate": 0.5, "block": "1"},
     }
     assert format_flags(recipe) == [
         "--amp", "--batch-size", "4", "--dist-bn", "", "--train-img-sizes", "32", "64",
-        "--model-kwargs", "rebuild=expansions", "use_se=(True, False)", "drop_rate=0.5", "block='1'",
+        "--model-kwargs", "recompute=expansions", "use_se=(True, False)", "drop_rate=0.5", "block='1'",
     ]  # fmt: skip
 
 

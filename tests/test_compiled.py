@@ -185,7 +185,7 @@ def test_statistics_and_gates_are_kept(setting):
         pytest.param("checkpointing", 0.3, marks=pytest.mark.thorough),
     ],
 )
-def test_a_compiled_network_keeps_less_than_without_rebuilding(setting, most):
+def test_a_compiled_network_keeps_less_than_with_plain_pytorch(setting, most):
     kwargs = {"part": "network", "width_factor": 0.5, "layers": (1, 1, 2, 1)}
     assert kept_by(setting, **kwargs).kept_bytes() <= most * kept_by("none", **kwargs).kept_bytes()
 
@@ -202,7 +202,7 @@ def train_the_head_alone(model):
 
 
 @pytest.mark.parametrize("change", [freeze_all_but_the_last_stage, train_the_head_alone])
-def test_frozen_parts_keep_no_more_than_without_rebuilding(change):
+def test_frozen_parts_keep_no_more_than_with_plain_pytorch(change):
     step, compiler = compiled_step("activations", change=change)
     assert_close(step, plain_step(change))
     assert compiler.kept_bytes() <= compiled_step("none", change=change)[1].kept_bytes()
@@ -383,7 +383,7 @@ def test_nothing_works_in_place_on_feature_maps():
 
 
 @pytest.mark.parametrize("mode", ["eval", "no_grad", "none"])
-def test_no_region_is_made_where_nothing_is_to_be_rebuilt(mode):
+def test_no_region_is_made_where_nothing_is_to_be_recomputed(mode):
     torch.compiler.reset()
     model, compiler = make_model("none" if mode == "none" else "activations", **SMALL).train(mode != "eval"), Compiler()
     with torch.set_grad_enabled(mode != "no_grad"):

@@ -13,7 +13,7 @@ from timm_tresnet.weights.config import MODEL_ARGS, PRETRAINED_CFG, read_config
 
 def test_tables_have_every_argument_of_the_network_and_every_field_of_timm():
     arguments = inspect.signature(TResNet).parameters.keys() - {"device", "dtype"}
-    assert set(MODEL_ARGS) == arguments
+    assert set(MODEL_ARGS) - {"rebuild"} == arguments  # the name of recompute until 0.2
     assert set(PRETRAINED_CFG) == {field.name for field in dataclasses.fields(PretrainedCfg)}
 
 
@@ -31,7 +31,7 @@ def test_defaults_of_the_network_fit():
         {"num_classes": 5, "drop_rate": 0.1, "drop_path_rate": 0.2, "global_pool": "avg"},
         {"in_chans": 4},
         {"layers": (1, 1, 1, 1), "width_factor": 1.5, "block": "basic", "stem": "conv7x7", "use_se": False},
-        {"aa_layer": False, "act_layer": "relu", "norm_layer": "groupnorm1", "output_stride": 16, "rebuild": "none"},
+        {"aa_layer": False, "act_layer": "relu", "norm_layer": "groupnorm1", "output_stride": 16, "recompute": "none"},
         {"norm_layer": "frozenbatchnorm2d"},
         {"head_features": 64, "negative_slope": 0.25, "stem_negative_slope": 0.0, "v2": True},
     ],

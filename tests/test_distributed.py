@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import timm.layers
 import torch
-from comparing import HIDES_SAVED, REBUILDING, SHOWS_SAVED, images, make_model, saved_bytes
+from comparing import HIDES_SAVED, RECOMPUTING, SHOWS_SAVED, images, make_model, saved_bytes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_tresnet.weights.checkpoint import checkpoint_filter_fn
 
-SETTINGS = ["none", *REBUILDING]
+SETTINGS = ["none", *RECOMPUTING]
 OPTIONS = {  # of DistributedDataParallel
     "plain": {},
     "static_graph": {"static_graph": True},
@@ -22,7 +22,7 @@ OPTIONS = {  # of DistributedDataParallel
 }
 NORMS = ["synchronized", "frozen"]
 DDP_CASES = [("none", "plain", "synchronized")]
-DDP_CASES += [(setting, option, "synchronized") for setting in REBUILDING for option in OPTIONS]
+DDP_CASES += [(setting, option, "synchronized") for setting in RECOMPUTING for option in OPTIONS]
 DDP_CASES += [(setting, "plain", "frozen") for setting in SETTINGS]
 LAYERS = (1, 2, 2, 1)
 STEPS, BATCH = 3, 4  # BATCH images a step over both processes
@@ -223,8 +223,8 @@ def test_sharded_and_compiled_network_trains_like_one_process_with_the_whole_bat
 
 
 @pytest.mark.skipif(not has_fully_shard(), reason="this PyTorch has no torch.distributed.fsdp.fully_shard")
-@pytest.mark.parametrize("setting", REBUILDING)
-def test_sharded_network_trains_the_same_with_and_without_rebuilding_in_mixed_precision(processes, setting):
+@pytest.mark.parametrize("setting", RECOMPUTING)
+def test_sharded_network_trains_the_same_with_and_with_plain_pytorch_in_mixed_precision(processes, setting):
     for result in processes:
         for name, value in result["none", "mixed"].items():
             assert torch.equal(result[setting, "mixed"][name], value), name

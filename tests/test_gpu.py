@@ -11,7 +11,7 @@ import pytest
 import timm
 import timm.models.tresnet
 import torch
-from comparing import REBUILDING, collect, each_setting, make_model, run_alone
+from comparing import RECOMPUTING, collect, each_setting, make_model, run_alone
 from torch import nn
 
 from timm_tresnet import optimize_for_inference
@@ -51,7 +51,7 @@ def on_gpu(setting, **kwargs):
 def assert_close(actual, expected, tolerance):
     """Equal loss and statistics, and gradients as close as tolerance says.
 
-    A norm's output is rebuilt to one rounding. Where that crosses an activation's kink, a single pixel's derivative is
+    A norm's output is recomputed to one rounding. Where that crosses an activation's kink, a single pixel's derivative is
     another one, which is more than rounding.
     """
     for name, value in expected.items():
@@ -72,7 +72,7 @@ def train_step(model, x, amp=None):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kwargs", [{}, {"v2": True, "drop_path_rate": 0.3}], ids=["m", "v2"])
-def test_rebuilding_changes_no_number(setting, memory_format, dtype, kwargs):
+def test_recomputeing_changes_no_number(setting, memory_format, dtype, kwargs):
     results = []
     for each in (setting, "none"):
         model = on_gpu(each, dtype=dtype, **kwargs).to(memory_format=memory_format)
@@ -185,7 +185,7 @@ def test_seeded_training_with_deterministic_algorithms_gives_identical_weights()
             optimizer.step()
         return model.state_dict()
 
-    for setting in ["none", *REBUILDING]:
+    for setting in ["none", *RECOMPUTING]:
         torch.testing.assert_close(train(setting), train(setting), rtol=0, atol=0)
 
 
@@ -235,8 +235,8 @@ def test_blur_is_the_cpus(stride, dilation, memory_format):
             blur.cpu()
 
 
-def test_empty_batch_and_single_value_fail_or_pass_as_without_rebuilding():
-    for setting in ["none", *REBUILDING]:
+def test_empty_batch_and_single_value_fail_or_pass_as_with_plain_pytorch():
+    for setting in ["none", *RECOMPUTING]:
         model = on_gpu(setting)
         assert model(images(batch=0)).shape == (0, 10)
         with pytest.raises(ValueError, match="(?i)more than (1|one) value per channel"):
@@ -262,7 +262,7 @@ def test_step_keeps_and_peaks_at_a_fraction_of_timms_own(setting, kept, peak):
 
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=True):
         builtin = measure(timm.models.tresnet.TResNet(layers=[3, 4, 11, 3]))
-        model = timm.create_model("tresnet_m", rebuild="activations" if setting == "checkpointing" else setting)
+        model = timm.create_model("tresnet_m", recompute="activations" if setting == "checkpointing" else setting)
         model.set_grad_checkpointing(setting == "checkpointing")
         ours = measure(model)
     assert ours[0] <= kept * builtin[0]

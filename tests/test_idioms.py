@@ -529,7 +529,7 @@ def test_a_head_that_cannot_be_reset_is_named_and_nothing_changes():
     assert model.get_classifier() is model.head
 
 
-@pytest.mark.parametrize("settings", [{}, {"rebuild": "expansions"}], ids=["activations", "expansions"])
+@pytest.mark.parametrize("settings", [{}, {"recompute": "expansions"}], ids=["activations", "expansions"])
 def test_parts_that_are_identities_are_recomputed_as_absent_ones(settings):
     absent = TResNet(**SMALL, **settings)
     identities = copy.deepcopy(absent)

@@ -246,12 +246,12 @@ def test_timm_scales_and_groups_its_parameters():
 
 @pytest.mark.parametrize("setting", ["none", "activations", "expansions", "checkpointing"])
 def test_every_way_of_keeping_less_gives_the_same_gradients(setting):
-    plain = make_network(rebuild="none").train()
+    plain = make_network(recompute="none").train()
     other = copy.deepcopy(plain)
     if setting == "checkpointing":
         other.set_grad_checkpointing()
     else:
-        other.set_rebuild(setting)
+        other.set_recompute(setting)
     x = torch.rand(4, 3, 64, 64)
     gradients = []
     for model in (plain, other):

@@ -33,9 +33,9 @@ def need(module):
     return pytest.importorskip(module, reason=f"{module} is not installed; the extra `neighbours` has it")
 
 
-def make_network(rebuild="activations", **kwargs):
+def make_network(recompute="activations", **kwargs):
     """`test_tresnet` with its weights, which know ten classes."""
-    return timm.create_model("test_tresnet", pretrained=True, rebuild=rebuild, **kwargs)
+    return timm.create_model("test_tresnet", pretrained=True, recompute=recompute, **kwargs)
 
 
 def make_builtin(model=None, **kwargs):
@@ -54,25 +54,27 @@ def make_builtin(model=None, **kwargs):
 def test_segmentation_models_train_on_our_features_with_less_memory(decoder, settings):
     smp = need("segmentation_models_pytorch")
 
-    def make(rebuild):
+    def make(recompute):
         torch.manual_seed(0)  # for the decoder
-        settings_ = {"encoder_weights": True, "classes": 2, "rebuild": rebuild, **settings}
+        settings_ = {"encoder_weights": True, "classes": 2, "recompute": recompute, **settings}
         return getattr(smp, decoder)("tu-test_tresnet", **settings_)
 
     channels = settings.get("in_channels", 3)
     x = torch.randn(2, channels, 64, 64)
     target = torch.randint(2, (2, 64, 64))
 
-    def step(rebuild):
-        model = make(rebuild)
+    def step(recompute):
+        model = make(recompute)
         torch.manual_seed(0)  # for the dropout of DeepLabV3Plus
         loss = F.cross_entropy(model(x), target)
         loss.backward()
         return collect(model, loss)
 
     assert_same(step("activations"), step("none"))
-    alone = [saved_bytes(make_network(rebuild, in_chans=channels).train(), x) for rebuild in ("none", "activations")]
-    saved = [saved_bytes(make(rebuild), x) for rebuild in ("none", "activations")]
+    alone = [
+        saved_bytes(make_network(recompute, in_chans=channels).train(), x) for recompute in ("none", "activations")
+    ]
+    saved = [saved_bytes(make(recompute), x) for recompute in ("none", "activations")]
     assert saved[0] - saved[1] > 0.8 * (alone[0] - alone[1])  # the decoder keeps what the stages hand it
     encoder = make("activations").eval().encoder
     assert encoder.out_channels == [channels, 0, 16, 32, 256, 512]
@@ -137,10 +139,10 @@ def test_fastai_learner_trains_to_the_same_weights(setting, tmp_path):
             noise = torch.randint(-20, 20, (64, 64, 3)) + pixel
             Image.fromarray(noise.to(torch.uint8).numpy()).save(path)
 
-    def train(rebuild):
+    def train(recompute):
         vision.set_seed(0)
         loaders = vision.ImageDataLoaders.from_folder(tmp_path, valid_pct=0.25, seed=0, bs=8, num_workers=0)
-        learner = vision.vision_learner(loaders, "test_tresnet", metrics=vision.accuracy, rebuild=rebuild)
+        learner = vision.vision_learner(loaders, "test_tresnet", metrics=vision.accuracy, recompute=recompute)
         with learner.no_bar(), learner.no_logging():
             learner.fine_tune(1, freeze_epochs=1)
         loss, accuracy = learner.validate()
@@ -236,9 +238,9 @@ from huggingface_hub import PyTorchModelHubMixin
 warnings.filterwarnings("ignore", "Use 'content=<...>' to upload raw", DeprecationWarning)  # of the client's own upload
 
 class Tagger(torch.nn.Module, PyTorchModelHubMixin):
-    def __init__(self, num_classes, rebuild="none"):
+    def __init__(self, num_classes, recompute="none"):
         super().__init__()
-        self.net = timm.create_model("test_tresnet", num_classes=num_classes, rebuild=rebuild)
+        self.net = timm.create_model("test_tresnet", num_classes=num_classes, recompute=recompute)
 
     def forward(self, x):
         return self.net(x)
@@ -247,11 +249,11 @@ def compute(tagger):
     x = torch.linspace(0, 1, 2 * 3 * 64 * 64).reshape(2, 3, 64, 64)
     loss = tagger.train()(x).square().sum()
     loss.backward()
-    return type(tagger.net).__module__, tagger.net.rebuild, loss.item()
+    return type(tagger.net).__module__, tagger.net.recompute, loss.item()
 
 def run():
     torch.manual_seed(0)
-    tagger = Tagger(num_classes=3, rebuild="expansions")
+    tagger = Tagger(num_classes=3, recompute="expansions")
     tagger.save_pretrained("folder")
     tagger.push_to_hub("owner/tagger", token="hf_token")
     print(*compute(tagger), sep="\\n")
@@ -270,13 +272,13 @@ def run():
 
 @pytest.mark.parametrize("wrapper", ["list", "dict", "hook", "getter", "fx"])
 @each_setting
-def test_feature_wrappers_of_timm_train_as_without_rebuilding_and_keep_no_more(wrapper, setting):
+def test_feature_wrappers_of_timm_train_as_with_plain_pytorch_and_keep_no_more(wrapper, setting):
     x = images()
 
     class Features(nn.Module):
-        def __init__(self, rebuild):
+        def __init__(self, recompute):
             super().__init__()
-            self.net = make_network(rebuild, features_only=True, feature_cls=wrapper, out_indices=(1, 2, 4)).train()
+            self.net = make_network(recompute, features_only=True, feature_cls=wrapper, out_indices=(1, 2, 4)).train()
 
         def forward(self, x):
             features = self.net(x)
@@ -378,7 +380,7 @@ def test_torch_pruning_takes_out_idle_channels_and_leaves_the_logits(setting):
     torch.testing.assert_close(model(x), expected)  # the same sums with fewer zeros among them
 
     plain = copy.deepcopy(model).train()
-    plain.set_rebuild("none")
+    plain.set_recompute("none")
     assert_same(train_step(model.train(), x), train_step(plain, x))
     assert saved_bytes(model, x) < 0.6 * saved_bytes(plain, x)
 
@@ -392,7 +394,7 @@ def test_torch_pruning_of_every_layer_leaves_a_network_that_trains_exports_and_t
     pruning.pruner.BasePruner(model, x, importance, pruning_ratio=0.5, ignored_layers=[model.head.fc]).step()
     assert [block.conv1.conv.out_channels for block in blocks_of(model)] == [8, 8, 16, 16, 32, 32, 32, 64]
     plain = copy.deepcopy(model).train()
-    plain.set_rebuild("none")
+    plain.set_recompute("none")
     assert_same(train_step(model.train(), x), train_step(plain, x))
     model.eval()
     expected = model(x)
@@ -401,10 +403,10 @@ def test_torch_pruning_of_every_layer_leaves_a_network_that_trains_exports_and_t
 
 
 @pytest.mark.parametrize("setting", [*SETTINGS, "checkpointing"])
-def test_masks_of_pytorch_prune_hold_in_training_whatever_is_rebuilt(setting):
-    def train(rebuild):
-        model = make_network("activations" if rebuild == "checkpointing" else rebuild).train()
-        model.set_grad_checkpointing(rebuild == "checkpointing")
+def test_masks_of_pytorch_prune_hold_in_training_whatever_is_recomputed(setting):
+    def train(recompute):
+        model = make_network("activations" if recompute == "checkpointing" else recompute).train()
+        model.set_grad_checkpointing(recompute == "checkpointing")
         weights = [(module, "weight") for module in model.modules() if isinstance(module, nn.Conv2d)]
         prune.global_unstructured(weights, prune.L1Unstructured, amount=0.6)
         results = [train_step(model, images())]
@@ -425,7 +427,7 @@ def test_masks_of_pytorch_prune_hold_in_training_whatever_is_rebuilt(setting):
 
 
 @each_setting
-def test_fake_quantised_weights_train_the_same_whatever_is_rebuilt(setting):
+def test_fake_quantised_weights_train_the_same_whatever_is_recomputed(setting):
     quantization = need("torchao.quantization.pt2e")
 
     class FakeQuantised(nn.Module):
@@ -439,8 +441,8 @@ def test_fake_quantised_weights_train_the_same_whatever_is_rebuilt(setting):
         def forward(self, weight):
             return self.quantise(weight)
 
-    def train(rebuild):
-        model = make_network(rebuild).train()
+    def train(recompute):
+        model = make_network(recompute).train()
         for module in list(model.modules()):
             if isinstance(module, nn.Conv2d):
                 nn.utils.parametrize.register_parametrization(module, "weight", FakeQuantised())

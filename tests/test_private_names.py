@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from comparing import HIDES_SAVED, SHOWS_SAVED
 from torch import nn
 
-from timm_tresnet.recompute import rebuild
+from timm_tresnet.recompute import recompute
 
 ROOT = Path(__file__).parent.parent
 LISTED = set()
@@ -55,21 +55,21 @@ def test_cdata_is_the_same_for_tensors_of_one_storage_only(device):
 @private(
     "_raw_saved_result",
     "_top_saved_tensors_default_hooks",
-    used_by="rebuild.py (_has_hooks_of_others); the former with PyTorch 2.5, which lacks the latter",
+    used_by="recompute.py (_has_hooks_of_others); the former with PyTorch 2.5, which lacks the latter",
     instead="the former with every release, at the price of two operations and a hook a forward",
 )
 @pytest.mark.parametrize("asks", [True, False], ids=["asked", "tried"])
 def test_hooks_of_others_on_all_that_is_saved_can_be_seen(asks, monkeypatch):
     if not asks:
-        monkeypatch.setattr(rebuild, "_find_top_hooks", None)
-    elif rebuild._find_top_hooks is None:
+        monkeypatch.setattr(recompute, "_find_top_hooks", None)
+    elif recompute._find_top_hooks is None:
         pytest.skip("this PyTorch cannot be asked for them")
-    assert not rebuild._has_hooks_of_others()
+    assert not recompute._has_hooks_of_others()
     with torch.autograd.graph.saved_tensors_hooks(torch.neg, torch.neg):
-        assert rebuild._has_hooks_of_others()
+        assert recompute._has_hooks_of_others()
     with torch.autograd.graph.save_on_cpu():
-        assert rebuild._has_hooks_of_others()
-    assert not rebuild._has_hooks_of_others()
+        assert recompute._has_hooks_of_others()
+    assert not recompute._has_hooks_of_others()
 
 
 @private(
@@ -107,7 +107,7 @@ def test_batch_norm_returns_the_statistics_that_the_public_one_keeps_to_itself()
     "_saved_bias_sym_sizes_opt",
     "_saved_transposed",
     "_saved_weight",
-    used_by="rebuild.py, which lets go of what nodes have saved, and reads how they made their outputs",
+    used_by="recompute.py, which lets go of what nodes have saved, and reads how they made their outputs",
     instead="hooks on everything saved (torch.autograd.graph.saved_tensors_hooks), which cost half a step of launches",
 )
 def test_nodes_have_names_and_show_what_they_saved():
@@ -133,7 +133,7 @@ def test_nodes_have_names_and_show_what_they_saved():
     "_python_dispatch",
     "_saved_result",
     "_saved_tensors_hooks_is_enabled",
-    used_by="rebuild.py and stages.py, to step aside where modes of users run or hooks on saved tensors are forbidden",
+    used_by="recompute.py and stages.py, to step aside where modes of users run or hooks on saved tensors are forbidden",
     instead="nothing public tells",
 )
 def test_modes_and_forbidden_hooks_can_be_seen():
@@ -186,7 +186,7 @@ def test_a_backward_pass_has_a_number_and_calls_back_at_its_end():
     "_current_level",
     "_functorch",
     "_is_any_autocast_enabled",
-    used_by="rebuild.py, to step aside for torch.func and forward mode; saved.py, to rebuild outside of autocast",
+    used_by="recompute.py, to step aside for torch.func and forward mode; saved.py, to recompute outside of autocast",
     instead="torch.is_autocast_enabled(device_type) for the last; nothing public tells of the others",
 )
 def test_transforms_forward_mode_and_autocast_can_be_seen():
@@ -252,7 +252,7 @@ def test_batch_norm_elemt_normalises_with_a_given_mean_and_rstd():
     "_global_backward_pre_hooks",
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
-    used_by="rebuild.py (is_foreign), since a hook may see and edit what a module returns",
+    used_by="recompute.py (is_foreign), since a hook may see and edit what a module returns",
     instead="nothing public lists hooks; without it, every module counts as foreign and everything is kept",
 )
 @pytest.mark.parametrize("which", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
@@ -272,7 +272,7 @@ def test_hooks_of_a_module_and_of_all_modules_are_in_dictionaries(which):
 
 @private(
     "_modules",
-    used_by="layers/conv_norm_act.py (add_module), to see which child is replaced; rebuild.py (is_foreign)",
+    used_by="layers/conv_norm_act.py (add_module), to see which child is replaced; recompute.py (is_foreign)",
     instead="dict(module.named_children())",
 )
 def test_modules_are_the_children_that_conversions_replace():

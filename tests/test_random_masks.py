@@ -4,8 +4,9 @@ import pytest
 import timm
 import torch
 import torch._functorch.config
-from timm_tresnet.recompute.policy import SETTINGS
 from torch import nn
+
+from timm_tresnet.recompute.policy import SETTINGS
 
 
 def compare_masks(budget: float) -> list[bool]:
@@ -35,13 +36,13 @@ def test_compiler_keeps_masks_with_a_smaller_budget():
 
 
 @pytest.mark.parametrize("setting", [*SETTINGS, "checkpointing"])
-def test_settings_of_rebuilding_keep_masks(setting):
+def test_settings_of_recomputing_keep_masks(setting):
     kwargs = {"layers": (1, 1, 2, 1), "width_factor": 0.25, "num_classes": 5, "drop_rate": 0.5, "drop_path_rate": 0.5}
     model = timm.create_model("tresnet_m", **kwargs).double().train()
     x = torch.randn(8, 3, 64, 64, dtype=torch.double)
     gradients = []
     for each in ("none", setting):
-        model.set_rebuild(each if each != "checkpointing" else "activations")
+        model.set_recompute(each if each != "checkpointing" else "activations")
         model.set_grad_checkpointing(each == "checkpointing")
         model.zero_grad()
         torch.manual_seed(1)

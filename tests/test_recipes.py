@@ -207,7 +207,7 @@ def test_train_script_has_every_flag_of_every_recipe(load_script, file):
         ({"lr": True}, "lr cannot be True"),
         ({"scale": 0.5}, "scale cannot be 0.5"),
         ({"train_size_schedule": "growing"}, "train_size_schedule cannot be 'growing'"),
-        ({"model_kwargs": "rebuild=none"}, "model_kwargs cannot be 'rebuild=none'"),
+        ({"model_kwargs": "recompute=none"}, "model_kwargs cannot be 'recompute=none'"),
         ({"model_kwargs": {"drop_rate": "1e-1"}}, "model_kwargs cannot be {'drop_rate': '1e-1'}"),
         ({"input_size": [3, 224]}, "input_size cannot be [3, 224]"),
         ({"scale": []}, "scale cannot be []"),

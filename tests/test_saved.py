@@ -13,7 +13,7 @@ def made():
     return []
 
 
-def rebuilt(made, value, *inputs, values=None, **kwargs):
+def recomputed(made, value, *inputs, values=None, **kwargs):
     def function(*inputs):
         made.append(value)
         return torch.full((3,), float(value)) + sum(inputs)
@@ -31,7 +31,7 @@ def test_kept_tensor_is_given_out_until_it_is_edited():
 
 
 def test_tensor_is_made_of_what_it_is_made_of(made):
-    source = rebuilt(made, 1, rebuilt(made, 2), Stored(torch.full((3,), 10.0)))
+    source = recomputed(made, 1, recomputed(made, 2), Stored(torch.full((3,), 10.0)))
     assert torch.equal(source.take(), torch.full((3,), 13.0))
     assert made == [2, 1]
 
@@ -47,7 +47,7 @@ def save(x, source):
 
 def test_value_is_shared_within_a_pass_and_dropped_after_it(made):
     x, values = torch.ones(3, requires_grad=True), Values()
-    y = save(x, rebuilt(made, 2, values=values, version=x._version))
+    y = save(x, recomputed(made, 2, values=values, version=x._version))
     for count in (1, 2):
         y.sum().backward(retain_graph=True)
         assert made == [2] * count
@@ -58,7 +58,7 @@ def test_value_is_shared_within_a_pass_and_dropped_after_it(made):
 def test_value_for_which_somebody_does_not_ask_is_dropped_too(made):
     x, other = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
     values = Values()
-    source = rebuilt(made, 2, values=values)
+    source = recomputed(made, 2, values=values)
     first, second = x * 1.0, other * 1.0
     y = first * second
     node = y.grad_fn
@@ -71,7 +71,7 @@ def test_value_for_which_somebody_does_not_ask_is_dropped_too(made):
 
 def test_failed_pass_leaves_its_values_to_the_next_one(made):
     x, values = torch.ones(3, requires_grad=True), Values()
-    source = rebuilt(made, 2, values=values)
+    source = recomputed(made, 2, values=values)
     y = save(x, source)
     source.use()  # somebody who will not ask
     handle = x.register_hook(lambda grad: 1 / 0)
@@ -86,10 +86,10 @@ def test_failed_pass_leaves_its_values_to_the_next_one(made):
 def test_other_version_of_a_tensor_is_kept_as_it_is(made):
     x = torch.ones(3)
     x.add_(1)
-    packed = rebuilt(made, 5).pack(x)
+    packed = recomputed(made, 5).pack(x)
     assert type(packed) is Stored
     assert torch.equal(packed.take(), x)
-    assert type(rebuilt(made, 5, version=1).pack(x)) is Recomputed
+    assert type(recomputed(made, 5, version=1).pack(x)) is Recomputed
     assert made == []
 
 
@@ -138,14 +138,14 @@ def test_hooks_of_others_are_left_alone(made):
     x = torch.ones(3, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
         node = (x * x).grad_fn
-    assert not discard(node._raw_saved_self, rebuilt(made, 1))
+    assert not discard(node._raw_saved_self, recomputed(made, 1))
     discard_values(node._raw_saved_self)
     assert node._saved_self.data_ptr() == x.data_ptr()
 
 
 def test_what_is_not_saved_is_not_let_go(made):
     node = (torch.ones(3, requires_grad=True) * torch.ones(3)).grad_fn
-    assert not discard(node._raw_saved_self, rebuilt(made, 1))
+    assert not discard(node._raw_saved_self, recomputed(made, 1))
 
 
 def test_autocast_and_grad_mode_of_backward_do_not_reach_what_is_made():

@@ -37,9 +37,9 @@ def test_variant_keeps_a_fraction_of_what_the_builtin_network_keeps(variant, bou
         builtin = getattr(timm.models.tresnet, variant)()
     whole = saved_bytes(builtin, x)
     for setting, bound in bounds.items():
-        model.set_rebuild(setting)
+        model.set_recompute(setting)
         assert saved_bytes(model, x) <= bound * whole
-    model.set_rebuild("none")
+    model.set_recompute("none")
     assert saved_bytes(model, x) == whole
 
 
@@ -48,7 +48,7 @@ def test_paper_network_keeps_less_than_half_in_megabytes():
         model = timm.create_model("tresnet_m")
     x = torch.empty(2, 3, 224, 224, device="meta")
     assert saved_bytes(model, x) / 2e6 <= 34.5
-    model.set_rebuild("expansions")
+    model.set_recompute("expansions")
     assert saved_bytes(model, x) / 2e6 <= 26
 
 
@@ -56,7 +56,7 @@ def test_paper_network_keeps_less_than_half_in_megabytes():
 def test_checkpointing_keeps_the_output_of_every_second_block_and_little_else(variant):
     x = torch.empty(1, 3, 224, 224, device="meta")
     with torch.device("meta"):
-        model = timm.create_model(variant, rebuild="none")
+        model = timm.create_model(variant, recompute="none")
     whole = saved_bytes(model, x)
     outputs, handles = [], []
     for stage in model.body[-4:]:
@@ -68,7 +68,7 @@ def test_checkpointing_keeps_the_output_of_every_second_block_and_little_else(va
     for handle in handles:
         handle.remove()
     least = sum(outputs)
-    model.set_rebuild("activations")
+    model.set_recompute("activations")
     model.set_grad_checkpointing()
     assert least <= saved_bytes(model, x) <= 0.17 * whole
 
@@ -95,9 +95,9 @@ def test_chains_between_kept_outputs_grow_away_from_the_end(blocks):
 
 
 @pytest.mark.parametrize("setting", ["activations", "expansions"])
-def test_grad_checkpointing_composes_with_rebuilding(setting):
+def test_grad_checkpointing_composes_with_recomputing(setting):
     def run(model):
-        if model.rebuild == setting:
+        if model.recompute == setting:
             model.set_grad_checkpointing()
         return train_step(model, images())
 
@@ -115,7 +115,7 @@ def test_training_traced_by_torchscript_gives_the_same_numbers(setting):
     compare(run, setting, layers=(1, 1, 2, 1))
 
 
-@pytest.mark.parametrize("kwargs", [{"rebuild": "none"}, {"norm_layer": "groupnorm1"}], ids=["none", "other_norm"])
+@pytest.mark.parametrize("kwargs", [{"recompute": "none"}, {"norm_layer": "groupnorm1"}], ids=["none", "other_norm"])
 def test_checkpoints_run_again_in_each_backward_of_a_retained_graph_and_count_once(kwargs):
     def run(checkpointing):
         torch.manual_seed(0)
@@ -134,7 +134,7 @@ def test_slices_of_the_body_keep_its_settings():
     model.set_grad_checkpointing()
     model.body.layer3[1].eval()
     part, stage = model.body[:4], model.body.layer3[2:]
-    assert (type(part), part.rebuild, part.layer1.grad_checkpointing) == (type(model.body), "expansions", True)
-    assert (type(stage), stage.rebuild, stage.grad_checkpointing) == (Stage, "expansions", True)
+    assert (type(part), part.recompute, part.layer1.grad_checkpointing) == (type(model.body), "expansions", True)
+    assert (type(stage), stage.recompute, stage.grad_checkpointing) == (Stage, "expansions", True)
     assert part.training
     assert not model.body.layer3[:2][1].training

@@ -9,7 +9,7 @@ import comparing
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import REBUILDING, collect, make_model
+from comparing import RECOMPUTING, collect, make_model
 from torch.overrides import TorchFunctionMode
 
 from timm_tresnet.models.layers import ConvNormAct
@@ -27,7 +27,7 @@ def build(setting, **kwargs):
 
 def another(model, **kwargs):
     """Another network with the setting of the one given, and other arguments."""
-    return build("checkpointing" if model.body.layer1.grad_checkpointing else model.rebuild, **kwargs)
+    return build("checkpointing" if model.body.layer1.grad_checkpointing else model.recompute, **kwargs)
 
 
 def units(model):
@@ -48,7 +48,7 @@ FREED = "backward through the graph a second time"
 _OF_THE_TEST = (AttributeError, ImportError, NameError, TypeError)  # its own mistakes, which prove nothing
 
 
-def same_as_plain(*variants, few=3, settings=REBUILDING, tolerance=None, raises=None):
+def same_as_plain(*variants, few=3, settings=RECOMPUTING, tolerance=None, raises=None):
     """Make a test of what a user does, a function from a network to tensors by name.
 
     Args:

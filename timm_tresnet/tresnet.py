@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 from timm.models import (
+    FeatureListNet,
     build_model_with_cfg,
     generate_default_cfgs,
     register_model,
@@ -21,6 +22,7 @@ from timm.models import (
 
 from timm_tresnet.models.heads import drop_inherited, same_head
 from timm_tresnet.models.network import TResNet
+from timm_tresnet.recompute.stage import Stage
 from timm_tresnet.variants import ARCHITECTURES, DEPRECATED, WEIGHTS
 from timm_tresnet.weights.catalogue import PublicWeight, load_catalogue
 from timm_tresnet.weights.checkpoint import checkpoint_filter_fn
@@ -39,6 +41,13 @@ _TransportError = [HTTPError, *(base for base in HTTPError.__mro__ if base.__mod
 
 def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None, **kwargs: Any) -> TResNet:
     _log_takeover()
+    if "rebuild" in kwargs:
+        warnings.warn(
+            f"{variant} has an argument recompute instead of rebuild; rename it, as the next release will not know rebuild",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        kwargs["recompute"] = kwargs.pop("rebuild")
 
     def build(**model_kwargs: Any) -> TResNet:
         if in_chans is not None:
@@ -69,7 +78,7 @@ def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None,
             variant,
             pretrained,
             pretrained_filter_fn=load,
-            feature_cfg={"out_indices": (1, 2, 3, 4), "flatten_sequential": True},
+            feature_cfg={"out_indices": (1, 2, 3, 4), "flatten_sequential": True, "feature_cls": FeatureList},
             **{**ARCHITECTURES[variant], **kwargs},
         )
     except LocalEntryNotFoundError as error:
@@ -80,6 +89,15 @@ def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None,
     except _TransportError as error:
         reason = f"the download broke off: {error}"
         raise ConnectionError(_explain_missing_weights(variant, kwargs, reason)) from error
+
+
+class FeatureList(FeatureListNet):
+    """timm's list of features, with stages that checkpoint their blocks, so that running statistics count once."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
 
 
 @functools.cache  # once a process

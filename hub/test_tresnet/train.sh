@@ -21,7 +21,7 @@ python "$scripts/train.py" "${common[@]}" --experiment first \
     --lr 0.1 --epochs 32 --warmup-epochs 2 --warmup-lr 0.01 --scale 0.5 1.0
 python "$scripts/train.py" "${common[@]}" --experiment second --initial-checkpoint "$output/first/last.pth.tar" \
     --lr 0.05 --epochs 16 --warmup-epochs 0 --scale 0.7 1.0 --ratio 0.85 1.18
-later=(--sched-on-updates --model-kwargs rebuild=none)
+later=(--sched-on-updates --model-kwargs recompute=none)
 mixing=(--scale 0.6 1.0 --ratio 0.8 1.25 --mixup 0.2 --cutmix 1.0 --mixup-prob 0.5)
 python "$scripts/train.py" "${common[@]}" "${later[@]}" "${mixing[@]}" --experiment third \
     --initial-checkpoint "$output/second/last.pth.tar" --lr 0.1 --epochs 80 --warmup-epochs 1 --warmup-lr 0.01

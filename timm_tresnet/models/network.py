@@ -66,7 +66,7 @@ class TResNet(nn.Module):
             `set_label_embeddings`; None for groups.
         drop_rate: dropout before the classifier.
         drop_path_rate: probability of dropping a block, rising linearly from 0 to this over the blocks.
-        rebuild: what backward rebuilds instead of keeping it in training, see `set_rebuild`.
+        recompute: what backward recomputes instead of keeping it in training, see `set_recompute`.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
@@ -104,7 +104,7 @@ class TResNet(nn.Module):
         label_embedding: int | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        rebuild: str = "activations",
+        recompute: str = "activations",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -167,7 +167,7 @@ class TResNet(nn.Module):
             self.feature_info.append(
                 {"num_chs": in_channels, "reduction": reduction, "module": f"body.layer{index + 1}"}
             )
-        self.set_rebuild(rebuild)
+        self.set_recompute(recompute)
         if stem == "space_to_depth":
             self.body.s2d.min_size = _smallest_side(self.body)
 
@@ -237,22 +237,22 @@ class TResNet(nn.Module):
         self.set_grad_checkpointing(enable)
 
     @torch.jit.ignore
-    def set_rebuild(self, setting: str) -> None:
-        """Choose what backward rebuilds in training; loss and running statistics are the same with every setting.
+    def set_recompute(self, setting: str) -> None:
+        """Choose what backward recomputes in training; loss and running statistics are the same with every setting.
 
         Args:
             setting: "none" keeps what autograd keeps; "activations" (the default) keeps the convolutions' outputs and
-                rebuilds what is pointwise or pooling work from them; "expansions" also repeats the last 1x1 convolution
-                of each bottleneck. See `timm_tresnet.recompute.rebuild`.
+                recomputes what is pointwise or pooling work from them; "expansions" also repeats the last 1x1 convolution
+                of each bottleneck. See `timm_tresnet.recompute.policy`.
 
         Raises:
             ValueError: if setting is none of these.
         """
-        choose("rebuild", setting, dict.fromkeys(SETTINGS))
-        self.rebuild = setting
+        choose("recompute", setting, dict.fromkeys(SETTINGS))
+        self.recompute = setting
         for module in self.modules():
             if isinstance(module, Body):
-                module.rebuild = setting
+                module.recompute = setting
 
     @torch.jit.ignore
     def explain_recompute(self, images: Tensor) -> list[Part]:
@@ -432,7 +432,7 @@ class TResNet(nn.Module):
         if prune_head or pruned:
             self._check_head_resets("prune_intermediate_layers")
         self.body = self.body[:end]
-        self.set_rebuild(self.rebuild)
+        self.set_recompute(self.recompute)
         if pruned:
             self.num_features = self.feature_info[max(taken)]["num_chs"]
         if prune_head or pruned:

@@ -131,7 +131,7 @@ def _storing_everything(network: nn.Module) -> Iterator[None]:
     bodies = [module for module in network.modules() if isinstance(module, Body)]
     before = [(body, dict(body.__dict__)) for body in bodies]
     for body in bodies:
-        body.rebuild = "none"
+        body.recompute = "none"
         if isinstance(body, Stage):
             body.grad_checkpointing = False
     try:

@@ -37,7 +37,7 @@ class Body(nn.Sequential):
 
     def __init__(self, *modules: Any) -> None:
         super().__init__(*modules)
-        self.rebuild = "activations"
+        self.recompute = "activations"
 
     def __getitem__(self, index: slice | int) -> nn.Module:
         part = super().__getitem__(index)
@@ -46,7 +46,7 @@ class Body(nn.Sequential):
         return part
 
     def _pass_settings(self, part: "Body") -> None:
-        part.rebuild = self.rebuild
+        part.recompute = self.recompute
         part.training = self.training
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Body(nn.Sequential):
             return self._forward_compiled(x)
         reason = self._find_obstacle(x)
         if reason is None:
-            return self._run_all(x, Run(RECOMPUTED[self.rebuild]))
+            return self._run_all(x, Run(RECOMPUTED[self.recompute]))
         if reason:
             log_once(reason, "this network")
         for module in self:
@@ -72,7 +72,7 @@ class Body(nn.Sequential):
 
     def _find_obstacle(self, x: Any) -> str | None:
         """Why nothing is recomputed; empty if nobody has asked for it."""
-        if self.rebuild == "none" or not torch.is_grad_enabled() or torch.jit.is_tracing():
+        if self.recompute == "none" or not torch.is_grad_enabled() or torch.jit.is_tracing():
             return ""
         if not isinstance(x, Tensor):
             return f"the input is a {type(x).__qualname__}, as when torch.fx traces"
@@ -155,7 +155,7 @@ class Body(nn.Sequential):
         return steps
 
     def _make_step(self, position: int, module: nn.Module) -> Step:
-        return module, self.rebuild if fits_region(module) else "none", False
+        return module, self.recompute if fits_region(module) else "none", False
 
 
 class Stage(Body):
@@ -172,12 +172,12 @@ class Stage(Body):
     def _make_step(self, position: int, block: nn.Module) -> Step:
         if not fits_region(block):
             return block, "none", False
-        setting = CHECKPOINTING if self.grad_checkpointing else self.rebuild
+        setting = CHECKPOINTING if self.grad_checkpointing else self.recompute
         return block, setting, keeps_output(position, len(self), self.grad_checkpointing)
 
     def _run_all(self, x: Tensor, run: Run) -> Tensor:
         before = run.repeats
-        run.repeats = RECOMPUTED[CHECKPOINTING if self.grad_checkpointing else self.rebuild]
+        run.repeats = RECOMPUTED[CHECKPOINTING if self.grad_checkpointing else self.recompute]
         x = super()._run_all(x, run)
         run.repeats = before
         return x

@@ -57,7 +57,8 @@ MODEL_ARGS: dict[str, Kind] = {  # arguments of `TResNet`, but for its device an
     "label_embedding": integer(1, 65536).or_null(),
     "drop_rate": _RATE,
     "drop_path_rate": _RATE,
-    "rebuild": choice("none", "activations", "expansions"),
+    "recompute": choice("none", "activations", "expansions"),
+    "rebuild": choice("none", "activations", "expansions"),  # its name until 0.2
 }  # fmt: skip
 
 PREPROCESSING: dict[str, Kind] = {  # as `timm.data.create_transform` takes it

@@ -1,7 +1,7 @@
 """Hooks of users on modules and tensors, and edits of what hooks have seen."""
 
 import torch
-from comparing import REBUILDING, collect, train_step
+from comparing import RECOMPUTING, collect, train_step
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from users import EDITS, FREED, MODIFIED, Steeper, inputs, same_as_plain, step_after
@@ -243,7 +243,7 @@ def test_global_hooks(kind, model):
         handle.remove()
 
 
-@same_as_plain(settings=REBUILDING)
+@same_as_plain(settings=RECOMPUTING)
 def test_hooks_are_called_as_often(model):
     calls = []
     for name, m in model.named_modules():

@@ -6,7 +6,7 @@ from comparing import collect, train_step
 from torch import nn
 from users import another, inputs, same_as_plain, units
 
-# A derivative of a derivative adds up what it rebuilds in another order than plain PyTorch does.
+# A derivative of a derivative adds up what it recomputes in another order than plain PyTorch does.
 DOUBLE = 1e-6
 
 

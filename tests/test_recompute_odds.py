@@ -93,7 +93,7 @@ def test_features_of_a_network_inside_a_hook(edit, model):
     return {**collect(model, loss), **{f"other {k}": v for k, v in collect(other, loss).items()}}
 
 
-@same_as_plain("rebuild_none", "eval", "no_grad")
+@same_as_plain("recompute_none", "eval", "no_grad")
 def test_teacher_inside_a_hook(kind, model):
     other = make_model("none", seed=5)
     if kind == "eval":

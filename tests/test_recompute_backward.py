@@ -150,7 +150,7 @@ def test_reentrant_backward_in_the_middle(model):
 
 
 @same_as_plain()
-def test_gradient_of_rebuilt_values_twice_in_one_pass(model):
+def test_gradient_of_recomputed_values_twice_in_one_pass(model):
     """Two outputs of one graph in one backward."""
     y, features = model.forward_intermediates(inputs())
     torch.autograd.backward([y.square().mean(), *(f.square().mean() for f in features)])

@@ -134,13 +134,13 @@ def test_slices_of_the_body(which, model):
 
 def test_slices_keep_settings():
     model = build("checkpointing").eval()
-    model.set_rebuild("expansions")
+    model.set_recompute("expansions")
     part = model.body[:4]
-    assert part.rebuild == "expansions"
+    assert part.recompute == "expansions"
     assert not part.training
     assert part[2].grad_checkpointing
     part = model.body.layer3[1:3]
-    assert part.rebuild == "expansions"
+    assert part.recompute == "expansions"
     assert not part.training
     assert part.grad_checkpointing
 
@@ -149,9 +149,9 @@ def test_slices_keep_settings():
 def test_through_timm(kind, model):
     import timm
 
-    setting = model.rebuild
+    setting = model.recompute
     if kind == "features_only":
-        net = timm.create_model("test_tresnet", features_only=True, rebuild=setting)
+        net = timm.create_model("test_tresnet", features_only=True, recompute=setting)
         if model.body.layer1.grad_checkpointing:
             net.set_grad_checkpointing()
         torch.manual_seed(3)

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from comparing import REBUILDING
+from comparing import RECOMPUTING
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from users import FREEZES, build, freeze_nothing, inputs
@@ -15,7 +15,7 @@ from users import FREEZES, build, freeze_nothing, inputs
 from timm_tresnet.recompute import run, stage
 
 SLACK = 40_000  # bytes: statistics, gates and what Python frees a little later
-each_setting = pytest.mark.parametrize("setting", REBUILDING)
+each_setting = pytest.mark.parametrize("setting", RECOMPUTING)
 each_network = pytest.mark.parametrize(
     "kwargs",
     [
@@ -97,8 +97,8 @@ def assert_no_more(actual, expected):
     assert not more
 
 
-@pytest.mark.parametrize("setting", REBUILDING)
-def test_counted_bytes_show_that_tensors_are_rebuilt(setting):
+@pytest.mark.parametrize("setting", RECOMPUTING)
+def test_counted_bytes_show_that_tensors_are_recomputed(setting):
     assert measure(setting)["kept"] < 0.7 * measure("none")["kept"]
 
 

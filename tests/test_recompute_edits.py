@@ -143,7 +143,7 @@ def put_into_eval_mode(model, y):
 
 
 def settings_changed(model, y):
-    model.set_rebuild("activations")
+    model.set_recompute("activations")
     model.set_grad_checkpointing(False)
 
 
@@ -222,7 +222,7 @@ def test_network_edited_between_forward_and_backward(edit, model):
     convolutions_edited_by_data, expansion_edited_by_data, blurs_edited_by_data, settings=["activations"]
 )  # the others run them again
 def test_convolutions_edited_through_data_between_forward_and_backward(edit, model):
-    """The other settings run convolutions again and cannot see this: a limit that `recompute.rebuild` names."""
+    """The other settings run convolutions again and cannot see this: a limit that `docs/recompute.md` names."""
     return step_after(model, functools.partial(edit, model))
 
 

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from comparing import (
-    REBUILDING,
+    RECOMPUTING,
     assert_same,
     collect,
     compare,
@@ -40,7 +40,7 @@ from timm_tresnet.recompute.saved import Recomputed
     ],
     ids=["m", "v2", "conv7x7", "strided", "dilated", "drop_path", "other_norm"],
 )
-def test_rebuilding_changes_no_number(setting, dtype, kwargs):
+def test_recomputeing_changes_no_number(setting, dtype, kwargs):
     compare(lambda model: train_step(model, images(dtype=dtype)), setting, dtype=dtype, **kwargs)
 
 
@@ -61,7 +61,7 @@ def test_rebuilding_changes_no_number(setting, dtype, kwargs):
         "selu",
     ],
 )
-def test_any_activation_can_be_rebuilt(act_layer):
+def test_any_activation_can_be_recomputed(act_layer):
     compare(lambda model: train_step(model, images()), "activations", act_layer=act_layer)
 
 
@@ -108,7 +108,7 @@ def test_seeded_training_with_deterministic_algorithms_gives_identical_weights()
             optimizer.step()
         return model.state_dict()
 
-    first, *others = [train(setting) for setting in ["none", "none", *REBUILDING, "activations"]]
+    first, *others = [train(setting) for setting in ["none", "none", *RECOMPUTING, "activations"]]
     assert not torch.equal(first["head.fc.weight"], make_model().state_dict()["head.fc.weight"])
     for other in others:
         torch.testing.assert_close(other, first, rtol=0, atol=0)
@@ -325,7 +325,7 @@ def test_threads_do_not_share_tapes(setting):
         assert_same(got, want)
 
 
-def test_empty_batch_and_single_value_fail_or_pass_as_without_rebuilding():
+def test_empty_batch_and_single_value_fail_or_pass_as_with_plain_pytorch():
     for x in (images(0), images(1, 32)):
         outcomes = []
         for setting in ("activations", "none"):
@@ -345,7 +345,7 @@ def live_bytes():
     return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-def count_rebuilt():
+def count_recomputed():
     return sum(type(thing) in (Recomputed, Run) for thing in gc.get_objects())
 
 
@@ -355,7 +355,7 @@ def test_memory_returns_after_a_step_a_lost_forward_and_an_exception(setting):
     x = images()
     train_step(model, x)
     level = live_bytes()
-    rebuilt = count_rebuilt()
+    recomputed = count_recomputed()
     train_step(model, x)
     assert live_bytes() == level
     model(x)  # no backward
@@ -366,7 +366,7 @@ def test_memory_returns_after_a_step_a_lost_forward_and_an_exception(setting):
         pytest.fail("the hook did not run")
     handle.remove()
     assert live_bytes() == level
-    assert count_rebuilt() <= rebuilt  # those of other tests may go meanwhile
+    assert count_recomputed() <= recomputed  # those of other tests may go meanwhile
     assert train_step(model, x)["loss"].isfinite()
 
 
