@@ -1,9 +1,10 @@
 import pytest
 import reference
 import torch
+from comparing import run_alone
 from torch import nn
 
-from timm_tresnet.models.layers import BlurPool2d, StrideOneAvgPool2d, anti_alias
+from timm_tresnet.models.layers import BlurPool2d, StrideOneAvgPool2d, anti_alias, make_shortcut_pool
 from timm_tresnet.recompute.saved import ShapeOnly
 
 

@@ -51,8 +51,8 @@ def on_gpu(setting, **kwargs):
 def assert_close(actual, expected, tolerance):
     """Equal loss and statistics, and gradients as close as tolerance says.
 
-    A norm's output is recomputed to one rounding. Where that crosses an activation's kink, a single pixel's derivative is
-    another one, which is more than rounding.
+    A norm's output is recomputed to one rounding. Where that crosses an activation's kink, a single pixel's
+    derivative is another one, which is more than rounding.
     """
     for name, value in expected.items():
         if name.startswith("grad"):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from comparing import HIDES_SAVED, SHOWS_SAVED
 from torch import nn
 
-from timm_tresnet.recompute import recompute
+from timm_tresnet.recompute import eligibility
 
 ROOT = Path(__file__).parent.parent
 LISTED = set()
@@ -55,21 +55,21 @@ def test_cdata_is_the_same_for_tensors_of_one_storage_only(device):
 @private(
     "_raw_saved_result",
     "_top_saved_tensors_default_hooks",
-    used_by="recompute.py (_has_hooks_of_others); the former with PyTorch 2.5, which lacks the latter",
+    used_by="eligibility.py (_has_saved_tensor_hooks); the former with PyTorch 2.5, which lacks the latter",
     instead="the former with every release, at the price of two operations and a hook a forward",
 )
 @pytest.mark.parametrize("asks", [True, False], ids=["asked", "tried"])
 def test_hooks_of_others_on_all_that_is_saved_can_be_seen(asks, monkeypatch):
     if not asks:
-        monkeypatch.setattr(recompute, "_find_top_hooks", None)
-    elif recompute._find_top_hooks is None:
+        monkeypatch.setattr(eligibility, "_find_top_hooks", None)
+    elif eligibility._find_top_hooks is None:
         pytest.skip("this PyTorch cannot be asked for them")
-    assert not recompute._has_hooks_of_others()
+    assert not eligibility._has_saved_tensor_hooks()
     with torch.autograd.graph.saved_tensors_hooks(torch.neg, torch.neg):
-        assert recompute._has_hooks_of_others()
+        assert eligibility._has_saved_tensor_hooks()
     with torch.autograd.graph.save_on_cpu():
-        assert recompute._has_hooks_of_others()
-    assert not recompute._has_hooks_of_others()
+        assert eligibility._has_saved_tensor_hooks()
+    assert not eligibility._has_saved_tensor_hooks()
 
 
 @private(
@@ -103,22 +103,15 @@ def test_batch_norm_returns_the_statistics_that_the_public_one_keeps_to_itself()
     "_raw_saved_other",
     "_raw_saved_self",
     "_raw_saved_tensors",
-    "_saved_alpha",
-    "_saved_bias_sym_sizes_opt",
-    "_saved_transposed",
     "_saved_weight",
-    used_by="recompute.py, which lets go of what nodes have saved, and reads how they made their outputs",
+    used_by="operations.py, to discard what nodes have saved; the last for the weight as autocast has cast it",
     instead="hooks on everything saved (torch.autograd.graph.saved_tensors_hooks), which cost half a step of launches",
 )
-def test_nodes_have_names_and_show_what_they_saved():
+def test_nodes_show_what_they_saved():
     x, kernel = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(5, 3, 1, 1, requires_grad=True)
     conv = F.conv2d(x, kernel).grad_fn
-    assert conv.name() == "ConvolutionBackward0"
-    assert (conv._saved_weight is kernel, conv._saved_transposed, conv._saved_bias_sym_sizes_opt) == (True, False, (0,))
-    assert F.conv2d(x, kernel, torch.zeros(5)).grad_fn._saved_bias_sym_sizes_opt == (5,)
-    product, total = (x * x).grad_fn, torch.add(x, x, alpha=3).grad_fn
-    assert (product.name(), total.name(), total._saved_alpha) == ("MulBackward0", "AddBackward0", 3)
-    seen = []
+    assert conv._saved_weight is kernel
+    product, seen = (x * x).grad_fn, []
     for saved in (conv._raw_saved_input, product._raw_saved_self, product._raw_saved_other):
         saved.register_hooks(lambda tensor: seen.append(tensor.data_ptr()) or tensor, lambda tensor: tensor)
     assert seen == [x.data_ptr()] * 3
@@ -133,7 +126,7 @@ def test_nodes_have_names_and_show_what_they_saved():
     "_python_dispatch",
     "_saved_result",
     "_saved_tensors_hooks_is_enabled",
-    used_by="recompute.py and stages.py, to step aside where modes of users run or hooks on saved tensors are forbidden",
+    used_by="eligibility.py, to step aside where modes are active or hooks on saved tensors are disabled",
     instead="nothing public tells",
 )
 def test_modes_and_forbidden_hooks_can_be_seen():
@@ -186,7 +179,7 @@ def test_a_backward_pass_has_a_number_and_calls_back_at_its_end():
     "_current_level",
     "_functorch",
     "_is_any_autocast_enabled",
-    used_by="recompute.py, to step aside for torch.func and forward mode; saved.py, to recompute outside of autocast",
+    used_by="eligibility.py, to step aside for torch.func and forward mode; saved.py, to recompute outside of autocast",
     instead="torch.is_autocast_enabled(device_type) for the last; nothing public tells of the others",
 )
 def test_transforms_forward_mode_and_autocast_can_be_seen():
@@ -214,7 +207,7 @@ def test_transforms_forward_mode_and_autocast_can_be_seen():
 @private(
     "native_batch_norm",
     "native_batch_norm_backward",
-    used_by="affine.py and layers/synchronized_norm.py, for batch norm's arithmetic with statistics that are given",
+    used_by="norms.py and layers/synchronized_norm.py, for batch norm's arithmetic with statistics that are given",
     instead="F.batch_norm in eval mode, and torch.autograd.grad of it",
 )
 def test_native_batch_norm_takes_statistics_and_sums_gradients():
@@ -232,7 +225,7 @@ def test_native_batch_norm_takes_statistics_and_sums_gradients():
 
 @private(
     "batch_norm_elemt",
-    used_by="affine.py, for batch norm in one kernel on CUDA",
+    used_by="norms.py, for batch norm in one kernel on CUDA",
     instead="scale_and_shift, as on the CPU",
 )
 @pytest.mark.gpu
@@ -252,8 +245,8 @@ def test_batch_norm_elemt_normalises_with_a_given_mean_and_rstd():
     "_global_backward_pre_hooks",
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
-    used_by="recompute.py (is_foreign), since a hook may see and edit what a module returns",
-    instead="nothing public lists hooks; without it, every module counts as foreign and everything is kept",
+    used_by="eligibility.py (find_user_code), since a hook may see and edit what a module returns",
+    instead="nothing public lists hooks; without it, every module counts as user-defined and everything is stored",
 )
 @pytest.mark.parametrize("which", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
 def test_hooks_of_a_module_and_of_all_modules_are_in_dictionaries(which):
@@ -272,7 +265,7 @@ def test_hooks_of_a_module_and_of_all_modules_are_in_dictionaries(which):
 
 @private(
     "_modules",
-    used_by="layers/conv_norm_act.py (add_module), to see which child is replaced; recompute.py (is_foreign)",
+    used_by="layers/conv_norm_act.py (add_module), to see which child is replaced; eligibility.py (find_user_code)",
     instead="dict(module.named_children())",
 )
 def test_modules_are_the_children_that_conversions_replace():
@@ -290,7 +283,7 @@ def test_modules_are_the_children_that_conversions_replace():
     "_compiled_call_impl",
     "_conv_forward",
     "_parameters",
-    used_by="plain_blocks.py, to read what is in a block, and to see whether all of it is as its constructor made it",
+    used_by="program.py and eligibility.py, to read what is in a block, and whether it is as its constructor made it",
     instead="getattr, several times as slow; without it, every block runs as modules",
 )
 def test_fields_of_a_module_are_those_that_it_runs_with():
@@ -310,8 +303,33 @@ def test_fields_of_a_module_are_those_that_it_runs_with():
 
 
 @private(
+    "_storage_Use_Count",
+    used_by="eligibility.py (is_held), to see whether user code holds the memory of a tensor that it has returned",
+    instead="taking each such tensor for held, so that nothing is recomputed from it",
+)
+def test_holders_of_memory_are_counted():
+    x = torch.ones(3)
+    count = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+    other = x.detach()
+    assert torch._C._storage_Use_Count(x.untyped_storage()._cdata) == count + 1
+    assert other is not x
+
+
+@private(
+    "_get_current_dispatch_mode_stack",
+    used_by="eligibility.py, to know modes that only look; explain.py has one",
+    instead="refusing every dispatch mode, and no explain_recompute",
+)
+def test_dispatch_modes_can_be_listed():
+    from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+    with TorchDispatchMode() as mode:
+        assert _get_current_dispatch_mode_stack() == [mode]
+
+
+@private(
     "_NormBase",
-    used_by="stages.py, to find running statistics of blocks that run again",
+    used_by="stage.py, to find running statistics of blocks that run again",
     instead="modules that have a running_mean",
 )
 def test_norm_base_is_every_norm_with_running_statistics():

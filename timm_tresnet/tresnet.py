@@ -43,7 +43,7 @@ def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None,
     _log_takeover()
     if "rebuild" in kwargs:
         warnings.warn(
-            f"{variant} has an argument recompute instead of rebuild; rename it, as the next release will not know rebuild",
+            f"{variant}: the argument rebuild is now recompute; rename it, as the next release will not know rebuild",
             DeprecationWarning,
             stacklevel=3,
         )

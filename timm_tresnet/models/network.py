@@ -241,9 +241,9 @@ class TResNet(nn.Module):
         """Choose what backward recomputes in training; loss and running statistics are the same with every setting.
 
         Args:
-            setting: "none" keeps what autograd keeps; "activations" (the default) keeps the convolutions' outputs and
-                recomputes what is pointwise or pooling work from them; "expansions" also repeats the last 1x1 convolution
-                of each bottleneck. See `timm_tresnet.recompute.policy`.
+            setting: "none" stores what autograd stores; "activations" (the default) stores the convolutions' outputs
+                and recomputes norms, activations, products, sums and pools from them; "expansions" also recomputes the
+                last 1x1 convolution of each bottleneck. See `timm_tresnet.recompute.policy`.
 
         Raises:
             ValueError: if setting is none of these.

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from timm_tresnet.recompute.stage import Body, Stage, observers
 from timm_tresnet.utils.tables import format_markdown
@@ -49,7 +48,7 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
+        for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage(), self._current)
         return result
@@ -83,12 +82,13 @@ def explain(network: nn.Module, images: Tensor) -> list[Part]:
         if module in reasons:
             megabytes = (sizes.get(module, 0) / images.shape[0] / 1e6 for sizes in (stored, plain))
             parts.append(Part(name, reasons[module], *megabytes))
-    stages = [name for name, module in network.named_modules() if isinstance(module, Stage)]
-    for stage in stages:
-        blocks = [part for part in parts if part.name.startswith(f"{stage}.")]
+    for name, module in network.named_modules():
+        blocks = [part for part in parts if part.name.startswith(f"{name}.")] if isinstance(module, Stage) else []
         if blocks:
+            whole = [part for part in parts if part.name == name or part in blocks]
             reason = None if any(part.reason is None for part in blocks) else "none of its blocks is"
-            total = Part(stage, reason, *(sum(part[column] for part in blocks) for column in (2, 3)))
+            total = Part(name, reason, *(sum(part[column] for part in whole) for column in (2, 3)))
+            parts = [part for part in parts if part.name != name]
             parts.insert(parts.index(blocks[0]), total)
     return parts
 

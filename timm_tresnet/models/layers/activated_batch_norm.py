@@ -174,6 +174,7 @@ def _read(norm: ActivatedBatchNorm2d) -> list[Operation]:
         return [CustomNorm(norm, normalize), *read_activation(act)]
     fused = type(act) is nn.LeakyReLU and act.inplace and type(act.negative_slope) is float and is_untouched(act)
     slope = act.negative_slope if fused else None
+    momentum = momentum if training else 0.0
     operation = Norm(norm, (weight, bias, mean, var, training, momentum, eps, slope), count if training else None)
     return [operation] if fused else [operation, *read_activation(act)]
 
