@@ -1,17 +1,20 @@
 import functools
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import reference
 import torch
+from children import run_in_child
 from converting import SMALL
 from hub_server import HubServer
-from interpreters import STRICTLY
 
 pytest.register_assert_rewrite("comparing", "users")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several of them share the cores
@@ -46,17 +49,21 @@ def run_python(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def run_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Runs `run_process(folder)` of a test module in two processes that talk through gloo, and returns the folder."""
+def run_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Runs `run_process(folder, ...)` of a test module in two processes that talk through gloo; returns the folder."""
 
-    def run(module: str) -> Path:
+    def run(module: str, *arguments: object) -> Path:
         folder = tmp_path_factory.mktemp("processes")
-        script = folder / "script.py"
-        script.write_text(f"import {module}\n{module}.run_process({str(folder)!r})\n")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        process = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        assert process.returncode == 0, process.stderr
+        words = ", ".join(map(repr, (str(folder), *arguments)))
+        code = f"import warnings; warnings.simplefilter('default'); import {module}; {module}.run_process({words})"
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        outputs = [tmp_path_factory.mktemp("output") for _ in range(2)]
+        with ThreadPoolExecutor(2) as pool:
+            environments = [env | {"RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
+            statuses = pool.map(functools.partial(run_in_child, code, []), environments, [folder] * 2, outputs)
+            assert list(statuses) == [0, 0], [(output / "stderr").read_text() for output in outputs]
         return folder
 
     return run
@@ -91,17 +98,12 @@ def run_child(hub: HubServer, tmp_path: Path) -> Callable[..., str]:
     }
 
     def run(code: str | Path, *arguments: object, **variables: str) -> str:
-        source = [code] if isinstance(code, Path) else ["-c", code]
-        child = subprocess.run(
-            [sys.executable, *STRICTLY, *map(str, [*source, *arguments])],
-            cwd=tmp_path,
-            env=environment | variables,
-            capture_output=True,
-            text=True,
-        )
-        assert child.returncode == 0, child.stderr
-        assert child.stderr == ""
-        return child.stdout
+        with tempfile.TemporaryDirectory() as printed:
+            status = run_in_child(code, [*map(str, arguments)], environment | variables, tmp_path, Path(printed))
+            output, error = (Path(printed, name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+        assert status == 0, error
+        assert error == ""
+        return output
 
     return run
 

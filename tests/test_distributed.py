@@ -1,4 +1,4 @@
-"""Two processes on one CPU, which talk through gloo; one launch for all cases."""
+"""Two processes on one CPU, which talk through gloo; one launch for all cases that are asked for."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,17 +20,31 @@ OPTIONS = {  # of DistributedDataParallel
     "unused_parameters": {"find_unused_parameters": True},
     "accumulation": {},
 }
-NORMS = ["synchronized", "frozen"]
 DDP_CASES = [("none", "plain", "synchronized")]
 DDP_CASES += [(setting, option, "synchronized") for setting in RECOMPUTING for option in OPTIONS]
 DDP_CASES += [(setting, "plain", "frozen") for setting in SETTINGS]
 LAYERS = (1, 2, 2, 1)
 STEPS, BATCH = 3, 4  # BATCH images a step over both processes
-BOUNDS = {"none": 1, "activations": 0.5, "expansions": 0.45, "checkpointing": 0.25}  # of what is kept without
+BOUNDS = {"none": 1, "activations": 0.51, "expansions": 0.45, "checkpointing": 0.28}  # of what is kept without
 WRAPPED = ["network", "stages", "blocks"]  # what FSDP gathers at a time
 FSDP_CASES = [(setting, wrapped, "frozen") for setting in SETTINGS for wrapped in WRAPPED]
 FSDP_CASES += [(setting, "blocks", "synchronized") for setting in SETTINGS]
 COMPILED_CASES = [("none", "stages"), ("activations", "stages"), ("activations", "blocks")]  # and what FSDP gathers
+FEW = {  # one of each kind; the others are thorough
+    ("none", "plain", "synchronized"),
+    ("activations", "plain", "synchronized"),
+    ("activations", "accumulation", "synchronized"),
+    ("none", "plain", "frozen"),
+    ("checkpointing", "plain", "frozen"),
+    *((setting, "blocks", "synchronized") for setting in SETTINGS),
+    ("none", "mixed"),
+    ("activations", "mixed"),
+}
+
+
+def mark(cases):
+    """Cases as a test takes them."""
+    return [pytest.param(case, id="-".join(case), marks=[] if case in FEW else pytest.mark.thorough) for case in cases]
 
 
 def make_network(setting, norms):
@@ -61,7 +75,7 @@ def train(parallel, model, parts, option="plain"):
 
 
 def batches():
-    return images(STEPS * BATCH, dtype=torch.float64).split(BATCH)
+    return images(STEPS * BATCH, 32, dtype=torch.float64).split(BATCH)
 
 
 def shard(setting, wrapped, norms):
@@ -108,13 +122,17 @@ def save_gathered(model, path):
         torch.save(state_dict, path)
 
 
-def run_process(folder):
+def run_process(folder, thorough):
     """One of two processes: what `processes` returns."""
+
+    def choose(cases):
+        return [case for case in cases if thorough or case in FEW]
+
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     parts = [batch.chunk(2)[rank] for batch in batches()]
     results = {}
-    for setting, option, norms in DDP_CASES:
+    for setting, option, norms in choose(DDP_CASES):
         model = make_network(setting, norms)
         parallel = DistributedDataParallel(model, **OPTIONS[option])
         results[setting, option, norms] = train(parallel, model, parts, option)
@@ -123,18 +141,18 @@ def run_process(folder):
     if rank == 0:
         torch.save(parallel.module.state_dict(), Path(folder) / "module.pt")
         torch.save(parallel.state_dict(), Path(folder) / "parallel.pt")
-    for setting, wrapped, norms in FSDP_CASES if has_fully_shard() else []:
+    for setting, wrapped, norms in choose(FSDP_CASES) if has_fully_shard() else []:
         model = shard(setting, wrapped, norms)
         results[setting, wrapped, norms] = gather(train(model, model, parts))
         save_gathered(model, Path(folder) / "gathered.pt")
         if SHOWS_SAVED:
             results["kept", setting, wrapped, norms] = saved_bytes(model, parts[0])
-    for setting, wrapped in COMPILED_CASES if has_fully_shard() else []:
+    for setting, wrapped in choose(COMPILED_CASES) if has_fully_shard() else []:
         model = shard(setting, wrapped, "frozen")
         for module in [model] if wrapped == "stages" else [model.body.layer2, model.body.layer3]:
             module.compile(backend="aot_eager")
         results["compiled", setting, wrapped] = gather(train(model, model, parts))
-    for setting in SETTINGS if has_fully_shard() else []:
+    for setting, _ in choose([(setting, "mixed") for setting in SETTINGS]) if has_fully_shard() else []:
         model = shard_mixed(setting)
         results[setting, "mixed"] = gather(train(model, model, [part.float() for part in parts]))
         if SHOWS_SAVED:
@@ -151,9 +169,10 @@ def has_fully_shard():
 
 
 @pytest.fixture(scope="module")
-def folder(run_two_processes):
+def folder(run_two_processes, request):
     """Where two processes left what they computed."""
-    return run_two_processes(__name__)
+    tests = [item for item in request.session.items if item.module is request.module]
+    return run_two_processes(__name__, any(item.get_closest_marker("thorough") for item in tests))
 
 
 @pytest.fixture(scope="module")
@@ -182,16 +201,16 @@ def assert_equal_weights(actual, expected):
         torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("case", DDP_CASES, ids="-".join)
+@pytest.mark.parametrize("case", mark(DDP_CASES))
 def test_two_processes_train_like_one_with_the_whole_batch(processes, alone, case):
     for result in processes:
         assert_equal_weights(result[case], alone(*case[1:]))
 
 
 @pytest.mark.skipif(not SHOWS_SAVED, reason=HIDES_SAVED)
-@pytest.mark.parametrize("norms", NORMS)
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_data_parallel_training_keeps_what_one_process_keeps(processes, setting, norms):
+@pytest.mark.parametrize("case", mark([case for case in DDP_CASES if case[1] == "plain"]))
+def test_data_parallel_training_keeps_what_one_process_keeps(processes, case):
+    setting, _, norms = case
     for result in processes:
         parallel, model = result["kept", setting, norms]
         assert parallel <= 1.01 * model
@@ -209,22 +228,23 @@ def test_checkpoint_of_data_parallel_training_loads_plainly(folder, processes):
 
 
 @pytest.mark.skipif(not has_fully_shard(), reason="this PyTorch has no torch.distributed.fsdp.fully_shard")
-@pytest.mark.parametrize("case", FSDP_CASES, ids="-".join)
+@pytest.mark.parametrize("case", mark(FSDP_CASES))
 def test_sharded_network_trains_like_one_process_with_the_whole_batch(processes, alone, case):
     for result in processes:
         assert_equal_weights(result[case], alone("plain", case[-1]))
 
 
 @pytest.mark.skipif(not has_fully_shard(), reason="this PyTorch has no torch.distributed.fsdp.fully_shard")
-@pytest.mark.parametrize("case", COMPILED_CASES, ids="-".join)
+@pytest.mark.parametrize("case", mark(COMPILED_CASES))
 def test_sharded_and_compiled_network_trains_like_one_process_with_the_whole_batch(processes, alone, case):
     for result in processes:
         assert_equal_weights(result["compiled", *case], alone("plain", "frozen"))
 
 
 @pytest.mark.skipif(not has_fully_shard(), reason="this PyTorch has no torch.distributed.fsdp.fully_shard")
-@pytest.mark.parametrize("setting", RECOMPUTING)
-def test_sharded_network_trains_the_same_with_and_with_plain_pytorch_in_mixed_precision(processes, setting):
+@pytest.mark.parametrize("case", mark([(setting, "mixed") for setting in RECOMPUTING]))
+def test_sharded_network_trains_the_same_as_plain_pytorch_in_mixed_precision(processes, case):
+    setting, _ = case
     for result in processes:
         for name, value in result["none", "mixed"].items():
             assert torch.equal(result[setting, "mixed"][name], value), name
@@ -242,8 +262,9 @@ def test_checkpoint_of_sharded_training_loads_plainly(folder, processes):
 
 @pytest.mark.skipif(not has_fully_shard(), reason="this PyTorch has no torch.distributed.fsdp.fully_shard")
 @pytest.mark.skipif(not SHOWS_SAVED, reason=HIDES_SAVED)
-@pytest.mark.parametrize(("wrapped", "norms"), sorted({case[1:] for case in FSDP_CASES}))
-def test_sharded_network_keeps_less_for_backward_too(processes, wrapped, norms):
+@pytest.mark.parametrize("case", mark([case for case in FSDP_CASES if case[0] == "activations"]))
+def test_sharded_network_keeps_less_for_backward_too(processes, case):
+    _, wrapped, norms = case
     for result in processes:
         kept = {setting: result["kept", setting, wrapped, norms] for setting in SETTINGS}
         assert kept["activations"] <= BOUNDS["activations"] * kept["none"]

@@ -75,13 +75,15 @@ def test_wheel_works_where_it_is_installed_alone(built, run_python, tmp_path):
         "import json, timm, timm_tresnet; from importlib.metadata import distribution\n"
         "files = [timm_tresnet.__file__, str(distribution('timm-tresnet').locate_file('.'))]\n"
         "model = timm.create_model('test_tresnet', pretrained=True)\n"
-        "print(json.dumps([files, timm_tresnet.__version__, type(model).__module__]))"
+        "print(json.dumps([files, timm_tresnet.__version__, type(model).__module__]))\n"
+        "from timm_tresnet.cli.main import main; main(['classify'])"
     )
-    files, version, module = json.loads(run_python("-c", code, PYTHONPATH=str(target)).stdout)
+    first, _, classified = run_python("-c", code, PYTHONPATH=str(target)).stdout.partition("\n")
+    files, version, module = json.loads(first)
     assert all(Path(file).is_relative_to(target) for file in files)
     assert version == PROJECT["version"]
     assert module == "timm_tresnet.models.network"
-    assert "cat" in run_python("-m", "timm_tresnet", "classify", PYTHONPATH=str(target)).stdout
+    assert "cat" in classified
     recipe = run_python("-m", "timm_tresnet", "recipe", "transfer", "--show", PYTHONPATH=str(target)).stdout
     assert recipe == (ROOT / "recipes" / "transfer.yaml").read_text()
 
