@@ -4,6 +4,7 @@ import threading
 import types
 
 import pytest
+import timm.models
 from interpreters import BUILTIN, OURS, STRICTLY, WHO_BUILDS
 
 import timm_tresnet
@@ -14,17 +15,21 @@ from timm_tresnet import autoload
     "code",
     [
         WHO_BUILDS,
-        "import timm_tresnet; " + WHO_BUILDS,
+        pytest.param("import timm_tresnet; " + WHO_BUILDS, marks=pytest.mark.thorough),
         "import timm; import timm_tresnet; " + WHO_BUILDS,
-        "import torch; import timm_tresnet; " + WHO_BUILDS,
-        "import timm.models.resnet; " + WHO_BUILDS,
-        "from timm_tresnet import TResNet; " + WHO_BUILDS,
+        pytest.param("import torch; import timm_tresnet; " + WHO_BUILDS, marks=pytest.mark.thorough),
+        pytest.param("import timm.models.resnet; " + WHO_BUILDS, marks=pytest.mark.thorough),
+        pytest.param("from timm_tresnet import TResNet; " + WHO_BUILDS, marks=pytest.mark.thorough),
         "from timm_tresnet.models.blocks import Bottleneck; " + WHO_BUILDS,
-        "from timm_tresnet.models.layers import BlurPool2d; " + WHO_BUILDS,
-        "import timm_tresnet.models.layers.conv_norm_act; " + WHO_BUILDS,
-        "import timm_tresnet.cli.main; " + WHO_BUILDS,
-        "import timm, importlib; importlib.reload(timm.models); "
-        "assert timm.models.tresnet_m.__module__ == 'timm_tresnet.tresnet'; " + WHO_BUILDS.replace("import timm; ", ""),
+        pytest.param("from timm_tresnet.models.layers import BlurPool2d; " + WHO_BUILDS, marks=pytest.mark.thorough),
+        pytest.param("import timm_tresnet.models.layers.conv_norm_act; " + WHO_BUILDS, marks=pytest.mark.thorough),
+        pytest.param("import timm_tresnet.cli.main; " + WHO_BUILDS, marks=pytest.mark.thorough),
+        pytest.param(
+            "import timm, importlib; importlib.reload(timm.models); "
+            "assert timm.models.tresnet_m.__module__ == 'timm_tresnet.tresnet'; "
+            + WHO_BUILDS.replace("import timm; ", ""),
+            marks=pytest.mark.thorough,
+        ),
         "import threading; import torch\n"
         "names = ('timm', 'timm_tresnet.models.blocks') * 4\n"
         "threads = [threading.Thread(target=__import__, args=(name,)) for name in names]\n"
@@ -54,8 +59,16 @@ def test_timm_builds_ours_whatever_was_imported_first(run_python, code):
 @pytest.mark.parametrize(
     ("module", "error"),
     [
-        *((module, "ImportError('sabotage')") for module in ("tresnet", "models.blocks", "autoload")),
-        *((module, "SystemExit('sabotage')") for module in ("tresnet", "autoload")),
+        ("models.blocks", "ImportError('sabotage')"),
+        ("autoload", "SystemExit('sabotage')"),
+        *(
+            pytest.param(module, error, marks=pytest.mark.thorough)
+            for module, error in (
+                ("tresnet", "ImportError('sabotage')"),
+                ("autoload", "ImportError('sabotage')"),
+                ("tresnet", "SystemExit('sabotage')"),
+            )
+        ),
     ],
 )
 def test_broken_plugin_warns_once_and_leaves_timm_its_own_models(run_python, module, error):
@@ -122,11 +135,9 @@ def test_what_cannot_be_caught_ends_with_the_variable_that_pytorch_names(run_pyt
     assert run_python("-c", code, TORCH_DEVICE_BACKEND_AUTOLOAD="0").stdout == "1.0\n"
 
 
-def test_modules_keep_their_own_loaders(run_python):
-    code = (
-        "import timm, inspect; print(type(timm.models.__loader__).__name__, type(timm.models.__spec__.loader).__name__)"
-    )
-    assert run_python("-c", code).stdout.split() == ["SourceFileLoader"] * 2
+def test_modules_keep_their_own_loaders():
+    loaders = {type(loader) for loader in (timm.models.__loader__, timm.models.__spec__.loader)}
+    assert loaders == {importlib.machinery.SourceFileLoader}
 
 
 def test_finders_that_python_passes_over_are_passed_over(monkeypatch):

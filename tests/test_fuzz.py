@@ -9,11 +9,12 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("count", [6, pytest.param(60, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("door", fuzz.DOORS)
-def test_damaged_inputs_are_answered_refused_or_skipped(door, tmp_path):
+def test_damaged_inputs_are_answered_refused_or_skipped(door, count, tmp_path):
     if door in ("annotations", "last.ckpt"):
         pytest.importorskip("lightning", reason="install the extra tagging")
-    counts = fuzz.knock(door, 24, 1, tmp_path / "kept")
-    assert counts.total() == 24
+    counts = fuzz.knock(door, count, 1, tmp_path / "kept")
+    assert counts.total() == count
     reports = [path.read_text() for path in sorted(tmp_path.rglob("report.txt"))]
     assert not reports, reports[0]

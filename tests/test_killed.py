@@ -64,22 +64,32 @@ def test_a_killed_conversion_leaves_nothing_or_the_whole_and_nothing_in_the_way(
     assert moment > 8
 
 
-@pytest.mark.parametrize("format", ["torchscript", pytest.param("onnx", marks=needs("onnx"))])
-def test_a_killed_export_leaves_nothing_or_the_whole(embedded, tmp_path, format):
+@pytest.mark.parametrize(
+    ("format", "moments"),
+    [
+        ("torchscript", range(0, 60, 5)),
+        pytest.param("torchscript", range(60), marks=pytest.mark.thorough),
+        pytest.param("onnx", (6,), marks=needs("onnx")),
+    ],
+    ids=["torchscript", "torchscript_at_every_moment", "onnx"],
+)
+def test_a_killed_export_leaves_nothing_or_the_whole(embedded, tmp_path, format, moments):
     path = tmp_path / "out" / f"network{SUFFIXES[format]}"
     other = timm.create_model("test_tresnet", num_classes=7).eval()
     export_model(other, path, format)
     x = torch.rand(1, 3, 64, 64)
     expected = {10: embedded(x), 7: other(x)}
-    moments = range(50) if format == "torchscript" else (6,)
+    killings = 0
     for moment in moments:
         killed = run_killed(lambda: export_model(embedded, path, format), moment)
+        killings += killed
         if path.exists():
             exported = ExportedModel(path, ENGINES[format], trust=True)
             torch.testing.assert_close(exported(x), expected[exported.num_classes], rtol=1e-3, atol=1e-4)
         if not killed:
             break
     assert killed == (format != "torchscript")
+    assert killings
     export_model(embedded, path, format)
     assert sorted(os.listdir(path.parent)) == [path.name, f"{path.name}.json"]
 

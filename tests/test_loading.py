@@ -6,7 +6,7 @@ import shutil
 import pytest
 import timm
 import torch
-from damaging import DAMAGES, MISSING, damage
+from damaging import DAMAGES, damage
 from hub_server import Fault
 
 from timm_tresnet.cli import main as cli
@@ -56,7 +56,7 @@ def assert_refused(name, capfd, *parts):
         assert part in line
 
 
-@pytest.mark.parametrize(("path", "value"), DAMAGES, ids=lambda each: "" if each is MISSING else repr(each)[:30])
+@pytest.mark.parametrize(("path", "value"), DAMAGES, ids=[f"{path}-{at}" for at, (path, _) in enumerate(DAMAGES)])
 def test_damaged_config_is_refused_in_one_sentence(path, value, good, config, capfd):
     config.write_text(json.dumps(damage(json.loads(config.read_text()), path, value)))
     assert_refused(f"local-dir:{good}", capfd, str(config))

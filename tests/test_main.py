@@ -1,3 +1,4 @@
+import pytest
 from interpreters import OURS, WHO_BUILDS
 
 
@@ -9,6 +10,7 @@ def test_script_runs_with_the_plugin_and_its_own_arguments(run_python, tmp_path)
     assert process.stdout.split("\n")[:2] == ["__main__ ['--model', 'x'] 3", OURS]
 
 
+@pytest.mark.thorough
 def test_script_runs_in_every_process_of_torchrun(run_python, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"import os\nprint(os.environ['WORLD_SIZE'])\n{WHO_BUILDS}\n")

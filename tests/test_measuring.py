@@ -47,7 +47,9 @@ def test_unknown_networks_are_named(name, message):
 
 @pytest.mark.parametrize(("fitting", "cap", "largest"), [(5, 20, 5), (20, 8, 8), (0, 4, 0)], ids=str)
 @pytest.mark.parametrize("guess", [None, 0, 1, 6, 100])
-def test_largest_batch_is_found_by_bisection(fitting, cap, largest, guess):
+def test_largest_batch_is_found_by_bisection(fitting, cap, largest, guess, monkeypatch):
+    monkeypatch.setattr(measuring.gc, "collect", lambda: None)  # slow where much is imported
+
     def step(size):
         if size > fitting:
             raise torch.cuda.OutOfMemoryError("this batch does not fit")

@@ -127,6 +127,7 @@ def test_new_version_replaces_the_old_one_and_uninstalling_gives_timm_its_own_ba
     assert environment.run("-c", f"{WHO_BUILDS}; print(len(timm.list_pretrained('tresnet*')))") == [BUILTIN, "10"]
 
 
+@pytest.mark.thorough
 def test_first_of_two_versions_on_the_path_wins_whatever_metadata_is_left_over(environment, tmp_path):
     environment.install(make_wheel(tmp_path, "0.0.1", extra=["removed_later"]))
     environment.install(make_wheel(tmp_path, "0.1.0"))  # unpacked over it, metadata of both
@@ -161,6 +162,7 @@ def test_read_only_target_folder_of_any_name_works_optimised_and_stays_as_it_is(
     assert sorted(target.rglob("*")) == before
 
 
+@pytest.mark.thorough
 def test_zip_application_builds_ours_and_names_the_file_that_embedded_weights_need(environment, tmp_path):
     application = shutil.copy(make_wheel(tmp_path), tmp_path / "application.pyz")
     code = f"""
@@ -181,10 +183,10 @@ except FileNotFoundError:
 @pytest.mark.parametrize(
     ("module", "text"),
     [
-        ("autoload", "def broken(:\n"),
-        ("autoload", None),
+        pytest.param("autoload", "def broken(:\n", marks=pytest.mark.thorough),
+        pytest.param("autoload", None, marks=pytest.mark.thorough),
         ("tresnet", "raise RecursionError('sabotage')\n"),
-        ("models/layers/anti_alias", None),
+        pytest.param("models/layers/anti_alias", None, marks=pytest.mark.thorough),
     ],
     ids=["syntax_error", "missing_hook", "exception", "missing_layer"],
 )
@@ -201,6 +203,7 @@ def test_fault_in_any_module_is_one_warning_and_timm_keeps_its_own(environment, 
     assert path.stem in line or "sabotage" in line  # what is broken
 
 
+@pytest.mark.thorough
 def test_missing_dependency_is_one_warning_and_timm_keeps_its_own(environment, tmp_path):
     environment.install(make_wheel(tmp_path))
     process = environment.run_loudly("-c", f"import sys; sys.modules['huggingface_hub'] = None; {WHO_BUILDS}")
@@ -210,6 +213,7 @@ def test_missing_dependency_is_one_warning_and_timm_keeps_its_own(environment, t
     assert "huggingface_hub" in line
 
 
+@pytest.mark.thorough
 def test_workers_build_and_run_ours_however_they_start(environment, tmp_path):
     environment.install(make_wheel(tmp_path))
     script = tmp_path / "script.py"
