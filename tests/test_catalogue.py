@@ -67,6 +67,7 @@ def test_official_names_and_shapes_are_found_to_be_the_public_weights(public):
         layout="official",
         inplace_abn=True,
     )
+    assert public.files
     for file in public.files:
         assert _choose_public_weight(found, file, None) == (public, [])
 
@@ -149,7 +150,7 @@ def test_catalogue_cannot_be_changed():
     public = CATALOGUE["tresnet_m.miil_in1k"]
     with pytest.raises(dataclasses.FrozenInstanceError):
         public.tag = "other"
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="does not support item assignment"):
         CATALOGUE["other"] = public
 
 

@@ -97,8 +97,9 @@ def test_preprocessing_is_described_as_the_public_weight_has_it():
 
 
 def test_examples_load_the_repository_or_a_placeholder():
-    assert all('"hf-hub:owner/name"' in code for code in find_code(make_card(LINEAR, "tresnet_m", 1000, "owner/name")))
-    assert all(f'"{PLACEHOLDER}"' in code for code in find_code(make_card(LINEAR, "tresnet_m", 1000)))
+    for repo_id, name in (("owner/name", "hf-hub:owner/name"), (None, PLACEHOLDER)):
+        examples = find_code(make_card(LINEAR, "tresnet_m", 1000, repo_id))
+        assert [f'"{name}"' in code for code in examples] == [True] * 4
 
 
 @pytest.mark.parametrize(

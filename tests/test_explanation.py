@@ -22,7 +22,9 @@ def grad_cam(model, layer, x, index):
 
 
 def test_labels_are_the_most_probable_ones_of_the_network(embedded):
-    for path in SAMPLES.glob("*.jpg"):
+    photographs = sorted(SAMPLES.glob("*.jpg"))
+    assert photographs
+    for path in photographs:
         image = read_image(path)
         explanation = explain_image(embedded, image, count=4)
         transform = timm.data.create_transform(**timm.data.resolve_data_config(model=embedded))

@@ -358,6 +358,7 @@ def test_every_bullet_of_what_you_get_has_a_number_that_is_checked_here():
     patterns = [re.sub(r"\\{.*?\\}", r"[\\d.]+", re.escape(sentence)) for sentence, _ in CLAIMS["README.md"]]
     # counted below, by tests/conftest.py and by tests/test_recipes.py
     others = [r"20 of them", r"3 heads", r"with 2 processes", r"10 recipes"]
+    assert bullets
     for bullet in bullets:
         assert any(re.search(pattern, bullet) for pattern in patterns + others), bullet
 

@@ -131,7 +131,9 @@ def test_the_page_has_every_recipe_with_figures_of_its_file():
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_numbers_are_not_texts(file):
-    for value in read_recipe(file).values():
+    recipe = read_recipe(file)
+    assert recipe
+    for value in recipe.values():
         for one in value if isinstance(value, list) else [value]:
             assert not _is_number_in_quotes(one)
 
