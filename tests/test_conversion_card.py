@@ -170,6 +170,11 @@ def test_no_text_breaks_out_of_the_metadata_or_the_tables(text):
     assert not re.search(r"(?<!\\)<|(?<!\\)\]\((?!https://arxiv.org/abs/[\d.]+\))|(?<!\\)!\[|(?<!\\)\*\*", prose)
 
 
+def test_metrics_are_named_as_the_hub_names_them():
+    (result,) = ModelCard(make_card(MULTI_LABEL, "tresnet_l", MULTI_LABEL.num_classes)).data.eval_results
+    assert (result.metric_name, result.metric_type) == ("mAP", "map")
+
+
 @pytest.mark.parametrize("repo_id", ["owner/na\nme", 'owner/name"', "owner/<b>", "owner/a b", "owner", "a/b/c", ""])
 def test_names_that_are_no_repository_are_refused(repo_id):
     with pytest.raises(ValueError, match="needs repo_id to be OWNER/NAME"):

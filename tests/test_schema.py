@@ -20,27 +20,47 @@ from timm_tresnet.utils.schema import (
 
 
 @pytest.mark.parametrize(
-    ("kind", "good", "bad"),
-    [
-        (integer(0, 9), [0, 9], [-1, 10, 1.0, True, "1", None, [1], 10**400]),
-        (number(0, 1), [0, 1, 0.5], [-0.1, 1.1, math.nan, math.inf, -math.inf, True, "0.5", None, 10**400]),
-        (number(0, 1, above=True), [1, 1e-9], [0, 0.0, -1]),
-        (choice("a", 1, None, False), ["a", 1, None, False], [True, 0, 1.0, "b", [], {}]),
-        (FLAG, [True, False], [0, 1, "true", None]),
-        (TEXT, ["", "naïve 模型", "👩‍💻"], ["a\nb", "\x1b[31m", "\ud800", 1, None, ["a"]]),
-        (list_of(integer(1, 9), 2, 3), [[1, 2], [1, 2, 3]], [[1], [1, 2, 3, 4], [1, "2"], "12", {"0": 1}, None]),
-        (map_of(TEXT), [{}, {"a": "b"}], [{"a": 1}, {"\n": "b"}, ["a"], None]),
-        (FLAG.or_null(), [None, True], ["null", 0]),
-        (FLAG.or_else(TEXT), [True, "a"], [1, None]),
+    ("make", "good", "bad"),
+    [  # made in the test, which mutants of these functions would not reach otherwise
+        (lambda: integer(0, 9), [0, 9], [-1, 10, 1.0, True, "1", None, [1], 10**400]),
+        (lambda: number(0, 1), [0, 1, 0.5], [-0.1, 1.1, math.nan, math.inf, -math.inf, True, "0.5", None, 10**400]),
+        (lambda: number(0, 1, above=True), [1, 1e-9], [0, 0.0, -1]),
+        (lambda: choice("a", 1, None, False), ["a", 1, None, False], [True, 0, 1.0, "b", [], {}]),
+        (lambda: FLAG, [True, False], [0, 1, "true", None]),
+        (lambda: TEXT, ["", "naïve 模型", "👩‍💻"], ["a\nb", "\x1b[31m", "\ud800", 1, None, ["a"]]),
+        (
+            lambda: list_of(integer(1, 9), 2, 3),
+            [[1, 2], [1, 2, 3]],
+            [[1], [1, 2, 3, 4], [1, "2"], "12", {"0": 1}, None],
+        ),
+        (lambda: map_of(TEXT), [{}, {"a": "b"}], [{"a": 1}, {"\n": "b"}, ["a"], None]),
+        (lambda: FLAG.or_null(), [None, True], ["null", 0]),
+        (lambda: FLAG.or_else(TEXT), [True, "a"], [1, None]),
     ],
     ids=["integer", "number", "above", "choice", "flag", "text", "list", "map", "or_null", "or_else"],
 )
-def test_kinds_take_what_they_say_and_nothing_else(kind, good, bad):
+def test_kinds_take_what_they_say_and_nothing_else(make, good, bad):
+    kind = make()
     assert [find_fault(value, kind, "x") for value in good] == [None] * len(good)
     for value in bad:
         fault = find_fault(value, kind, "x")
         assert fault.startswith(f"needs x to be {kind.words}, got ")
         assert fault.isprintable()
+
+
+def test_kinds_say_what_they_take():
+    said = {
+        "an integer from 0 to 9": integer(0, 9),
+        "a number from 0 to 1": number(0, 1),
+        "a number above 0 and up to 1": number(0, 1, above=True),
+        'one of "a", 1, null': choice("a", 1, None),
+        '"a"': choice("a"),
+        "a list of 2 to 3, each an integer from 1 to 9": list_of(integer(1, 9), 2, 3),
+        "an object, each value text without control characters": map_of(TEXT),
+        "an integer from 0 to 9 or null": integer(0, 9).or_null(),
+        'an integer from 0 to 9 or "a"': integer(0, 9).or_else(choice("a")),
+    }
+    assert [kind.words for kind in said.values()] == list(said)
 
 
 @pytest.mark.parametrize(

@@ -190,3 +190,12 @@ def test_accuracy_is_that_of_timm():
     assert scores.score_top(logits[:, :3], targets[:, :3]).keys() == {"top-1"}
     targets[:, 0] = 1  # of several labels, one is enough
     assert scores.score_top(logits, targets)["top-1"] > expected[0]
+
+
+def test_f1_of_poor_predictions_is_that_of_the_definition():
+    targets = torch.tensor([[1.0, 0], [1, 0], [1, 1], [0, 1]])
+    probabilities = torch.tensor([[0.9, 0.9], [0.1, 0.9], [0.1, 0.1], [0.9, 0.9]])  # right: 1 of 2, and 1 of 3
+    found = scores.score(probabilities, targets, 0.5)
+    precision, recall = (1 / 2 + 1 / 3) / 2, (1 / 3 + 1 / 2) / 2
+    assert found["CF1"] == pytest.approx(100 * 2 * precision * recall / (precision + recall))
+    assert found["OF1"] == pytest.approx(100 * 2 * 2 / (5 + 5))
