@@ -329,7 +329,7 @@ class Annotated(Door):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         patch = pytest.MonkeyPatch()  # until this process ends
-        patch.setattr("timm_tresnet.tagging.training.train_tagger", lambda *arguments, **options: None)
+        patch.setattr("timm_tresnet.tagging.training.train_network", lambda *arguments, **options: None)
         names, labels = ["a.png", "b/c.png", "ä, d.png"], ["cat", "a; b", "ä"]
         for name in names:
             (folder / name).parent.mkdir(exist_ok=True)
