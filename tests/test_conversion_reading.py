@@ -13,6 +13,7 @@ from converting import SMALL, save_checkpoint
 from safetensors.torch import save_file
 
 from timm_tresnet import convert_checkpoint
+from timm_tresnet.conversion.reading import name_some
 
 
 class Hostile:
@@ -236,3 +237,10 @@ def test_mutated_names_and_shapes_end_in_an_error_or_a_right_load(seed, tensors,
                 if not name.endswith("num_batches_tracked"):
                     torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
     assert 0 < refused < 60
+
+
+def test_of_many_names_the_first_are_named():
+    names = [f"n{index}" for index in range(21)]
+    assert name_some(names[:20]) == ", ".join(names[:20])
+    assert name_some(names) == f"{', '.join(names[:20])} and 1 more"
+    assert name_some([]) == "nothing"
