@@ -276,6 +276,8 @@ class Sharded:
             return y
 
         y = call_sharded(self.module, forward, x)
+        if type(source) is Recomputed and run.has_lost_weights():
+            source = Stored(y)
         return y, source
 
 

@@ -52,10 +52,15 @@ class Run:
 
     def leave(self, y: Tensor, source: Source, stored: bool) -> None:
         """Make y, with its source, the current feature map, which may be one that is stored."""
-        if type(source) is Recomputed and (stored or self._has_lost_weights()):
+        if type(source) is Recomputed and stored:
             source = Stored(y)
         self._source = source
         self._last = y
+
+    def store_if_lost(self) -> None:
+        """Store the current feature map if weights that recompute it have been freed."""
+        if type(self._source) is Recomputed and self.has_lost_weights():
+            self._source = Stored(self._last)
 
     def recheck(self, y: object) -> None:
         """Close the run if user code, which has returned y, makes the rest ineligible."""
@@ -66,7 +71,7 @@ class Run:
         """Note the weight of a convolution that runs again."""
         self._weights.append(weight.untyped_storage())
 
-    def _has_lost_weights(self) -> bool:
+    def has_lost_weights(self) -> bool:
         """Whether weights of convolutions that run again have been freed since this was asked last.
 
         Sharded training (FSDP) frees a module's weights after its forward and gathers them again for its own backward,

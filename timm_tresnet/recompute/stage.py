@@ -88,7 +88,9 @@ class Body(nn.Sequential):
     def _run_one(self, position: int, module: nn.Module, x: Tensor, run: Run) -> Tensor:
         if not run.closed and original_class(module) is Stage:
             if is_sharded(module) and find_user_code(module) is None:
-                return call_sharded(module, functools.partial(module._run_all, run=run), x)
+                x = call_sharded(module, functools.partial(module._run_all, run=run), x)
+                run.store_if_lost()
+                return x
             if is_untouched(module):
                 return module._run_all(x, run)
         return self._run_program(module, x, run)
@@ -186,7 +188,9 @@ class Stage(Body):
         stored = keeps_output(position, len(self._modules), self.grad_checkpointing)
         if is_sharded(block) and not run.closed:  # its weights are gathered inside
             run_inside = functools.partial(self._run_program, block, run=run, stored=stored, call=block.forward)
-            return call_sharded(block, run_inside, x)
+            x = call_sharded(block, run_inside, x)
+            run.store_if_lost()
+            return x
         return self._run_program(block, x, run, stored)
 
     def _repeats_all(self) -> bool:
