@@ -63,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line, with an example for each command."""
     examples = [f"timm-tresnet {command.EXAMPLE}" for command in _COMMANDS.values()]
     parser = _make_one(argparse.ArgumentParser, examples, prog="timm-tresnet", description="TResNet models for timm.")
-    about = {"nargs": 0, "default": argparse.SUPPRESS, "help": "print the versions and exit"}
+    about: dict[str, Any] = {"nargs": 0, "default": argparse.SUPPRESS, "help": "print the versions and exit"}
     parser.add_argument("--version", action=_ShowVersions, **about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
@@ -116,10 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         hint = f"; flags of {_PASSING_ON[words[0]]} go behind --" if words[0] in _PASSING_ON else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    options = vars(options)
-    command = _COMMANDS[options.pop("command")]
+    arguments = vars(options)
+    command = _COMMANDS[arguments.pop("command")]
     try:
-        status = command.run(words, **options)
+        status = command.run(words, **arguments)
         print(end="", flush=True)
     except CommandError as error:
         print(f"timm-tresnet: {escape(str(error), lines=True)}", file=sys.stderr)

@@ -14,7 +14,7 @@ def new_file(text: str) -> Path:
     return path
 
 
-def at_least(least: int, kind: type = int) -> Callable[[str], float]:
+def at_least(least: int, kind: type = int) -> Callable[[str], Any]:
     """What makes a number and refuses smaller ones."""
 
     def number(text: str) -> float:
@@ -26,7 +26,7 @@ def at_least(least: int, kind: type = int) -> Callable[[str], float]:
     return number
 
 
-def between(least: float, most: float, kind: type = float) -> Callable[[str], float]:
+def between(least: float, most: float, kind: type = float) -> Callable[[str], Any]:
     """What makes a number and refuses smaller and greater ones."""
 
     def number(text: str) -> float:
@@ -104,7 +104,7 @@ def make_reading(options: dict[str, Any], **others: Any) -> Any:
     )
 
 
-READING_OPTIONS = ("images", "labels", "other_names", "separator", "column", "file_column")
+READING_OPTIONS: tuple[str, ...] = ("images", "labels", "other_names", "separator", "column", "file_column")
 READING_OPTIONS += ("skip_missing", "skip_unknown", "keep_empty", "outside")
 FORMS = "a .json of COCO or LVIS, a .csv or .tsv, a folder with metadata.jsonl or with a .txt beside each image"
 

@@ -56,7 +56,7 @@ def add_training_options(parser: argparse.ArgumentParser, usual: Any, rows: Sequ
 
     training = parser.add_argument_group("training")
     whole, real = at_least(1), at_least(0, float)
-    for name, kind, what in (
+    every: tuple[Row, ...] = (
         ("epochs", whole, "how often each image is seen"),
         ("batch-size", whole, "images in a step, of each process"),
         ("accumulate", whole, "steps whose gradients are added up"),
@@ -67,7 +67,8 @@ def add_training_options(parser: argparse.ArgumentParser, usual: Any, rows: Sequ
         ("ema-decay", between(0, 1), "of the moving average of the weights"),
         *rows,
         ("seed", at_least(0), "of all that is drawn"),
-    ):
+    )
+    for name, kind, what in every:
         training.add_argument(
             f"--{name}",
             type=kind,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -162,7 +163,7 @@ def _describe(facts: Facts, name: str, num_classes: int) -> ModelCardData:
     named = (facts.dataset, public and public.pretraining)
     datasets = [_HUB_DATASETS[dataset] for dataset in named if dataset in _HUB_DATASETS]
     results = None
-    if public and public.metric and _has_published_head(public, num_classes):
+    if public and public.metric and public.dataset and _has_published_head(public, num_classes):
         repository = public.metric.published.partition(",")[0]
         if repository == "timm":
             repository = "huggingface/pytorch-image-models"
@@ -209,7 +210,7 @@ def _introduce(facts: Facts, architecture: str, num_classes: int) -> str:
 
 
 def _tabulate(facts: Facts, num_classes: int) -> str:
-    rows = [("classes", num_classes)] if num_classes else []
+    rows: list[tuple[str, Any]] = [("classes", num_classes)] if num_classes else []
     if facts.multi_label and num_classes:
         rows.append(("outputs", "one sigmoid a class; an image can have any number of the classes"))
     if facts.input_size:

@@ -130,9 +130,10 @@ def _describe(
     in_chans = found.model_args.get("in_chans", 3)
     of_run = run.facts(in_chans).known if run else {}
     of_other = _look_up_facts(like, in_chans).known if like else {}
-    facts = dataclasses.replace(public or NOTHING_KNOWN, **{**of_run, **of_other, **given.known})
-    if public and facts.dataset != public.dataset:
-        facts = dataclasses.replace(facts, metric=None)  # it was measured on the other one
+    known = {**of_run, **of_other, **given.known}
+    if public and known.get("dataset", public.dataset) != public.dataset:
+        known["metric"] = None  # it was measured on the other one
+    facts = dataclasses.replace(public or NOTHING_KNOWN, **known)
     _check_facts(facts, in_chans)
     names, source, fault = _name_classes(found, public, run, labels)
     bad = [name for name, tensor in found.state_dict.items() if not torch.isfinite(tensor).all()]
@@ -169,7 +170,7 @@ def _choose_public_weight(
     custom = sorted(found.model_args.keys() - HEAD_ARGUMENTS)
     misfits = []
     for public in [catalogue[wanted]] if wanted else [row for row in catalogue.values() if file_name in row.files]:
-        needed = {"architecture": public.architecture}
+        needed: dict[str, Any] = {"architecture": public.architecture}
         if public.head != "unknown":
             needed |= {"head": public.head, "num_classes": public.converted_classes}
         if needed.items() <= in_file.items() and not custom:

@@ -110,7 +110,7 @@ class _StandIn(list):  # torch appends to no other class
     def __eq__(self, other: object) -> bool:
         return self is other
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]  # lists have none
 
 
 class _DictStandIn(_StandIn):

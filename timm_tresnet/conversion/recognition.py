@@ -113,7 +113,8 @@ def recognise(
         weights[QUERIES] = torch.empty(0, head_args["label_embedding"])
     architecture, model_args = _detect(weights, blurred, custom)
     model_args |= head_args | dict(untold or {})
-    class_names, names_fault = (), ""
+    class_names: tuple[str, ...] = ()
+    names_fault = ""
     if "idx_to_class" in checkpoint:
         class_names, names_fault = order_names(checkpoint["idx_to_class"], num_classes)
     norms = [tensor for name, tensor in tensors.items() if name.endswith(".1.weight") and tensor.numel()]
@@ -212,7 +213,8 @@ def _detect_ml_decoder(weights: Mapping[str, Tensor]) -> tuple[int, dict[str, An
 def _detect(weights: Mapping[str, Tensor], blurred: bool, custom: bool) -> tuple[str, dict[str, Any]]:
     """Name of the variant and the arguments in which the network differs from it, from names and shapes."""
     stem = weights[_STEM].shape
-    pixels, kind = {(3, 3): (16, "space_to_depth"), (7, 7): (1, "conv7x7")}.get(tuple(stem[2:]), (0, ""))
+    stems: dict[tuple[int, ...], tuple[int, str]] = {(3, 3): (16, "space_to_depth"), (7, 7): (1, "conv7x7")}
+    pixels, kind = stems.get(tuple(stem[2:]), (0, ""))
     if not pixels or stem[0] == 0 or stem[1] == 0 or stem[1] % pixels:
         raise ValueError(f"{_STEM} fits no stem of a TResNet, its shape is {tuple(stem)}")
     layers, blocks, use_se = [], [], []

@@ -80,7 +80,7 @@ def export_model(
         exported = ExportedModel(unfinished, kind.engine, report, trust=True)
         report["check"] = {"max_relative_error": _compare(network, exported, description)}
         del exported  # it may have the files open
-        if images:
+        if images and kind.quantise:  # _check_arguments refuses images for formats without it
             kept = kind.quantise(unfinished, images.calibration_batches())
             report["kept_in_float"] = sorted({name.partition(".se.")[0] + ".se" for name in kept})
             exported = ExportedModel(unfinished, kind.engine, report, trust=True)
@@ -178,7 +178,7 @@ def _size_limits(model: nn.Module, kind: Format | None = None) -> tuple[int, int
 
 
 def _describe(
-    model: nn.Module, format: str, precision: str, batch_size: int | None, image_size: tuple[int, int] | None
+    model: Any, format: str, precision: str, batch_size: int | None, image_size: tuple[int, int] | None
 ) -> Description:
     config = model.pretrained_cfg
     input_size = (model.in_chans, *(image_size or config["input_size"][1:]))

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from typing import Any
 
 import torch
 from timm.utils import reparameterize_model
@@ -78,7 +79,8 @@ def _make_weights_constant(model: nn.Module) -> None:
 
 def _remove_parametrizations(module: nn.Module) -> None:
     """As PyTorch's function of this name, which also takes them from the class, and so from what this is a copy of."""
-    values = {name: getattr(module, name).detach() for name in module.parametrizations}
+    parametrizations: Any = module.parametrizations  # an nn.ModuleDict
+    values = {name: getattr(module, name).detach() for name in parametrizations}
     kind = parametrize.type_before_parametrizations(module)
     del module.parametrizations
     module.__class__ = kind
@@ -111,7 +113,8 @@ def optimize_for_inference(model: nn.Module, dynamic: bool = False, mode: str | 
     if mode is None and not dynamic and next(network.parameters()).device.type == "cuda":
         mode = "reduce-overhead"
     fullgraph = not is_observed(*network.modules())
-    return _Inference(torch.compile(network, fullgraph=fullgraph, dynamic=dynamic, mode=mode))
+    compiled: Any = torch.compile(network, fullgraph=fullgraph, dynamic=dynamic, mode=mode)  # a module, as network is
+    return _Inference(compiled)
 
 
 class _Inference(nn.Module):

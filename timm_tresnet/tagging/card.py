@@ -5,6 +5,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -140,7 +141,7 @@ def show_command(command: str) -> str:
 
 def localise(word: str) -> str:
     """A word of a command line, or a file, whose absolute paths are the names behind them: cards are published."""
-    match = re.match(r"(--[\w-]+=)?(local-dir:)?", word)
+    match: Any = re.match(r"(--[\w-]+=)?(local-dir:)?", word)  # never None: it fits "" too
     path = word[match.end() :]
     for kind in (PurePosixPath, PureWindowsPath):
         if kind(path).is_absolute():

@@ -20,8 +20,8 @@ from timm_tresnet.utils.schema import TEXT, Kind, Table, find_fault, show
 SEPARATOR = ";"
 _PLAIN_SEPARATORS = (";", ",", "|")  # which few labels hold
 _OTHER_SEPARATORS = (*_PLAIN_SEPARATORS, " ", "/", "+")
-_FILE_COLUMNS = ("file", "file_name", "filename", "filepath", "path", "image", "image_name", "image_path", "imageid")
-_FILE_COLUMNS += ("image_id",)
+_FILE_COLUMNS: tuple[str, ...] = ("file", "file_name", "filename", "filepath", "path", "image", "image_name")
+_FILE_COLUMNS += ("image_path", "imageid", "image_id")
 _LABEL_COLUMNS = ("labels", "tags", "label", "labelname")
 _CONFIDENCE = "confidence"  # OpenImages: 1 for a label that somebody saw, 0 for one that somebody looked for in vain
 _STATES = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False} | dict.fromkeys(
@@ -244,10 +244,10 @@ def _read_table(path: Path, reading: Reading, left_out: Counter[str]) -> Rows:
     cells = _split_cells([line[labels] for line in table], reading.separator, SEPARATOR)
     confidence = _find_column(header, (_CONFIDENCE,), None)
     if confidence is None:
-        rows = [Row(line[file], names) for line, names in zip(table, cells, strict=True)]
+        labelled = [Row(line[file], names) for line, names in zip(table, cells, strict=True)]
     else:
-        rows = list(_weigh_rows(table, cells, file, confidence))
-    return Rows(rows, _collect_names(rows), _read_classes(path, header[labels]))
+        labelled = list(_weigh_rows(table, cells, file, confidence))
+    return Rows(labelled, _collect_names(labelled), _read_classes(path, header[labels]))
 
 
 def _find_column(header: Sequence[str], usual: Sequence[str], wanted: str | None) -> int | None:

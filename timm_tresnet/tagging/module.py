@@ -31,6 +31,7 @@ class Tagger(pl.LightningModule):
         loss: of logits and targets, summed over images; None for that of the settings alone.
     """
 
+    network: Any  # has what timm gives a network, such as num_classes
     average: ModelEmaV3
     loss: nn.Module
 

@@ -76,7 +76,7 @@ def find_checkpoint_fault(
         {"epoch": integer(1, done), "loss": _REAL, "unreadable": _COUNT, **dict.fromkeys(NETWORKS, scores)},
         ("epoch", "loss", "unreadable", *NETWORKS),
     )
-    best = {
+    best: dict[str, Kind | Table] = {
         "epoch": integer(1, done),
         "name": choice(*NETWORKS),
         figures[0]: _REAL,
@@ -90,7 +90,7 @@ def find_checkpoint_fault(
             "thresholds": list_of(number(0, 1), labels, labels),
             "average_precisions": list_of(_REAL, labels, labels),
         }
-    tagging = {
+    tagging: dict[str, Kind | Table] = {
         "average": _MAPPING,
         "averaged_steps": _COUNT,
         "best": Table(best, tuple(best)),

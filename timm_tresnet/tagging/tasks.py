@@ -1,6 +1,6 @@
 """What differs between images with any number of labels and images of one class: the loss, and what is measured."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from timm.utils import accuracy
@@ -44,7 +44,7 @@ class Task(Protocol):
 class Tagging:
     """Any number of labels an image, each with a sigmoid and a threshold of its own."""
 
-    figures = ("mAP", "CF1", "OF1")
+    figures: tuple[str, ...] = ("mAP", "CF1", "OF1")
     averages = False  # as in official training
 
     def __init__(self, settings: Settings) -> None:
@@ -71,7 +71,7 @@ class Tagging:
 class Classification:
     """One class an image, by a softmax."""
 
-    figures = ("top-1", "top-5")
+    figures: tuple[str, ...] = ("top-1", "top-5")
     averages = True  # as in timm's train.py
 
     def __init__(self, settings: ClassSettings) -> None:
@@ -97,4 +97,4 @@ class Classification:
 
 def make_task(settings: TrainingSettings) -> Task:
     """The task that settings are of."""
-    return Classification(settings) if isinstance(settings, ClassSettings) else Tagging(settings)
+    return Classification(settings) if isinstance(settings, ClassSettings) else Tagging(cast(Settings, settings))

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import timm.data
@@ -153,12 +153,14 @@ def train_network(
     tagger = Tagger(network, settings, len(data["measuring"]), loss)
     with _quiet():
         trainer = _make_trainer(settings, place, device, processes, say, tagger, len(data["training"]))
-        loaders = [
-            make_loader(images, settings.batch_size, name == "training", workers, process, processes, settings.seed)
+        loaders = {
+            name: make_loader(
+                images, settings.batch_size, name == "training", workers, process, processes, settings.seed
+            )
             for name, images in data.items()
-        ]
+        }
         try:
-            trainer.fit(tagger, *loaders, ckpt_path=checkpoint, weights_only=True)
+            trainer.fit(tagger, loaders["training"], loaders["measuring"], ckpt_path=checkpoint, weights_only=True)
         # What Lightning and PyTorch raise for a part that was not looked at depends on what is in it.
         except (
             ArithmeticError,
@@ -226,7 +228,7 @@ def _make_data_sets(
             size, pretrained_cfg["mean"], pretrained_cfg["std"], settings.cutout, settings.randaugment
         )
     else:
-        augmenting = make_class_transform(pretrained_cfg, settings)
+        augmenting = make_class_transform(pretrained_cfg, cast(ClassSettings, settings))
     # As `timm-tresnet classify` prepares images, so that thresholds are for what it sees
     plain = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg))
     names = training.names
@@ -317,7 +319,7 @@ class _Teller(Callback):
         self._epochs = epochs
         self._say = say
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         row, figure = pl_module.history[-1], pl_module.task.figures[0]
         if not math.isfinite(row["loss"]):
             raise ValueError(
@@ -352,13 +354,14 @@ def _make_trainer(
         }
         return find_checkpoint_fault(checkpoint, tagger, loops, images)
 
+    precision: Any = choose_precision(settings, choose_device(device))  # one of the names that Lightning lists
     make = functools.partial(
         pl.Trainer,
         accelerator=device,
         devices=local,
         num_nodes=processes // local,
         strategy="ddp" if processes > 1 else "auto",
-        precision=choose_precision(settings, choose_device(device)),
+        precision=precision,
         max_epochs=settings.epochs,
         accumulate_grad_batches=settings.accumulate,
         sync_batchnorm=settings.sync_bn,
@@ -422,7 +425,7 @@ def _summarise(
     measuring: Annotations,
     command: str,
 ) -> Tagged:
-    best = tagger.best
+    best: Any = tagger.best  # not None after an epoch
     trained: Any = {
         "labels": training.names,
         "scores": best["scores"],
@@ -458,7 +461,7 @@ def _holds_result(output: Path) -> bool:
 
 
 def _tell_result(tagger: Tagger, data: dict[str, LabelledImages], output: Path) -> Iterator[str]:
-    best = tagger.best
+    best: Any = tagger.best  # not None after an epoch
     kind = "the moving average" if best["name"] == "average" else "the weights"
     scores = ", ".join(f"{name} {value:.2f}" for name, value in best["scores"].items())
     yield f"{printable(output)}: {kind} of epoch {best['epoch']}; on the held-out images {scores}"

@@ -86,7 +86,7 @@ def make_class_transform(pretrained_cfg: Mapping[str, Any], settings: ClassSetti
             tuple(pretrained_cfg["input_size"]),
             is_training=True,
             hflip=settings.hflip,
-            color_jitter=None,
+            color_jitter=None,  # type: ignore[arg-type]  # timm takes None, as its train.py does
             auto_augment=settings.aa or None,
             interpolation=pretrained_cfg["interpolation"],
             mean=tuple(pretrained_cfg["mean"]),

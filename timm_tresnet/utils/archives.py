@@ -95,7 +95,7 @@ def _check_pickle(file: IO[bytes]) -> None:
         for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
             if count > _MOST_OPERATIONS:
                 raise _ClaimError(f"its pickle has more than {_MOST_OPERATIONS} operations")
-            if operation.name == "GLOBAL" and argument.endswith("bytearray"):  # of a number: as many zeros
+            if operation.name == "GLOBAL" and argument and argument.endswith("bytearray"):  # of a number: as many zeros
                 raise _ClaimError("its pickle makes a bytearray, and a file of weights needs none")
     except _ClaimError:
         raise

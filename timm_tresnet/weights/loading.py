@@ -79,7 +79,7 @@ def look_up(name: str) -> Weights:
         if source:
             path, pinned, called = _find_config(source, rest)
             model_args = config.read_config(path, called).get("model_args", {})
-            pretrained_cfg = build_skeleton(pinned, called).pretrained_cfg
+            pretrained_cfg: Any = build_skeleton(pinned, called).pretrained_cfg
         else:
             _check_name(rest)
             with torch.device("meta"), warnings.catch_warnings():

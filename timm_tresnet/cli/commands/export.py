@@ -66,7 +66,7 @@ def run(
     network = load_model(model)
     warn_of_assumed(network)
     try:
-        description = export_model(network, output, format, batch, size and tuple(size), calibration)
+        description = export_model(network, output, format, batch, (size[0], size[1]) if size else None, calibration)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         raise CommandError(f"cannot export {model}: {summarise(error)}") from error
     check = description["check"]

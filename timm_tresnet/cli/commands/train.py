@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_tresnet.cli.options import between
-from timm_tresnet.cli.training import add_held_out, add_training_options, run_training
+from timm_tresnet.cli.training import Row, add_held_out, add_training_options, run_training
 
 ABOUT = {
     "help": "train a network on folders of images, one for each class",
@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--val", type=Path, metavar="FOLDER", help="of images to measure with (default: `validation` in FOLDER)"
     )
     add_held_out(data, usual)
-    rows = [
+    rows: list[Row] = [
         ("min-lr", between(0, 1), "lowest learning rate, for other schedules than onecycle"),
         ("smoothing", between(0, 0.99), "of the targets"),
         ("aa", str, "augmentation, such as rand-m9-mstd0.5; '' for none"),
