@@ -96,6 +96,22 @@ def test_preprocessing_is_described_as_the_public_weight_has_it():
     assert "resized to 448 × 448 pixels whatever its shape" in make_card(MULTI_LABEL, "tresnet_l", 80)
 
 
+@pytest.mark.parametrize(
+    ("crop_mode", "crop_pct", "resized", "said"),
+    [
+        ("center", 0.875, (512, 256), "resized until it just covers 256 × 365 pixels, then the central 224 × 320"),
+        ("squash", 1.0, (320, 224), "resized to 224 × 320 pixels whatever its shape"),
+    ],
+)
+def test_preprocessing_of_images_that_are_not_square_is_described_as_timm_does_it(crop_mode, crop_pct, resized, said):
+    public = dataclasses.replace(LINEAR, input_size=(224, 320), crop_mode=crop_mode, crop_pct=crop_pct)
+    resize, crop = timm.data.create_transform((3, 224, 320), crop_mode=crop_mode, crop_pct=crop_pct).transforms[:2]
+    image = resize(Image.new("RGB", (1000, 500)))
+    assert image.size == resized
+    assert crop(image).size == (320, 224)
+    assert said in make_card(public, "tresnet_m", 1000)
+
+
 def test_examples_load_the_repository_or_a_placeholder():
     for repo_id, name in (("owner/name", "hf-hub:owner/name"), (None, PLACEHOLDER)):
         examples = find_code(make_card(LINEAR, "tresnet_m", 1000, repo_id))

@@ -214,7 +214,7 @@ def _tabulate(facts: Facts, num_classes: int) -> str:
     if facts.multi_label and num_classes:
         rows.append(("outputs", "one sigmoid a class; an image can have any number of the classes"))
     if facts.input_size:
-        rows.append(("image", _describe_preprocessing(facts)))
+        rows.append(("image", _describe_preprocessing(facts, facts.input_size)))
     if isinstance(facts, PublicWeight) and facts.metric:
         metric = f"{facts.metric.value} %, published in {plain(facts.metric.published)}"
         if not _has_published_head(facts, num_classes):
@@ -223,14 +223,18 @@ def _tabulate(facts: Facts, num_classes: int) -> str:
     return format_markdown(["", ""], rows) if rows else ""
 
 
-def _describe_preprocessing(facts: Facts) -> str:
-    size = facts.input_size
+def _describe_preprocessing(facts: Facts, sides: int | tuple[int, int]) -> str:
+    height, width = (sides, sides) if isinstance(sides, int) else sides
+    size = f"{height} × {width}"
     if facts.crop_mode == "squash":
-        text = f"RGB, resized to {size} × {size} pixels whatever its shape"
+        text = f"RGB, resized to {size} pixels whatever its shape"
+    elif facts.crop_pct and height == width:
+        text = f"RGB, shorter side resized to {int(height / facts.crop_pct)} pixels, then the central {size}"
     elif facts.crop_pct:
-        text = f"RGB, shorter side resized to {int(size / facts.crop_pct)} pixels, then the central {size} × {size}"
+        resized = f"{int(height / facts.crop_pct)} × {int(width / facts.crop_pct)}"
+        text = f"RGB, resized until it just covers {resized} pixels, then the central {size}"
     else:
-        text = f"RGB, {size} × {size} pixels"
+        text = f"RGB, {size} pixels"
     if facts.interpolation:
         text += f" ({plain(facts.interpolation)})"
     return f"{text}; mean {list(facts.mean)}, std {list(facts.std)}" if facts.mean and facts.std else text
