@@ -25,6 +25,7 @@ from timm_tresnet.models.layers import BlurPool2d, ConvNormAct, LinearHead, MLDe
 from timm_tresnet.recompute.explain import Part, explain, format_parts
 from timm_tresnet.recompute.policy import SETTINGS
 from timm_tresnet.recompute.stage import Body, Stage
+from timm_tresnet.utils.notes import MULTI_LABEL, NAMED_BY, THRESHOLDS, drop_notes
 
 register_notrace_module(Stage)  # timm's traced networks then call stages, which recompute as ever
 _BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
@@ -320,7 +321,7 @@ class TResNet(nn.Module):
         for module in self.head.modules():
             if isinstance(module, nn.Linear) and module not in kept and not isinstance(self.head, MLDecoderHead):
                 nn.init.normal_(module.weight, std=0.01)
-        self._update_pretrained_cfg()
+        self._update_pretrained_cfg(MULTI_LABEL, THRESHOLDS, NAMED_BY)
 
     def _check_head_resets(self, caller: str) -> None:
         if not callable(getattr(self.head, "reset", None)):
@@ -330,12 +331,14 @@ class TResNet(nn.Module):
                 "timm_tresnet.models.layers.LinearHead(model.num_features, num_classes)"
             )
 
-    def _update_pretrained_cfg(self, **fields: Any) -> None:
-        """Replace the names of the classes, and whatever else is given, where timm has put a config."""
+    def _update_pretrained_cfg(self, *outdated: str, **fields: Any) -> None:
+        """Replace the names of the classes, notes that begin as outdated, and fields, where timm has put a config."""
         if hasattr(self, "pretrained_cfg"):  # timm puts it there, and the same as default_cfg
             gone = ("label_names", "label_descriptions")
-            self.pretrained_cfg = {name: value for name, value in self.pretrained_cfg.items() if name not in gone}
-            self.pretrained_cfg |= fields
+            kept = {name: value for name, value in self.pretrained_cfg.items() if name not in gone}
+            if "notes" in kept:
+                kept["notes"] = drop_notes(kept, *outdated)
+            self.pretrained_cfg = kept | fields
             self.default_cfg = self.pretrained_cfg
 
     @torch.jit.ignore
@@ -368,7 +371,7 @@ class TResNet(nn.Module):
             )
         self.head.set_label_embeddings(vectors)
         self.num_classes = len(names)
-        self._update_pretrained_cfg(num_classes=len(names), label_names=tuple(names))
+        self._update_pretrained_cfg(THRESHOLDS, NAMED_BY, num_classes=len(names), label_names=tuple(names))
 
     def forward_intermediates(
         self,

@@ -11,7 +11,7 @@ from importlib.resources.abc import Traversable
 from types import MappingProxyType
 from typing import Any
 
-from timm_tresnet.weights.labels import MULTI_LABEL
+from timm_tresnet.utils.notes import MULTI_LABEL
 
 TRAINED_ON = "Trained on "  # before the data set in the description of a pretrained config
 _FILE = importlib.resources.files(__package__) / "catalogue.toml"  # not a Path in a zip application

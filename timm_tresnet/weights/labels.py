@@ -6,13 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from timm_tresnet.utils.notes import MULTI_LABEL, NAMED_BY, THRESHOLDS, read_notes
 from timm_tresnet.utils.schema import TEXT, find_fault, list_of, number, read_json, show
-
-# Of timm's pretrained config, whose fields are fixed, only the notes can say it and reach `model.pretrained_cfg` from
-# the registry, the Hub and a folder alike.
-MULTI_LABEL = "multi-label"
-_THRESHOLDS = "thresholds: "  # before a JSON list with one for each label, in another note
-_NAMED_BY = "class names: "  # before where the names of the classes are from, in another note
 
 # MS-COCO's 80 "thing" categories by ascending category id, which is how ASL and ML-Decoder number them
 # (`CocoDetection.cat2cat` in their helper_functions.py); names from COCO's instances_val2014.json.
@@ -83,9 +78,8 @@ def _find_labels(model: Any) -> tuple[Callable[[int], str], str]:
     names = config.get("label_names")
     if names and len(names) == model.num_classes:
         descriptions = config.get("label_descriptions") or {}
-        notes = config.get("notes") or ()
-        said = [note for note in ((notes,) if isinstance(notes, str) else notes) if note.startswith(_NAMED_BY)]
-        source = f"{said[0].removeprefix(_NAMED_BY)}, in the weights' config" if said else "the weights' config"
+        said = [note for note in read_notes(config) if note.startswith(NAMED_BY)]
+        source = f"{said[0].removeprefix(NAMED_BY)}, in the weights' config" if said else "the weights' config"
         return (lambda index: descriptions.get(names[index], names[index])), source
     fault = f"the weights' config has {len(names)} for {model.num_classes} classes; " if names else ""
     subset = infer_imagenet_subset(model)
@@ -98,7 +92,7 @@ def _find_labels(model: Any) -> tuple[Callable[[int], str], str]:
 
 def note_source(source: str) -> str:
     """A note of the pretrained config that says where the names of the classes are from."""
-    return _NAMED_BY + source
+    return NAMED_BY + source
 
 
 def order_names(in_file: Any, num_classes: int) -> tuple[tuple[str, ...], str]:
@@ -180,7 +174,7 @@ def list_names(model: Any) -> list[tuple[str, ...]]:
 
 def is_multi_label(pretrained_cfg: Mapping[str, Any]) -> bool:
     """Whether an image can have any number of the classes, each with a sigmoid, as the weights' config says."""
-    return MULTI_LABEL in (pretrained_cfg.get("notes") or ())
+    return MULTI_LABEL in read_notes(pretrained_cfg)
 
 
 def make_notes(multi_label: bool, thresholds: Sequence[float] | None = None) -> tuple[str, ...]:
@@ -192,7 +186,7 @@ def make_notes(multi_label: bool, thresholds: Sequence[float] | None = None) -> 
     """
     notes = [MULTI_LABEL] if multi_label else []
     if thresholds is not None:
-        notes.append(_THRESHOLDS + json.dumps([float(f"{threshold:.6g}") for threshold in thresholds]))
+        notes.append(THRESHOLDS + json.dumps([float(f"{threshold:.6g}") for threshold in thresholds]))
     return tuple(notes)
 
 
@@ -206,12 +200,11 @@ def read_thresholds(pretrained_cfg: Mapping[str, Any], num_classes: int) -> list
     Raises:
         ValueError: if the note is not one that `make_notes` writes.
     """
-    notes = pretrained_cfg.get("notes") or ()
-    for note in (notes,) if isinstance(notes, str) else notes:
-        if note.startswith(_THRESHOLDS):
+    for note in read_notes(pretrained_cfg):
+        if note.startswith(THRESHOLDS):
             fault = None
             try:
-                thresholds = json.loads(note.removeprefix(_THRESHOLDS))
+                thresholds = json.loads(note.removeprefix(THRESHOLDS))
                 fault = find_fault(thresholds, list_of(number(0, 1), 0, 1_000_000), "the note of thresholds")
             except ValueError as error:
                 fault = f"needs the note of thresholds to be JSON: {error}"

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from timm_tresnet.utils.notes import ASSUMED, read_notes
+
 NAMES = ("input_size", "interpolation", "mean", "std", "crop_pct")  # a crop_mode that nobody names is the centre
-_ASSUMED = "assumed: "  # before the names of fields, in a note of the pretrained config
 
 
 def fill_preprocessing(pretrained_cfg: Mapping[str, Any], own: Any, in_chans: int = 3) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def fill_preprocessing(pretrained_cfg: Mapping[str, Any], own: Any, in_chans: in
 def note_assumed(notes: Any, names: list[str]) -> tuple[str, ...] | None:
     """Notes of a pretrained config, with one that says which fields are assumed, if there are any."""
     notes = (notes,) if isinstance(notes, str) else tuple(notes or ())
-    return (*notes, _ASSUMED + ", ".join(names)) if names else notes or None
+    return (*notes, ASSUMED + ", ".join(names)) if names else notes or None
 
 
 def for_channels(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
@@ -42,9 +43,8 @@ def for_channels(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
 
 def find_assumed(pretrained_cfg: Mapping[str, Any]) -> list[str]:
     """Names of the fields that are assumed, not known."""
-    notes = pretrained_cfg.get("notes") or ()
-    listed = [note for note in ((notes,) if isinstance(notes, str) else notes) if note.startswith(_ASSUMED)]
-    named = {name for note in listed for name in note.removeprefix(_ASSUMED).split(", ")}
+    listed = [note for note in read_notes(pretrained_cfg) if note.startswith(ASSUMED)]
+    named = {name for note in listed for name in note.removeprefix(ASSUMED).split(", ")}
     return [name for name in NAMES if name in named]
 
 

@@ -56,6 +56,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="for models with any number of labels an image: print every label at least this probable, instead of the "
         f"top K (default: what the model says for each label, else {_THRESHOLD})",
     )
+    parser.add_argument(
+        "--as-stored",
+        action="store_true",
+        help="do not turn images as their cameras were held; timm's train.py and validate.py do not either",
+    )
     parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
 
 
@@ -68,6 +73,7 @@ def run(
     trust: bool,
     top_k: int,
     threshold: float | None,
+    as_stored: bool,
     as_json: bool,
 ) -> int:
     """Classify, print what was found, and name the files that cannot be read."""
@@ -91,7 +97,7 @@ def run(
     bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} images"
     with tqdm(total=len(paths), disable=few or None, mininterval=0, bar_format=bar_format) as bar:  # None: on terminals
         try:
-            results = classify_images(network, paths, top_k, bar.update, threshold)
+            results = classify_images(network, paths, top_k, bar.update, threshold, upright=not as_stored)
         except RuntimeError as error:
             if not engine:
                 raise
@@ -129,6 +135,7 @@ def classify_images(
     top_k: int,
     advance: Callable[[int], None] = lambda count: None,
     threshold: float | None = None,
+    upright: bool = True,
 ) -> list[dict[str, Any]]:
     """Classify image files with the preprocessing that the model's weights were made for.
 
@@ -139,6 +146,7 @@ def classify_images(
         advance: is told after each batch how many images that were.
         threshold: of a model whose images have any number of labels, every label at least this probable is reported;
             None for what the weights' config says for each label, or 0.5.
+        upright: turn images as their cameras were held.
 
     Returns:
         For each path, in order, a dict with "image" and either "predictions", a list of dicts with "label", "index" and
@@ -155,7 +163,7 @@ def classify_images(
     results = []
     for start in range(0, len(paths), _BATCH_SIZE):
         batch = paths[start : start + _BATCH_SIZE]
-        results += _classify_batch(model, batch, choose, transform, describe)
+        results += _classify_batch(model, batch, choose, transform, describe, upright)
         advance(len(batch))
     return results
 
@@ -187,6 +195,7 @@ def _classify_batch(
     choose: Callable[[Any], list[tuple[int, float]]],
     transform: Callable[..., Any],
     describe: Callable[[int], str],
+    upright: bool,
 ) -> list[dict[str, Any]]:
     import torch
 
@@ -195,7 +204,7 @@ def _classify_batch(
     for path in paths:
         result: dict[str, Any] = {"image": printable(path)}
         try:
-            inputs.append(transform(read_image(path)))
+            inputs.append(transform(read_image(path, upright)))
         except ValueError as error:
             result["error"] = str(error)
         results.append(result)
