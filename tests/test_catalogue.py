@@ -9,9 +9,9 @@ from timm.models import get_pretrained_cfg, list_models
 
 from timm_tresnet.conversion.description import _choose_public_weight
 from timm_tresnet.conversion.recognition import Recognised, _check_fit, _detect, _detect_head, _find_blurs
+from timm_tresnet.utils.notes import MULTI_LABEL
 from timm_tresnet.weights.catalogue import NOTHING_KNOWN, Facts, load_catalogue, make_pretrained_cfg
 from timm_tresnet.weights.checkpoint import from_official
-from timm_tresnet.utils.notes import MULTI_LABEL
 
 CATALOGUE = load_catalogue()
 NOT_OURS = ("query2label", "unknown")  # heads that the registered network has not

@@ -204,7 +204,7 @@ def test_nothing_to_classify_is_a_mistake_that_is_named(tmp_path, capsys):
         ("tresnet_q", "there is no model tresnet_q; did you mean"),
         ("tresnet_s", "No pretrained weights exist"),
         ("local-dir:nowhere", "nowhere"),
-        ("test_tresnet.nonsense", "Invalid pretrained tag"),
+        ("test_tresnet.nonsense", "has no weights 'nonsense'"),
     ],
 )
 def test_models_that_cannot_be_loaded_are_named(model, message, capsys):

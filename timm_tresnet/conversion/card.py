@@ -8,9 +8,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from timm_tresnet.utils.notes import MULTI_LABEL
 from timm_tresnet.utils.tables import format_markdown
 from timm_tresnet.weights.catalogue import NOTHING_KNOWN, Facts, PublicWeight
-from timm_tresnet.utils.notes import MULTI_LABEL
 
 PLACEHOLDER = "local-dir:FOLDER"  # stands for the model's name in a card that is not for a repository yet
 

@@ -14,7 +14,7 @@ from timm_tresnet.models.layers import BlurPool2d, ConvNormAct, SqueezeExcite, S
 from timm_tresnet.recompute.compiled import is_in_region
 from timm_tresnet.recompute.eligibility import find_user_code, is_untouched
 from timm_tresnet.recompute.policy import CONVOLUTION, EXPANSION
-from timm_tresnet.recompute.program import Unreadable, read, reads_block
+from timm_tresnet.recompute.program import Unreadable, is_absent, read, reads_block
 from timm_tresnet.recompute.run import Operation, Program
 
 
@@ -163,6 +163,8 @@ def _read_bottleneck(block: Bottleneck) -> Program:
 def _read_block(
     block: nn.Module, units: tuple[tuple[str, str], ...], units_behind_se: tuple[tuple[str, str], ...]
 ) -> Program:
+    if "add" in block.__dict__:
+        raise Unreadable("a replaced add")
     act = block.__dict__["_modules"].get("act")
     if type(act) is not nn.ReLU or not is_untouched(act):
         raise Unreadable(f"its last activation: {_describe(act)}")
@@ -179,7 +181,7 @@ def _read_block(
 
 def _read_part(block: nn.Module, name: str, kinds: type | tuple[type, ...], *arguments: str) -> list[Operation]:
     part = block.__dict__["_modules"].get(name)
-    if part is None and name in ("se", "downsample") and hasattr(block, name):  # absent, and not deleted
+    if part is None and name in ("se", "downsample") and is_absent(block, name):
         return []
     if not isinstance(part, kinds):
         raise Unreadable(f"{name}: {_describe(part)}")

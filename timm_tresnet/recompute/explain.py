@@ -44,7 +44,7 @@ class _Meter(TorchDispatchMode):
 
     def enter(self, module: nn.Module, reason: str | None) -> None:
         self._current = module
-        self.reasons[module] = reason
+        self.reasons[module] = 'recompute="none"' if reason == "" else reason
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))

@@ -36,6 +36,7 @@ class Convolution:
     settings: tuple[Any, ...]
     kind: str
     is_repeatable = True
+    covers = 0
     is_user_defined = False
 
     def run(self, x: Tensor, source: Source, run: Run) -> Result:
@@ -62,12 +63,14 @@ class Norm:
         arguments: of `run_norm`, but for the input.
         count: num_batches_tracked if it is to be raised, or None.
         shown: whether user code may see the output.
+        covers: number of operations behind it that the layer does too.
     """
 
     module: nn.Module
     arguments: tuple[Any, ...]
     count: Tensor | None
     shown: bool = False
+    covers: int = 0
     is_repeatable = True
     is_user_defined = False
 
@@ -92,10 +95,12 @@ class CustomNorm:
     Args:
         module: the layer.
         function: returns the output and what computes it from the input again.
+        covers: number of operations behind it that the layer does too.
     """
 
     module: nn.Module
     function: Callable[[Tensor], tuple[Tensor, Callable[[Tensor], Tensor]]]
+    covers: int = 0
     is_repeatable = True
     is_user_defined = False
 
@@ -124,6 +129,7 @@ class Map:
     again: Callable[[Tensor], Tensor]
     shown: bool = False
     is_repeatable = True
+    covers = 0
     is_user_defined = False
 
     def run(self, x: Tensor, source: Source, run: Run) -> Result:
@@ -157,6 +163,7 @@ class Blur:
     function: Callable[[Tensor], tuple[Tensor, Tensor]]
     again: Callable[..., Tensor]
     is_repeatable = True
+    covers = 0
     is_user_defined = False
 
     def run(self, x: Tensor, source: Source, run: Run) -> Result:
@@ -189,6 +196,7 @@ class Gate:
     calls_user_code: bool
     stores_input: bool = False
     is_repeatable = True
+    covers = 0
     is_user_defined = False
 
     def run(self, x: Tensor, source: Source, run: Run) -> Result:
@@ -211,6 +219,7 @@ class DropPath:
 
     module: nn.Module
     is_repeatable = True
+    covers = 0
     is_user_defined = False
 
     def run(self, x: Tensor, source: Source, run: Run) -> Result:
@@ -237,6 +246,7 @@ class Call:
     is_user_defined: bool = False
     is_saved: bool = True
     is_repeatable: bool = False
+    covers = 0
 
     def run(self, x: Tensor, source: Source, run: Run) -> Result:
         if self.is_user_defined or type(source) is not Recomputed:
@@ -267,6 +277,7 @@ class Sharded:
     module: nn.Module
     read: Callable[[], list[Any]]
     is_repeatable = True
+    covers = 0
     is_user_defined = False
 
     def run(self, x: Tensor, source: Source, run: Run) -> Result:

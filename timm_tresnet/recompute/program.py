@@ -128,12 +128,19 @@ def are_constants(values: Iterable[Any]) -> bool:
     return all(type(value) in (bool, int, float, str) for value in values)
 
 
-def read_activation(act: nn.Module) -> list[Operation]:
+def is_absent(module: nn.Module, name: str) -> bool:
+    """Whether a part that may be None is None, not deleted, and no function either."""
+    return getattr(module, name, module) is None
+
+
+def read_activation(act: nn.Module | None) -> list[Operation]:
     """Read the activation behind a norm.
 
     Raises:
         Unreadable: if it is user-defined.
     """
+    if act is None:
+        raise Unreadable("the norm's activation is no module")
     kind = type(act)
     if kind is nn.Identity and is_untouched(act):
         return []

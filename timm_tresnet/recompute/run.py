@@ -90,9 +90,11 @@ class Operation(Protocol):
         module: called in its place once the run is closed.
         is_repeatable: whether its output can be recomputed from its input.
         is_user_defined: whether user code sees its input and output.
+        covers: number of operations behind it that its module does too, such as a norm's activation.
     """
 
     module: nn.Module
+    covers: int
     is_repeatable: bool
     is_user_defined: bool
 
@@ -146,9 +148,13 @@ def run_program(program: Program, x: Tensor, run: Run, stored: bool = False) -> 
 
 def run_operations(operations: Sequence[Operation], x: Tensor, source: Source, run: Run) -> Result:
     """Run operations one after the other."""
+    covered = 0
     for operation in operations:
-        if run.closed:
+        if covered:
+            covered -= 1
+        elif run.closed:
             x, source = operation.module(x), None
+            covered = operation.covers
         else:
             x, source = operation.run(x, source, run)
     return x, source

@@ -74,8 +74,10 @@ class Body(nn.Sequential):
         """Why nothing is recomputed; empty if nobody has asked for it."""
         if self.recompute == "none" or not torch.is_grad_enabled() or torch.jit.is_tracing():
             return ""
+        if isinstance(x, torch.fx.Proxy):  # the traced network calls the stages, which recompute
+            return ""
         if not isinstance(x, Tensor):
-            return f"the input is a {type(x).__qualname__}, as when torch.fx traces"
+            return f"the input is a {type(x).__qualname__}"
         if type(self).__iter__ is not nn.Sequential.__iter__:
             return f"{type(self).__qualname__} has its own __iter__"
         return find_obstacle()
@@ -240,8 +242,16 @@ class _KeepRunningStatistics:
 
     def __init__(self, block: nn.Module) -> None:
         self._block = block
+        self._versions = [(parameter, parameter._version) for parameter in block.parameters()]
+        watch(parameter for parameter, _ in self._versions)
 
     def __enter__(self) -> None:
+        for parameter, version in self._versions:
+            if parameter._version != version:
+                raise RuntimeError(
+                    f"A weight of shape {tuple(parameter.shape)}, of a block that backward runs again, has been "
+                    f"modified by an inplace operation (version {parameter._version}, needed {version})"
+                )
         self._originals = [
             (module, name, buffer)
             for module in self._block.modules()

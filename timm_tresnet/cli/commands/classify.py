@@ -91,8 +91,9 @@ def run(
         raise CommandError(f"{engine[1] if engine else model} takes {network.in_chans} channels, images are read in 3")
 
     warn_of_assumed(network)
-    if engine or model != _EMBEDDED:
-        print(f"timm-tresnet: class names: {describe_labels(network)}", file=sys.stderr)
+    source = describe_labels(network)
+    if source:
+        print(f"timm-tresnet: class names: {source}", file=sys.stderr)
     few = len(paths) <= _BATCH_SIZE
     bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} images"
     with tqdm(total=len(paths), disable=few or None, mininterval=0, bar_format=bar_format) as bar:  # None: on terminals

@@ -171,12 +171,14 @@ def _read(norm: ActivatedBatchNorm2d) -> list[Operation]:
         return [call(norm, is_saved=type(act) is not nn.Identity, is_repeatable=True)]
     if synchronized and training and norm._is_distributed():
         normalize = functools.partial(norm._count_and_normalize, running_mean=mean, running_var=var, momentum=momentum)
-        return [CustomNorm(norm, normalize), *read_activation(act)]
+        behind = read_activation(act)
+        return [CustomNorm(norm, normalize, covers=len(behind)), *behind]
     fused = type(act) is nn.LeakyReLU and act.inplace and type(act.negative_slope) is float and is_untouched(act)
     slope = act.negative_slope if fused else None
     momentum = momentum if training else 0.0
-    operation = Norm(norm, (weight, bias, mean, var, training, momentum, eps, slope), count if training else None)
-    return [operation] if fused else [operation, *read_activation(act)]
+    behind = [] if fused else read_activation(act)
+    arguments = (weight, bias, mean, var, training, momentum, eps, slope)
+    return [Norm(norm, arguments, count if training else None, covers=len(behind)), *behind]
 
 
 class _NormFromStatistics(torch.autograd.Function):

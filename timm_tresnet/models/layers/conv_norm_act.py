@@ -20,7 +20,7 @@ from timm_tresnet.models.layers.activated_batch_norm import ActivatedBatchNorm2d
 from timm_tresnet.models.layers.observed import is_observed
 from timm_tresnet.recompute.eligibility import is_untouched
 from timm_tresnet.recompute.policy import CONVOLUTION
-from timm_tresnet.recompute.program import Unreadable, call, read, read_convolution, reads
+from timm_tresnet.recompute.program import Unreadable, call, is_absent, read, read_convolution, reads
 from timm_tresnet.recompute.run import Operation
 
 # Affine in eval mode, each known by name: a subclass may compute something else.
@@ -203,7 +203,7 @@ def _read(unit: ConvNormAct, kind: str = CONVOLUTION) -> list[Operation]:
         raise Unreadable("it has no norm")
     else:  # an output without activation is saved by nobody
         operations.append(call(norm, is_saved=not isinstance(getattr(norm, "act", nn.Identity()), nn.Identity)))
-    if aa is None and hasattr(unit, "aa"):  # absent, and not deleted
+    if aa is None and is_absent(unit, "aa"):
         return operations
     if type(aa) is not nn.Identity or not is_untouched(aa):
         operations += read(aa)

@@ -61,6 +61,8 @@ class SqueezeExcite(timm.layers.SEModule):
 
 @reads(SqueezeExcite)
 def _read(se: SqueezeExcite) -> list[Operation]:
+    if "_make_gate" in se.__dict__:
+        raise Unreadable("a replaced _make_gate")
     get = se.__dict__["_modules"].get
     norm, act, gate = get("bn"), get("act"), get("gate")
     first, second = read_convolution(get("fc1")), read_convolution(get("fc2"))
