@@ -65,7 +65,7 @@ class _Finder(importlib.abc.MetaPathFinder):
                 continue
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
-                if hasattr(spec.loader, "exec_module"):
+                if spec.loader is not None and hasattr(spec.loader, "exec_module"):
                     spec.loader = _Loader(spec.loader)
                 return spec
         return None
@@ -91,7 +91,8 @@ class _Loader(importlib.abc.Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = module.__spec__.loader = self._loader  # leave no trace in the module
+        spec: Any = module.__spec__  # there, of a module that is loaded
+        module.__loader__ = spec.loader = self._loader  # leave no trace in the module
         with _Loader._lock:
             _Loader._running += 1
         try:

@@ -33,10 +33,10 @@ __all__ = ["TResNet"]  # timm adds each entrypoint
 
 _logger = logging.getLogger(__name__)
 
-default_cfgs = generate_default_cfgs(WEIGHTS)
+default_cfgs = generate_default_cfgs({**WEIGHTS})
 
 # The base of what the Hub's client raises when a connection fails, in whichever of httpx and requests it has
-_TransportError = [HTTPError, *(base for base in HTTPError.__mro__ if base.__module__.startswith("requests"))][-1]
+_TransportError: Any = [HTTPError, *(base for base in HTTPError.__mro__ if base.__module__.startswith("requests"))][-1]
 
 
 def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None, **kwargs: Any) -> TResNet:
@@ -174,6 +174,6 @@ def register() -> None:
             # Replacing these names is the point of the plugin; any other warning stays.
             warnings.filterwarnings("ignore", message=f"Overwriting {variant} in registry")
             register_model(entrypoint)
-    register_model_deprecations(__name__, DEPRECATED)
+    register_model_deprecations(__name__, {**DEPRECATED})
     for name in __all__:
         setattr(timm_models, name, globals()[name])

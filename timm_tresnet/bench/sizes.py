@@ -80,7 +80,8 @@ def _count_head(count: _Count, arguments: Mapping[str, Any], features: int, side
     head = arguments.get("head", "linear")
     if head == "ml_decoder":
         width = arguments.get("decoder_embedding") or _HEAD_WIDTHS[head]
-        groups = min(arguments.get("num_groups") or _DECODER_GROUPS, num_classes or math.inf)
+        groups: int = arguments.get("num_groups") or _DECODER_GROUPS
+        groups = min(groups, num_classes or groups)
         pixels = side**2
         count.linear(features, width, pixels)
         count.linear(width, width, groups)  # queries

@@ -12,6 +12,7 @@ from captum.attr import LayerGradCam
 from PIL import Image
 from torch import Tensor, nn
 
+from timm_tresnet.models.network import TResNet
 from timm_tresnet.weights.labels import is_multi_label, label_lookup, read_thresholds
 
 _LEAST_CELLS = 4  # on a side of the map that is shown; the last stage has fewer for small images
@@ -41,7 +42,7 @@ class Explanation:
     thresholds: dict[str, float] | None = None
 
 
-def explain_image(model: nn.Module, image: Image.Image, count: int = 5) -> Explanation:
+def explain_image(model: TResNet, image: Image.Image, count: int = 5) -> Explanation:
     """Classify a photograph and show where the most probable class is.
 
     The heat map is Grad-CAM (arXiv:1610.02391) of the last stage whose map is at least 4x4.
@@ -90,7 +91,7 @@ def explain_image(model: nn.Module, image: Image.Image, count: int = 5) -> Expla
     )
 
 
-def _choose_layer(model: nn.Module, x: Tensor) -> nn.Module:
+def _choose_layer(model: TResNet, x: Tensor) -> nn.Module:
     stages = [(info["module"], info["reduction"]) for info in model.feature_info]
     large = [name for name, reduction in stages if min(x.shape[-2:]) >= _LEAST_CELLS * reduction]
     return model.get_submodule((large or [stages[0][0]])[-1])

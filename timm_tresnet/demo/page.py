@@ -51,11 +51,10 @@ _LEGEND = (
 
 def list_weights() -> tuple[list[str], list[str]]:
     """Names of the weights that load without being converted: in the package, a variant's own first; on the Hub."""
-    configs = {
-        name: timm.models.get_pretrained_cfg(name) for name in timm.list_models(module="tresnet", pretrained=True)
-    }
+    look_up: Callable[[str], Any] = timm.models.get_pretrained_cfg
+    configs = {name: look_up(name) for name in timm.list_models(module="tresnet", pretrained=True)}
     embedded = [name for name, config in configs.items() if config.file]
-    embedded.sort(key=lambda name: timm.models.get_pretrained_cfg(name.partition(".")[0]).tag != configs[name].tag)
+    embedded.sort(key=lambda name: look_up(name.partition(".")[0]).tag != configs[name].tag)
     return embedded, [name for name, config in configs.items() if config.hf_hub_id and name not in embedded]
 
 
@@ -98,7 +97,7 @@ def build_demo(weights: Sequence[str], beside: str | None = None) -> gradio.Bloc
                     [_NONE, *weights], value=beside or _NONE, label="Beside them", elem_id="second"
                 )
                 message = gradio.Markdown(visible=False, elem_id="message")
-            columns = [(choice, *_add_column(choice.elem_id)) for choice in (first, second)]
+            columns = [(choice, *_add_column(name)) for choice, name in ((first, "first"), (second, "second"))]
         # One at a time: each is short, and has the machine's memory and cores.
         settings: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "networks", "concurrency_limit": 1}
         taken = [shown, preview, message]
@@ -234,8 +233,8 @@ def _fill(note: str, explanation: Explanation | None = None, waiting: bool = Fal
         gradio.Timer(active=waiting),
         gradio.update(visible=True),
         note,
-        gradio.update(value=explanation.heat_map if there else None, visible=there),
-        gradio.update(value=_draw_labels(explanation) if there else "", visible=there),
+        gradio.update(value=None if explanation is None else explanation.heat_map, visible=there),
+        gradio.update(value="" if explanation is None else _draw_labels(explanation), visible=there),
     ]
 
 

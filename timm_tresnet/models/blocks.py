@@ -58,11 +58,11 @@ class ResidualBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        factory_kwargs = {"device": device, "dtype": dtype}
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.stride = stride
         self.drop_path = timm.layers.DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
         self.act = nn.ReLU(inplace=True)
-        unit_kwargs = {"norm_layer": norm_layer, **factory_kwargs}
+        unit_kwargs: dict[str, Any] = {"norm_layer": norm_layer, **factory_kwargs}
         self.downsample = _make_shortcut(in_channels, planes * self.expansion, stride, dilation, **unit_kwargs)
         unit = functools.partial(ConvNormAct, **unit_kwargs)
         aa = _make_blur(planes, stride, dilation, **factory_kwargs) if anti_alias else None
@@ -179,7 +179,9 @@ def _read_block(
     return Program(operations, shortcut, act)
 
 
-def _read_part(block: nn.Module, name: str, kinds: type | tuple[type, ...], *arguments: str) -> list[Operation]:
+def _read_part(
+    block: nn.Module, name: str, kinds: type[nn.Module] | tuple[type[nn.Module], ...], *arguments: str
+) -> list[Operation]:
     part = block.__dict__["_modules"].get(name)
     if part is None and name in ("se", "downsample") and is_absent(block, name):
         return []

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -110,7 +110,7 @@ class TResNet(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        factory_kwargs = {"device": device, "dtype": dtype}
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         if block is None:
             block = "bottleneck" if v2 else ("basic", "basic", "bottleneck", "bottleneck")
         layers = per_stage("layers", layers)
@@ -144,9 +144,9 @@ class TResNet(nn.Module):
             stem, in_chans, planes, act_layer=act_layer_of_stem, norm_layer=norm_layer, **factory_kwargs
         )
         reduction = 4 if stem == "space_to_depth" else 2
-        self.feature_info = [{"num_chs": planes, "reduction": reduction, "module": "body.conv1"}]
+        self.feature_info: list[dict[str, Any]] = [{"num_chs": planes, "reduction": reduction, "module": "body.conv1"}]
         self._feature_positions = [1 if stem == "space_to_depth" else 0, 2, 3, 4, 5]  # in body
-        drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, layers))
+        drop_path_rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, layers))
         in_channels, reduction = planes, 4
         for index in range(4):
             stage = _make_stage(
@@ -170,7 +170,8 @@ class TResNet(nn.Module):
             )
         self.set_recompute(recompute)
         if stem == "space_to_depth":
-            self.body.s2d.min_size = _smallest_side(self.body)
+            s2d: Any = self.body.s2d
+            s2d.min_size = _smallest_side(self.body)
 
         self.num_features = self.inplanes = in_channels
         self._grad_checkpointing = False
@@ -208,8 +209,9 @@ class TResNet(nn.Module):
         fan-out, leaky ReLU), classifier from N(0, 0.01), batch norms 1 and 0, but 0 for the last one of each block.
         """
         for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset: Any = getattr(module, "reset_parameters", None)
+            if module is not self and reset is not None:
+                reset()
         self._draw_weights()
 
     @torch.jit.ignore
@@ -305,14 +307,15 @@ class TResNet(nn.Module):
             check_pooling(global_pool)
         self._check_head_resets("reset_classifier")
         weight = next(self.parameters())
-        kept = set(self.head.modules())
-        in_features = getattr(self.head, "in_features", self.num_features)
-        self.head.in_features = self.num_features  # pruning changes it
+        head: Any = self.head
+        kept = set(head.modules())
+        in_features = getattr(head, "in_features", self.num_features)
+        head.in_features = self.num_features  # pruning changes it
         try:
             with torch.inference_mode(False):  # what is made inside that mode can never be trained with
-                self.head.reset(num_classes, pool_type=global_pool)
+                head.reset(num_classes, pool_type=global_pool)
         except ValueError:
-            self.head.in_features = in_features
+            head.in_features = in_features
             raise
         self.num_classes = num_classes
         self.head.to(device=weight.device, dtype=weight.dtype)
@@ -335,7 +338,8 @@ class TResNet(nn.Module):
         """Replace the names of the classes, notes that begin as outdated, and fields, where timm has put a config."""
         if hasattr(self, "pretrained_cfg"):  # timm puts it there, and the same as default_cfg
             gone = ("label_names", "label_descriptions")
-            kept = {name: value for name, value in self.pretrained_cfg.items() if name not in gone}
+            config: Any = self.pretrained_cfg
+            kept = {name: value for name, value in config.items() if name not in gone}
             if "notes" in kept:
                 kept["notes"] = drop_notes(kept, *outdated)
             self.pretrained_cfg = kept | fields

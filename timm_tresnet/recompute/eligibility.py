@@ -48,7 +48,7 @@ def find_obstacle() -> str | None:
             return f"{kind.__name__}.{name} is replaced"
     if (reason := find_transform()) is not None:
         return reason
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]  # PyTorch's stubs lack it
         return "hooks on saved tensors are disabled"
     if _has_saved_tensor_hooks():
         return "hooks on all saved tensors are active, as of torch.utils.checkpoint or save_on_cpu"
@@ -92,7 +92,7 @@ def _has_saved_tensor_hooks() -> bool:
     if _find_top_hooks is not None:
         return _find_top_hooks(True) is not None
     # PyTorch refuses further hooks on what was saved under them.
-    node = torch.ones((), device="cpu", requires_grad=True).exp().grad_fn
+    node: Any = torch.ones((), device="cpu", requires_grad=True).exp().grad_fn
     try:
         node._raw_saved_result.register_hooks(lambda tensor: tensor, lambda tensor: tensor)
     except RuntimeError:

@@ -87,7 +87,7 @@ def explain(network: nn.Module, images: Tensor) -> list[Part]:
         if blocks:
             whole = [part for part in parts if part.name == name or part in blocks]
             reason = None if any(part.reason is None for part in blocks) else "none of its blocks is"
-            total = Part(name, reason, *(sum(part[column] for part in whole) for column in (2, 3)))
+            total = Part(name, reason, sum(part.stored_mb for part in whole), sum(part.plain_mb for part in whole))
             parts = [part for part in parts if part.name != name]
             parts.insert(parts.index(blocks[0]), total)
     return parts

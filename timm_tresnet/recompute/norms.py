@@ -143,6 +143,8 @@ def run_norm(
         return y, node, None
     if use_batch:
         return y, node, make_normalization(x, mean, rstd, weight, bias, slope)
+    assert running_mean is not None  # else batch norm has refused
+    assert running_var is not None
     return y, node, make_inference_normalization(x, running_mean, running_var, eps, weight, bias, slope)
 
 

@@ -41,7 +41,7 @@ class Convolution:
 
     def run(self, x: Tensor, source: Source, run: Run) -> Result:
         y = F.conv2d(x, self.weight, self.bias, *self.settings)
-        node = y.grad_fn
+        node: Any = y.grad_fn
         if node is None:
             return y, None
         if type(source) is Recomputed and self.weight.requires_grad and x.dtype == y.dtype:  # else cast by autocast
@@ -84,7 +84,8 @@ class Norm:
             discard(node._raw_saved_input, source)
         made = Recomputed(function, (source,), run.values, y._version)
         if self.arguments[-1] is not None and not self.shown:
-            discard(y.grad_fn._raw_saved_result, made)
+            last: Any = y.grad_fn
+            discard(last._raw_saved_result, made)
         return y, made
 
 
@@ -94,22 +95,23 @@ class CustomNorm:
 
     Args:
         module: the layer.
-        function: returns the output and what computes it from the input again.
+        function: returns the output and what computes it from the input again, None without a node.
         covers: number of operations behind it that the layer does too.
     """
 
     module: nn.Module
-    function: Callable[[Tensor], tuple[Tensor, Callable[[Tensor], Tensor]]]
+    function: Callable[[Tensor], tuple[Tensor, Callable[[Tensor], Tensor] | None]]
     covers: int = 0
     is_repeatable = True
     is_user_defined = False
 
     def run(self, x: Tensor, source: Source, run: Run) -> Result:
         y, again = self.function(x)
-        if source is None or y.grad_fn is None:
+        node: Any = y.grad_fn
+        if source is None or again is None:
             return y, None
         if type(source) is Recomputed:
-            discard(y.grad_fn._raw_saved_tensors[0], source)
+            discard(node._raw_saved_tensors[0], source)
         return y, Recomputed(again, (source,), run.values, y._version)
 
 
@@ -134,7 +136,7 @@ class Map:
 
     def run(self, x: Tensor, source: Source, run: Run) -> Result:
         y = self.function(x)
-        node = y.grad_fn
+        node: Any = y.grad_fn
         if node is None or source is None:
             return y, None
         if y.dtype != x.dtype:  # autocast has cast it
@@ -168,7 +170,7 @@ class Blur:
 
     def run(self, x: Tensor, source: Source, run: Run) -> Result:
         padded, y = self.function(x)
-        node = y.grad_fn
+        node: Any = y.grad_fn
         if node is None:
             return y, None
         discard_values(node._raw_saved_input)
@@ -206,10 +208,11 @@ class Gate:
         y = x * gate
         if self.stores_input and source is None and gate.requires_grad and x.grad_fn is not None:
             source = Stored(x)
-        if source is None or run.closed or y.grad_fn is None:
+        node: Any = y.grad_fn
+        if source is None or run.closed or node is None:
             return y, None
         if type(source) is Recomputed and gate.requires_grad:
-            discard(y.grad_fn._raw_saved_self, source)
+            discard(node._raw_saved_self, source)
         return y, Recomputed(_mul, (source, Stored(gate)), run.values)
 
 

@@ -84,7 +84,7 @@ def read_program(module: nn.Module) -> Program:
         if not is_untouched(module) and (reason := find_user_code(module)) is not None:
             raise Unreadable(reason)
         program = reader(module)
-        _link(program.shortcut)
+        _link(program.shortcut or [])
     elif kind in _readers and kind is not nn.Sequential and (operations := read(module)):
         program = Program(operations)
         if hasattr(program.operations[-1], "shown"):  # what comes next is not known yet

@@ -127,7 +127,7 @@ def run_program(program: Program, x: Tensor, run: Run, stored: bool = False) -> 
     """Run a program; stored says whether its output stays for backward."""
     operations, shortcut, act = program
     source = run.enter(program.shows_input())
-    if shortcut is None:
+    if shortcut is None or act is None:  # no sum
         y, source = run_operations(operations, x, source, run)
     else:
         term, source_of_term = run_operations(shortcut, x, source, run)

@@ -176,7 +176,7 @@ def unpack(packed: Stored | Recomputed) -> Tensor:
     if not _is_grad_enabled() and not _is_autocast_enabled():  # as in nearly every backward
         return packed.take()
     source = packed
-    while type(source) is Recomputed:
+    while isinstance(source, Recomputed):
         source = source.inputs[0]
     with torch.no_grad(), torch.autocast(source.tensor.device.type, enabled=False):
         return packed.take()

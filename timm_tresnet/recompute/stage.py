@@ -39,13 +39,13 @@ class Body(nn.Sequential):
         super().__init__(*modules)
         self.recompute = "activations"
 
-    def __getitem__(self, index: slice | int) -> nn.Module:
-        part = super().__getitem__(index)
-        if isinstance(index, slice):
+    def __getitem__(self, idx: slice | int) -> Any:  # a body of a slice, else a module
+        part = super().__getitem__(idx)
+        if isinstance(idx, slice):
             self._pass_settings(part)
         return part
 
-    def _pass_settings(self, part: "Body") -> None:
+    def _pass_settings(self, part: Any) -> None:
         part.recompute = self.recompute
         part.training = self.training
 
@@ -89,12 +89,13 @@ class Body(nn.Sequential):
 
     def _run_one(self, position: int, module: nn.Module, x: Tensor, run: Run) -> Tensor:
         if not run.closed and original_class(module) is Stage:
+            stage: Any = module
             if is_sharded(module) and find_user_code(module) is None:
-                x = call_sharded(module, functools.partial(module._run_all, run=run), x)
+                x = call_sharded(module, functools.partial(stage._run_all, run=run), x)
                 run.store_if_lost()
                 return x
             if is_untouched(module):
-                return module._run_all(x, run)
+                return stage._run_all(x, run)
         return self._run_program(module, x, run)
 
     def _run_program(
@@ -169,7 +170,7 @@ class Stage(Body):
         super().__init__(*blocks)
         self.grad_checkpointing = False
 
-    def _pass_settings(self, part: "Stage") -> None:
+    def _pass_settings(self, part: Any) -> None:
         super()._pass_settings(part)
         part.grad_checkpointing = self.grad_checkpointing
 
@@ -219,7 +220,7 @@ def _call(block: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> Tens
 
 
 def _checkpoint(block: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    if find_transform() is not None or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    if find_transform() is not None or not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]  # PyTorch's stubs lack it
         return call(x)  # with which it does not work
     if not _can_run_again(block):
         return call(x)

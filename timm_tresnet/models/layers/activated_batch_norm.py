@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from timm.models import register_notrace_module
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from timm_tresnet.models.layers.synchronized_norm import SynchronizedNorm, reduce_statistics
 from timm_tresnet.recompute.compiled import is_in_region
@@ -43,8 +42,9 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
         super().__init__(num_features, **kwargs)
         self.synchronized = False
         self.process_group: Any = None
-        if hasattr(self.act, "inplace") and not isinstance(self.act, nn.LeakyReLU | nn.ReLU):
-            self.act.inplace = False  # the others copy their input for backward if they overwrite it
+        act: Any = self.act
+        if hasattr(act, "inplace") and not isinstance(act, nn.LeakyReLU | nn.ReLU):
+            act.inplace = False  # the others copy their input for backward if they overwrite it
 
     @torch.jit.ignore
     def synchronize(self, process_group: Any = None) -> None:
@@ -62,7 +62,7 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats:
             if self.num_batches_tracked is not None:
-                self._count_batch()
+                _count_batch(self.num_batches_tracked)
                 if self.momentum is None:  # cumulative average
                     momentum = 1.0 / float(self.num_batches_tracked)
         use_batch = self.training or (self.running_mean is None and self.running_var is None)
@@ -76,13 +76,6 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
                 return self._forward_in_region(x, running_mean, running_var, momentum)
         x = F.batch_norm(x, running_mean, running_var, self.weight, self.bias, use_batch, momentum, self.eps)
         return self.act(self.drop(x))
-
-    def _count_batch(self) -> None:
-        if not torch.jit.is_scripting():
-            if is_in_region():  # where checkpoint has saved buffers, which then may change as data alone
-                self.num_batches_tracked.data.copy_(self.num_batches_tracked + 1)
-                return
-        self.num_batches_tracked.add_(1)
 
     @torch.jit.unused
     def fits_region(self) -> bool:
@@ -105,7 +98,8 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
 
     @torch.jit.unused
     def _count_and_normalize(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
-        self._count_batch()
+        count: Any = self.num_batches_tracked
+        _count_batch(count)
         return self._normalize_synchronized(x, **kwargs)
 
     @torch.jit.unused
@@ -141,6 +135,14 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", synchronized" if self.synchronized else "")
+
+
+def _count_batch(count: Tensor) -> None:
+    if not torch.jit.is_scripting():
+        if is_in_region():  # where checkpoint has saved buffers, which then may change as data alone
+            count.data.copy_(count + 1)
+            return
+    count.add_(1)
 
 
 _get_fields = operator.itemgetter(
@@ -185,9 +187,7 @@ class _NormFromStatistics(torch.autograd.Function):
     """Batch norm with statistics of the batch that are known, as the compiler computes it from its operators."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, eps: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.eps = eps
         mean, rstd, weight, bias = (each[:, None, None] for each in (mean, rstd, weight, bias))
@@ -196,7 +196,7 @@ class _NormFromStatistics(torch.autograd.Function):
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad_y, x, weight.to(mean.dtype), None, None, mean, rstd, True, ctx.eps, [True, True, True]

@@ -1,6 +1,7 @@
 """Anti-aliased downsampling: the blur of the main path, the average pool of the shortcut."""
 
 import functools
+from typing import Any
 
 import timm.layers
 import torch
@@ -113,6 +114,8 @@ class BlurPool2d(timm.layers.BlurPool2d):
         ValueError: if H or W is not larger than dilation.
     """
 
+    kernel: Tensor
+
     def __init__(
         self,
         channels: int,
@@ -157,11 +160,11 @@ def _read_blur(blur: BlurPool2d) -> list[Operation]:
     kernel, stride, dilation = blur._buffers.get("kernel"), blur.stride, blur.dilation
     if type(kernel) is not Tensor or kernel.requires_grad or not are_constants((stride, dilation)):
         return [call(blur)]
-    arguments = {"kernel": kernel, "stride": stride, "dilation": dilation}
+    arguments: dict[str, Any] = {"kernel": kernel, "stride": stride, "dilation": dilation}
     return [Blur(blur, functools.partial(_blur_in_steps, **arguments), functools.partial(_blur_again, **arguments))]
 
 
-_POOL = {"kernel_size": 2, "stride": 2, "padding": 0, "ceil_mode": True, "count_include_pad": False}
+_POOL: dict[str, Any] = {"kernel_size": 2, "stride": 2, "padding": 0, "ceil_mode": True, "count_include_pad": False}
 
 
 def make_shortcut_pool() -> nn.AvgPool2d:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from typing import Any
 
 import timm.layers
 import torch
@@ -109,7 +110,7 @@ class ConvNormAct(timm.layers.ConvNormAct):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)  # timm's would make the parts
-        factory_kwargs = {"device": device, "dtype": dtype}
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(
             in_channels,
             out_channels,
@@ -120,6 +121,7 @@ class ConvNormAct(timm.layers.ConvNormAct):
             bias=False,
             **factory_kwargs,
         )
+        norm_act: Any
         if norm_layer in ("batchnorm2d", ActivatedBatchNorm2d):
             norm_act = functools.partial(ActivatedBatchNorm2d, act_layer=act_layer)
         elif norm_layer in ("frozenbatchnorm2d", FrozenBatchNormAct2d):  # which timm has no name for
@@ -128,7 +130,8 @@ class ConvNormAct(timm.layers.ConvNormAct):
             norm_act = get_norm_act_layer(norm_layer, act_layer)
         given = {name: value for name, value in factory_kwargs.items() if value is not None}
         self.bn = norm_act(out_channels, apply_act=act_layer is not None, **given)  # some norms know no device
-        if isinstance(self.bn, FrozenBatchNormAct2d):  # timm sets these in freezing, and reads them in unfreezing
+        is_frozen = isinstance(self.bn, FrozenBatchNormAct2d)
+        if is_frozen:  # timm sets these in freezing, and reads them in unfreezing
             self.bn.num_features, self.bn.affine = out_channels, True
         self.aa = aa
 
@@ -160,7 +163,7 @@ class ConvNormAct(timm.layers.ConvNormAct):
         """
         if not self._is_foldable():
             return self
-        mean, var, weight, bias, kernel, offset = (
+        folded: list[Any] = [
             None if tensor is None else tensor.detach().double()
             for tensor in (
                 self.bn.running_mean,
@@ -170,7 +173,8 @@ class ConvNormAct(timm.layers.ConvNormAct):
                 self.conv.weight,
                 self.conv.bias,
             )
-        )
+        ]
+        mean, var, weight, bias, kernel, offset = folded
         kernel, offset = fuse_conv_bn_weights(kernel, offset, mean, var, self.bn.eps, weight, bias)
         conv = copy.deepcopy(self.conv)
         conv.weight = nn.Parameter(kernel.to(conv.weight), requires_grad=conv.weight.requires_grad)

@@ -69,8 +69,8 @@ def _read(se: SqueezeExcite) -> list[Operation]:
     usual = type(act) is nn.ReLU and type(gate) is nn.Sigmoid and type(norm) is nn.Identity
     usual = usual and is_untouched(act) and is_untouched(gate) and is_untouched(norm)
     if usual and type(first) is type(second) is Convolution:
-        arguments = [(each.weight, each.bias, *each.settings) for each in (first, second)]
-        return [Gate(se, functools.partial(_make_gate, *arguments), False)]
+        of_first, of_second = ((each.weight, each.bias, *each.settings) for each in (first, second))
+        return [Gate(se, functools.partial(_make_gate, of_first, of_second), False)]
     for each in (norm, act, gate):  # user code would see the gate
         if each is None or (reason := find_user_code(each)) is not None:
             raise Unreadable("a module is missing" if each is None else reason)

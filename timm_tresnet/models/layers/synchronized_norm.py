@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from timm_tresnet.recompute.norms import make_affine, scale_and_shift
 
@@ -47,7 +47,7 @@ class SynchronizedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -65,7 +65,7 @@ class SynchronizedNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var, count = ctx.saved_tensors
         rstd = (var + ctx.eps).rsqrt()
         gamma = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
