@@ -85,7 +85,7 @@ def _make_example(description: Description) -> tuple[Tensor, dict[int, Any]]:
     """Images to trace a network with, and what of their shape is free, as in torch.export's dynamic_shapes."""
     shape, (multiple, minimum) = description.shape, description.size_limits
     # Not 1: the exporter takes a dimension of 1 for a constant.
-    example = torch.rand([side or default for side, default in zip(shape, (2, shape[1], 64, 96), strict=True)])
+    example = torch.rand([side or default for side, default in zip(shape, (2, shape[1] or 3, 64, 96), strict=True)])
     dims: dict[int, Any] = {0: torch.export.Dim("batch")}
     for axis, name in ((2, "rows"), (3, "columns")):
         dims[axis] = multiple * torch.export.Dim(name, min=minimum // multiple)

@@ -144,7 +144,8 @@ class TResNet(nn.Module):
             stem, in_chans, planes, act_layer=act_layer_of_stem, norm_layer=norm_layer, **factory_kwargs
         )
         reduction = 4 if stem == "space_to_depth" else 2
-        self.feature_info: list[dict[str, Any]] = [{"num_chs": planes, "reduction": reduction, "module": "body.conv1"}]
+        stem_info: dict[str, Any] = {"num_chs": planes, "reduction": reduction, "module": "body.conv1"}
+        self.feature_info = [stem_info]
         self._feature_positions = [1 if stem == "space_to_depth" else 0, 2, 3, 4, 5]  # in body
         drop_path_rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, layers))
         in_channels, reduction = planes, 4
@@ -338,7 +339,7 @@ class TResNet(nn.Module):
         """Replace the names of the classes, notes that begin as outdated, and fields, where timm has put a config."""
         if hasattr(self, "pretrained_cfg"):  # timm puts it there, and the same as default_cfg
             gone = ("label_names", "label_descriptions")
-            config: Any = self.pretrained_cfg
+            config: Any = getattr(self, "pretrained_cfg")  # noqa: B009  # whose type mypy would infer from below
             kept = {name: value for name, value in config.items() if name not in gone}
             if "notes" in kept:
                 kept["notes"] = drop_notes(kept, *outdated)

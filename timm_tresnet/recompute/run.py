@@ -59,8 +59,9 @@ class Run:
 
     def store_if_lost(self) -> None:
         """Store the current feature map if weights that recompute it have been freed."""
-        if type(self._source) is Recomputed and self.has_lost_weights():
-            self._source = Stored(self._last)
+        last = self._last
+        if last is not None and type(self._source) is Recomputed and self.has_lost_weights():
+            self._source = Stored(last)
 
     def recheck(self, y: object) -> None:
         """Close the run if user code, which has returned y, makes the rest ineligible."""

@@ -67,7 +67,7 @@ def label_lookup(model: Any) -> Callable[[int], str]:
 
 
 def describe_labels(model: Any) -> str:
-    """Where the names that `label_lookup` gives are from, in a few words."""
+    """Where the names that `label_lookup` gives are from, in a few words; "" if the weights' config just has them."""
     return _find_labels(model)[1]
 
 
@@ -79,7 +79,7 @@ def _find_labels(model: Any) -> tuple[Callable[[int], str], str]:
     if names and len(names) == model.num_classes:
         descriptions = config.get("label_descriptions") or {}
         said = [note for note in read_notes(config) if note.startswith(NAMED_BY)]
-        source = f"{said[0].removeprefix(NAMED_BY)}, in the weights' config" if said else "the weights' config"
+        source = f"{said[0].removeprefix(NAMED_BY)}, in the weights' config" if said else ""
         return (lambda index: descriptions.get(names[index], names[index])), source
     fault = f"the weights' config has {len(names)} for {model.num_classes} classes; " if names else ""
     subset = infer_imagenet_subset(model)

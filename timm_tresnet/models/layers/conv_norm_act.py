@@ -125,7 +125,7 @@ class ConvNormAct(timm.layers.ConvNormAct):
         if norm_layer in ("batchnorm2d", ActivatedBatchNorm2d):
             norm_act = functools.partial(ActivatedBatchNorm2d, act_layer=act_layer)
         elif norm_layer in ("frozenbatchnorm2d", FrozenBatchNormAct2d):  # which timm has no name for
-            norm_act = functools.partial(FrozenBatchNormAct2d, act_layer=act_layer)
+            norm_act = functools.partial(FrozenBatchNormAct2d, act_layer=act_layer)  # type: ignore[arg-type]  # None is no activation
         else:
             norm_act = get_norm_act_layer(norm_layer, act_layer)
         given = {name: value for name, value in factory_kwargs.items() if value is not None}
