@@ -7,18 +7,21 @@ import multiprocessing
 import os
 import runpy
 import sys
+import time
 import warnings
 from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["torch", "torchvision"])
 
 
-def run_in_child(
+def start_child(
     source: str | Path, arguments: Sequence[str], environment: Mapping[str, str], folder: Path, output: Path
-) -> int:
-    """Run code or a script in which no warning may pass, as `python -W error` does.
+) -> BaseProcess:
+    """Start code or a script in which no warning may pass, as `python -W error` does.
 
     Args:
         source: the code, or the path of a script.
@@ -28,12 +31,27 @@ def run_in_child(
         output: folder for the files stdout and stderr, with what it printed.
 
     Returns:
-        Its exit status.
+        The process.
     """
     process = _SERVER.Process(target=_run, args=(source, arguments, environment, folder, output))
     process.start()
-    process.join()
-    return process.exitcode
+    return process
+
+
+def wait_for_all(processes: Sequence[BaseProcess], limit_s: float) -> list[int | None]:
+    """Wait for processes that wait for each other: one that fails ends all, and so does the limit.
+
+    Returns:
+        Their exit statuses, 0 for success.
+    """
+    end = time.monotonic() + limit_s
+    while running := [process.sentinel for process in processes if process.exitcode is None]:
+        wait(running, max(end - time.monotonic(), 0))
+        if any(process.exitcode for process in processes) or time.monotonic() > end:
+            for process in processes:
+                process.kill()
+                process.join()
+    return [process.exitcode for process in processes]
 
 
 def _run(

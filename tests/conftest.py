@@ -5,14 +5,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import reference
 import torch
-from children import run_in_child
+from children import start_child, wait_for_all
 from converting import SMALL
 from hub_server import HubServer
 
@@ -60,10 +59,11 @@ def run_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
             port = free.getsockname()[1]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         outputs = [tmp_path_factory.mktemp("output") for _ in range(2)]
-        with ThreadPoolExecutor(2) as pool:
-            environments = [env | {"RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
-            statuses = pool.map(functools.partial(run_in_child, code, []), environments, [folder] * 2, outputs)
-            assert list(statuses) == [0, 0], [(output / "stderr").read_text() for output in outputs]
+        children = [
+            start_child(code, [], env | {"RANK": str(rank), "WORLD_SIZE": "2"}, folder, output)
+            for rank, output in enumerate(outputs)
+        ]
+        assert wait_for_all(children, 600) == [0, 0], [(output / "stderr").read_text() for output in outputs]
         return folder
 
     return run
@@ -99,7 +99,8 @@ def run_child(hub: HubServer, tmp_path: Path) -> Callable[..., str]:
 
     def run(code: str | Path, *arguments: object, **variables: str) -> str:
         with tempfile.TemporaryDirectory() as printed:
-            status = run_in_child(code, [*map(str, arguments)], environment | variables, tmp_path, Path(printed))
+            child = start_child(code, [*map(str, arguments)], environment | variables, tmp_path, Path(printed))
+            (status,) = wait_for_all([child], 600)
             output, error = (Path(printed, name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
         assert status == 0, error
         assert error == ""
