@@ -1,4 +1,5 @@
 import importlib.machinery
+import importlib.util
 import sys
 import threading
 import types
@@ -180,3 +181,14 @@ def test_of_two_threads_whose_modules_finish_together_one_registers(monkeypatch)
     for thread in threads:
         thread.join()
     assert len(registered) == 1
+
+
+def test_package_that_is_removed_and_imported_again_asks_once(monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    before = [finder for finder in sys.meta_path if type(finder).__name__ == "_Finder"]
+    again = importlib.util.module_from_spec(importlib.util.find_spec("timm_tresnet.autoload"))
+    again.__spec__.loader.exec_module(again)
+    again.arm()
+    finders = [finder for finder in sys.meta_path if type(finder).__name__ == "_Finder"]
+    assert len(before) == len(finders) == 1
+    assert type(finders[0]) is again._Finder

@@ -24,6 +24,7 @@ _PACKAGE = __name__.partition(".")[0]
 def arm() -> None:
     """Register the variants with timm as soon as `timm.models` is there; at once if it already is."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        disarm()  # that of an earlier import of this module, if it was removed from sys.modules: two would recurse
         sys.meta_path.insert(0, _Finder())
     if "timm.models" in sys.modules:
         _register()
@@ -31,7 +32,11 @@ def arm() -> None:
 
 def disarm() -> None:
     """Stop waiting for `timm.models`; what is registered stays."""
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not _is_ours(finder)]
+
+
+def _is_ours(finder: object) -> bool:
+    return (type(finder).__module__, type(finder).__qualname__) == (__name__, _Finder.__qualname__)
 
 
 def _register() -> None:
