@@ -56,13 +56,15 @@ class Networks:
 
     def _fetch(self, name: str, fetch: _Fetch) -> None:
         try:
-            fetch.network = self._load(name)
+            network = self._load(name)
         except ValueError as error:
             fetch.error = str(error)
+            return
         except BaseException as error:
             fetch.error = f"{name} cannot be had: {type(error).__name__}"
             raise
-        with self._lock:
+        with self._lock:  # in one step, for whoever gets it next
+            fetch.network = network
             arrived = [name for name, each in self._fetches.items() if each.network is not None]
             for old in arrived[:-_KEPT]:
                 del self._fetches[old]
