@@ -316,3 +316,20 @@ def test_a_backbone_classifies_nothing(tmp_path, capsys):
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
     assert cli.main(["classify", "--model", f"local-dir:{tmp_path}"]) == 2
     assert "is a backbone without classes" in capsys.readouterr().err
+
+
+def test_photographs_are_turned_unless_they_are_asked_for_as_stored(tmp_path, capsys):
+    from PIL import Image
+
+    orientation = Image.Exif()
+    orientation[0x112] = 6
+    with Image.open(SAMPLES / "horse.jpg") as image:
+        image.save(tmp_path / "marked.png", exif=orientation)
+        image.save(tmp_path / "plain.png")
+        image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "turned.png")
+    answers = {}
+    for name, *words in (("marked",), ("marked", "--as-stored"), ("plain",), ("turned",)):
+        assert cli.main(["classify", str(tmp_path / f"{name}.png"), "--json", *words]) == 0
+        answers[name, *words] = json.loads(capsys.readouterr().out)[0]["predictions"]
+    assert answers["marked",] == answers["turned",] != answers["plain",]
+    assert answers["marked", "--as-stored"] == answers["plain",]
