@@ -93,19 +93,6 @@ def test_other_version_of_a_tensor_is_kept_as_it_is(made):
     assert made == []
 
 
-def test_function_in_place_overwrites_only_what_nobody_else_has():
-    kept, values = Stored(torch.zeros(3)), Values()
-    on_kept = Recomputed(lambda x: x.add_(1), (kept,), values, in_place=True)
-    assert torch.equal(on_kept.take(), torch.ones(3))
-    assert torch.equal(kept.take(), torch.zeros(3))
-
-    inner = Recomputed(torch.clone, (kept,), values)
-    outer = Recomputed(lambda x: x.add_(1), (inner,), values, in_place=True)
-    outer.use()
-    assert inner.uses == 1
-    assert torch.equal(outer.take(), torch.ones(3))
-
-
 def test_layout_is_that_of_the_tensor():
     x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     source = Recomputed(lambda: x.detach().contiguous().clone(), (), Values())

@@ -73,10 +73,9 @@ class Recomputed:
         inputs: of the function.
         values: shared by all tensors of one forward.
         version: of the tensor, once it has been made.
-        in_place: whether the function overwrites the first of its inputs.
     """
 
-    __slots__ = ("function", "inputs", "values", "version", "in_place", "uses", "stride")
+    __slots__ = ("function", "inputs", "values", "version", "uses", "stride")
 
     def __init__(
         self,
@@ -84,13 +83,11 @@ class Recomputed:
         inputs: tuple["Stored | Recomputed", ...],
         values: Values,
         version: int = 0,
-        in_place: bool = False,
     ) -> None:
         self.function = function
         self.inputs = inputs
         self.values = values
         self.version = version
-        self.in_place = in_place
         self.uses = 0  # consumers in one backward pass
         self.stride: tuple[int, ...] | None = None
 
@@ -125,9 +122,7 @@ class Recomputed:
         return held[0]
 
     def _make(self) -> Tensor:
-        if self.in_place and not (type(self.inputs[0]) is Recomputed and self.inputs[0].uses == 1):
-            value = self.function(self.inputs[0].take().clone())  # another consumer has it too
-        elif len(self.inputs) == 1:
+        if len(self.inputs) == 1:
             value = self.function(self.inputs[0].take())
         else:
             value = self.function(*[source.take() for source in self.inputs])
