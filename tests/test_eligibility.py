@@ -7,24 +7,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from timm_tresnet.recompute import eligibility
-from timm_tresnet.recompute.eligibility import find_obstacle, is_held, is_user_defined
+from timm_tresnet.recompute.eligibility import find_obstacle, is_user_defined
 
 SMALL = {"layers": (1, 1, 1, 1)}
-
-
-def test_tensor_is_held_by_whatever_can_edit_it_later():
-    def make():
-        return torch.ones(3, requires_grad=True) * 2
-
-    y = make()
-    assert not is_held(y)
-    for hold in (lambda y: y, lambda y: y.detach(), lambda y: y.view(3), lambda y: y.detach().numpy(), lambda y: [y]):
-        holder = hold(y)
-        assert is_held(y)
-        del holder
-        assert not is_held(y)
-    z = y.exp()  # autograd has saved it
-    assert is_held(z)
 
 
 @pytest.mark.parametrize(

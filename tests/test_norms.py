@@ -4,7 +4,12 @@ import torch.nn.functional as F
 from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from timm_tresnet.recompute.norms import make_affine, make_inference_normalization, make_normalization, scale_and_shift
+from timm_tresnet.models.layers.norm_arithmetic import (
+    make_affine,
+    make_inference_normalization,
+    make_normalization,
+    scale_and_shift,
+)
 
 
 def make_values(dtype=torch.float32):

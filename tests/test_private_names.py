@@ -87,7 +87,7 @@ def test_saved_tensor_shows_what_hooks_have_kept():
 
 @private(
     "_batch_norm_impl_index",
-    used_by="layers/activated_batch_norm.py, for the batch's statistics, with cuDNN's kernel where F.batch_norm has it",
+    used_by="layers/norm_arithmetic.py, for the batch's statistics, with cuDNN's kernel where F.batch_norm has it",
     instead="torch.native_batch_norm returns them too, but never by cuDNN",
 )
 def test_batch_norm_returns_the_statistics_that_the_public_one_keeps_to_itself():
@@ -104,7 +104,7 @@ def test_batch_norm_returns_the_statistics_that_the_public_one_keeps_to_itself()
     "_raw_saved_self",
     "_raw_saved_tensors",
     "_saved_weight",
-    used_by="operations.py, to discard what nodes have saved; the last for the weight as autocast has cast it",
+    used_by="models/layers/, to discard what nodes have saved; the last for the weight as autocast has cast it",
     instead="hooks on everything saved (torch.autograd.graph.saved_tensors_hooks), which cost half a step of launches",
 )
 def test_nodes_show_what_they_saved():
@@ -207,7 +207,7 @@ def test_transforms_forward_mode_and_autocast_can_be_seen():
 @private(
     "native_batch_norm",
     "native_batch_norm_backward",
-    used_by="norms.py and layers/synchronized_norm.py, for batch norm's arithmetic with statistics that are given",
+    used_by="layers/norm_arithmetic.py, synchronized_norm.py, for batch norm's arithmetic with given statistics",
     instead="F.batch_norm in eval mode, and torch.autograd.grad of it",
 )
 def test_native_batch_norm_takes_statistics_and_sums_gradients():
@@ -225,7 +225,7 @@ def test_native_batch_norm_takes_statistics_and_sums_gradients():
 
 @private(
     "batch_norm_elemt",
-    used_by="norms.py, for batch norm in one kernel on CUDA",
+    used_by="layers/norm_arithmetic.py, for batch norm in one kernel on CUDA",
     instead="scale_and_shift, as on the CPU",
 )
 @pytest.mark.gpu
@@ -303,21 +303,8 @@ def test_fields_of_a_module_are_those_that_it_runs_with():
 
 
 @private(
-    "_storage_Use_Count",
-    used_by="eligibility.py (is_held), to see whether user code holds the memory of a tensor that it has returned",
-    instead="taking each such tensor for held, so that nothing is recomputed from it",
-)
-def test_holders_of_memory_are_counted():
-    x = torch.ones(3)
-    count = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
-    other = x.detach()
-    assert torch._C._storage_Use_Count(x.untyped_storage()._cdata) == count + 1
-    assert other is not x
-
-
-@private(
     "_get_current_dispatch_mode_stack",
-    used_by="eligibility.py, to know modes that only look; explain.py has one",
+    used_by="eligibility.py, to know modes that only look; models/explanation.py has one",
     instead="refusing every dispatch mode, and no explain_recompute",
 )
 def test_dispatch_modes_can_be_listed():
@@ -329,7 +316,7 @@ def test_dispatch_modes_can_be_listed():
 
 @private(
     "_NormBase",
-    used_by="stage.py, to find running statistics of blocks that run again",
+    used_by="checkpoint.py, to find running statistics of blocks that run again",
     instead="modules that have a running_mean",
 )
 def test_norm_base_is_every_norm_with_running_statistics():

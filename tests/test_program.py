@@ -8,9 +8,13 @@ from torch.nn.utils import parametrizations, prune
 
 from timm_tresnet.models.blocks import Bottleneck
 from timm_tresnet.models.layers import ActivatedBatchNorm2d
-from timm_tresnet.recompute.operations import Blur, Call, Convolution, DropPath, Gate, Map, Norm
+from timm_tresnet.models.layers.activated_batch_norm import Norm
+from timm_tresnet.models.layers.anti_alias import Blur
+from timm_tresnet.models.layers.readers import Convolution, DropPath, Map
+from timm_tresnet.models.layers.squeeze_excite import Gate
 from timm_tresnet.recompute.policy import EXPANSION
 from timm_tresnet.recompute.program import Unreadable, read_program
+from timm_tresnet.recompute.run import Call
 from timm_tresnet.recompute.stage import Stage
 
 
@@ -48,7 +52,8 @@ def test_drop_path_is_left_out_where_it_does_nothing():
 
 @pytest.mark.parametrize("act", [nn.SiLU, nn.ReLU, nn.GELU, nn.Hardswish, nn.Tanh], ids=lambda act: act.__name__)
 def test_activation_other_than_leaky_relu_is_an_operation_of_its_own(act):
-    assert kinds(read_program(make_block(act_layer=act)).operations)[:3] == [Convolution, Norm, Map]
+    convolution, norm, *_ = read_program(make_block(act_layer=act)).operations
+    assert kinds((convolution, norm, norm.act)) == [Convolution, Norm, Map]
 
 
 def set_attribute(name, value):
@@ -95,18 +100,18 @@ CALLED = {  # by what is called, and whether user code sees its input
 def test_part_without_recipe_is_called(name, edit, is_user_defined):
     block = make_block()
     edit(block)
-    calls = [each for each in read_program(block).operations if type(each) is Call]
+    operations = read_program(block).operations
+    parts = [part for each in operations for part in (each, getattr(each, "act", None))]
+    calls = [each for each in parts if type(each) is Call]
     assert [(each.module, each.is_user_defined) for each in calls] == [
         (block.get_submodule(name), is_user_defined),
     ]
 
 
-def test_what_user_code_sees_stays_stored():
+def test_user_code_at_the_beginning_of_a_block_sees_its_input():
     block = make_block()
     block.conv2.conv.register_forward_hook(lambda *_: None)
-    program = read_program(block)
-    assert program.operations[1].shown
-    assert not program.shows_input()
+    assert not read_program(block).shows_input()
     block.conv1.conv.register_forward_hook(lambda *_: None)
     assert read_program(block).shows_input()
 
@@ -157,13 +162,14 @@ def test_absent_parts_are_no_operations():
 def test_norm_in_eval_mode_uses_its_running_statistics():
     norm = ActivatedBatchNorm2d(4, act_layer=nn.LeakyReLU).eval()
     (operation,) = read_program(norm).operations
-    assert operation.count is None
-    assert operation.arguments[4] is False
+    count, _, _, _, _, use_batch, *_ = operation.normalize.args
+    assert count is None
+    assert use_batch is False
 
 
 PATCHED = """
 import torch; {}
-from timm_tresnet.recompute.program import read_convolution
+from timm_tresnet.models.layers.readers import read_convolution
 print(type(read_convolution(torch.nn.Conv2d(1, 1, 1))).__name__)
 """
 

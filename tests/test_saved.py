@@ -4,7 +4,7 @@ import weakref
 import pytest
 import torch
 
-from timm_tresnet.recompute.saved import Recomputed, ShapeOnly, Stored, Values, discard, discard_values
+from timm_tresnet.recompute.saved import Recomputed, ShapeOnly, Stored, discard, discard_values
 
 
 @pytest.fixture
@@ -13,12 +13,12 @@ def made():
     return []
 
 
-def recomputed(made, value, *inputs, values=None, **kwargs):
+def recomputed(made, value, *inputs, **kwargs):
     def function(*inputs):
         made.append(value)
         return torch.full((3,), float(value)) + sum(inputs)
 
-    return Recomputed(function, inputs, Values() if values is None else values, **kwargs)
+    return Recomputed(function, inputs, **kwargs)
 
 
 def test_kept_tensor_is_given_out_until_it_is_edited():
@@ -46,19 +46,19 @@ def save(x, source):
 
 
 def test_value_is_shared_within_a_pass_and_dropped_after_it(made):
-    x, values = torch.ones(3, requires_grad=True), Values()
-    y = save(x, recomputed(made, 2, values=values, version=x._version))
+    x = torch.ones(3, requires_grad=True)
+    source = recomputed(made, 2, version=x._version)
+    y = save(x, source)
     for count in (1, 2):
         y.sum().backward(retain_graph=True)
         assert made == [2] * count
-        assert not values
+        assert not source._shared
     assert torch.equal(x.grad, torch.full((3,), 8.0))  # what was made, not x
 
 
 def test_value_for_which_somebody_does_not_ask_is_dropped_too(made):
     x, other = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
-    values = Values()
-    source = recomputed(made, 2, values=values)
+    source = recomputed(made, 2)
     first, second = x * 1.0, other * 1.0
     y = first * second
     node = y.grad_fn
@@ -66,12 +66,12 @@ def test_value_for_which_somebody_does_not_ask_is_dropped_too(made):
     source.use()  # somebody who will not ask
     torch.autograd.grad(y.sum(), other, retain_graph=True)
     assert made == [2]
-    assert not values
+    assert not source._shared
 
 
 def test_failed_pass_leaves_its_values_to_the_next_one(made):
-    x, values = torch.ones(3, requires_grad=True), Values()
-    source = recomputed(made, 2, values=values)
+    x = torch.ones(3, requires_grad=True)
+    source = recomputed(made, 2)
     y = save(x, source)
     source.use()  # somebody who will not ask
     handle = x.register_hook(lambda grad: 1 / 0)
@@ -80,7 +80,7 @@ def test_failed_pass_leaves_its_values_to_the_next_one(made):
     handle.remove()
     y.sum().backward()
     assert made == [2, 2]
-    assert not values
+    assert not source._shared
 
 
 def test_other_version_of_a_tensor_is_kept_as_it_is(made):
@@ -95,7 +95,7 @@ def test_other_version_of_a_tensor_is_kept_as_it_is(made):
 
 def test_layout_is_that_of_the_tensor():
     x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
-    source = Recomputed(lambda: x.detach().contiguous().clone(), (), Values())
+    source = Recomputed(lambda: x.detach().contiguous().clone(), ())
     assert source.pack(x) is source
     assert source.take().stride() == x.stride()
     assert torch.equal(source.take(), x)
@@ -143,7 +143,7 @@ def test_autocast_and_grad_mode_of_backward_do_not_reach_what_is_made():
         return x.clone()
 
     x = torch.ones(3, requires_grad=True)
-    y = save(x, Recomputed(function, (Stored(x),), Values()))
+    y = save(x, Recomputed(function, (Stored(x),)))
     with torch.autocast("cpu"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
     assert seen == [(False, False)]
@@ -151,7 +151,7 @@ def test_autocast_and_grad_mode_of_backward_do_not_reach_what_is_made():
 
 def test_threads_that_share_a_graph_share_no_values(made):
     x = torch.ones(1000, requires_grad=True)
-    source = Recomputed(lambda x: x * 2, (Stored(x),), Values())
+    source = Recomputed(lambda x: x * 2, (Stored(x),))
     y = save(x, source)
     grads = []
 
@@ -166,4 +166,4 @@ def test_threads_that_share_a_graph_share_no_values(made):
         thread.join()
     assert len(grads) == 200
     assert all(torch.equal(grad, torch.full((1000,), 4.0)) for grad in grads)
-    assert not source.values
+    assert not source._shared

@@ -20,9 +20,9 @@ from timm_tresnet.models.arguments import (
     take_indices,
 )
 from timm_tresnet.models.blocks import BasicBlock, Bottleneck
+from timm_tresnet.models.explanation import Part, explain, format_parts
 from timm_tresnet.models.heads import choose_head
 from timm_tresnet.models.layers import BlurPool2d, ConvNormAct, LinearHead, MLDecoderHead, SpaceToDepth
-from timm_tresnet.recompute.explain import Part, explain, format_parts
 from timm_tresnet.recompute.policy import SETTINGS
 from timm_tresnet.recompute.stage import Body, Stage
 from timm_tresnet.utils.notes import MULTI_LABEL, NAMED_BY, THRESHOLDS, drop_notes
@@ -268,7 +268,7 @@ class TResNet(nn.Module):
             images: (N, in_chans, H, W); a few are enough.
 
         Returns:
-            The rows of the table, see `timm_tresnet.recompute.explain.Part`.
+            The rows of the table, see `timm_tresnet.models.explanation.Part`.
         """
         parts = explain(self, images)
         print(format_parts(parts))

@@ -8,13 +8,14 @@ rest. Everything stays in one graph without hooks. Regions end where eager mode 
 
 import functools
 import hashlib
-import marshal
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from timm_tresnet.recompute import policy
 from timm_tresnet.recompute.eligibility import has_hooks, is_user_defined
 from timm_tresnet.recompute.policy import RECOMPUTED_BY_COMPILER, classify_convolution
 
@@ -108,14 +109,8 @@ def _choose(setting: str, context: Any, operator: Any, *args: Any, **kwargs: Any
     return CheckpointPolicy.MUST_SAVE if stored else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# Of the code that decides, which may change without the version.
-_CODE = (
-    _choose.__code__,
-    classify_convolution.__code__,
-    repr(_STORED),
-    repr(sorted(map(sorted, RECOMPUTED_BY_COMPILER.values()))),
-)
-_POLICY_HASH = hashlib.sha256(marshal.dumps(_CODE)).hexdigest()
+# Of the files that decide, which may change without the version.
+_POLICY_HASH = hashlib.sha256(Path(__file__).read_bytes() + Path(policy.__file__).read_bytes()).hexdigest()
 
 
 def _make_contexts(setting: str) -> functools.partial:

@@ -187,27 +187,6 @@ def is_plain(x: object) -> bool:
     return type(x) in (Tensor, nn.Parameter)
 
 
-def is_held(x: Tensor) -> bool:
-    """Whether anything but the caller's one variable holds a tensor or its memory, and may edit it later."""
-    return _count_holders(x) > _NO_OTHERS
-
-
-def _count_holders(x: Tensor) -> int:
-    return sys.getrefcount(x) + torch._C._storage_Use_Count(x.untyped_storage()._cdata)
-
-
-def _count_of_fresh_tensor() -> int:
-    x = torch.empty(1, device="cpu")
-    return _count_in_call(x)
-
-
-def _count_in_call(x: Tensor) -> int:
-    return _count_holders(x)
-
-
-_NO_OTHERS = _count_of_fresh_tensor()
-
-
 def log_once(reason: str, what: str) -> None:
     """Log one INFO line for each reason why backward recomputes nothing of the whole network, or of a part."""
     if reason not in _logged:

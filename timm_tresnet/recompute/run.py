@@ -7,13 +7,14 @@ it in backward.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from timm_tresnet.recompute.eligibility import find_obstacle, is_plain
-from timm_tresnet.recompute.saved import Recomputed, Source, Stored, Values, discard
+from timm_tresnet.recompute.saved import Recomputed, Source, Stored, discard_result, unpack
 
 Result = tuple[Tensor, Source]
 _add, _relu_ = torch.add, torch.relu_
@@ -29,78 +30,75 @@ class Run:
     def __init__(self, repeats: frozenset[str]) -> None:
         self.repeats = repeats
         self.closed = False  # by user code that has opened a mode, or returned no plain tensor
-        self.values = Values()
-        self._weights: list[torch.UntypedStorage] = []  # of convolutions that run again
-        self._source: Source = None  # of the current feature map
-        self._last: Tensor | None = None  # the current feature map, where its own node may discard it
+        self.uses_weights = False  # of a convolution that backward runs again
+        self.source: Source = None  # of the feature map between two programs
+        self._output: Tensor | None = None  # the feature map
 
-    def enter(self, shown: bool) -> Source:
-        """Source of the current feature map, now that what comes next is known.
-
-        Args:
-            shown: whether user code sees the feature map, which then stays where autograd has saved it.
-        """
-        source, last = self._source, self._last
-        self._source = self._last = None
-        if shown:
+    def enter(self, x: Tensor, shown: bool) -> Source:
+        """Source of the feature map x; None if user code sees it (shown), and it stays where autograd has saved it."""
+        y, source = self._output, self.source
+        self._output = self.source = None
+        if shown or y is None or y.dtype != x.dtype:  # cast by FSDP2
             return None
-        if last is not None and type(source) is Recomputed:
-            saved = getattr(last.grad_fn, "_raw_saved_result", None)
-            if saved is not None:
-                discard(saved, source)
+        discard_result(y, source)
         return source
 
-    def leave(self, y: Tensor, source: Source, stored: bool) -> None:
-        """Make y, with its source, the current feature map, which may be one that is stored."""
-        if type(source) is Recomputed and stored:
-            source = Stored(y)
-        self._source = source
-        self._last = y
-
-    def store_if_lost(self) -> None:
-        """Store the current feature map if weights that recompute it have been freed."""
-        last = self._last
-        if last is not None and type(self._source) is Recomputed and self.has_lost_weights():
-            self._source = Stored(last)
+    def leave(self, y: Tensor, source: Source) -> None:
+        """Make y, with its source, the feature map."""
+        self._output, self.source = y, source
 
     def recheck(self, y: object) -> None:
         """Close the run if user code, which has returned y, makes the rest ineligible."""
         if not is_plain(y) or find_obstacle() is not None:
             self.closed = True
 
-    def add_weight(self, weight: Tensor) -> None:
-        """Note the weight of a convolution that runs again."""
-        self._weights.append(weight.untyped_storage())
 
-    def has_lost_weights(self) -> bool:
-        """Whether weights of convolutions that run again have been freed since this was asked last.
+@dataclass(slots=True, eq=False)
+class Operation:
+    """One step of a program.
 
-        Sharded training (FSDP) frees a module's weights after its forward and gathers them again for its own backward,
-        not for that of the module behind it.
-        """
-        lost = not all(map(torch.UntypedStorage.nbytes, self._weights))
-        if lost:
-            self._weights.clear()
-        return lost
-
-
-class Operation(Protocol):
-    """One step of a program (`timm_tresnet.recompute.operations`).
-
-    Attributes:
-        module: called in its place once the run is closed.
-        is_repeatable: whether its output can be recomputed from its input.
-        is_user_defined: whether user code sees its input and output.
-        covers: number of operations behind it that its module does too, such as a norm's activation.
+    Args:
+        module: computes all of the step where nothing may be recomputed.
     """
 
+    is_repeatable: ClassVar[bool] = True  # whether its output can be recomputed from its input
+    is_user_defined: ClassVar[bool] = False  # whether user code sees its input and output
     module: nn.Module
-    covers: int
-    is_repeatable: bool
-    is_user_defined: bool
 
     def run(self, x: Tensor, source: Source, run: Run) -> Result:
         """Return the output and its source."""
+        raise NotImplementedError
+
+
+class Call(Operation):
+    """A module without a reader, called as it is. What it has saved is stored, but for its input.
+
+    Args:
+        module: the module.
+        is_user_defined: whether user code sees its input and output; then the input is stored too.
+        is_saved: whether autograd saves its output anyway, so that storing it costs nothing.
+        is_repeatable: whether storing it does under grad checkpointing too, as for an activation.
+    """
+
+    def __init__(
+        self, module: nn.Module, is_user_defined: bool = False, is_saved: bool = True, is_repeatable: bool = False
+    ) -> None:
+        super().__init__(module)
+        self.is_user_defined, self.is_saved, self.is_repeatable = is_user_defined, is_saved, is_repeatable  # type: ignore[misc]
+
+    def run(self, x: Tensor, source: Source, run: Run) -> Result:
+        if self.is_user_defined or type(source) is not Recomputed:
+            y = self.module(x)
+        else:
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda tensor: source.pack(tensor) if tensor is x else Stored(tensor), unpack
+            ):
+                y = self.module(x)
+        if self.is_user_defined:
+            run.recheck(y)
+        elif not is_plain(y):
+            run.closed = True
+        return y, None if run.closed or not self.is_saved or y.grad_fn is None else Stored(y)
 
 
 class Program(NamedTuple):
@@ -112,8 +110,8 @@ class Program(NamedTuple):
         act: the ReLU.
     """
 
-    operations: list[Operation]
-    shortcut: list[Operation] | None = None
+    operations: Sequence[Operation]
+    shortcut: Sequence[Operation] | None = None
     act: nn.Module | None = None
 
     def is_repeatable(self) -> bool:
@@ -127,7 +125,7 @@ class Program(NamedTuple):
 def run_program(program: Program, x: Tensor, run: Run, stored: bool = False) -> Tensor:
     """Run a program; stored says whether its output stays for backward."""
     operations, shortcut, act = program
-    source = run.enter(program.shows_input())
+    source = run.enter(x, program.shows_input())
     if shortcut is None or act is None:  # no sum
         y, source = run_operations(operations, x, source, run)
     else:
@@ -136,27 +134,27 @@ def run_program(program: Program, x: Tensor, run: Run, stored: bool = False) -> 
         if run.closed:
             y, source = act(y + term), None
         else:
+            discard_result(term, source_of_term)
+            discard_result(y, source)
             y = torch.relu_(y + term)
             if y.grad_fn is None:
                 source = None
             elif source is None or source_of_term is None:
                 source = Stored(y)  # as ReLU does anyway
             else:
-                source = Recomputed(_add_and_rectify, (source, source_of_term), run.values, y._version)
-    run.leave(y, source, stored)
+                source = Recomputed(_add_and_rectify, (source, source_of_term), y._version, is_result=True)
+    run.leave(y, Stored(y) if stored and type(source) is Recomputed else source)
     return y
 
 
 def run_operations(operations: Sequence[Operation], x: Tensor, source: Source, run: Run) -> Result:
     """Run operations one after the other."""
-    covered = 0
     for operation in operations:
-        if covered:
-            covered -= 1
-        elif run.closed:
+        if run.closed:
             x, source = operation.module(x), None
-            covered = operation.covers
         else:
+            if not operation.is_user_defined:
+                discard_result(x, source)
             x, source = operation.run(x, source, run)
     return x, source
 

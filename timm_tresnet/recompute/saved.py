@@ -1,7 +1,5 @@
 """What stands for a saved tensor: the tensor itself, or how it is recomputed."""
 
-import functools
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +9,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 _is_grad_enabled, _is_autocast_enabled = torch.is_grad_enabled, torch._C._is_any_autocast_enabled
+_is_compiling = torch.compiler.is_compiling
 _get_pass = torch._C._current_graph_task_id  # -1 outside of backward passes
 
 _watched: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weights that backward uses again
@@ -31,8 +30,7 @@ class Stored:
         """Count one more consumer, which does not matter here."""
 
     def take(self) -> Tensor:
-        # Compiled autograd traces this with versions that are not known yet.
-        if not torch.compiler.is_compiling() and self.tensor._version != self.version:
+        if self.tensor._version != self.version and not _is_compiling():  # compiled autograd knows no versions yet
             raise RuntimeError(
                 f"A tensor of shape {tuple(self.tensor.shape)} that backward needs has been modified by an inplace "
                 f"operation after it was used (version {self.tensor._version}, needed {self.version}); modify a clone "
@@ -41,55 +39,35 @@ class Stored:
         return self.tensor
 
 
-class Values(dict[int, dict[int, list[Any]]]):
-    """Recomputed tensors that not all consumers have taken yet, by the number of the backward pass.
-
-    For each pass: the value and the number of consumers that are left, by the id of the `Recomputed`. A pass drops its
-    values at its end: not every consumer runs where not every gradient is wanted, and the graph may live on. After a
-    pass that failed, the next one of its thread drops them.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._latest: dict[int, int] = {}  # by thread
-
-    def __missing__(self, number: int) -> dict[int, list[Any]]:
-        thread = threading.get_ident()
-        self._drop(thread)
-        self._latest[thread] = number
-        values = self[number] = {}
-        torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._drop, thread))
-        return values
-
-    def _drop(self, thread: int) -> None:
-        self.pop(self._latest.pop(thread, -1), None)
-
-
 class Recomputed:
     """A tensor as the function and the inputs that make it.
+
+    Consumers in one backward pass share the value. It is dropped after the last of them, and at the end of the pass,
+    as not every consumer runs where not every gradient is wanted.
 
     Args:
         function: makes the tensor from inputs.
         inputs: of the function.
-        values: shared by all tensors of one forward.
         version: of the tensor, once it has been made.
+        is_result: whether the tensor's own node has saved it as its result, see `discard_result`.
     """
 
-    __slots__ = ("function", "inputs", "values", "version", "uses", "stride")
+    __slots__ = ("function", "inputs", "version", "is_result", "uses", "stride", "_shared")
 
     def __init__(
         self,
         function: Callable[..., Tensor],
         inputs: tuple["Stored | Recomputed", ...],
-        values: Values,
         version: int = 0,
+        is_result: bool = False,
     ) -> None:
         self.function = function
         self.inputs = inputs
-        self.values = values
         self.version = version
+        self.is_result = is_result
         self.uses = 0  # consumers in one backward pass
         self.stride: tuple[int, ...] | None = None
+        self._shared: list[Any] = []  # number of the pass, value, consumers left
 
     def use(self) -> None:
         """Count one more consumer."""
@@ -99,7 +77,7 @@ class Recomputed:
                 source.use()
 
     def pack(self, tensor: Tensor) -> "Stored | Recomputed":
-        """Pack hook. Returns this handle, or the tensor as stored if it was modified."""
+        """Pack hook. Returns this handle, or a stored copy of the tensor if it was modified."""
         if self.version != tensor._version:
             return Stored(tensor)
         self.stride = tensor.stride()
@@ -107,19 +85,18 @@ class Recomputed:
         return self
 
     def take(self) -> Tensor:
-        # Compiled autograd traces backward, and can neither read the pass's number nor call back at its end.
-        if self.uses == 1 or torch.compiler.is_compiling() or (number := _get_pass()) < 0:
+        # Compiled autograd, while it traces backward, can neither read the pass's number nor call back at its end.
+        if self.uses == 1 or _is_compiling() or (number := _get_pass()) < 0:
             return self._make()
-        values = self.values[number]
-        held = values.get(id(self))
-        if held is None:
-            value = self._make()
-            values[id(self)] = [value, self.uses - 1]
-            return value
-        held[1] -= 1
-        if not held[1]:
-            del values[id(self)]
-        return held[0]
+        shared = self._shared
+        if not shared or shared[0] != number:  # a pass that failed has left its value; another thread has its own
+            shared = self._shared = [number, self._make(), self.uses]
+            torch.autograd.Variable._execution_engine.queue_callback(shared.clear)  # it must not hold self
+        value = shared[1]
+        shared[2] -= 1
+        if not shared[2]:
+            shared.clear()
+        return value
 
     def _make(self) -> Tensor:
         if len(self.inputs) == 1:
@@ -156,6 +133,14 @@ def discard_values(saved: Any) -> bool:
     return _register(saved, ShapeOnly, ShapeOnly.take)
 
 
+def discard_result(y: Tensor, source: Source) -> None:
+    """Discard y where its own node has saved it, now that what comes next is known not to be user code."""
+    if type(source) is Recomputed and source.is_result:
+        source.is_result = False
+        node: Any = y.grad_fn
+        discard(node._raw_saved_result, source)
+
+
 def _register(saved: Any, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> bool:
     try:
         saved.register_hooks(pack, unpack)
@@ -186,7 +171,7 @@ def watch(weights: Iterable[Tensor]) -> None:
 
 
 def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    if torch.compiler.is_compiling():  # a compiled step raises them
+    if _is_compiling():  # a compiled step raises them
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:

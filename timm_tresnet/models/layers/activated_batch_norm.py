@@ -3,6 +3,7 @@
 import functools
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +13,14 @@ from timm.layers import BatchNormAct2d
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from timm_tresnet.models.layers.norm_arithmetic import check_values, run_norm
+from timm_tresnet.models.layers.readers import read_activation
 from timm_tresnet.models.layers.synchronized_norm import SynchronizedNorm, reduce_statistics
 from timm_tresnet.recompute.compiled import is_in_region
 from timm_tresnet.recompute.eligibility import is_plain, is_untouched
-from timm_tresnet.recompute.norms import check_values
-from timm_tresnet.recompute.operations import CustomNorm, Norm
-from timm_tresnet.recompute.program import call, read_activation, reads
-from timm_tresnet.recompute.run import Operation
+from timm_tresnet.recompute.program import call, reads
+from timm_tresnet.recompute.run import Operation, Result, Run
+from timm_tresnet.recompute.saved import Recomputed, Source, discard
 
 
 @register_notrace_module
@@ -94,25 +96,17 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
     def _forward_synchronized(
         self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
     ) -> Tensor:
-        return self.act(self.drop(self._normalize_synchronized(x, running_mean, running_var, momentum)[0]))
-
-    @torch.jit.unused
-    def _count_and_normalize(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
-        count: Any = self.num_batches_tracked
-        _count_batch(count)
-        return self._normalize_synchronized(x, **kwargs)
+        return self.act(self.drop(self._normalize_synchronized(x, running_mean, running_var, momentum)))
 
     @torch.jit.unused
     def _normalize_synchronized(
         self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
-        """Output, and what computes it from x again."""
+    ) -> Tensor:
         mean, var, count = reduce_statistics(x, self.process_group)
         if running_mean is not None and running_var is not None:
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var * count / (count - 1).clamp(min=1)).to(running_var.dtype), momentum)
-        y = SynchronizedNorm.apply(x, self.weight, self.bias, mean, var, count, self.eps, self.process_group)
-        return y, getattr(y.grad_fn, "again", None)
+        return SynchronizedNorm.apply(x, self.weight, self.bias, mean, var, count, self.eps, self.process_group)
 
     @torch.jit.unused
     def _forward_in_region(
@@ -145,6 +139,30 @@ def _count_batch(count: Tensor) -> None:
     count.add_(1)
 
 
+@dataclass(slots=True, eq=False)
+class Norm(Operation):
+    """Batch norm, and the activation behind it, which its layer runs too.
+
+    Args:
+        module: the layer.
+        normalize: returns the output, the norm's node, and what computes the output again; None without a node.
+        act: the activation, unless normalize runs it or there is none.
+    """
+
+    normalize: Callable[[Tensor], tuple[Tensor, Any, Callable[[Tensor], Tensor] | None]]
+    act: Operation | None
+
+    def run(self, x: Tensor, source: Source, run: Run) -> Result:
+        y, node, again = self.normalize(x)
+        made = None
+        if source is not None and again is not None:
+            if type(source) is Recomputed:
+                custom = isinstance(node, torch.autograd.function.BackwardCFunction)
+                discard(node._raw_saved_tensors[0] if custom else node._raw_saved_input, source)
+            made = Recomputed(again, (source,), y._version, is_result=node is not y.grad_fn)
+        return (y, made) if self.act is None else self.act.run(y, made, run)
+
+
 _get_fields = operator.itemgetter(
     *("_modules", "_parameters", "_buffers", "training", "track_running_stats", "momentum", "eps", "synchronized")
 )
@@ -152,7 +170,7 @@ _get_fields = operator.itemgetter(
 
 @reads(ActivatedBatchNorm2d)
 def _read(norm: ActivatedBatchNorm2d) -> list[Operation]:
-    """Batch norm with leaky ReLU as one operation, with another activation as two; an unusual one is called."""
+    """Batch norm with leaky ReLU in one, or with another activation; an unusual one is called."""
     children, parameters, buffers, training, tracks, momentum, eps, synchronized = _get_fields(norm.__dict__)
     weight, bias = parameters.get("weight"), parameters.get("bias")
     mean, var, count = buffers.get("running_mean"), buffers.get("running_var"), buffers.get("num_batches_tracked")
@@ -172,15 +190,21 @@ def _read(norm: ActivatedBatchNorm2d) -> list[Operation]:
     if not usual:
         return [call(norm, is_saved=type(act) is not nn.Identity, is_repeatable=True)]
     if synchronized and training and norm._is_distributed():
-        normalize = functools.partial(norm._count_and_normalize, running_mean=mean, running_var=var, momentum=momentum)
-        behind = read_activation(act)
-        return [CustomNorm(norm, normalize, covers=len(behind)), *behind]
+        return [Norm(norm, functools.partial(_run_synchronized, norm), read_activation(act))]
     fused = type(act) is nn.LeakyReLU and act.inplace and type(act.negative_slope) is float and is_untouched(act)
-    slope = act.negative_slope if fused else None
-    momentum = momentum if training else 0.0
-    behind = [] if fused else read_activation(act)
-    arguments = (weight, bias, mean, var, training, momentum, eps, slope)
-    return [Norm(norm, arguments, count if training else None, covers=len(behind)), *behind]
+    slope, behind = (act.negative_slope, None) if fused else (None, read_activation(act))
+    momentum, count = (momentum, count) if training else (0.0, None)
+    return [
+        Norm(norm, functools.partial(run_norm, count, weight, bias, mean, var, training, momentum, eps, slope), behind)
+    ]
+
+
+def _run_synchronized(norm: ActivatedBatchNorm2d, x: Tensor) -> tuple[Tensor, Any, Callable[[Tensor], Tensor] | None]:
+    momentum: Any = norm.momentum
+    count: Any = norm.num_batches_tracked
+    _count_batch(count)
+    y = norm._normalize_synchronized(x, norm.running_mean, norm.running_var, momentum)
+    return y, y.grad_fn, getattr(y.grad_fn, "again", None)
 
 
 class _NormFromStatistics(torch.autograd.Function):

@@ -1,6 +1,8 @@
 """Anti-aliased downsampling: the blur of the main path, the average pool of the shortcut."""
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import timm.layers
@@ -10,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from timm_tresnet.recompute.operations import Blur, Map
+from timm_tresnet.models.layers.readers import Map
+from timm_tresnet.recompute.policy import BLUR
 from timm_tresnet.recompute.program import are_constants, call, reads
-from timm_tresnet.recompute.run import Operation
+from timm_tresnet.recompute.run import Operation, Result, Run
+from timm_tresnet.recompute.saved import Recomputed, Source, Stored, discard_values
 
 
 @torch.fx.wrap
@@ -153,6 +157,33 @@ class BlurPool2d(timm.layers.BlurPool2d):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, stride={self.stride}, dilation={self.dilation}"
+
+
+@dataclass(slots=True, eq=False)
+class Blur(Operation):
+    """A blur: a padding and a convolution with constants, of whose inputs backward needs the shapes alone.
+
+    Args:
+        module: the layer.
+        function: returns the padded input and the output.
+        again: computes the output from the input again, in a dtype.
+    """
+
+    function: Callable[[Tensor], tuple[Tensor, Tensor]]
+    again: Callable[..., Tensor]
+
+    def run(self, x: Tensor, source: Source, run: Run) -> Result:
+        padded, y = self.function(x)
+        node: Any = y.grad_fn
+        if node is None:
+            return y, None
+        discard_values(node._raw_saved_input)
+        saved = getattr(padded.grad_fn, "_raw_saved_self", None)
+        if saved is not None:
+            discard_values(saved)
+        if source is None or BLUR not in run.repeats:
+            return y, Stored(y)
+        return y, Recomputed(functools.partial(self.again, dtype=y.dtype), (source,))
 
 
 @reads(BlurPool2d)

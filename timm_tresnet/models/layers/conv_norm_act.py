@@ -19,9 +19,10 @@ from torch.nn.utils import fuse_conv_bn_weights
 
 from timm_tresnet.models.layers.activated_batch_norm import ActivatedBatchNorm2d
 from timm_tresnet.models.layers.observed import is_observed
+from timm_tresnet.models.layers.readers import read_convolution
 from timm_tresnet.recompute.eligibility import is_untouched
 from timm_tresnet.recompute.policy import CONVOLUTION
-from timm_tresnet.recompute.program import Unreadable, call, is_absent, read, read_convolution, reads
+from timm_tresnet.recompute.program import Unreadable, call, is_absent, read, reads
 from timm_tresnet.recompute.run import Operation
 
 # Affine in eval mode, each known by name: a subclass may compute something else.

@@ -1,6 +1,8 @@
 """Squeeze-and-excitation, in the shape that TResNet uses it."""
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import timm.layers
@@ -8,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_tresnet.models.layers.readers import Convolution, read_convolution
 from timm_tresnet.recompute.compiled import is_in_region
 from timm_tresnet.recompute.eligibility import find_user_code, is_untouched
-from timm_tresnet.recompute.operations import Call, Convolution, Gate
-from timm_tresnet.recompute.program import Unreadable, read_convolution, reads
-from timm_tresnet.recompute.run import Operation
+from timm_tresnet.recompute.program import Unreadable, reads
+from timm_tresnet.recompute.run import Operation, Result, Run
+from timm_tresnet.recompute.saved import Recomputed, Source, Stored, discard
 
 
 class SqueezeExcite(timm.layers.SEModule):
@@ -59,6 +62,37 @@ class SqueezeExcite(timm.layers.SEModule):
         return F.relu(x) if is_in_region() and type(self.act) is nn.ReLU else self.act(x)
 
 
+_mul = torch.mul
+
+
+@dataclass(slots=True, eq=False)
+class Gate(Operation):
+    """The product with a gate, which is computed from the channel means and stored.
+
+    Args:
+        module: the layer.
+        function: computes the gate from the input.
+        calls_user_code: whether user code runs in it, which sees the means.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    calls_user_code: bool = False
+
+    def run(self, x: Tensor, source: Source, run: Run) -> Result:
+        gate = self.function(x)
+        if self.calls_user_code:
+            run.recheck(gate)
+        y = x * gate
+        node: Any = y.grad_fn
+        if source is None and gate.requires_grad and x.grad_fn is not None:
+            source = Stored(x)  # as autograd does anyway
+        if source is None or run.closed or node is None:
+            return y, None
+        if type(source) is Recomputed and gate.requires_grad:
+            discard(node._raw_saved_self, source)
+        return y, Recomputed(_mul, (source, Stored(gate)))
+
+
 @reads(SqueezeExcite)
 def _read(se: SqueezeExcite) -> list[Operation]:
     if "_make_gate" in se.__dict__:
@@ -68,14 +102,13 @@ def _read(se: SqueezeExcite) -> list[Operation]:
     first, second = read_convolution(get("fc1")), read_convolution(get("fc2"))
     usual = type(act) is nn.ReLU and type(gate) is nn.Sigmoid and type(norm) is nn.Identity
     usual = usual and is_untouched(act) and is_untouched(gate) and is_untouched(norm)
-    if usual and type(first) is type(second) is Convolution:
+    if usual and isinstance(first, Convolution) and isinstance(second, Convolution):
         of_first, of_second = ((each.weight, each.bias, *each.settings) for each in (first, second))
-        return [Gate(se, functools.partial(_make_gate, of_first, of_second), False)]
+        return [Gate(se, functools.partial(_make_gate, of_first, of_second))]
     for each in (norm, act, gate):  # user code would see the gate
         if each is None or (reason := find_user_code(each)) is not None:
             raise Unreadable("a module is missing" if each is None else reason)
-    user_defined = any(isinstance(each, Call) and each.is_user_defined for each in (first, second))
-    return [Gate(se, se._make_gate, user_defined)]
+    return [Gate(se, se._make_gate, first.is_user_defined or second.is_user_defined)]
 
 
 def _make_gate(first: tuple[Any, ...], second: tuple[Any, ...], x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch.distributed
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from timm_tresnet.recompute.norms import make_affine, scale_and_shift
+from timm_tresnet.models.layers.norm_arithmetic import make_affine, scale_and_shift
 
 
 @torch.no_grad()

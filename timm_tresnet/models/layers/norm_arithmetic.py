@@ -115,21 +115,24 @@ def _normalize_on_cuda(
 
 
 def run_norm(
-    x: Tensor,
+    count: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
     use_batch: bool,
     momentum: float,
     eps: float,
     slope: float | None,
+    x: Tensor,
 ) -> tuple[Tensor, Any, Callable[[Tensor], Tensor] | None]:
-    """Batch norm, and leaky ReLU in place unless slope is None.
+    """Batch norm, and leaky ReLU in place unless slope is None; count goes up by one.
 
     Returns:
         The output, the norm's autograd node, and what computes the output from x again; None without a node.
     """
+    if count is not None:
+        count.add_(1)
     if use_batch:
         check_values(x)
     # What torch.batch_norm calls, for the statistics that torch.batch_norm does not return.
@@ -143,8 +146,6 @@ def run_norm(
         return y, node, None
     if use_batch:
         return y, node, make_normalization(x, mean, rstd, weight, bias, slope)
-    assert running_mean is not None  # else batch norm has refused
-    assert running_var is not None
     return y, node, make_inference_normalization(x, running_mean, running_var, eps, weight, bias, slope)
 
 
