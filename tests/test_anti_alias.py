@@ -5,7 +5,7 @@ from comparing import run_alone
 from torch import nn
 
 from timm_tresnet.models.layers import BlurPool2d, StrideOneAvgPool2d, anti_alias, make_shortcut_pool
-from timm_tresnet.recompute.saved import ShapeOnly
+from timm_tresnet.models.layers.anti_alias import ShapeOnly
 
 
 @pytest.mark.parametrize("dilation", [1, 2])

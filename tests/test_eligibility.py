@@ -44,8 +44,8 @@ def test_parametrizations_of_pytorch_are_not_user_defined():
 
 
 @pytest.fixture
-def lines(monkeypatch, caplog):
-    monkeypatch.setattr(eligibility, "_logged", set())
+def lines(caplog):
+    eligibility.log_once.cache_clear()
     caplog.set_level(logging.INFO, "timm_tresnet")
     return caplog
 

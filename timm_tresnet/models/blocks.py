@@ -11,14 +11,16 @@ from timm.layers import LayerType
 from torch import Tensor, nn
 
 from timm_tresnet.models.layers import BlurPool2d, ConvNormAct, SqueezeExcite, StrideOneAvgPool2d, make_shortcut_pool
+from timm_tresnet.models.layers.readers import is_absent
+from timm_tresnet.models.layers.regions import RunsInRegion
 from timm_tresnet.recompute.compiled import is_in_region
 from timm_tresnet.recompute.eligibility import find_user_code, is_untouched
 from timm_tresnet.recompute.policy import CONVOLUTION, EXPANSION
-from timm_tresnet.recompute.program import Unreadable, is_absent, read, reads_block
+from timm_tresnet.recompute.program import Unreadable, read, reads_block
 from timm_tresnet.recompute.run import Operation, Program
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(RunsInRegion):
     """What both blocks have in common: their arguments, the shortcut and the sum.
 
     Args:
@@ -41,7 +43,6 @@ class ResidualBlock(nn.Module):
     """
 
     expansion: int  # channels of the output over planes
-    runs_in_region = True
 
     def __init__(
         self,

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from timm_tresnet.recompute import policy
-from timm_tresnet.recompute.eligibility import has_hooks, is_user_defined
 from timm_tresnet.recompute.policy import RECOMPUTED_BY_COMPILER, classify_convolution
 
 # A module, the key of the policy for it or "none", and whether its output is stored.
@@ -65,32 +64,6 @@ def _run_region(modules: list[nn.Module], x: Tensor, setting: str) -> Tensor:
         return checkpoint(run, x, use_reentrant=False, context_fn=_CONTEXTS[setting])
     finally:
         _in_region = False
-
-
-def fits_region(module: nn.Module) -> bool:
-    """Whether a region can hold a module: one of ours, and nothing in it draws, counts or overwrites if it runs again.
-
-    Hooks of FSDP, which free and gather weights, are among what no region can hold.
-    """
-    if not getattr(module, "runs_in_region", False) or is_user_defined(module, adapters=False):
-        return False
-    part: Any  # a norm of ours has fits_region
-    for part in module.modules():
-        kind = type(part).__module__
-        if has_hooks(part) or isinstance(part, nn.RReLU):
-            return False
-        if kind == "timm.layers.drop" and type(part).__name__ != "DropPath":
-            return False
-        is_norm = hasattr(part, "fits_region")
-        if not part.fits_region() if is_norm else isinstance(part, nn.modules.batchnorm._NormBase):
-            return False
-        is_norm = is_norm or kind == "timm.layers.norm_act"
-        for name, child in part.named_children():  # an activation may overwrite what a norm has returned
-            if getattr(child, "inplace", False) and not (
-                name == "act" and (is_norm or (type(child) is nn.ReLU and kind.startswith("timm_tresnet.")))
-            ):
-                return False
-    return True
 
 
 @torch.compiler.assume_constant_result

@@ -8,7 +8,6 @@ modules whose `forward` was replaced are.
 import functools
 import logging
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ _KNOWN_MODULES = (
     *(f"torch.nn.modules.{name}" for name in ("activation", "batchnorm", "container", "conv", "linear", "pooling")),
     *(f"timm.layers.{name}" for name in ("activations", "drop", "norm", "norm_act", "split_batchnorm")),
 )
-_OURS = "timm_tresnet."
 _FSDP = ("torch.distributed.fsdp.", "torch.distributed._composable.fsdp.")
 # They change weights, or add to what a convolution returns, and neither keep nor edit its input or output.
 _ADAPTERS = ("torch.nn.utils.", "torch.nn.modules.dropout", "peft.tuners.")
@@ -31,7 +29,6 @@ _METHODS = ("forward", "_conv_forward", "_call_impl", "_compiled_call_impl")
 _find_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # PyTorch 2.5 has it not
 _methods: list[tuple[type, str, Any]] = []
 _logger = logging.getLogger("timm_tresnet")
-_logged: set[str] = set()
 
 
 def stand_for(kind: type, name: str = "forward") -> bool:
@@ -80,12 +77,8 @@ def find_transform() -> str | None:
 def has_global_hooks() -> bool:
     """Whether hooks are registered that run in every module."""
     hooks = nn.modules.module
-    return bool(
-        hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-    )
+    forward = hooks._global_forward_hooks or hooks._global_forward_pre_hooks
+    return bool(forward or hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
 
 
 def _has_saved_tensor_hooks() -> bool:
@@ -98,17 +91,6 @@ def _has_saved_tensor_hooks() -> bool:
     except RuntimeError:
         return True
     return False
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks are registered on a module."""
-    fields = module.__dict__
-    return bool(
-        fields["_forward_hooks"]
-        or fields["_forward_pre_hooks"]
-        or fields["_backward_hooks"]
-        or fields["_backward_pre_hooks"]
-    )
 
 
 def is_untouched(module: nn.Module) -> bool:
@@ -138,21 +120,12 @@ def original_class(module: nn.Module) -> type:
     return type(module).__mro__[2] if is_sharded(module) else type(module)
 
 
-def is_user_defined(module: nn.Module, deep: bool = True, adapters: bool = True) -> bool:
+def is_user_defined(module: nn.Module, adapters: bool = True) -> bool:
     """Whether user code can observe the module's input, output or internals: by a class, a method or a hook.
 
-    Args:
-        module: the module.
-        deep: ask about the modules in it too.
-        adapters: whether parametrizations and adapters of PyTorch and peft may be in it.
+    Parametrizations and adapters of PyTorch and peft do not count, unless adapters is False.
     """
-    modules = [module]
-    for each in modules:  # which grows meanwhile
-        if find_user_code(each, adapters) is not None:
-            return True
-        if deep:
-            modules += [child for child in each.__dict__["_modules"].values() if child is not None]
-    return False
+    return any(find_user_code(each, adapters) is not None for each in module.modules())
 
 
 def find_user_code(module: nn.Module, adapters: bool = True) -> str | None:
@@ -167,16 +140,14 @@ def find_user_code(module: nn.Module, adapters: bool = True) -> str | None:
     if fields["_backward_hooks"] or fields["_backward_pre_hooks"]:
         return "a backward hook"
     hooks = (*fields["_forward_hooks"].values(), *fields["_forward_pre_hooks"].values())
-    return None if _are_known(hooks, adapters) else "a forward hook"
-
-
-def _are_known(hooks: Iterable[object], adapters: bool) -> bool:
-    known = (*_FSDP, *_ADAPTERS) if adapters else _FSDP
-    return all((getattr(hook, "__module__", None) or "").startswith(known) for hook in hooks)
+    known_hooks = (*_FSDP, *_ADAPTERS) if adapters else _FSDP
+    if all((getattr(hook, "__module__", None) or "").startswith(known_hooks) for hook in hooks):
+        return None
+    return "a forward hook"
 
 
 def _look_up(name: str, adapters: bool) -> bool:
-    return name in _KNOWN_MODULES or name.startswith((_OURS, *_FSDP, *(_ADAPTERS if adapters else ())))
+    return name in _KNOWN_MODULES or name.startswith(("timm_tresnet.", *_FSDP, *(_ADAPTERS if adapters else ())))
 
 
 _is_known = functools.cache(_look_up)  # which the compiler cannot trace
@@ -187,8 +158,7 @@ def is_plain(x: object) -> bool:
     return type(x) in (Tensor, nn.Parameter)
 
 
+@functools.cache
 def log_once(reason: str, what: str) -> None:
     """Log one INFO line for each reason why backward recomputes nothing of the whole network, or of a part."""
-    if reason not in _logged:
-        _logged.add(reason)
-        _logger.info("Backward recomputes nothing of %s: %s; explain_recompute(images) says more", what, reason)
+    _logger.info("Backward recomputes nothing of %s: %s; explain_recompute(images) says more", what, reason)

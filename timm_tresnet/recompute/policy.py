@@ -18,11 +18,8 @@ TResNet-M: it makes much of little, so the compiler recomputes it with "activati
 would peak higher without it (docs/measurements.md).
 """
 
-import functools
 import math
 from collections.abc import Sequence
-
-import torch
 
 SETTINGS = ("none", "activations", "expansions")
 CHECKPOINTING = "checkpointing"  # set_grad_checkpointing, whatever the setting is
@@ -47,33 +44,16 @@ def classify_convolution(input_shape: Sequence[int], weight_shape: Sequence[int]
 
 
 def keeps_output(position: int, blocks: int, checkpointing: bool) -> bool:
-    """Whether the output of a block is stored.
-
-    Args:
-        position: of the block in its stage.
-        blocks: number of blocks in the stage.
-        checkpointing: whether convolutions run again; longer chains then store less, but more is alive at once.
-    """
-    if checkpointing:
-        return (blocks - position) % 2 == 1
-    find = find_kept_outputs if torch.compiler.is_compiling() else _kept_outputs
-    return position in find(blocks)
-
-
-def find_kept_outputs(blocks: int) -> tuple[int, ...]:
-    """Positions of the blocks in a stage whose output is stored.
+    """Whether the output of the block at this position is stored, in a stage of so many blocks.
 
     Recomputing an output needs the one before it, so between two stored ones a chain of tensors is alive for a moment.
     It is short at the end of the stage, where backward begins with everything else still in memory, and grows towards
-    the front: 2, 3, 4, ... A stage of up to 4 blocks is one chain.
+    the front: 2, 3, 4, ... A stage of up to 4 blocks is one chain. With checkpointing, more would be alive in a chain.
     """
-    kept = []
-    position, chain = blocks - 3, 3
-    while blocks > 4 and position > 0:
-        kept.append(position)
-        position -= chain + 1
-        chain += 1
-    return tuple(kept)
+    from_end = blocks - position
+    if checkpointing:
+        return from_end % 2 == 1
+    return position > 0 and blocks > 4 and from_end in _STORED_FROM_END
 
 
-_kept_outputs = functools.cache(find_kept_outputs)  # which the compiler cannot trace
+_STORED_FROM_END = tuple(chains * (chains + 5) // 2 for chains in range(1, 50))  # 3, 7, 12, 18, ...

@@ -6,7 +6,7 @@ modules between forwards need no care.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -80,13 +80,3 @@ def call(module: nn.Module, **arguments: bool) -> Call:
         if (reason := find_user_code(each)) is not None:
             raise Unreadable(reason)
     return Call(module, **arguments)
-
-
-def are_constants(values: Iterable[Any]) -> bool:
-    """Whether values cannot be edited until backward."""
-    return all(type(value) in (bool, int, float, str) for value in values)
-
-
-def is_absent(module: nn.Module, name: str) -> bool:
-    """Whether a part that may be None is None, not deleted, and no function either."""
-    return getattr(module, name, module) is None

@@ -21,11 +21,7 @@ _add, _relu_ = torch.add, torch.relu_
 
 
 class Run:
-    """State of one forward.
-
-    Args:
-        repeats: kinds of operations that run again in backward (`timm_tresnet.recompute.policy`).
-    """
+    """State of one forward; repeats are the kinds of operations that run again in backward (`policy.py`)."""
 
     def __init__(self, repeats: frozenset[str]) -> None:
         self.repeats = repeats

@@ -111,44 +111,12 @@ class Recomputed:
 Source = Stored | Recomputed | None  # of a tensor; None: it must stay where autograd has saved it
 
 
-class ShapeOnly:
-    """A tensor whose values do not matter: a linear function's backward needs the shape of its input alone."""
-
-    __slots__ = ("shape", "stride", "dtype", "device")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.shape, self.stride, self.dtype, self.device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-    def take(self) -> Tensor:
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-
-
-def discard(saved: Any, source: Recomputed) -> bool:
-    """Discard what an autograd node has saved, to be recomputed; False if it has saved nothing, or has other hooks."""
-    return _register(saved, source.pack, unpack)
-
-
-def discard_values(saved: Any) -> bool:
-    """Discard what an autograd node has saved and does not read; False as in `discard`."""
-    return _register(saved, ShapeOnly, ShapeOnly.take)
-
-
 def discard_result(y: Tensor, source: Source) -> None:
     """Discard y where its own node has saved it, now that what comes next is known not to be user code."""
     if type(source) is Recomputed and source.is_result:
         source.is_result = False
         node: Any = y.grad_fn
-        discard(node._raw_saved_result, source)
-
-
-def _register(saved: Any, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> bool:
-    try:
-        saved.register_hooks(pack, unpack)
-    except RuntimeError as error:
-        if not str(error).startswith(_REFUSALS):  # whatever else is raised meanwhile, as by a signal handler
-            raise
-        return False
-    return True
+        discard(node._raw_saved_result, source.pack)
 
 
 def unpack(packed: Stored | Recomputed) -> Tensor:
@@ -160,6 +128,15 @@ def unpack(packed: Stored | Recomputed) -> Tensor:
         source = source.inputs[0]
     with torch.no_grad(), torch.autocast(source.tensor.device.type, enabled=False):
         return packed.take()
+
+
+def discard(saved: Any, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor] = unpack) -> None:
+    """Put hooks on what an autograd node has saved, unless it has saved nothing, or has other hooks."""
+    try:
+        saved.register_hooks(pack, unpack)
+    except RuntimeError as error:
+        if not str(error).startswith(_REFUSALS):  # whatever else is raised meanwhile, as by a signal handler
+            raise
 
 
 def watch(weights: Iterable[Tensor]) -> None:

@@ -11,12 +11,7 @@ from timm_tresnet.recompute.saved import Recomputed, Source, Stored
 
 @dataclass(slots=True, eq=False)
 class Sharded(Operation):
-    """A module whose operations run between its hooks.
-
-    Args:
-        module: the module.
-        read: returns the operations, once the weights are there.
-    """
+    """A module whose operations, which read returns once the weights are there, run between its hooks."""
 
     read: Callable[[], list[Operation]]
 

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from timm_tresnet.recompute.checkpoint import can_run_again, run_checkpointed
-from timm_tresnet.recompute.compiled import Step, fits_region, is_transformed, run_steps
+from timm_tresnet.recompute.compiled import Step, is_transformed, run_steps
 from timm_tresnet.recompute.eligibility import (
     find_obstacle,
     find_user_code,
     has_global_hooks,
-    has_hooks,
     is_sharded,
     is_untouched,
-    is_user_defined,
     log_once,
     original_class,
 )
@@ -135,8 +133,10 @@ class Body(nn.Sequential):
         return x
 
     def _forward_compiled(self, x: Tensor) -> Tensor:
-        recomputes = self.training and torch.is_grad_enabled() and not _is_exporting() and not has_global_hooks()
-        if not recomputes or is_transformed():
+        # With PyTorch 2.11 is_exporting() says so of torch.compile too; the flag is there since 2.7.
+        exporting = getattr(torch.compiler, "_is_exporting_flag", False)
+        recomputes = self.training and torch.is_grad_enabled() and not has_global_hooks()
+        if exporting or not recomputes or is_transformed():
             for module in self:
                 x = module(x)
             return x
@@ -150,10 +150,11 @@ class Body(nn.Sequential):
 
     def _list_steps(self) -> list[Step]:
         steps: list[Step] = []
+        module: Any
         for position, module in enumerate(self):
-            if type(module) is Stage and not is_user_defined(module, deep=False) and not has_hooks(module):
+            if type(module) is Stage and is_untouched(module):
                 steps += module._list_steps()
-            elif fits_region(module):
+            elif hasattr(module, "fits_region") and module.fits_region():
                 steps.append((module, self._setting(), self._stores_output(position)))
             else:
                 steps.append((module, "none", False))
@@ -170,8 +171,3 @@ class Stage(Body):
 def _observe(module: nn.Module, reason: str | None) -> None:
     for observer in observers:
         observer(module, reason)
-
-
-def _is_exporting() -> bool:
-    """Whether torch.export traces; with PyTorch 2.11 `torch.compiler.is_exporting()` says so of torch.compile too."""
-    return getattr(torch.compiler, "_is_exporting_flag", False)  # there since PyTorch 2.7

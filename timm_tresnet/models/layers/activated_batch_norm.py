@@ -158,7 +158,7 @@ class Norm(Operation):
         if source is not None and again is not None:
             if type(source) is Recomputed:
                 custom = isinstance(node, torch.autograd.function.BackwardCFunction)
-                discard(node._raw_saved_tensors[0] if custom else node._raw_saved_input, source)
+                discard(node._raw_saved_tensors[0] if custom else node._raw_saved_input, source.pack)
             made = Recomputed(again, (source,), y._version, is_result=node is not y.grad_fn)
         return (y, made) if self.act is None else self.act.run(y, made, run)
 

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from timm_tresnet.models.layers.readers import Map
+from timm_tresnet.models.layers.readers import Map, are_constants
 from timm_tresnet.recompute.policy import BLUR
-from timm_tresnet.recompute.program import are_constants, call, reads
+from timm_tresnet.recompute.program import call, reads
 from timm_tresnet.recompute.run import Operation, Result, Run
-from timm_tresnet.recompute.saved import Recomputed, Source, Stored, discard_values
+from timm_tresnet.recompute.saved import Recomputed, Source, Stored, discard
 
 
 @torch.fx.wrap
@@ -159,6 +159,18 @@ class BlurPool2d(timm.layers.BlurPool2d):
         return f"{self.channels}, stride={self.stride}, dilation={self.dilation}"
 
 
+class ShapeOnly:
+    """A tensor whose values do not matter: a linear function's backward needs the shape of its input alone."""
+
+    __slots__ = ("shape", "stride", "dtype", "device")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.stride, self.dtype, self.device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+    def take(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+
 @dataclass(slots=True, eq=False)
 class Blur(Operation):
     """A blur: a padding and a convolution with constants, of whose inputs backward needs the shapes alone.
@@ -177,10 +189,10 @@ class Blur(Operation):
         node: Any = y.grad_fn
         if node is None:
             return y, None
-        discard_values(node._raw_saved_input)
+        discard(node._raw_saved_input, ShapeOnly, ShapeOnly.take)
         saved = getattr(padded.grad_fn, "_raw_saved_self", None)
         if saved is not None:
-            discard_values(saved)
+            discard(saved, ShapeOnly, ShapeOnly.take)
         if source is None or BLUR not in run.repeats:
             return y, Stored(y)
         return y, Recomputed(functools.partial(self.again, dtype=y.dtype), (source,))

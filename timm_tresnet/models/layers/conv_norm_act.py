@@ -19,10 +19,11 @@ from torch.nn.utils import fuse_conv_bn_weights
 
 from timm_tresnet.models.layers.activated_batch_norm import ActivatedBatchNorm2d
 from timm_tresnet.models.layers.observed import is_observed
-from timm_tresnet.models.layers.readers import read_convolution
+from timm_tresnet.models.layers.readers import is_absent, read_convolution
+from timm_tresnet.models.layers.regions import RunsInRegion
 from timm_tresnet.recompute.eligibility import is_untouched
 from timm_tresnet.recompute.policy import CONVOLUTION
-from timm_tresnet.recompute.program import Unreadable, call, is_absent, read, reads
+from timm_tresnet.recompute.program import Unreadable, call, read, reads
 from timm_tresnet.recompute.run import Operation
 
 # Affine in eval mode, each known by name: a subclass may compute something else.
@@ -72,7 +73,7 @@ class FoldedConvNormAct(nn.Module):
         return self
 
 
-class ConvNormAct(timm.layers.ConvNormAct):
+class ConvNormAct(RunsInRegion, timm.layers.ConvNormAct):
     """timm's unit: convolution without bias, normalisation, activation, then an optional anti-aliasing layer.
 
     The norm and its activation are one module, as in "In-Place Activated BatchNorm" (arXiv:1712.02616).
@@ -94,8 +95,6 @@ class ConvNormAct(timm.layers.ConvNormAct):
         - input: (N, in_channels, H, W)
         - output: (N, out_channels, ceil(H / stride), ceil(W / stride)), before aa
     """
-
-    runs_in_region = True
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from timm_tresnet.recompute.eligibility import is_sharded, is_untouched, is_user_defined, original_class, stand_for
 from timm_tresnet.recompute.policy import CONVOLUTION
-from timm_tresnet.recompute.program import Unreadable, are_constants, call, read, reads
+from timm_tresnet.recompute.program import Unreadable, call, read, reads
 from timm_tresnet.recompute.run import Call, Operation, Result, Run
 from timm_tresnet.recompute.saved import Recomputed, Source, Stored, discard, watch
 
@@ -45,6 +45,16 @@ _ACTIVATIONS: dict[type, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
 }
 
 
+def are_constants(values: Iterable[Any]) -> bool:
+    """Whether values cannot be edited until backward."""
+    return all(type(value) in (bool, int, float, str) for value in values)
+
+
+def is_absent(module: nn.Module, name: str) -> bool:
+    """Whether a part that may be None is None, not deleted, and no function either."""
+    return getattr(module, name, module) is None
+
+
 @dataclass(slots=True, eq=False)
 class Convolution(Operation):
     """A convolution, whose output is stored unless its kind runs again.
@@ -68,7 +78,7 @@ class Convolution(Operation):
         if node is None:
             return y, None
         if type(source) is Recomputed and self.weight.requires_grad and x.dtype == y.dtype:  # else cast by autocast
-            discard(node._raw_saved_input, source)
+            discard(node._raw_saved_input, source.pack)
         if source is None or self.kind not in run.repeats or self.bias is not None:
             return y, Stored(y)
         run.uses_weights = True
@@ -120,7 +130,7 @@ class Map(Operation):
             return y, Stored(y)
         saved = getattr(node, "_raw_saved_self", None)
         if saved is not None and type(source) is Recomputed:
-            discard(saved, source)
+            discard(saved, source.pack)
         return y, Recomputed(self.again, (source,), y._version, is_result=hasattr(node, "_raw_saved_result"))
 
 

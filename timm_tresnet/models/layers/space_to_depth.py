@@ -2,8 +2,9 @@
 
 import torch
 import torch.fx
-from torch import Tensor, nn
+from torch import Tensor
 
+from timm_tresnet.models.layers.regions import RunsInRegion
 from timm_tresnet.recompute.program import call, reads
 from timm_tresnet.recompute.run import Operation
 
@@ -24,7 +25,7 @@ def space_to_depth(x: Tensor, block_size: int, min_size: int) -> Tensor:
     return x.reshape(batch, block_size * block_size * channels, rows, columns)
 
 
-class SpaceToDepth(nn.Module):
+class SpaceToDepth(RunsInRegion):
     """Move every block_size x block_size patch of pixels into the channels.
 
     TResNet's stem ("SpaceToDepth Stem", arXiv:2003.13630). Output channels run over (row in patch, column in patch,
@@ -41,8 +42,6 @@ class SpaceToDepth(nn.Module):
     Raises:
         ValueError: if H or W is not a multiple of block_size or is smaller than min_size.
     """
-
-    runs_in_region = True
 
     def __init__(self, block_size: int = 4, min_size: int = 1) -> None:
         super().__init__()

@@ -89,7 +89,7 @@ class Gate(Operation):
         if source is None or run.closed or node is None:
             return y, None
         if type(source) is Recomputed and gate.requires_grad:
-            discard(node._raw_saved_self, source)
+            discard(node._raw_saved_self, source.pack)
         return y, Recomputed(_mul, (source, Stored(gate)))
 
 
