@@ -64,6 +64,16 @@ def assert_same(actual, expected):
             assert torch.equal(actual[name], value), name
 
 
+def assert_close(actual, expected, tolerance=1e-10):
+    """As `assert_same`, where loss and statistics are rounded too."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        if value is None or not value.is_floating_point():
+            assert actual[name] is value or torch.equal(actual[name], value), name
+        else:
+            assert (actual[name] - value).norm() <= tolerance * value.norm() + 1e-30, name
+
+
 def compare(run, setting, **kwargs):
     """Assert that run, from a model to what `collect` returns, gives the same with and with plain PyTorch."""
     results = []

@@ -2,7 +2,7 @@ import functools
 
 import pytest
 import torch
-from comparing import each_setting, images, make_model, train_step
+from comparing import assert_close, each_setting, images, make_model, train_step
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from timm.layers import convert_splitbn_model, freeze_batch_norm_2d
 from torch import nn
@@ -12,7 +12,6 @@ from torch._inductor.decomposition import select_decomp_table
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo reads it
 
 SMALL = {"layers": (1, 1, 2, 1), "width_factor": 0.125}
-DOUBLE = 1e-10
 
 
 class Compiler:
@@ -81,15 +80,6 @@ def plain_step(change=lambda model: model, x=None, dtype=torch.float64, **kwargs
     model = change(make_model("none", **{**SMALL, **kwargs})).to(dtype)
     torch.manual_seed(3)
     return train_step(model, images(4).to(dtype) if x is None else x)
-
-
-def assert_close(actual, expected, tolerance=DOUBLE):
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        if value is None or not value.is_floating_point():
-            assert actual[name] is value or torch.equal(actual[name], value), name
-        else:
-            assert (actual[name] - value).norm() <= tolerance * value.norm() + 1e-30, name
 
 
 _LONG = [pytest.param(part, marks=pytest.mark.thorough) for part in ("body", "stages")]

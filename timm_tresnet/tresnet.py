@@ -12,7 +12,6 @@ from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 from timm.models import (
-    FeatureListNet,
     build_model_with_cfg,
     generate_default_cfgs,
     register_model,
@@ -20,9 +19,9 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 
+from timm_tresnet.models.features import FEATURE_CLASSES, FeatureList
 from timm_tresnet.models.heads import drop_inherited, same_head
 from timm_tresnet.models.network import TResNet
-from timm_tresnet.recompute.stage import Stage
 from timm_tresnet.variants import ARCHITECTURES, DEPRECATED, WEIGHTS
 from timm_tresnet.weights.catalogue import PublicWeight, load_catalogue
 from timm_tresnet.weights.checkpoint import checkpoint_filter_fn
@@ -68,6 +67,8 @@ def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None,
     # Newer timm says which arguments a folder or repository has; older ones mix them with those of the call.
     source = public.network_arguments if public else kwargs.get("pretrained_model_args") or {}
     kwargs = drop_inherited({**(public.network_arguments if public else {}), **kwargs}, source)
+    if "feature_cls" in kwargs:
+        kwargs["feature_cls"] = FEATURE_CLASSES.get(kwargs["feature_cls"], kwargs["feature_cls"])
     other_head = not same_head(kwargs, drop_inherited(source, source))
     load = functools.partial(checkpoint_filter_fn, other_head=other_head)
     try:
@@ -89,15 +90,6 @@ def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None,
     except _TransportError as error:
         reason = f"the download broke off: {error}"
         raise ConnectionError(_explain_missing_weights(variant, kwargs, reason)) from error
-
-
-class FeatureList(FeatureListNet):
-    """timm's list of features, with stages that checkpoint their blocks, so that running statistics count once."""
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for module in self.modules():
-            if isinstance(module, Stage):
-                module.grad_checkpointing = enable
 
 
 @functools.cache  # once a process

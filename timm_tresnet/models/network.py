@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from timm.layers import LayerType, calculate_drop_path_rates
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from timm_tresnet.models.arguments import (
@@ -27,7 +26,6 @@ from timm_tresnet.recompute.policy import SETTINGS
 from timm_tresnet.recompute.stage import Body, Stage
 from timm_tresnet.utils.notes import MULTI_LABEL, NAMED_BY, THRESHOLDS, drop_notes
 
-register_notrace_module(Stage)  # timm's traced networks then call stages, which recompute as ever
 _BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 

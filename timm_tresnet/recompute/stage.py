@@ -24,6 +24,8 @@ from timm_tresnet.recompute.run import Run, run_program
 from timm_tresnet.recompute.saved import watch
 from timm_tresnet.recompute.sharded import call_with_hooks, store_if_freed
 
+# What compiles the functions that are called, or None; PyTorch 2.5 may lack it.
+_get_compiler = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
 # Called with each module that runs, and the reason why nothing in it is recomputed, or None.
 observers: list[Callable[[nn.Module, str | None], None]] = []
 
@@ -56,7 +58,9 @@ class Body(nn.Sequential):
             return self._forward_compiled(x)
         reason = self._find_obstacle(x)
         if reason is None:
-            return self._run_all(x, Run(frozenset()))
+            # Where the compiler has given up on this function, it must not compile what is called in it.
+            run_all = torch.compiler.disable(self._run_all) if _get_compiler() else self._run_all
+            return run_all(x, Run(frozenset()))
         if reason:
             log_once(reason, "this network")
         for module in self:
@@ -69,8 +73,8 @@ class Body(nn.Sequential):
         """Why nothing is recomputed; empty if nobody has asked for it."""
         if self.recompute == "none" or not torch.is_grad_enabled() or torch.jit.is_tracing():
             return ""
-        if isinstance(x, torch.fx.Proxy):  # the traced network calls the stages, which recompute
-            return ""
+        if isinstance(x, torch.fx.Proxy):  # a body's graph may call stages, which recompute
+            return "torch.fx traces its blocks, unless Stage is among the leaf modules" if type(self) is Stage else ""
         if not isinstance(x, Tensor):
             return f"the input is a {type(x).__qualname__}"
         if type(self).__iter__ is not nn.Sequential.__iter__:

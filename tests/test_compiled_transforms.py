@@ -1,0 +1,107 @@
+"""The compiler with torch.func, with compiled autograd and around networks that it gives up on."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch._dynamo.compiled_autograd
+from comparing import assert_close, collect, images, make_model, train_step
+
+SMALL = {"layers": (1, 1, 1, 1), "width_factor": 0.125, "num_classes": 5}
+_MORE = [pytest.param(each, marks=pytest.mark.thorough) for each in ("expansions", "checkpointing")]
+RECOMPUTING = ["activations", *_MORE]
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo reads it
+
+
+def make(setting):
+    torch.compiler.reset()
+    return make_model(setting, **SMALL).double()
+
+
+def batch():
+    return images(2, 32).double()
+
+
+def make_loss(model):
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def loss(parameters, x):
+        state = {**parameters, **{name: buffer.clone() for name, buffer in buffers.items()}}
+        return torch.func.functional_call(model, state, (x,)).square().mean()
+
+    return loss
+
+
+def differentiate(kind, model):
+    """Gradients by name, without the prefix of compiled networks."""
+    wrapped = torch.compile(model, backend="eager") if kind == "grad_of_compiled" else model
+    parameters = {name: parameter.detach() for name, parameter in wrapped.named_parameters()}
+    loss = make_loss(wrapped)
+    if kind == "vjp":
+
+        def run(parameters, x):
+            y, pull = torch.func.vjp(lambda each: loss(each, x), parameters)
+            return pull(torch.ones_like(y))[0]
+
+    else:
+        run = torch.func.grad(loss)
+    compiled = run if kind == "grad_of_compiled" else torch.compile(run, backend="eager")
+    return {name.removeprefix("_orig_mod."): grad for name, grad in compiled(parameters, batch()).items()}
+
+
+@pytest.mark.parametrize(
+    "kind", ["grad_of_compiled", *(pytest.param(each, marks=pytest.mark.thorough) for each in ("grad", "vjp"))]
+)
+@pytest.mark.parametrize("setting", RECOMPUTING)
+def test_transforms_of_torch_func_give_the_gradients_and_leave_the_compiler_as_it_was(kind, setting):
+    expected = train_step(make("none"), batch())
+    grads = differentiate(kind, make(setting))
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[f"grad of {name}"], rtol=1e-10, atol=1e-12)
+    model = make_model(setting, **SMALL).double()  # without a reset
+    later = train_step(torch.compile(model, backend="eager"), batch())
+    assert_close({name.replace("_orig_mod.", ""): value for name, value in later.items()}, expected)
+
+
+@pytest.mark.parametrize(
+    "around_forward", [True, pytest.param(False, marks=pytest.mark.thorough)], ids=["step", "backward"]
+)
+@pytest.mark.parametrize("setting", RECOMPUTING)
+def test_compiled_autograd_gives_the_gradients(around_forward, setting):
+    """Around the forward too, nothing is recomputed."""
+
+    def enable():
+        return torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager"))
+
+    model = make(setting)
+    with enable() if around_forward else nullcontext():
+        loss = model(batch()).square().mean()
+    with enable():
+        loss.backward()
+    assert_close(collect(model, loss), train_step(make("none"), batch()))
+
+
+@pytest.mark.parametrize("setting", RECOMPUTING)
+def test_network_that_the_compiler_skips_trains_in_a_compiled_step(setting):
+    model = make(setting)
+    skipped = torch.compiler.disable(model)
+
+    @torch.compile(backend="eager")
+    def step(x):
+        loss = skipped(x).square().mean()
+        loss.backward()
+        return loss
+
+    step(batch())
+    expected = train_step(make("none"), batch())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[f"grad of {name}"], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("stages", [("layer1",), ("layer1", "layer2")])
+@pytest.mark.parametrize("setting", RECOMPUTING)
+def test_stages_compiled_alone_give_the_numbers_of_a_plain_step(stages, setting):
+    model = make(setting)
+    for stage in stages:
+        getattr(model.body, stage).compile(backend="eager")
+    assert_close(train_step(model, batch()), train_step(make("none"), batch()))

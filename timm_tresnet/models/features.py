@@ -1,0 +1,58 @@
+"""timm's lists of features, with stages that recompute and checkpoint as ever."""
+
+from typing import Any
+
+from timm.layers import Format, get_notrace_functions, get_notrace_modules
+from timm.models import FeatureDictNet, FeatureGraphNet, FeatureInfo, FeatureListNet
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from timm_tresnet.recompute.stage import Stage
+
+
+class _Checkpointing(nn.Module):
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Have stages run their blocks again in backward; timm's own checkpoints would count every batch twice."""
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
+
+
+class FeatureList(_Checkpointing, FeatureListNet):
+    """Features by a list of modules (`feature_cls="list"`); arguments are those of `timm.models.FeatureListNet`."""
+
+
+class FeatureDict(_Checkpointing, FeatureDictNet):
+    """Features by name (`feature_cls="dict"`); arguments are those of `timm.models.FeatureDictNet`."""
+
+
+class FeatureGraph(_Checkpointing, FeatureGraphNet):
+    """Features by a traced graph (`feature_cls="fx"`) that calls stages as a whole.
+
+    Args:
+        model: the network.
+        out_indices: which of its features to return.
+        out_map: names of the features; None for those of the modules.
+        output_fmt: "NCHW", the only layout there is.
+        return_dict: whether features come by name instead of as a list.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        out_indices: tuple[int, ...],
+        out_map: Any = None,
+        output_fmt: str = "NCHW",
+        return_dict: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)  # timm's would trace what is in the stages
+        self.feature_info = FeatureInfo(model.feature_info, out_indices)
+        names = self.feature_info.module_name()
+        leaves = {"leaf_modules": [*get_notrace_modules(), Stage], "autowrap_functions": [*get_notrace_functions()]}
+        nodes = dict(zip(names, out_map or names, strict=True))
+        self.graph_module = create_feature_extractor(model, nodes, tracer_kwargs=leaves)
+        self.output_fmt = Format(output_fmt)
+        self.return_dict = return_dict  # type: ignore[misc]  # final in timm's class, whose constructor this replaces
+
+
+FEATURE_CLASSES = {"list": FeatureList, "dict": FeatureDict, "fx": FeatureGraph}  # in place of timm's
