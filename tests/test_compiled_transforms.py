@@ -82,6 +82,21 @@ def test_compiled_autograd_gives_the_gradients(around_forward, setting):
 
 
 @pytest.mark.parametrize("setting", RECOMPUTING)
+def test_compiled_step_with_compiled_autograd_gives_the_gradients(setting):
+    model = make(setting)
+
+    @torch.compile(backend="eager")
+    def step(x):
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        loss = step(batch())
+    assert_close(collect(model, loss), train_step(make("none"), batch()))
+
+
+@pytest.mark.parametrize("setting", RECOMPUTING)
 def test_network_that_the_compiler_skips_trains_in_a_compiled_step(setting):
     model = make(setting)
     skipped = torch.compiler.disable(model)

@@ -303,6 +303,24 @@ def test_fields_of_a_module_are_those_that_it_runs_with():
 
 
 @private(
+    "_dynamo",
+    used_by="compiled.py, to step aside for compiled autograd; stage.py, to see that the compiler has given up on it",
+    instead="nothing public tells",
+)
+def test_compiler_tells_of_compiled_autograd_and_of_functions_that_it_skips():
+    import torch._dynamo.compiled_autograd
+
+    assert torch._dynamo.config.compiled_autograd is False
+    assert torch._dynamo.compiled_autograd.compiled_autograd_enabled is False
+    seen = []
+    get = torch._C._dynamo.eval_frame.get_eval_frame_callback
+    assert not get()
+    look = torch.compiler.disable(lambda x: seen.append(get()), recursive=False)
+    torch.compile(lambda x: look(x + 1), backend=lambda graph, inputs: graph)(torch.ones(2))
+    assert seen[0]
+
+
+@private(
     "_get_current_dispatch_mode_stack",
     used_by="eligibility.py, to know modes that only look; models/explanation.py has one",
     instead="refusing every dispatch mode, and no explain_recompute",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from timm_tresnet.recompute import policy
+from timm_tresnet.recompute.eligibility import is_autograd_compiled
 from timm_tresnet.recompute.policy import RECOMPUTED_BY_COMPILER, classify_convolution
 
 # A module, the key of the policy for it or "none", and whether its output is stored.
@@ -68,8 +69,9 @@ def _run_region(modules: list[nn.Module], x: Tensor, setting: str) -> Tensor:
 
 @torch.compiler.assume_constant_result
 def is_transformed() -> bool:
-    """Whether a transform of torch.func is active while the compiler traces."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a transform of torch.func is active while the compiler traces, or backward will be compiled by itself."""
+    compiled_autograd = torch._dynamo.config.compiled_autograd or is_autograd_compiled()
+    return compiled_autograd or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _choose(setting: str, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -1,8 +1,7 @@
 """Whether anything may be recomputed: asked once a forward, and of each module.
 
-A tensor can be recomputed if only code of this package, of PyTorch and of timm runs on it, for user code may edit it
-where autograd does not see it. Replaced functions of PyTorch, such as `F.conv2d`, are not looked for; classes of
-modules whose `forward` was replaced are.
+A tensor can be recomputed if no user code runs on it, which may edit it where autograd does not see it. Replaced
+functions of PyTorch, such as `F.conv2d`, are not looked for; classes of modules whose `forward` was replaced are.
 """
 
 import functools
@@ -47,9 +46,8 @@ def find_obstacle() -> str | None:
         return reason
     if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]  # PyTorch's stubs lack it
         return "hooks on saved tensors are disabled"
-    if _has_saved_tensor_hooks():
-        return "hooks on all saved tensors are active, as of torch.utils.checkpoint or save_on_cpu"
-    return None
+    hooked = "hooks on all saved tensors are active, as of torch.utils.checkpoint or save_on_cpu"
+    return hooked if _has_saved_tensor_hooks() else None
 
 
 def find_transform() -> str | None:
@@ -66,12 +64,15 @@ def find_transform() -> str | None:
         return "a transform of torch.func is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
-    if compiled_autograd is not None and (
-        compiled_autograd.compiled_autograd_enabled or compiled_autograd.in_compiled_autograd_region
-    ):
+    if is_autograd_compiled():
         return "compiled autograd is enabled"
     return "hooks on all modules are registered" if has_global_hooks() else None
+
+
+def is_autograd_compiled() -> bool:
+    """Whether compiled autograd is on, which would trace what unpacks saved tensors, at many times the cost."""
+    state = sys.modules.get("torch._dynamo.compiled_autograd")
+    return state is not None and (state.compiled_autograd_enabled or state.in_compiled_autograd_region)
 
 
 def has_global_hooks() -> bool:

@@ -51,11 +51,7 @@ class Run:
 
 @dataclass(slots=True, eq=False)
 class Operation:
-    """One step of a program.
-
-    Args:
-        module: computes all of the step where nothing may be recomputed.
-    """
+    """One step of a program. Its module computes all of it where nothing may be recomputed."""
 
     is_repeatable: ClassVar[bool] = True  # whether its output can be recomputed from its input
     is_user_defined: ClassVar[bool] = False  # whether user code sees its input and output

@@ -42,8 +42,8 @@ class Stored:
 class Recomputed:
     """A tensor as the function and the inputs that make it.
 
-    Consumers in one backward pass share the value. It is dropped after the last of them, and at the end of the pass,
-    as not every consumer runs where not every gradient is wanted.
+    Consumers in one backward pass share the value, up to the last of them or to the end of the pass: not every one
+    runs where not every gradient is wanted.
 
     Args:
         function: makes the tensor from inputs.

@@ -137,8 +137,7 @@ class Body(nn.Sequential):
         return x
 
     def _forward_compiled(self, x: Tensor) -> Tensor:
-        # With PyTorch 2.11 is_exporting() says so of torch.compile too; the flag is there since 2.7.
-        exporting = getattr(torch.compiler, "_is_exporting_flag", False)
+        exporting = getattr(torch.compiler, "_is_exporting_flag", False)  # is_exporting() means compiling too in 2.11
         recomputes = self.training and torch.is_grad_enabled() and not has_global_hooks()
         if exporting or not recomputes or is_transformed():
             for module in self:
