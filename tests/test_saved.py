@@ -169,3 +169,19 @@ def test_threads_that_share_a_graph_share_no_values(made):
     assert len(grads) == 200
     assert all(torch.equal(grad, torch.full((1000,), 4.0)) for grad in grads)
     assert not source._shared
+
+
+class Refuses:
+    """A saved tensor on which hooks cannot be put, for a reason."""
+
+    def __init__(self, reason):
+        self.reason = reason
+
+    def register_hooks(self, pack, unpack):
+        raise RuntimeError(self.reason)
+
+
+def test_errors_that_are_no_refusals_of_hooks_are_not_swallowed(made):
+    discard(Refuses("Calling register_hooks on a saved tensor whose value is None"), recomputed(made, 1).pack)
+    with pytest.raises(RuntimeError, match="worker .* is killed"):  # as DataLoader raises in a signal handler
+        discard(Refuses("DataLoader worker (pid 1) is killed by signal"), recomputed(made, 1).pack)
