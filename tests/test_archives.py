@@ -84,6 +84,7 @@ BOMBS = {  # how the file is made, and what is said of it
     "zeros_out_of_a_number_in_python_2": (pickled(GLOBAL.replace(b"builtins", b"__builtin__")), "makes a bytearray"),
     "zeros_out_of_a_number_in_a_zip": (in_zip(GLOBAL), "its pickle makes a bytearray"),
     "many_lists": (pickled(b"\x80\x02" + b"]" * 1000 + b"."), "more than 900 operations"),
+    "number_of_an_object": (pickled(b"\x80\x02}r" + struct.pack("<I", 2**20) + b"."), "claims 1048576 objects after 2"),
     "name_that_one_reader_alone_reads": (pickled(b"\x80\x02c\xc3\xa9\nx\n" + GLOBAL[2:]), "damaged or foreign"),
 }
 

@@ -74,7 +74,7 @@ def test_values_go_before_those_of_a_public_weight(tmp_path):
     ("given", "message"),
     [
         ({"input_size": 30}, "an input size of at least 20, in multiples of 4, got 30"),
-        ({"crop_pct": 1.5}, "a crop_pct above 0 and up to 1, got 1.5"),
+        ({"crop_pct": 87.5}, "a crop_pct above 0 and up to 2, got 87.5"),
         ({"crop_mode": "left"}, "a crop_mode of center, squash or border, got left"),
         ({"mean": (0.5,)}, "a mean for each of 3 channels, got"),
         ({"std": (0.0, 1.0, 1.0)}, "a std above 0"),

@@ -207,8 +207,10 @@ NAMES = {
 NO_NAMES = {
     "none": (None, "needs a dict or a list of names, got NoneType"),
     "text": ("abcdefghij", "needs a dict or a list of names, got str"),
-    "fewer": (GOOD_NAMES[:9], "needs 10 names, one for each class, got 9"),
+    "no_names": ([], "needs 10 names, one for each class, got 0"),
+    "more": ([*GOOD_NAMES, "x"], "needs 10 names, one for each class, got 11"),
     "gap": ({**dict(enumerate(GOOD_NAMES[:9])), 10: "x"}, "needs the keys 0 to 9"),
+    "one_number_for_two": ({**{name: index for index, name in enumerate(GOOD_NAMES[:9])}, "x": 3}, "needs the keys"),
     "from_one": (dict(enumerate(GOOD_NAMES, 1)), "needs the keys 0 to 9"),
     "texts": ({name: name for name in GOOD_NAMES}, "needs the keys 0 to 9"),
     "twice": (["a", *GOOD_NAMES[1:9], "a"], "needs a name for each class, got a more than once"),
@@ -234,6 +236,25 @@ def test_names_that_cannot_be_used_are_left_out_and_the_note_says_why(names, fau
     assert re.match(f"the file's idx_to_class was left out: it {fault}", note)
     write_folder(conversion, tmp_path / "folder")
     assert load_network(f"local-dir:{tmp_path / 'folder'}").num_classes == 10
+
+
+FEW_NAMES = {  # and what the ten outputs are then called
+    "list": (GOOD_NAMES[:8], [*GOOD_NAMES[:8], "class 8", "class 9"]),
+    "gap": ({"9": "last", "1": "first"}, ["class 0", "first", *(f"class {index}" for index in range(2, 9)), "last"]),
+    "numbers_of_names": ({"last": 9}, [*(f"class {index}" for index in range(9)), "last"]),
+    "names_like_ours": (
+        [f"class {index}" for index in range(1, 10)],
+        [*(f"class {index}" for index in range(1, 10)), "unnamed class 9"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("names", "expected"), FEW_NAMES.values(), ids=FEW_NAMES)
+def test_outputs_without_a_name_are_numbered_and_the_note_says_how_many_have_one(names, expected, tensors, tmp_path):
+    conversion = convert_checkpoint(save_checkpoint({"model": tensors, "idx_to_class": names}, tmp_path / "a.pth"))
+    assert conversion.labels == {"label_names": expected}
+    said = f"class names: the checkpoint ({len(names)} for 10 classes, the others are numbered)"
+    assert [note for note in conversion.notes if "class" in note] == [said]
 
 
 def test_names_without_labels_are_left_out_too(tmp_path):

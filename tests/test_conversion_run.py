@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -96,6 +97,8 @@ RUNS = {
     "normalised": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.2]},
     "normalised_alike": {"mean": [0.5], "std": [0.25]},
     "crop": {"crop_pct": 0.8, "interpolation": "bicubic"},
+    "frame": {"crop_pct": 1.1},
+    "odd_size": {"img_size": 50, "model_kwargs": {"stem": "conv7x7"}},
     "grey": {"input_size": [1, 48, 48], "mean": [0.5], "std": [0.5]},
     "six_channels": {"in_chans": 6, "img_size": 64, "mean": [0.5], "std": [0.5]},
     "folder": {"model": "local-dir:{start}"},
@@ -216,7 +219,7 @@ NO_RUNS = {
     "ultralytics": ("model: yolov8n.pt\nimgsz: 640\n", "names a model that is none of these"),
     "another_network": ("model: resnet50\n", "it is no TResNet"),
     "another_run": ("model: tresnet_l\n", 'names the model "tresnet_l", the checkpoint "test_tresnet"'),
-    "size": ("model: test_tresnet\nimg_size: large\n", "needs img_size to be an integer from 1 to 4096"),
+    "odd_model": ("model: [test_tresnet]\n", "needs model to be text without control characters"),
     "no_model": ("lr: 0.1\n", "needs model, which is missing"),
 }
 
@@ -240,12 +243,12 @@ def test_args_that_are_none_of_a_run_are_left_out_and_the_note_says_why(text, fa
 @pytest.mark.parametrize(
     "args",
     [
-        {"model": "test_tresnet", "mean": torch.zeros(3)},
-        {"model": "test_tresnet", "input_size": 224},
+        {"model": torch.zeros(3)},
+        {"model": ["test_tresnet"]},
         {"lr": 0.1},
         {3: 4},
     ],
-    ids=["tensor", "one_size", "another_code", "numbers"],
+    ids=["tensor", "list", "another_code", "numbers"],
 )
 def test_args_of_other_training_code_are_left_out(args, tmp_path):
     file, _, _ = train(tmp_path / "run")
@@ -256,6 +259,53 @@ def test_args_of_other_training_code_are_left_out(args, tmp_path):
     assert any(
         note.startswith("unknown, and left out: input_size, interpolation, mean, std") for note in conversion.notes
     )
+
+
+LEFT_OUT = {  # fields of args that cannot be used, and what is said of them
+    "interpolation": ({"interpolation": "random"}, 'needs interpolation to be one of .*"random"; taken instead: "bil'),
+    "crop": ({"crop_pct": 87.5}, r"needs crop_pct to be a number from 0.1 to 2 .*got 87.5; taken instead: 1.0$"),
+    "size": ({"img_size": "large"}, r"needs img_size to be an integer .*; taken instead: \[3, 64, 64\]"),
+    "one_size": ({"input_size": 224}, r"needs input_size to be a list of 3, .*; taken instead: \[3, 48, 48\]"),
+    "tensor": ({"mean": torch.zeros(3)}, r"needs mean .*; taken instead: \[0.0, 0.0, 0.0\]"),
+    "two_numbers": ({"std": [0.5, 0.5]}, r"needs std to have a number for each of 3 channels, got \[0.5, 0.5\]; taken"),
+    "grey": ({"std": [0.5], "mean": [0.1, 0.2], "in_chans": 1}, r"needs mean to have a number for each of 1 channels"),
+    "pooling": ({"gp": "mean"}, "needs gp to be one of .*; as if it were not given"),
+    "place": ({"data_dir": "images\n"}, "needs data_dir to be text without control .*; as if it were not given"),
+    "average": ({"model_ema": "yes"}, "needs model_ema to be .*; as if it were not given"),
+}
+
+
+@pytest.mark.parametrize(("odd", "said"), LEFT_OUT.values(), ids=LEFT_OUT)
+def test_a_field_of_args_that_cannot_be_used_is_left_out_alone(odd, said, tmp_path):
+    """The data config is that of validate.py with the field left out; validate.py itself ends in an error."""
+    usual = {"img_size": 48, "std": [0.3], "crop_pct": 0.8, "model_kwargs": {"negative_slope": 0.3}}
+    usual = {name: value for name, value in usual.items() if not (odd.keys() == {"img_size"} and name == "img_size")}
+    in_chans = odd.get("in_chans")
+    file, args, model = train(tmp_path / "run", in_chans=in_chans, **usual)
+    content = torch.load(file, weights_only=False)
+    save_checkpoint({**content, "args": argparse.Namespace(**{**vars(args), **odd})}, file)
+    (file.parent / "args.yaml").unlink()
+    converted, conversion = convert(tmp_path, file)
+    notes = [note for note in conversion.notes if note.startswith("left out of the checkpoint's args: it needs ")]
+    assert len(notes) == 1
+    assert re.search(said, notes[0]), notes
+    remaining = {**vars(args), **odd, notes[0].partition(" needs ")[2].split()[0]: None}
+    expected = resolve(args=remaining, model=model, use_test_size=True)
+    expected["mean"] = expected["mean"][: model.in_chans]
+    assert resolve(model=converted) == expected
+    assert_same_network(converted, model, model.in_chans)
+
+
+def test_a_field_of_args_that_cannot_be_used_leaves_nothing_known_where_the_start_is_gone(start, tmp_path):
+    file, _, _ = train(tmp_path / "run", model=f"local-dir:{start}", img_size=64)
+    content = torch.load(file, weights_only=False)
+    content["args"].crop_pct = "much"
+    save_checkpoint(content, file)
+    shutil.rmtree(start)
+    conversion = convert_checkpoint(file)
+    assert any("needs crop_pct" in note and note.endswith("nothing is taken instead") for note in conversion.notes)
+    assert conversion.pretrained_cfg["input_size"] == (3, 64, 64)
+    assert "crop_pct" not in conversion.pretrained_cfg
 
 
 def test_a_start_that_is_gone_leaves_what_args_say(start, tmp_path):
@@ -335,6 +385,20 @@ def test_class_maps_name_the_classes(tmp_path):
         assert "class names: the run's class map" in conversion.notes
 
 
+def test_a_class_map_is_bounded(tmp_path):
+    """Python's own reader would take 32 GiB for the first, and the second would be read as a whole."""
+    map = tmp_path / "map.pkl"
+    file, _, _ = train(tmp_path / "run", class_map=str(map))
+    map.write_bytes(b"\x80\x02}r" + struct.pack("<I", 2**31) + b".")
+    assert any("claims 2147483648 objects after 2 operations" in note for note in convert_checkpoint(file).notes)
+    with map.open("wb") as content:
+        content.truncate(2**24 + 1)  # sparse
+    assert any("needs to be at most 16777216 bytes long" in note for note in convert_checkpoint(file).notes)
+    map.unlink()
+    os.mkfifo(map)
+    assert any("map.pkl is not a file" in note for note in convert_checkpoint(file).notes)
+
+
 class Hostile:
     def __reduce__(self):
         return os.mkdir, ("executed",)
@@ -353,15 +417,16 @@ def test_a_class_map_runs_nothing(tmp_path, monkeypatch):
 NO_NAMES = {
     "gone": ({"data_dir": "nowhere"}, "images are in no folders at nowhere; name the classes with --labels FILE"),
     "not_said": ({}, "images are in no folders at None"),
-    "fewer": ({"data_dir": "two"}, "were left out: it needs 3 names, one for each class, got 2"),
+    "none": ({"data_dir": "none"}, "were left out: it needs 3 names, one for each class, got 0"),
     "more": ({"data_dir": "many"}, "were left out: it needs 3 names, one for each class, got 4"),
     "case": ({"data_dir": "case"}, "names that differ in more than case, which timm numbers at random"),
     "data_set": ({"dataset": "torch/cifar10", "data_dir": "two"}, 'the data set "torch/cifar10" are not read'),
     "no_map": ({"class_map": "gone.txt", "data_dir": "three"}, "the run's class map was left out: "),
-    "short_map": (
-        {"class_map": "short.txt", "data_dir": "three"},
-        "left out: it needs 3 names, one for each class, got 2",
+    "long_map": (
+        {"class_map": "long.txt", "data_dir": "three"},
+        "left out: it needs 3 names, one for each class, got 4",
     ),
+    "case_of_few": ({"data_dir": "both"}, "names that differ in more than case, which timm numbers at random"),
 }
 
 
@@ -369,15 +434,44 @@ NO_NAMES = {
 def test_names_that_are_not_there_or_too_many_are_said_to_be(given, fault, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draw(tmp_path / "two", "a", "b")
+    draw(tmp_path / "both", "B", "b")
+    (tmp_path / "none").mkdir()
     draw(tmp_path / "three", "a", "b", "c")
     draw(tmp_path / "many", "a", "b", "c", "d", "e", "f")
     draw(tmp_path / "case", "a", "B", "b")
-    (tmp_path / "short.txt").write_text("a\nb\n")
+    (tmp_path / "long.txt").write_text("a\nb\nc\nd\n")
     file, _, _ = train(tmp_path / "run", **given)
     conversion = convert_checkpoint(file)
     assert conversion.labels == {}
     assert any(fault in note for note in conversion.notes), conversion.notes
     assert any(note.startswith("class names: none known; give some with --labels") for note in conversion.notes)
+
+
+FEW_NAMES = {  # what a run with six outputs was given, the names, and where they are said to be from
+    "folders": ({"data_dir": "four"}, "folders of the training images"),
+    "class_map": ({"data_dir": "four", "class_map": "map.txt"}, "the run's class map"),
+    "labels": ({"data_dir": "three"}, "a file of labels"),
+}
+
+
+@pytest.mark.parametrize(("given", "source"), FEW_NAMES.values(), ids=FEW_NAMES)
+def test_a_network_with_more_outputs_than_names_keeps_the_names(given, source, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw(tmp_path / "four", "b10", "b9", "cow", "dog")
+    draw(tmp_path / "three", "x", "y", "z")
+    (tmp_path / "map.txt").write_text("dog\ncow\nb9\nb10\n")
+    names = ["b9", "b10", "cow", "dog"] if source.startswith("folders") else ["dog", "cow", "b9", "b10"]
+    file, _, _ = train(tmp_path / "run", num_classes=6, **given)
+    words = ["convert", str(file), "--output", "out", *(["--labels", "map.txt"] if "labels" in source else [])]
+    assert cli.main(words) == 0
+    said = f"class names: {source} (4 for 6 classes, the others are numbered)"
+    assert said in map(str.strip, capsys.readouterr().out.splitlines())
+    assert load_folder(tmp_path / "out").pretrained_cfg["label_names"] == [*names, "class 4", "class 5"]
+    image = str(next((tmp_path / "four").rglob("*.png")))
+    assert cli.main(["classify", "--model", "local-dir:out", "--top-k", "6", image]) == 0
+    out, err = capsys.readouterr()
+    assert all(f"{name} " in out for name in (*names, "class 4", "class 5"))
+    assert err == f"timm-tresnet: {said}, in the weights' config\n"
 
 
 @pytest.mark.parametrize(
@@ -397,10 +491,10 @@ def test_a_file_of_labels_goes_before_the_runs_names(name, text, tmp_path):
 
 def test_a_file_of_labels_that_cannot_name_the_classes_is_an_error(tmp_path, capsys):
     file, _, _ = train(tmp_path / "run")
-    (tmp_path / "labels.txt").write_text("a\nb\n")
+    (tmp_path / "labels.txt").write_text("a\nb\nc\nd\n")
     words = ["convert", str(file), "--output", str(tmp_path / "out"), "--labels"]
     assert cli.main([*words, str(tmp_path / "labels.txt")]) == 1
-    assert "labels.txt cannot name the classes: it needs 3 names, one for each class, got 2" in capsys.readouterr().err
+    assert "labels.txt cannot name the classes: it needs 3 names, one for each class, got 4" in capsys.readouterr().err
     assert cli.main([*words, str(tmp_path / "gone.txt")]) == 1
     assert "gone.txt" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -15,7 +15,14 @@ from timm_tresnet.utils.images import printable
 from timm_tresnet.utils.names import suggest
 from timm_tresnet.utils.terminal import escape
 from timm_tresnet.weights.catalogue import NOTHING_KNOWN, Facts, PublicWeight, load_catalogue, make_pretrained_cfg
-from timm_tresnet.weights.labels import LABEL_SETS, label_config, note_source, order_names, read_labels
+from timm_tresnet.weights.labels import (
+    LABEL_SETS,
+    join_source,
+    label_config,
+    note_source,
+    order_names,
+    read_labels,
+)
 from timm_tresnet.weights.loading import look_up
 from timm_tresnet.weights.preprocessing import NAMES
 
@@ -134,7 +141,7 @@ def _describe(
     if public and known.get("dataset", public.dataset) != public.dataset:
         known["metric"] = None  # it was measured on the other one
     facts = dataclasses.replace(public or NOTHING_KNOWN, **known)
-    _check_facts(facts, in_chans)
+    _check_facts(facts, in_chans, 1 if found.model_args.get("stem") == "conv7x7" else 4)
     names, source, fault = _name_classes(found, public, run, labels)
     bad = [name for name, tensor in found.state_dict.items() if not torch.isfinite(tensor).all()]
     pretrained_cfg = make_pretrained_cfg(facts, found.num_classes, in_chans)
@@ -184,14 +191,16 @@ def _choose_public_weight(
     return None, misfits
 
 
-def _check_facts(facts: Facts, in_chans: int) -> None:
+def _check_facts(facts: Facts, in_chans: int, multiple: int) -> None:
     needs = (
         (
             "input_size",
-            lambda size: all(side >= 20 and side % 4 == 0 for side in ((size,) if isinstance(size, int) else size)),
-            "an input size of at least 20, in multiples of 4",
+            lambda size: all(
+                side >= 20 and side % multiple == 0 for side in ((size,) if isinstance(size, int) else size)
+            ),
+            f"an input size of at least 20, in multiples of {multiple}",
         ),
-        ("crop_pct", lambda share: 0 < share <= 1, "a crop_pct above 0 and up to 1"),
+        ("crop_pct", lambda share: 0 < share <= 2, "a crop_pct above 0 and up to 2"),
         ("crop_mode", lambda mode: mode in ("center", "squash", "border"), "a crop_mode of center, squash or border"),
         ("mean", lambda mean: len(mean) == in_chans, f"a mean for each of {in_chans} channels"),
         ("std", lambda std: len(std) == in_chans, f"a std for each of {in_chans} channels"),
@@ -211,13 +220,13 @@ def _name_classes(
     """Names of the classes, as timm's config.json has them, where they are from, and why others are not used."""
     if labels is not None:
         names, fault = order_names(read_labels(labels), found.num_classes)
-        if fault:
+        if not names:
             raise ValueError(f"{labels} cannot name the classes: it {fault}")
-        return {"label_names": list(names)}, "a file of labels", ""
+        return {"label_names": list(names)}, join_source("a file of labels", fault), ""
     if not found.num_classes:
         return {}, "", f"the file's idx_to_class was left out: it {found.names_fault}" if found.names_fault else ""
     if found.class_names:
-        return {"label_names": list(found.class_names)}, "the checkpoint", ""
+        return {"label_names": list(found.class_names)}, join_source("the checkpoint", found.names_fault), ""
     faults = [f"the file's idx_to_class was left out: it {found.names_fault}"] if found.names_fault else []
     if run:
         names, source, fault = name_classes(run, found.num_classes)

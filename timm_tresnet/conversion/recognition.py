@@ -52,7 +52,8 @@ class Recognised:
         least_norm_weight: smallest norm weight in the file, where only its names say that they are In-Place ABN's.
         dtypes: floating-point types in the file other than single precision.
         class_names: those in the file, as ASL and ML-Decoder have them; empty if it has none that can be used.
-        names_fault: why those in the file cannot be used; empty if it has none, or they can be.
+        names_fault: why those in the file cannot be used, or how many outputs they name, if not all; empty if it has
+            none, or one for each.
         key: of the network in the file, as `weights.checkpoint.choose_network` takes it.
         other_keys: of the other networks in the file.
         left_out: names beside the network in the file.

@@ -2,10 +2,10 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import pickle
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ import timm.models
 import yaml
 from timm.utils import natural_key
 
+from timm_tresnet.utils.archives import read_plain_pickle
 from timm_tresnet.utils.errors import summarise
+from timm_tresnet.utils.files import read_bounded
 from timm_tresnet.utils.schema import FLAG, TEXT, Kind, Table, choice, find_fault, integer, map_of, show
 from timm_tresnet.weights.catalogue import NOTHING_KNOWN, Facts
 from timm_tresnet.weights.config import MODEL_ARGS, PREPROCESSING
-from timm_tresnet.weights.labels import order_names, read_labels
+from timm_tresnet.weights.labels import join_source, order_names, read_labels
 from timm_tresnet.weights.loading import Weights, look_up
 from timm_tresnet.weights.preprocessing import NAMES, find_assumed, for_channels
 
@@ -47,7 +49,6 @@ _TEXT = TEXT.or_null()
 _ANYTHING = Kind("anything", lambda value: True)
 _ARGS = Table(  # of train.py, but for what only its training is about
     {
-        "model": TEXT,
         "num_classes": MODEL_ARGS["num_classes"].or_null(),
         "in_chans": MODEL_ARGS["in_chans"].or_null(),
         "img_size": integer(1, 4096).or_null(),
@@ -57,9 +58,9 @@ _ARGS = Table(  # of train.py, but for what only its training is about
         "model_kwargs": Kind("an object", lambda value: map_of(_ANYTHING).fits(value)).or_null(),
         **dict.fromkeys(("model_ema", "model_ema_force_cpu"), FLAG.or_null()),
         **dict.fromkeys(("data", "data_dir", "dataset", "train_split", "val_split", "class_map", "input_key"), _TEXT),
-    },
-    ("model",),
+    }
 )
+_MODEL = Table({"model": TEXT}, ("model",))  # without which the args are of no use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,21 +113,18 @@ class Run:
         return bool(self.args.get("val_split", "validation")) and not self.args.get("model_ema_force_cpu")
 
     def facts(self, in_chans: int) -> Facts:
-        """How validate.py, with the run's arguments, prepares images.
+        """How validate.py, with the run's arguments, prepares images."""
+        return make_facts(self.resolve(), in_chans)
 
-        Raises:
-            ValueError: if the arguments contradict each other.
-        """
+    def resolve(self) -> dict[str, Any]:
+        """The data config of validate.py; without what timm assumes if the start is not known."""
         args = {name: self.args.get(name) for name in ("in_chans", "img_size", *PREPROCESSING)}
         start = self.start.pretrained_cfg if self.start else {}
-        try:
-            resolved = timm.data.resolve_data_config(args, start, use_test_size=True)
-        except AssertionError as error:
-            raise ValueError("the run's args need a mean and a std for each channel") from error
+        resolved = timm.data.resolve_data_config(args, start, use_test_size=True)
         if not self.start:
             args["input_size"] = args["input_size"] or args["img_size"]
             resolved = {name: value for name, value in resolved.items() if args.get(name)}
-        return make_facts(resolved, in_chans)
+        return resolved
 
 
 def make_facts(data_config: Mapping[str, Any], in_chans: int) -> Facts:
@@ -192,13 +190,21 @@ def find_run(checkpoint: Mapping[str, Any], path: Path, args: Path | None = None
         fault = _find_fault(found, checkpoint)
         if fault is None:
             notes = [f"run of train.py: {called}", *notes, *_compare(found, called, sources[place + 1 :])]
+            known, left_out = _choose_known(found)
+            start = None
             try:
-                return Run(found, look_up(found["model"]), tuple(notes)), ()
+                start = look_up(found["model"])
             except ValueError as error:
                 if ":" in found["model"]:  # a folder or repository that is gone
                     notes.append(f"only what the run's args say is known of its start: {error}")
-                    return Run(found, None, tuple(notes)), ()
-                fault = f"names a model that is none of these: {error}"
+                else:
+                    fault = f"names a model that is none of these: {error}"
+            if fault is None:
+                run = Run(known, start)
+                notes += [
+                    f"left out of {called}: it {each}; {_tell_instead(name, run)}" for name, each in left_out.items()
+                ]
+                return dataclasses.replace(run, notes=tuple(notes)), ()
         if args is not None:
             raise ValueError(f"{called} cannot be used: it {fault}")
         notes.append(f"left out: {called}: it {fault}")
@@ -207,13 +213,9 @@ def find_run(checkpoint: Mapping[str, Any], path: Path, args: Path | None = None
 
 def _read_args(path: Path) -> Any:
     """What an args.yaml says; never objects of classes."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path} is not a file")  # a pipe would keep us waiting
-    if status.st_size > _LARGEST_FILE:
-        raise ValueError(f"{path} needs to be at most {_LARGEST_FILE} bytes long")
+    content = read_bounded(path, _LARGEST_FILE)
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(content.decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {summarise(error)}") from error
 
@@ -222,14 +224,40 @@ def _find_fault(args: Any, checkpoint: Mapping[str, Any]) -> str | None:
     """Why arguments are none of a run of train.py with a TResNet, as it stands behind "it"."""
     if not isinstance(args, Mapping):
         return "is no mapping"
-    try:
-        fault = find_fault({name: value for name, value in args.items() if name in _ARGS.fields}, _ARGS)
-    except TypeError as error:  # objects, which other training code stores
-        fault = f"needs numbers and texts: {error}"
+    fault = find_fault({"model": args["model"]} if "model" in args else {}, _MODEL)
     arch = checkpoint.get("arch")  # without args, the name of a class
     if not fault and isinstance(arch, str) and arch != args["model"] and (":" in arch or timm.models.is_model(arch)):
         fault = f"names the model {show(args['model'])}, the checkpoint {show(arch)}"
     return fault
+
+
+def _choose_known(args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The arguments that can be used, and what is wrong with each other, as it stands behind "it"."""
+    known, left_out = {"model": args["model"]}, {}
+    for name, kind in _ARGS.fields.items():
+        if name in args:
+            fault = find_fault(args[name], kind, name)
+            if fault:
+                left_out[name] = fault
+            else:
+                known[name] = args[name]
+    size, channels = known.get("input_size"), known.get("in_chans")
+    channels = size[0] if size else 3 if channels is None else channels
+    for name in ("mean", "std"):
+        values = known.get(name)
+        if values is not None and len(values) not in (1, channels):
+            left_out[name] = f"needs {name} to have a number for each of {channels} channels, got {show(values)}"
+            del known[name]
+    return known, left_out
+
+
+def _tell_instead(name: str, run: Run) -> str:
+    """What becomes of the network or its images without an argument, in a few words."""
+    name = "input_size" if name == "img_size" else name
+    if name not in PREPROCESSING:
+        return "as if it were not given"
+    instead = run.resolve().get(name)
+    return "nothing is taken instead" if instead is None else f"taken instead: {show(instead)}"
 
 
 def _compare(args: Mapping[str, Any], called: str, others: list[tuple[str, Any]]) -> list[str]:
@@ -275,15 +303,18 @@ def name_classes(run: Run, num_classes: int) -> tuple[tuple[str, ...], str, str]
             names, fault = order_names(_read_class_map(path), num_classes)
         except (OSError, ValueError) as error:
             return (), "", f"the run's class map was left out: {summarise(error)}"
-        return names, "the run's class map", fault and f"the run's class map {path} was left out: it {fault}"
+        if not names:
+            return (), "", f"the run's class map {path} was left out: it {fault}"
+        return names, join_source("the run's class map", fault), ""
     if split is None or not split.is_dir():
         return (), "", f"the run's images are in no folders at {root}; name the classes with --labels FILE"
     found = find_folders(split, num_classes, args.get("input_key") or "", torch=bool(kind))
     names, fault = order_names(found, num_classes)
-    if not fault and not kind and len({name.lower() for name in names}) < num_classes:
+    if names and not kind and len({name.lower() for name in found}) < len(found):
         names, fault = (), "needs names that differ in more than case, which timm numbers at random"
-    where = f"the run's folders of images, {split}, were left out: it {fault}"
-    return names, "folders of the training images", fault and where
+    if not names:
+        return (), "", f"the run's folders of images, {split}, were left out: it {fault}"
+    return names, join_source("folders of the training images", fault), ""
 
 
 def _find_split(root: Path, split: str) -> Path:
@@ -327,8 +358,16 @@ def _read_class_map(path: Path) -> Any:
     if path.suffix.lower() != ".pkl":
         return read_labels(path)
     try:
-        with path.open("rb") as file:
-            return _ClassMap(file).load()
+        return _ClassMap(io.BytesIO(read_plain_pickle(path))).load()
     # What a damaged pickle raises depends on where the damage is.
-    except (pickle.UnpicklingError, EOFError, LookupError, ValueError, AttributeError, TypeError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        LookupError,
+        ValueError,
+        AttributeError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise ValueError(f"{path} is no class map: {summarise(error)}") from error

@@ -1,5 +1,6 @@
 """Weights files that claim more than they hold, refused before anything is inflated, allocated or built from them."""
 
+import io
 import pickletools
 import stat
 import struct
@@ -8,10 +9,13 @@ import zlib
 from pathlib import Path
 from typing import IO
 
+from timm_tresnet.utils.files import read_bounded
+
 _MOST_TIMES = 4  # what is inflated, over the file; weights hardly compress, and torch.save does not try
 _LEAST = 2**24  # bytes that any file may inflate to
 _MOST_OPERATIONS = 2_000_000  # of a pickle, each of which can make an object; the largest public weights have 40,000
 _MOST_HEADER = 2**24  # bytes of safetensors' JSON; one of the largest public weights has 10**5
+_PUTS = ("PUT", "BINPUT", "LONG_BINPUT")  # operations that give an object a number
 _LEGACY_PICKLES = 5  # magic number, version, system, what was saved, keys of the storages
 
 ZIP, PICKLE, SAFETENSORS = "zip", "pickle", "safetensors"
@@ -69,6 +73,18 @@ def check_claims(path: Path) -> str | None:
     return found
 
 
+def read_plain_pickle(path: Path) -> bytes:
+    """A pickle that is not one of torch.save, once it is known to be small and to claim no more than it holds.
+
+    Raises:
+        OSError: if there is no such file, or it may not be read.
+        ValueError: as in `check_claims`.
+    """
+    content = read_bounded(path, _LEAST)
+    _check_pickle(io.BytesIO(content))
+    return content
+
+
 def _check_zip(path: Path, size: int) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
@@ -97,6 +113,8 @@ def _check_pickle(file: IO[bytes]) -> None:
                 raise _ClaimError(f"its pickle has more than {_MOST_OPERATIONS} operations")
             if operation.name == "GLOBAL" and argument and argument.endswith("bytearray"):  # of a number: as many zeros
                 raise _ClaimError("its pickle makes a bytearray, and a file of weights needs none")
+            if operation.name in _PUTS and argument > count:  # Python's reader makes a place for each number below
+                raise _ClaimError(f"its pickle claims {argument} objects after {count} operations")
     except _ClaimError:
         raise
     except (ValueError, OverflowError, struct.error) as error:

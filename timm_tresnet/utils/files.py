@@ -4,6 +4,7 @@ import contextlib
 import glob
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,28 @@ except ImportError:  # Windows, where two that write to one place at once are on
 
 _UNFINISHED = ".partial"
 _REPLACED = ".replaced"  # what had the name before
+
+
+def read_bounded(path: Path, most: int, called: str | None = None) -> bytes:
+    """What a file holds, if it is one, and no larger than it may be.
+
+    Args:
+        path: the file.
+        most: how many bytes it may have.
+        called: how messages name it; None for its path.
+
+    Raises:
+        OSError: if there is no such file, or it may not be read.
+        ValueError: if it is not a file (a pipe would keep us waiting), or too large.
+    """
+    called = called or str(path)
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{called} is not a file")
+    if status.st_size > most:
+        raise ValueError(f"{called} needs to be at most {most} bytes long, got {status.st_size}")
+    with path.open("rb") as file:
+        return file.read(most)
 
 
 @contextmanager

@@ -1,15 +1,15 @@
 """What a JSON file may say, as a table of kinds: read and checked as a whole before anything else sees it."""
 
 import json
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from timm_tresnet.utils.files import read_bounded
 from timm_tresnet.utils.terminal import escape
 
-_LARGEST_FILE = 2**26  # bytes; names and descriptions of ImageNet-21k's classes are 2**21
+LARGEST_FILE = 2**26  # bytes; names and descriptions of ImageNet-21k's classes are 2**21
 _SHOWN = 60  # characters of a value in a message
 
 
@@ -147,13 +147,8 @@ def read_json(path: Path, called: str | None = None) -> Any:
         OSError: if there is no such file, or it may not be read.
         ValueError: if it is not a file, too large, or not JSON in UTF-8.
     """
-    called = called or str(path)
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{called} is not a file")
-    if status.st_size > _LARGEST_FILE:
-        raise ValueError(f"{called} needs to be at most {_LARGEST_FILE} bytes long, got {status.st_size}")
+    content = read_bounded(path, LARGEST_FILE, called)
     try:
-        return json.loads(path.read_bytes().decode("utf-8"))
+        return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{called} is not JSON: {error}") from error
+        raise ValueError(f"{called or path} is not JSON: {error}") from error

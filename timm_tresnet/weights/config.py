@@ -66,7 +66,7 @@ PREPROCESSING: dict[str, Kind] = {  # as `timm.data.create_transform` takes it
     "interpolation": choice("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
     "mean": list_of(number(-10_000, 10_000), 1, 1024),
     "std": list_of(number(0, 10_000, above=True), 1, 1024),
-    "crop_pct": number(0.1, 1),  # a tiny one has the image resized to a huge one first
+    "crop_pct": number(0.1, 2),  # a tiny one has the image resized to a huge one first; above 1, it gets a black frame
     "crop_mode": choice("center", "squash", "border"),
 }
 

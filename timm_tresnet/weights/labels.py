@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from timm_tresnet.utils.files import read_bounded
 from timm_tresnet.utils.notes import MULTI_LABEL, NAMED_BY, THRESHOLDS, read_notes
-from timm_tresnet.utils.schema import TEXT, find_fault, list_of, number, read_json, show
+from timm_tresnet.utils.schema import LARGEST_FILE, TEXT, find_fault, list_of, number, read_json, show
 
 # MS-COCO's 80 "thing" categories by ascending category id, which is how ASL and ML-Decoder number them
 # (`CocoDetection.cat2cat` in their helper_functions.py); names from COCO's instances_val2014.json.
@@ -95,8 +96,15 @@ def note_source(source: str) -> str:
     return NAMED_BY + source
 
 
+def join_source(source: str, gap: str) -> str:
+    """Where names of classes are from, and how many classes they name, if not all."""
+    return f"{source} ({gap})" if gap else source
+
+
 def order_names(in_file: Any, num_classes: int) -> tuple[tuple[str, ...], str]:
     """Names of the classes in the order of their outputs, or why there are none.
+
+    Outputs without a name are called "class 10" and so on.
 
     Args:
         in_file: a list of names; or a dict from numbers of outputs, which may be text as in JSON, to names; or one from
@@ -104,31 +112,35 @@ def order_names(in_file: Any, num_classes: int) -> tuple[tuple[str, ...], str]:
         num_classes: number of outputs.
 
     Returns:
-        Names and "", or no names and what is wrong, as it stands behind "it".
+        Names and "", or how many outputs have one if not all do; or no names and what is wrong, as it stands behind
+        "it".
     """
     if not isinstance(in_file, Mapping | list | tuple):
         return (), f"needs a dict or a list of names, got {type(in_file).__name__}"
-    if len(in_file) != num_classes:
+    if not in_file or len(in_file) > num_classes:
         return (), f"needs {num_classes} names, one for each class, got {len(in_file)}"
-    names = list(in_file)
+    names = dict(enumerate(in_file))
     if isinstance(in_file, Mapping):
         # The official `infer.py` reads the values in the order in which they were put in, which is the same only where
         # the keys ascend.
         for pairs in (in_file.items(), [(index, name) for name, index in in_file.items()]):
-            by_index = {_read_index(index): name for index, name in pairs}
-            if by_index.keys() == set(range(num_classes)) and all(isinstance(name, str) for name in by_index.values()):
-                names = [by_index[index] for index in range(num_classes)]
+            names = {_read_index(index): name for index, name in pairs}
+            each_its_own = len(names) == len(in_file) and names.keys() <= set(range(num_classes))
+            if each_its_own and all(isinstance(name, str) for name in names.values()):
                 break
         else:
             return (), f"needs the keys 0 to {num_classes - 1}"
-    for index, name in enumerate(names):
+    for index, name in names.items():
         if not TEXT.fits(name) or not name.strip():
             shown = show(name) if isinstance(name, str) else type(name).__name__
             return (), f"needs name {index} to be {TEXT.words}, got {shown}"
-    twice = [name for name, count in Counter(names).items() if count > 1]
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
     if twice:
         return (), f"needs a name for each class, got {', '.join(twice[:5])} more than once"
-    return tuple(names), ""
+    unnamed = [index for index in range(num_classes) if index not in names]
+    word = "class" if {f"class {index}" for index in unnamed}.isdisjoint(names.values()) else "unnamed class"
+    complete = tuple(names.get(index, f"{word} {index}") for index in range(num_classes))
+    return complete, f"{len(names)} for {num_classes} classes, the others are numbered" if unnamed else ""
 
 
 def read_labels(path: Path) -> Any:
@@ -139,12 +151,12 @@ def read_labels(path: Path) -> Any:
 
     Raises:
         OSError: if there is no such file, or it may not be read.
-        ValueError: if it is not a text in UTF-8, or not JSON.
+        ValueError: if it is not a file, too large, not a text in UTF-8, or not JSON.
     """
     if path.suffix.lower() == ".json":
         return read_json(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, LARGEST_FILE).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
     return [line.strip() for line in text.rstrip().split("\n")]
