@@ -1,3 +1,5 @@
+import argparse
+import inspect
 import io
 import json
 import os
@@ -14,6 +16,7 @@ from exporting import ENGINES, each_format, exporters_warn, needs
 
 from timm_tresnet import export_model
 from timm_tresnet.cli import main as cli
+from timm_tresnet.cli.commands import export
 
 pytestmark = exporters_warn
 
@@ -39,10 +42,18 @@ def test_classify_runs_artifacts(format, artifact, capsys):
             assert entry["probability"] == pytest.approx(other["probability"], abs=1e-4)
 
 
+def test_the_floor_of_the_command_is_that_of_export_model():
+    parser = argparse.ArgumentParser()
+    export.add_options(parser)
+    floor = inspect.signature(export_model).parameters["min_agreement"].default
+    assert parser.get_default("min_agreement") == floor
+    assert f"default: {floor}" in parser.format_help()
+
+
 @needs("onnx")
 def test_export_command_quantises_and_counts_images_that_it_cannot_read(tmp_path, crops, capfd):
     arguments = ["export", "test_tresnet", "--format", "onnx", "--output", str(tmp_path / "network.onnx"), "--int8"]
-    arguments += ["--batch", "4", "--size", "64", "64"]
+    arguments += ["--batch", "4", "--size", "64", "64", "--min-agreement", "0.8"]
     assert cli.main(arguments) == 2
     assert "go together" in capfd.readouterr().err
     assert cli.main([*arguments, "--calibration", str(crops)]) == 0

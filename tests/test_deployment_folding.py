@@ -15,8 +15,10 @@ from exporting import (
 )
 from reference import randomise, relative_error
 from timm.utils import reparameterize_model
+from torch import nn
+from torch.nn.utils import parametrize
 
-from timm_tresnet import fold_batch_norms, optimize_for_inference
+from timm_tresnet import export_model, fold_batch_norms, optimize_for_inference
 from timm_tresnet.deployment.folding import copy_folded
 from timm_tresnet.models.layers import ConvNormAct
 from timm_tresnet.models.layers.ml_decoder_head import FoldedQueries
@@ -53,8 +55,41 @@ def test_timm_folds_in_training_mode_and_eval_makes_it_run():
 
 
 def test_folding_refuses_training_mode():
-    with pytest.raises(ValueError, match="eval mode"):
+    with pytest.raises(ValueError, match=r"got one in training mode; call model.eval\(\) first"):
         fold_batch_norms(make_small().train())
+
+
+def parametrize_stem(model):
+    parametrize.register_parametrization(model.body.conv1.conv, "weight", nn.Identity())
+
+
+def train_a_part(model):
+    model.eval().body.layer1.train()
+
+
+def replace_head(model):
+    model.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(model.num_features, 10))
+
+
+PARTS = {  # added after eval(), and how they are named
+    parametrize_stem: "but body.conv1.conv.parametrizations in it",
+    train_a_part: "but body.layer1 in it",
+    replace_head: "but head in it",
+}
+
+
+@pytest.mark.parametrize(("alter", "named"), PARTS.items())
+def test_parts_in_training_mode_are_named(alter, named, tmp_path):
+    model = make_small()
+    alter(model)
+    said = rf"needs a network in eval mode; the network is, {named} is in training mode, .*call model.eval\(\) again"
+    with pytest.raises(ValueError, match=f"^fold_batch_norms {said}"):
+        fold_batch_norms(model)
+    with pytest.raises(ValueError, match=f"^export_model {said}"):
+        export_model(model, tmp_path / "network.pt", "torchscript")
+    x = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        assert relative_error(fold_batch_norms(model.eval())(x), model(x)) <= 1e-5
 
 
 @each_alteration

@@ -1,3 +1,4 @@
+import copy
 import importlib
 
 import pytest
@@ -15,10 +16,10 @@ pytestmark = exporters_warn
 def test_int8_artifact_agrees_with_float32_and_keeps_gates_in_float(format, tmp_path, crops, embedded):
     (crops / "broken.jpg").write_bytes((SAMPLES / "cat.jpg").read_bytes()[:2000])
     path = tmp_path / f"network{SUFFIXES[format]}"
-    description = export_model(embedded, path, format, calibration=crops)
+    description = export_model(embedded, path, format, calibration=crops, min_agreement=0.8)
     check = description["check"]
     # Of 32 crops, harder than photographs; benchmarks/int8_accuracy.py counts 10,000 of those: 98 % for both.
-    assert check["top1_agreement"] >= 0.8
+    assert 0.8 <= check["top1_agreement"] <= 1
     assert check["held_out_images"] + check["calibration_images"] == 64
     assert check["skipped_images"] == 1
     assert "body.layer1.0.se" in description["kept_in_float"]
@@ -34,6 +35,33 @@ def test_int8_artifact_agrees_with_float32_and_keeps_gates_in_float(format, tmp_
         kernels = [to_array(each) for each in onnx.load(path).graph.initializer if each.data_type == int8]
         largest = max(abs(kernel.astype(int)).max() for kernel in kernels)
         assert 60 <= largest <= 64
+
+
+def widen_one_channel(model):
+    """The same network, but for rounding: one channel of each block is 10,000 times larger, its weights smaller."""
+    with torch.no_grad():
+        for block in (block for layer in range(1, 5) for block in getattr(model.body, f"layer{layer}")):
+            block.conv1.bn.weight[3] *= 1e4
+            block.conv1.bn.bias[3] *= 1e4
+            block.conv2.conv.weight[:, 3] *= 1e-4
+
+
+@needs("onnx")
+def test_int8_that_is_another_network_is_not_written(tmp_path, crops, embedded):
+    model = copy.deepcopy(embedded)
+    widen_one_channel(model)
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert relative_error(model(x), embedded(x)) <= 1e-4
+    said = r"same class first as in float32 on \d+\.\d% of 32 images held out, less than 90.0%;.* --min-agreement"
+    with pytest.raises(RuntimeError, match=said):
+        export_model(model, tmp_path / "network.onnx", "onnx", calibration=crops)
+    assert [path.name for path in tmp_path.iterdir()] == ["crops"]
+
+
+def test_agreement_is_a_share(tmp_path, embedded):
+    with pytest.raises(ValueError, match="min_agreement to be from 0 to 1, got 90"):
+        export_model(embedded, tmp_path / "network.onnx", "onnx", min_agreement=90)
 
 
 @needs("onnx")

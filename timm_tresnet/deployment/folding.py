@@ -32,11 +32,31 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
         The folded network, for inference only. Its state dict has `conv.bias` in place of `bn`.
 
     Raises:
-        ValueError: if model is in training mode.
+        ValueError: if model, or a part of it, is in training mode.
     """
-    if any(module.training for module in model.modules()):
-        raise ValueError("fold_batch_norms needs a network in eval mode, got one in training mode; call eval() first")
+    require_eval(model, "fold_batch_norms")
     return copy_folded(model)
+
+
+def require_eval(model: nn.Module, who: str) -> None:
+    """Refuse a network of which a part is in training mode.
+
+    Raises:
+        ValueError: names the outermost parts that are.
+    """
+    if model.training:
+        raise ValueError(f"{who} needs a network in eval mode, got one in training mode; call model.eval() first")
+    # In the order of named_modules a part comes before what is in it.
+    outermost: list[str] = []
+    for name, module in model.named_modules():
+        if module.training and not name.startswith(tuple(f"{each}." for each in outermost)):
+            outermost.append(name)
+    if outermost:
+        more = f" and {len(outermost) - 5} more" if len(outermost) > 5 else ""
+        raise ValueError(
+            f"{who} needs a network in eval mode; the network is, but {', '.join(outermost[:5])}{more} in it is in "
+            "training mode, as what is added or parametrized after model.eval(); call model.eval() again"
+        )
 
 
 def copy_folded(model: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from timm_tresnet.cli.commands import CommandError, load_model, warn_of_assumed
-from timm_tresnet.cli.options import at_least
+from timm_tresnet.cli.options import at_least, between
 from timm_tresnet.utils.errors import summarise
 
 ABOUT = {
@@ -36,6 +36,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--calibration", type=Path, metavar="FOLDER", help="images like those that the network will see, some hundreds"
     )
     parser.add_argument(
+        "--min-agreement",
+        type=between(0, 1),
+        default=0.9,
+        metavar="P",
+        help="refuse int8 that puts the same class first as float32 on a smaller share of images (default: 0.9)",
+    )
+    parser.add_argument(
         "--batch", type=_batch, default="dynamic", metavar="N", help="images in a batch (default: %(default)s)"
     )
     parser.add_argument(
@@ -55,6 +62,7 @@ def run(
     output: Path,
     int8: bool,
     calibration: Path | None,
+    min_agreement: float,
     batch: int | None,
     size: Sequence[int] | None,
 ) -> int:
@@ -66,7 +74,8 @@ def run(
     network = load_model(model)
     warn_of_assumed(network)
     try:
-        description = export_model(network, output, format, batch, (size[0], size[1]) if size else None, calibration)
+        fixed = (size[0], size[1]) if size else None
+        description = export_model(network, output, format, batch, fixed, calibration, min_agreement)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         raise CommandError(f"cannot export {model}: {summarise(error)}") from error
     check = description["check"]
