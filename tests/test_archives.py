@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from timm_tresnet.conversion import read_checkpoint
 from timm_tresnet.utils import archives
-from timm_tresnet.utils.archives import check_claims
+from timm_tresnet.utils.archives import SAFETENSORS, check_claims
 from timm_tresnet.weights.loading import load_network
 
 CLAIM = 2**26  # bytes, of a file of some 2**16
@@ -117,6 +117,18 @@ def test_header_of_safetensors_is_bounded(length, tmp_path):
         file.truncate(2**25)  # sparse
     with pytest.raises(ValueError, match=f"its header claims {length} bytes, where at most {2**24} can be"):
         check_claims(path)
+
+
+@pytest.mark.parametrize("length", [0x180, 0x280, 0x480, 0x2580])
+def test_safetensors_whose_first_byte_is_that_of_a_pickle_are_read(length, tmp_path):
+    """The length of the header is a multiple of 8, so the first byte is 0x80 in one of 32 files."""
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.arange(3.0)}, path, metadata={"note": ""})
+    missing = length - struct.unpack("<Q", path.read_bytes()[:8])[0]
+    save_file({"a": torch.arange(3.0)}, path, metadata={"note": "x" * missing})
+    assert path.read_bytes()[:9] == struct.pack("<Q", length) + b"{"
+    assert check_claims(path) == SAFETENSORS
+    assert read_checkpoint(path)["a"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("compression", ["", "gz", "bz2", "xz"])

@@ -34,9 +34,10 @@ def find_format(path: Path) -> str | None:
         start = file.read(9)
     if start[:4] == b"PK\x03\x04":
         return ZIP
-    if start[:1] == b"\x80":
+    safetensors = start[8:] == b"{"  # behind the length of the header, in 8 bytes of which the first can be any
+    if start[:1] == b"\x80" and not (safetensors and start[3:8] == bytes(5)):  # zeros are no operations of a pickle
         return PICKLE
-    return SAFETENSORS if start[8:] == b"{" else None
+    return SAFETENSORS if safetensors else None
 
 
 def check_claims(path: Path) -> str | None:
