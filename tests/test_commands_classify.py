@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -186,11 +187,44 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_image(value, tmp
     assert skipped == f"timm-tresnet: skipped {SAMPLES / 'cat.jpg'}: the network's logits for it are not finite"
 
 
+def test_networks_for_grey_images_classify_measure_and_export(tmp_path, capsys):
+    """As validate.py does: images in Pillow's mode L."""
+    overlay = {"mean": (0.1, 0.2, 0.6), "std": (0.2, 0.3, 0.4)}  # whose averages are taken, as by timm's loaders
+    model = timm.create_model("test_tresnet", pretrained=True, in_chans=1, pretrained_cfg_overlay=overlay).eval()
+    name, folder = f"local-dir:{tmp_path / 'grey'}", tmp_path / "images"
+    names = {"label_names": [f"label {index}" for index in range(10)]}
+    arguments = {"model_args": {"in_chans": 1}, "model_config": names}
+    timm.models.save_for_hf(model, tmp_path / "grey", safe_serialization=True, **arguments)
+    for index, path in enumerate(sorted(SAMPLES.glob("*.jpg"))):
+        (folder / f"label {index}").mkdir(parents=True)
+        shutil.copy(path, folder / f"label {index}")
+    data = timm.data.create_dataset("", root=str(folder), input_img_mode="L")
+    config = timm.data.resolve_data_config({"in_chans": 1}, model=model)
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # timm leaves files open
+        loader = timm.data.create_loader(
+            data, (1, 64, 64), 8, num_workers=0, persistent_workers=False, device=torch.device("cpu"),
+            **{name: value for name, value in config.items() if name != "input_size"},
+        )  # fmt: skip
+        expected = torch.cat([model(images) for images, _ in loader]).softmax(-1)
+    artifact = str(tmp_path / "grey.pt")
+    assert cli.main(["export", name, "--format", "torchscript", "--output", artifact]) == 0
+    for how in (["--model", name], ["--engine", "torch", artifact, "--trust"]):
+        capsys.readouterr()
+        assert cli.main(["classify", *how, "--json", "--top-k", "1", "--as-stored", str(folder)]) == 0
+        answers = [each["predictions"][0] for each in json.loads(capsys.readouterr().out)]
+        assert [answer["index"] for answer in answers] == expected.argmax(-1).tolist()
+        assert [answer["probability"] for answer in answers] == pytest.approx(expected.amax(-1).tolist(), abs=1e-4)
+    assert cli.main(["validate", "--model", name, "--json", str(tmp_path / "scores.json"), str(folder)]) == 0
+    right = sum(index == answer for index, answer in enumerate(expected.argmax(-1).tolist()))
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert scores["top-1"] == pytest.approx(100 * right / len(expected), abs=1e-3)
+
+
 def test_network_for_other_images_than_rgb_is_refused(tmp_path, capsys):
     model = timm.create_model("test_tresnet", in_chans=4)
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True, model_args={"in_chans": 4})
     assert cli.main(["classify", "--model", f"local-dir:{tmp_path}"]) == 2
-    assert "takes 4 channels, images are read in 3" in capsys.readouterr().err
+    assert "takes 4 channels, images are read in 1 or 3" in capsys.readouterr().err
 
 
 def test_nothing_to_classify_is_a_mistake_that_is_named(tmp_path, capsys):

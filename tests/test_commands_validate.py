@@ -208,14 +208,6 @@ def test_accuracy_is_that_of_timms_validate_py_to_the_image(folders, tmp_path):
     assert ours == pytest.approx({"top-1": theirs["top1"], "top-5": theirs["top5"]}, abs=1e-4)  # it rounds
 
 
-def test_images_are_read_as_they_are_stored_where_that_is_asked_for(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright
-    Image.linear_gradient("L").resize((40, 20)).convert("RGB").save(tmp_path / "x.jpg", exif=exif)
-    assert read_image(tmp_path / "x.jpg").size == (20, 40)
-    assert read_image(tmp_path / "x.jpg", upright=False).size == (40, 20)
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -117,6 +117,15 @@ def test_images_are_prepared_as_validate_py_does(given, start, tmp_path):
     assert_same_network(converted, model, model.in_chans)
 
 
+def test_a_mean_for_other_channels_becomes_their_average_as_in_timms_loaders(start, tmp_path):
+    file, _, model = train(tmp_path / "run", model=f"local-dir:{start}", in_chans=1)
+    converted, conversion = convert(tmp_path, file)
+    assert converted.pretrained_cfg["mean"] == pytest.approx([0.2])  # of 0.1, 0.2, 0.3
+    assert converted.pretrained_cfg["std"] == pytest.approx([1.6 / 3])
+    assert conversion.pretrained_cfg["input_size"] == (1, 80, 80)
+    assert_same_network(converted, model, 1)
+
+
 KWARGS = {
     "slopes": {"model_kwargs": {"negative_slope": 0.3, "stem_negative_slope": 0.1}},
     "activation": {"model_kwargs": {"act_layer": "silu"}},
@@ -202,7 +211,11 @@ def test_args_yaml_speaks_for_a_file_of_tensors_alone(tmp_path):
 
 def test_the_checkpoints_own_args_go_before_those_beside_it(tmp_path):
     file, _, _ = train(tmp_path / "run", img_size=48)
-    _, _, _ = train(tmp_path / "other", img_size=96)
+    train(tmp_path / "other", img_size=96, model_kwargs={"negative_slope": 0.003, "stem_negative_slope": 0.02})
+    content = torch.load(file, weights_only=False)
+    content["args"].model_kwargs = {"stem_negative_slope": 0.02, "negative_slope": 0.003}  # YAML sorts them
+    save_checkpoint(content, file)
+    (file.parent / "args.yaml").write_text(yaml.safe_dump(vars(content["args"])))
     same = convert_checkpoint(file)
     assert not any("differs" in note for note in same.notes)
     shutil.copy(tmp_path / "other" / "args.yaml", file.parent)

@@ -2,12 +2,15 @@ import copy
 import importlib
 
 import pytest
+import timm
 import torch
 from exporting import ENGINES, SUFFIXES, each_int8_format, exporters_warn, needs
 from reference import relative_error
 
 from timm_tresnet import ExportedModel, export_model
+from timm_tresnet.deployment.int8 import CalibrationImages
 from timm_tresnet.utils.images import SAMPLES
+from timm_tresnet.weights.preprocessing import resolve_preprocessing
 
 pytestmark = exporters_warn
 
@@ -57,6 +60,13 @@ def test_int8_that_is_another_network_is_not_written(tmp_path, crops, embedded):
     with pytest.raises(RuntimeError, match=said):
         export_model(model, tmp_path / "network.onnx", "onnx", calibration=crops)
     assert [path.name for path in tmp_path.iterdir()] == ["crops"]
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_calibration_is_done_in_the_networks_channels(in_chans, crops):
+    model = timm.create_model("test_tresnet", in_chans=in_chans)
+    images = CalibrationImages(crops, resolve_preprocessing(model), None)
+    assert {batch.shape for batch in images.calibration_batches()} == {(8, in_chans, 64, 64)}
 
 
 def test_agreement_is_a_share(tmp_path, embedded):

@@ -1,7 +1,9 @@
 import contextlib
+import gc
 import os
 import re
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -90,6 +92,32 @@ def assert_shows(path, expected):
     assert (read.mode, read.size) == ("RGB", expected.size)
     difference = numpy.asarray(read, dtype=float) - numpy.asarray(expected.convert("RGB"), dtype=float)
     assert numpy.abs(difference).mean() <= (3 if path.suffix.lower() in (".jpg", ".jpeg") else 1.5)
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves files open
+def test_images_are_read_as_timm_does_where_that_is_asked_for(in_chans, tmp_path):
+    (tmp_path / "class").mkdir()
+    for name, (image, options, _) in PICTURES.items():
+        if name.lower().endswith((".jpg", ".jpeg", ".png")):  # what timm takes
+            others = {"append_images": [each.copy() for each in options.get("append_images", [])]}
+            # Copies, since Pillow's images remember how they were saved last.
+            image.copy().save(tmp_path / "class" / name, **options | (others if others["append_images"] else {}))
+    mode = {1: "L", 3: "RGB"}[in_chans]  # as validate.py chooses
+    data = timm.data.create_dataset("", root=str(tmp_path), input_img_mode=mode)
+    otherwise = set()
+    for index in range(len(data)):
+        path = tmp_path / data.filename(index)
+        with warnings.catch_warnings(action="ignore"):  # Pillow's, of odd files
+            expected = numpy.asarray(data[index][0])
+        assert numpy.array_equal(numpy.asarray(read_image(path, as_stored=True, in_chans=in_chans)), expected), path
+        usual = numpy.asarray(read_image(path, in_chans=in_chans))
+        if not numpy.array_equal(usual, expected):
+            otherwise.add(path.name)
+    assert len(data) > 20
+    others = {"palette_transparent.png", "rgba.png", "la.png", "hidden.png", "colour_key.png", "grey_key.png"}
+    assert otherwise == others | {"turned.jpg", "turned.png", "turned_16.png", "grey_16.png"}
+    gc.collect()
 
 
 @pytest.mark.parametrize("name", PICTURES)

@@ -41,7 +41,7 @@ def test_imagenets_classes_are_found_by_synset(monkeypatch):
 
 def test_logits_that_are_not_finite_are_an_error(images):
     class Broken(torch.nn.Module):
-        num_classes = 3
+        num_classes = in_chans = 3
         pretrained_cfg = {"input_size": (3, 32, 32), "label_names": list(LABELS)}
 
         def forward(self, x):

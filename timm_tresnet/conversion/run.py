@@ -268,7 +268,10 @@ def _compare(args: Mapping[str, Any], called: str, others: list[tuple[str, Any]]
             # train.py completes these once it has begun
             later = {name for name in ("num_classes", "data_dir") if found.get(name) is None}
             own = [name for name in _ARGS.fields if name in found and name not in later]
-            differ = [name for name in own if _as_json(args.get(name)) != _as_json(found.get(name))]
+            # As parsed, since YAML puts the names of model_kwargs in another order.
+            differ = [
+                name for name in own if json.loads(_as_json(args.get(name))) != json.loads(_as_json(found.get(name)))
+            ]
             if differ:
                 told = ", ".join(
                     f"{name} {_as_json(args.get(name))}, not {_as_json(found.get(name))}" for name in differ

@@ -21,10 +21,10 @@ from timm_tresnet.models.layers import SpaceToDepth
 from timm_tresnet.models.layers.observed import is_observed
 from timm_tresnet.utils.errors import summarise
 from timm_tresnet.utils.files import whole
-from timm_tresnet.utils.images import SAMPLES, find_images, read_image
+from timm_tresnet.utils.images import CHANNELS, SAMPLES, find_images, read_image
 from timm_tresnet.utils.schema import read_json
 from timm_tresnet.weights.labels import is_multi_label, label_lookup, make_notes, read_thresholds
-from timm_tresnet.weights.preprocessing import find_assumed, note_assumed
+from timm_tresnet.weights.preprocessing import find_assumed, note_assumed, resolve_preprocessing
 
 MIN_AGREEMENT = 0.9  # the default; benchmarks/int8_accuracy.py finds 98 % for a trained network
 TOLERANCE = 1e-4  # relative L2 distance of an artifact's logits from PyTorch's, float32
@@ -187,7 +187,6 @@ def _describe(
     model: Any, format: str, precision: str, batch_size: int | None, image_size: tuple[int, int] | None
 ) -> Description:
     config = model.pretrained_cfg
-    input_size = (model.in_chans, *(image_size or config["input_size"][1:]))
     return Description(
         model=".".join(filter(None, (config.get("architecture"), config.get("tag")))),
         format=format,
@@ -195,7 +194,7 @@ def _describe(
         shape=(batch_size, model.in_chans, *(image_size or (None, None))),
         size_limits=_size_limits(model, FORMATS[format]),
         num_classes=model.num_classes,
-        preprocessing=timm.data.resolve_data_config({"input_size": input_size}, model=model),
+        preprocessing=resolve_preprocessing(model, image_size),
         class_names=list(map(label_lookup(model), range(model.num_classes))),
         multi_label=is_multi_label(config),
         label_thresholds=read_thresholds(config, model.num_classes),
@@ -210,9 +209,9 @@ def _compare(model: nn.Module, exported: Callable[[Tensor], Tensor], description
     if not description.shape[2]:
         multiple, minimum = description.size_limits
         batches.append(torch.rand(1, channels, minimum, 2 * minimum + multiple))
-    if channels == 3:
+    if channels in CHANNELS:
         transform = timm.data.create_transform(**description.preprocessing)
-        batches.append(torch.stack([transform(read_image(path)) for path in find_images([SAMPLES])]))
+        batches.append(torch.stack([transform(read_image(path, in_chans=channels)) for path in find_images([SAMPLES])]))
     largest = 0.0
     for images in batches:
         with torch.no_grad():

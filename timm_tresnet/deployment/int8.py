@@ -33,6 +33,7 @@ class CalibrationImages:
         held_out = min(len(paths) // 2, _HELD_OUT_IMAGES)
         self._held_out = paths[:held_out]
         self._calibration = paths[held_out : held_out + _CALIBRATION_IMAGES]
+        self._in_chans = preprocessing["input_size"][0]
         self._transform = timm.data.create_transform(**preprocessing)
         self._batch_size = batch_size or _BATCH_SIZE
         self._fixed = batch_size is not None
@@ -47,7 +48,7 @@ class CalibrationImages:
     def _read(self, paths: Sequence[Path]) -> Iterator[Tensor]:
         for path in paths:
             try:
-                yield self._transform(read_image(path))
+                yield self._transform(read_image(path, in_chans=self._in_chans))
             except ValueError:
                 self._skipped += 1
 

@@ -1,6 +1,7 @@
 """Images and their labels in batches, the same ones in every run with the same seed."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import random
@@ -29,7 +30,8 @@ class LabelledImages(Dataset):
         transform: from `PIL.Image.Image` to a tensor of one shape.
         image_size: side of that tensor, or height and width, for the image that stands for one that cannot be read.
         seed: of what the transform draws.
-        upright: turn images as their cameras were held.
+        as_stored: read images as timm's scripts do.
+        in_chans: channels of the tensor.
     """
 
     def __init__(
@@ -39,7 +41,8 @@ class LabelledImages(Dataset):
         transform: Callable[[Any], Tensor],
         image_size: int | tuple[int, int],
         seed: int = 0,
-        upright: bool = True,
+        as_stored: bool = False,
+        in_chans: int = 3,
     ) -> None:
         positions = {name: position for position, name in enumerate(names)}
         self.paths = [example.path for example in examples]
@@ -49,9 +52,9 @@ class LabelledImages(Dataset):
         ]
         self._num_labels = len(names)
         self._transform = transform
-        self._stand_in_shape = (3, *(2 * [image_size] if isinstance(image_size, int) else image_size))
+        self._stand_in_shape = (in_chans, *(2 * [image_size] if isinstance(image_size, int) else image_size))
         self._seed = seed
-        self._upright = upright
+        self._read = functools.partial(read_image, as_stored=as_stored, in_chans=in_chans)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -61,7 +64,7 @@ class LabelledImages(Dataset):
         epoch, index = key
         with _seeded(mix_seed(self._seed, epoch, index)):
             try:
-                image, readable = self._transform(read_image(self.paths[index], self._upright)), True
+                image, readable = self._transform(self._read(self.paths[index])), True
             except ValueError:  # one bad file must not end a run of days; who trains is told how many there are
                 image, readable = torch.zeros(self._stand_in_shape), False
         return {"image": image, "target": self.make_target(index), "index": index, "readable": readable}

@@ -24,6 +24,7 @@ from timm_tresnet.tagging.scores import (
     score_top,
 )
 from timm_tresnet.weights.labels import label_lookup, list_names, read_thresholds
+from timm_tresnet.weights.preprocessing import resolve_preprocessing
 
 THRESHOLD = 0.5  # of labels that have none of their own
 
@@ -123,7 +124,7 @@ def run_network(
     workers: int = 0,
     device: str = "cpu",
     amp: torch.dtype | None = None,
-    upright: bool = True,
+    as_stored: bool = False,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Outputs:
     """Run a network on annotated images, prepared as its pretrained config says.
@@ -136,17 +137,18 @@ def run_network(
         workers: processes that read images.
         device: where the network runs.
         amp: what it computes in where autocast allows it; None for float32.
-        upright: turn images as their cameras were held.
+        as_stored: read images as timm's scripts do.
         advance: is told after each batch how many images that were.
 
     Raises:
         ValueError: if no image can be read, or the network's logits are not finite.
     """
-    config = timm.data.resolve_data_config(model=network)
+    config = resolve_preprocessing(network)
     names = [str(index) for index in range(network.num_classes)]
     examples = [_number_labels(example, matching.outputs) for example in annotations.examples]
     transform = timm.data.create_transform(**config)
-    images = LabelledImages(examples, names, transform, tuple(config["input_size"][1:]), upright=upright)
+    in_chans, *size = config["input_size"]
+    images = LabelledImages(examples, names, transform, tuple(size), as_stored=as_stored, in_chans=in_chans)
     network.to(device)
     autocast = torch.autocast(torch.device(device).type, amp) if amp else contextlib.nullcontext()
     logits, targets, readable = [], [], []

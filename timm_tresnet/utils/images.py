@@ -22,6 +22,7 @@ FORMATS = {
     "GIF": (".gif",),
     "TIFF": (".tif", ".tiff"),
 }
+CHANNELS = {1: "L", 3: "RGB"}  # of networks that take image files: Pillow's mode, as timm's scripts have it
 _SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 _LARGEST_RATIO = 100  # of the sides; a narrow image is huge once its short side has the size that a network wants
 _MOST_BYTES = 2**29  # of an image's pixels, 8 bytes each of those that are copied on the way to 8 bits and no alpha
@@ -61,16 +62,18 @@ def printable(path: Path) -> str:
     return escape(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
-def read_image(path: Path, upright: bool = True, most_bytes: int = _MOST_BYTES) -> Any:
+def read_image(path: Path, as_stored: bool = False, most_bytes: int = _MOST_BYTES, in_chans: int = 3) -> Any:
     """Read an image file, turned as its camera was held: the first frame, in 8 bits, on white where it is transparent.
 
     Args:
         path: the file, in one of `FORMATS`.
-        upright: turn the image as its camera was held; False for the pixels as they are stored.
+        as_stored: read it as timm's scripts do: not turned, what is transparent in the colour that it has, and deep
+            pixels as Pillow brings them to 8 bits.
         most_bytes: of the pixels that it declares, as they are in memory; asked before any is decoded.
+        in_chans: one of `CHANNELS`.
 
     Returns:
-        A `PIL.Image.Image` in mode RGB.
+        A `PIL.Image.Image` in mode RGB, or L with one channel.
 
     Raises:
         ValueError: if the file cannot be read, is in none of the formats, or its image is huge, very narrow, or has
@@ -89,7 +92,9 @@ def read_image(path: Path, upright: bool = True, most_bytes: int = _MOST_BYTES) 
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=list(FORMATS)) as image:
                 _check_size(image, most_bytes)
-                return _to_rgb(image, upright)
+                if not as_stored:
+                    image = _to_rgb(image)
+                return image.convert(CHANNELS[in_chans])
     except UnidentifiedImageError as error:
         raise ValueError(f"not an image in {', '.join(FORMATS)}") from error
     except Image.DecompressionBombWarning as error:
@@ -112,12 +117,12 @@ def _check_size(image: Any, most_bytes: int) -> None:
         )
 
 
-def _to_rgb(image: Any, upright: bool) -> Any:
+def _to_rgb(image: Any) -> Any:
     from PIL import Image, ImageOps
 
     tags = getattr(image, "tag_v2", {})  # of TIFF; gone once the image is turned
     deep = image.mode in _16_BITS or (image.mode == "I" and image.format == "PNG")
-    image = ImageOps.exif_transpose(image) if upright else image
+    image = ImageOps.exif_transpose(image)
     if deep:
         image = _from_16_bits(image, 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1, tags.get(_PHOTOMETRIC) == 0)
     if image.mode in ("I", "F"):

@@ -1,6 +1,6 @@
 """How images are prepared for weights: what is known, and what is assumed where nobody says."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from timm_tresnet.utils.notes import ASSUMED, read_notes
@@ -36,9 +36,24 @@ def note_assumed(notes: Any, names: list[str]) -> tuple[str, ...] | None:
     return (*notes, ASSUMED + ", ".join(names)) if names else notes or None
 
 
-def for_channels(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
-    """A mean or std for as many channels, if it is the same for each; else as it is."""
-    return (values[0],) * in_chans if len(set(values)) == 1 else tuple(values)
+def for_channels(values: Sequence[float], in_chans: int) -> tuple[float, ...]:
+    """A mean or std for as many channels: the average for each if it is for another number, as in timm's loaders."""
+    return tuple(values) if len(values) == in_chans else (sum(values) / len(values),) * in_chans
+
+
+def resolve_preprocessing(model: Any, input_size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Timm's data config of a network, for its number of channels.
+
+    Args:
+        model: with `pretrained_cfg` and `in_chans`.
+        input_size: height and width of the images; None for those of the config.
+    """
+    import timm.data
+
+    config = timm.data.resolve_data_config(model=model)
+    size = input_size or config["input_size"][1:]
+    adapted = {name: for_channels(config[name], model.in_chans) for name in ("mean", "std")}
+    return {**config, **adapted, "input_size": (model.in_chans, *size)}
 
 
 def find_assumed(pretrained_cfg: Mapping[str, Any]) -> list[str]:

@@ -22,6 +22,19 @@ def warn_of_assumed(network: Any) -> None:
         print(f"timm-tresnet: {explained}", file=sys.stderr)
 
 
+def require_channels(network: Any, name: str) -> None:
+    """Refuse a network that takes other images than files hold.
+
+    Raises:
+        CommandError: if it takes neither grey nor RGB images.
+    """
+    from timm_tresnet.utils.images import CHANNELS
+
+    if network.in_chans not in CHANNELS:
+        some = " or ".join(map(str, CHANNELS))
+        raise CommandError(f"{name} takes {network.in_chans} channels, images are read in {some}")
+
+
 def load_model(name: str) -> Any:
     """A TResNet with its weights, in eval mode, by a name as `timm_tresnet.weights.loading.load_network` takes it."""
     from timm_tresnet.weights.loading import load_network

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_tresnet.cli.commands import CommandError, load_model, warn_of_assumed
+from timm_tresnet.cli.commands import CommandError, load_model, require_channels, warn_of_assumed
 from timm_tresnet.cli.options import at_least, between
 from timm_tresnet.utils.errors import summarise
 from timm_tresnet.utils.images import find_images, find_samples, printable, read_image
@@ -59,7 +59,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--as-stored",
         action="store_true",
-        help="do not turn images as their cameras were held; timm's train.py and validate.py do not either",
+        help="read images as timm's train.py and validate.py do: not turned as their cameras were held, and "
+        "transparent pixels not on white",
     )
     parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
 
@@ -87,8 +88,7 @@ def run(
         paths = list(find_images([find_samples(network.pretrained_cfg)]))
     if network.num_classes == 0:
         raise CommandError(f"{engine[1] if engine else model} is a backbone without classes")
-    if network.in_chans != 3:
-        raise CommandError(f"{engine[1] if engine else model} takes {network.in_chans} channels, images are read in 3")
+    require_channels(network, engine[1] if engine else model)
 
     warn_of_assumed(network)
     source = describe_labels(network)
@@ -98,7 +98,7 @@ def run(
     bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} images"
     with tqdm(total=len(paths), disable=few or None, mininterval=0, bar_format=bar_format) as bar:  # None: on terminals
         try:
-            results = classify_images(network, paths, top_k, bar.update, threshold, upright=not as_stored)
+            results = classify_images(network, paths, top_k, bar.update, threshold, as_stored)
         except RuntimeError as error:
             if not engine:
                 raise
@@ -136,7 +136,7 @@ def classify_images(
     top_k: int,
     advance: Callable[[int], None] = lambda count: None,
     threshold: float | None = None,
-    upright: bool = True,
+    as_stored: bool = False,
 ) -> list[dict[str, Any]]:
     """Classify image files with the preprocessing that the model's weights were made for.
 
@@ -147,7 +147,7 @@ def classify_images(
         advance: is told after each batch how many images that were.
         threshold: of a model whose images have any number of labels, every label at least this probable is reported;
             None for what the weights' config says for each label, or 0.5.
-        upright: turn images as their cameras were held.
+        as_stored: read images as timm's scripts do.
 
     Returns:
         For each path, in order, a dict with "image" and either "predictions", a list of dicts with "label", "index" and
@@ -155,7 +155,9 @@ def classify_images(
     """
     import timm.data
 
-    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    from timm_tresnet.weights.preprocessing import resolve_preprocessing
+
+    transform = timm.data.create_transform(**resolve_preprocessing(model))
     describe = label_lookup(model)
     if is_multi_label(model.pretrained_cfg):
         choose = functools.partial(_choose_probable, thresholds=_choose_thresholds(model, threshold))
@@ -164,7 +166,7 @@ def classify_images(
     results = []
     for start in range(0, len(paths), _BATCH_SIZE):
         batch = paths[start : start + _BATCH_SIZE]
-        results += _classify_batch(model, batch, choose, transform, describe, upright)
+        results += _classify_batch(model, batch, choose, transform, describe, as_stored)
         advance(len(batch))
     return results
 
@@ -196,7 +198,7 @@ def _classify_batch(
     choose: Callable[[Any], list[tuple[int, float]]],
     transform: Callable[..., Any],
     describe: Callable[[int], str],
-    upright: bool,
+    as_stored: bool,
 ) -> list[dict[str, Any]]:
     import torch
 
@@ -205,7 +207,7 @@ def _classify_batch(
     for path in paths:
         result: dict[str, Any] = {"image": printable(path)}
         try:
-            inputs.append(transform(read_image(path, upright)))
+            inputs.append(transform(read_image(path, as_stored, in_chans=model.in_chans)))
         except ValueError as error:
             result["error"] = str(error)
         results.append(result)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_tresnet.cli.commands import CommandError, load_model
+from timm_tresnet.cli.commands import CommandError, load_model, require_channels
 from timm_tresnet.cli.options import FORMS, add_reading_options, at_least, make_reading, new_file
 from timm_tresnet.utils.errors import summarise
 from timm_tresnet.utils.extras import how_to_install
@@ -55,7 +55,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--as-stored",
         action="store_true",
-        help="do not turn images as their cameras were held; neither timm's validate.py nor the official code does",
+        help="read images as timm's validate.py and the official code do: not turned as their cameras were held, and "
+        "transparent pixels not on white",
     )
     figures = parser.add_argument_group("figures")
     figures.add_argument("--top-k", type=at_least(1), default=3, metavar="K", help="(default: %(default)s)")
@@ -108,8 +109,7 @@ def run(
     network = load_model(model)
     if network.num_classes == 0:
         raise CommandError(f"{model} is a backbone without classes")
-    if network.in_chans != 3:
-        raise CommandError(f"{model} takes {network.in_chans} channels, images are read in 3")
+    require_channels(network, model)
     multi_label = multi_label or is_multi_label(network.pretrained_cfg)
     if (csv_file or plot) and not multi_label:
         raise CommandError(f"--csv and --plot are about taggers; {model} gives an image one label")
@@ -136,7 +136,7 @@ def run(
                 workers=workers,
                 device=where,
                 amp=getattr(torch, amp) if amp else None,
-                upright=not as_stored,
+                as_stored=as_stored,
                 advance=bar.update,
             )
         figures = validation.measure(network, outputs, top_k, multi_label)
