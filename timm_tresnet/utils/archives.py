@@ -114,7 +114,8 @@ def _check_pickle(file: IO[bytes]) -> None:
                 raise _ClaimError(f"its pickle has more than {_MOST_OPERATIONS} operations")
             if operation.name == "GLOBAL" and argument and argument.endswith("bytearray"):  # of a number: as many zeros
                 raise _ClaimError("its pickle makes a bytearray, and a file of weights needs none")
-            if operation.name in _PUTS and argument > count:  # Python's reader makes a place for each number below
+            # Python's reader makes a place for each number below.
+            if operation.name in _PUTS and int(argument or 0) > count:
                 raise _ClaimError(f"its pickle claims {argument} objects after {count} operations")
     except _ClaimError:
         raise

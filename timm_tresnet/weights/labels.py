@@ -119,7 +119,7 @@ def order_names(in_file: Any, num_classes: int) -> tuple[tuple[str, ...], str]:
         return (), f"needs a dict or a list of names, got {type(in_file).__name__}"
     if not in_file or len(in_file) > num_classes:
         return (), f"needs {num_classes} names, one for each class, got {len(in_file)}"
-    names = dict(enumerate(in_file))
+    names: dict[int | None, Any] = dict(enumerate(in_file))
     if isinstance(in_file, Mapping):
         # The official `infer.py` reads the values in the order in which they were put in, which is the same only where
         # the keys ascend.
