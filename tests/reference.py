@@ -48,6 +48,26 @@ def squeeze_excite(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
     return x * gate[:, :, None, None]
 
 
+def depthwise(x, kernel):
+    """Sum of nine shifted copies of each channel, zeros beyond the borders, each times its tap of (C, 1, 3, 3)."""
+    height, width = x.shape[-2:]
+    padded = x.new_zeros(*x.shape[:2], height + 2, width + 2)
+    padded[:, :, 1:-1, 1:-1] = x
+    total = torch.zeros_like(x)
+    for row in range(3):
+        for column in range(3):
+            tap = kernel[:, 0, row, column][:, None, None]
+            total = total + tap * padded[:, :, row : row + height, column : column + width]
+    return total
+
+
+def frelu(x, kernel, weight, bias, mean, var):
+    """max(x, T(x)) with T a depthwise convolution and a batch norm (arXiv:2007.11824, eq. 1 and 2)."""
+    scale = weight / (var + 1e-5).sqrt()
+    funnel = depthwise(x, kernel) * scale[:, None, None] + (bias - mean * scale)[:, None, None]
+    return torch.where(x > funnel, x, funnel)
+
+
 def official_state_dict(
     layers,
     planes=64,
@@ -61,15 +81,17 @@ def official_state_dict(
     num_groups=100,
     decoder_embedding=768,
     zero_shot=False,
+    frelu=False,
 ):
     """Random tensors under the names and shapes of the official code, In-Place ABN included.
 
-    Weights of the In-Place ABN are negative in part and near zero in part. The head is "linear", "bottleneck" (ASL),
+    With frelu those of 7eu7d7/ML-Danbooru's `tresnet_f.py`, which has batch norm and FReLU instead. Weights of the
+    norms are negative in part and near zero in part. The head is "linear", "bottleneck" (ASL),
     "ml_decoder", "query2label", with some of that head's tensors and the names that its backbone has there, or "none".
     """
     tensors = {}
 
-    def conv_abn(name, in_channels, out_channels, kernel_size):
+    def conv_abn(name, in_channels, out_channels, kernel_size, acts=False):
         fan_in = in_channels * kernel_size**2
         tensors[f"{name}.0.weight"] = torch.randn(out_channels, in_channels, kernel_size, kernel_size) / fan_in**0.5
         weight = torch.randn(out_channels)
@@ -80,6 +102,8 @@ def official_state_dict(
         tensors[f"{name}.1.running_var"] = torch.rand(out_channels) + 0.5
         if counters:
             tensors[f"{name}.1.num_batches_tracked"] = torch.tensor(7)
+        if acts and frelu:
+            conv_abn(f"{name}.2.depthwise_conv_bn", 1, out_channels, 3)
 
     def linear(name, in_features, out_features):
         tensors[f"{name}.weight"] = torch.randn(out_features, in_features) / in_features**0.5
@@ -90,7 +114,7 @@ def official_state_dict(
             tensors[f"{name}.{layer}.weight"] = torch.randn(rows, columns, 1, 1) / columns**0.5
             tensors[f"{name}.{layer}.bias"] = torch.randn(rows) / 4
 
-    conv_abn("body.conv1", 48, planes, 3)
+    conv_abn("body.conv1", 48, planes, 3, acts=True)
     in_channels = planes
     for stage in range(4):
         width = planes * 2**stage
@@ -99,17 +123,19 @@ def official_state_dict(
             block = f"body.layer{stage + 1}.{index}"
             strides = stage > 0 and index == 0
             if bottlenecks[stage]:
-                conv_abn(f"{block}.conv1", in_channels, width, 1)
+                conv_abn(f"{block}.conv1", in_channels, width, 1, acts=True)
                 strided, strided_in = f"{block}.conv2", width
             else:
                 strided, strided_in = f"{block}.conv1", in_channels
-            conv_abn(f"{strided}.0" if strides and blurred else strided, strided_in, width, 3)
+            conv_abn(f"{strided}.0" if strides and blurred else strided, strided_in, width, 3, acts=True)
             if strides and blur_buffers:
                 tensors[f"{strided}.1.op.filt"] = torch.rand(width, 1, 3, 3)
             if bottlenecks[stage]:
                 conv_abn(f"{block}.conv3", width, width * 4, 1)
             else:
                 conv_abn(f"{block}.conv2", width, width, 3)
+            if frelu:
+                conv_abn(f"{block}.relu.depthwise_conv_bn", 1, width * expansion, 3)
             if stage < 3:
                 reduced = max(width * expansion // (8 if bottlenecks[stage] else 4), 64)
                 squeeze_excite_tensors(f"{block}.se", width, reduced)
@@ -206,13 +232,22 @@ def official_forward(tensors, x, slope=1e-3, stem_slope=1e-2, word_vectors=None)
     Without a head the means of the feature map. Queries of ML-Decoder's may be made of word vectors.
     """
 
+    has_frelu = any("depthwise_conv_bn" in name for name in tensors)
+
+    def maximum_of_neighbours(name, x):
+        norm = (tensors[f"{name}.1.{part}"] for part in ("weight", "bias", "running_mean", "running_var"))
+        return frelu(x, tensors[f"{name}.0.weight"], *norm)
+
     def conv_abn(name, x, activation_slope=None, stride=1):
         kernel = tensors[f"{name}.0.weight"]
         x = F.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2)
-        weight = tensors[f"{name}.1.weight"].abs() + 1e-5  # In-Place ABN
+        weight = tensors[f"{name}.1.weight"]
+        weight = weight if has_frelu else weight.abs() + 1e-5  # In-Place ABN
         scale = weight / (tensors[f"{name}.1.running_var"] + 1e-5).sqrt()
         shift = tensors[f"{name}.1.bias"] - tensors[f"{name}.1.running_mean"] * scale
         x = x * scale[:, None, None] + shift[:, None, None]
+        if has_frelu and activation_slope is not None:
+            return maximum_of_neighbours(f"{name}.2.depthwise_conv_bn", x)
         return x if activation_slope is None else torch.where(x > 0, x, activation_slope * x)
 
     def maybe_blurred(name, x, stride):
@@ -244,7 +279,8 @@ def official_forward(tensors, x, slope=1e-3, stem_slope=1e-2, word_vectors=None)
                 x = maybe_blurred(f"{block}.conv1", x, stride)
                 x = conv_abn(f"{block}.conv2", x)
                 x = squeeze_excite(x, *se) if se[0] is not None else x
-            x = (x + shortcut).relu()
+            x = x + shortcut
+            x = maximum_of_neighbours(f"{block}.relu.depthwise_conv_bn", x) if has_frelu else x.relu()
             index += 1
     if "head.decoder.duplicate_pooling" in tensors:
         return ml_decoder(tensors, x, word_vectors)

@@ -30,14 +30,27 @@ def test_arithmetic_gives_what_pytorch_counts_in_every_variant(variant):
     [
         ({}, 100, 7, 3),  # sides of 25, 13, 7 and 4
         ({"v2": True}, 44, 0, 1),
+        ({"act_layer": "frelu"}, 100, 7, 3),
+        ({"act_layer": "frelu", "block": "bottleneck"}, 44, 0, 1),
         ({"head": "bottleneck"}, 32, 11, 3),
         ({"head": "bottleneck", "head_features": 24}, 32, 0, 4),
         ({"head": "ml_decoder"}, 64, 250, 3),
         ({"head": "ml_decoder", "num_groups": 20, "decoder_embedding": 16}, 64, 33, 3),
-        ({"head": "ml_decoder", "num_groups": 20, "decoder_embedding": 16}, 96, 3, 3),
+        ({"head": "ml_decoder", "num_groups": 20, "decoder_embedding": 16, "learn_queries": True}, 96, 3, 3),
         ({"head": "ml_decoder", "decoder_embedding": 16}, 64, 0, 3),
     ],
-    ids=["odd", "v2_backbone", "bottleneck", "embedding", "groups", "few_groups", "few_classes", "decoder_backbone"],
+    ids=[
+        "odd",
+        "v2_backbone",
+        "frelu",
+        "frelu_backbone",
+        "bottleneck",
+        "embedding",
+        "groups",
+        "few_groups",
+        "few_classes",
+        "decoder_backbone",
+    ],
 )
 def test_arithmetic_gives_what_pytorch_counts_for_other_sizes_and_heads(arguments, image_size, num_classes, in_chans):
     arguments = {**NARROW, **arguments}

@@ -12,6 +12,7 @@ from timm_tresnet.conversion.recognition import Recognised, _check_fit, _detect,
 from timm_tresnet.utils.notes import MULTI_LABEL
 from timm_tresnet.weights.catalogue import NOTHING_KNOWN, Facts, load_catalogue, make_pretrained_cfg
 from timm_tresnet.weights.checkpoint import from_official
+from timm_tresnet.weights.labels import read_thresholds
 
 CATALOGUE = load_catalogue()
 NOT_OURS = ("query2label", "unknown")  # heads that the registered network has not
@@ -22,6 +23,7 @@ OFFICIAL = {  # how the official code makes each architecture
     "tresnet_xl": {"layers": (4, 5, 24, 3), "planes": 83},
     "tresnet_v2_l": {"layers": (3, 4, 23, 3), "bottlenecks": (True,) * 4},
     "tresnet_v2_xl": {"layers": (3, 8, 34, 5), "bottlenecks": (True,) * 4},
+    "tresnet_d": {"layers": (3, 6, 14, 3), "bottlenecks": (True,) * 4, "frelu": True},
 }
 # Where the official code and timm prepare images differently, the catalogue has the former, the tag the latter.
 OTHER_CROP_IN_TIMM = {name for name in CATALOGUE if name.endswith(("_448", "miil_in21k"))}
@@ -51,6 +53,7 @@ def test_official_names_and_shapes_are_found_to_be_the_public_weights(public):
             num_classes=public.num_classes or 7,
             head={"unknown": "linear", "query2label": "none"}.get(public.head, public.head),
             num_groups=public.num_groups or 100,
+            decoder_embedding=public.decoder_embedding or 768,
             counters=True,
         )
     blurred = _find_blurs(tensors)
@@ -89,13 +92,21 @@ def test_registered_config_says_what_the_public_weight_says(public):
     if not public.hf_hub_id:
         assert config.license == public.license
         assert (MULTI_LABEL in (config.notes or ())) == (public.multi_label and public.head not in NOT_OURS)
+        thresholds = read_thresholds(config.to_dict(), config.num_classes)
+        assert thresholds == (public.threshold and [public.threshold] * config.num_classes)
 
 
 @each_public_weight
 def test_registered_tag_builds_the_network_of_the_public_weight(public):
     model = timm.create_model(public.name, device="meta")
     assert model.num_classes == (0 if public.head in NOT_OURS else public.num_classes)
-    assert model.head_hidden_size == {"bottleneck": 512, "ml_decoder": 768}.get(public.head, model.num_features)
+    width = {"bottleneck": 512, "ml_decoder": public.decoder_embedding or 768}.get(public.head, model.num_features)
+    assert model.head_hidden_size == width
+    learned = isinstance(getattr(getattr(model.head, "queries", None), "vectors", None), torch.nn.Parameter)
+    assert learned == public.learn_queries
+    if public.architecture == "tresnet_d":
+        assert model.body.conv1.act is not None
+        return
     slopes = {type(m): m.negative_slope for m in model.body.layer1.modules() if isinstance(m, torch.nn.LeakyReLU)}
     assert slopes[torch.nn.LeakyReLU] == public.network_arguments.get("negative_slope", 1e-3)
     assert model.body.conv1.bn.act.negative_slope == public.network_arguments.get("stem_negative_slope", 1e-2)

@@ -332,7 +332,12 @@ def test_graphs_with_regions_can_be_cached_on_the_disk():
 
 @pytest.mark.parametrize(
     ("norm_layer", "act_layer"),
-    [("groupnorm1", "silu"), ("batchnorm2d", "relu"), pytest.param("batchnorm2d", "mish", marks=pytest.mark.thorough)],
+    [
+        ("groupnorm1", "silu"),
+        ("batchnorm2d", "frelu"),
+        ("batchnorm2d", "relu"),
+        pytest.param("batchnorm2d", "mish", marks=pytest.mark.thorough),
+    ],
 )
 def test_other_norms_and_activations_give_the_same_numbers(norm_layer, act_layer):
     kwargs = {"norm_layer": norm_layer, "act_layer": act_layer}

@@ -30,12 +30,15 @@ def test_card_of_every_public_weight_has_metadata_that_the_hub_client_reads(publ
     assert card.data.license == public.license
     assert ("multi-label" in card.data.tags) == public.multi_label
     assert public.metric is None or public.metric.published in card.text
-    assert public.paper.removeprefix("arXiv:") in card.text
+    assert (public.paper or "arXiv:2003.13630").removeprefix("arXiv:") in card.text
     if public.head in ("query2label", "unknown"):
         assert card.data.pipeline_tag == "image-feature-extraction"
         assert card.data.eval_results is None
     else:
         assert card.data.pipeline_tag == "image-classification"
+        if public.metric is None:
+            assert card.data.eval_results is None
+            return
         (result,) = card.data.eval_results
         assert (result.metric_value, result.dataset_name) == (public.metric.value, public.dataset)
         assert result.source_name == public.metric.published
@@ -89,6 +92,14 @@ def test_weights_without_a_result_claim_none():
     assert "model-index" not in card
     assert "%" not in card
     assert "resized to 448" not in card
+
+
+def test_weights_without_a_paper_are_those_of_their_code_and_say_their_threshold():
+    public = CATALOGUE["tresnet_d.ml_danbooru_6_30000"]
+    card = make_card(public, public.architecture, 12547)
+    assert "`TResnet-D-FLq_ema_6-30000.ckpt` of their authors' [code](https://github.com/7eu7d7/ML-Danbooru)" in card
+    assert "| threshold | an image has the classes with a probability of at least 0.7 |" in card
+    assert card.count("@misc") == 1
 
 
 def test_preprocessing_is_described_as_the_public_weight_has_it():

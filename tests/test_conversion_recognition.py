@@ -9,7 +9,10 @@ import torch
 from converting import SMALL, assert_gives, load_folder, save_checkpoint
 from safetensors.torch import save_file
 
+import timm_tresnet.tresnet
 from timm_tresnet import TResNet, convert_checkpoint, write_folder
+from timm_tresnet.conversion.recognition import _detect
+from timm_tresnet.weights.checkpoint import from_official
 from timm_tresnet.weights.loading import load_network
 
 CUSTOM = (1, 1, 2, 1)
@@ -180,11 +183,99 @@ def test_the_backbone_of_query2label_is_converted(tmp_path):
     assert_gives(tmp_path / "folder", reference.official_forward(backbone, x), x)
 
 
-def test_learned_activations_of_ml_danbooru_are_refused(tmp_path):
-    tensors = reference.official_state_dict(**SMALL, head="ml_decoder", decoder_embedding=64)
-    tensors["body.conv1.2.depthwise_conv_bn.0.weight"] = torch.randn(16, 1, 3, 3)  # its src_files, FReLU
-    with pytest.raises(ValueError, match=r"unexpected body.conv1.2.depthwise_conv_bn.0.weight"):
-        convert_checkpoint(save_checkpoint(tensors, tmp_path / "a.pth"))
+ML_DANBOORU = {
+    "layers": (1, 1, 2, 1), "planes": 16, "bottlenecks": (True,) * 4, "num_classes": 10, "frelu": True,
+    "counters": True, "head": "ml_decoder", "num_groups": 3, "decoder_embedding": 64,
+}  # fmt: skip
+NARROW_D = {"layers": [1, 1, 2, 1], "width_factor": 0.25, "block": ["bottleneck"] * 4, "act_layer": "frelu"}
+
+
+def as_xformers(tensors):
+    """The attention of ML-Danbooru's decoder as it is where xformers was there in training."""
+    attention = "head.decoder.layers.0.multihead_attn."
+    tensors = dict(tensors)
+    for kind in ("weight", "bias"):
+        for name, part in zip("qkv", tensors.pop(f"{attention}in_proj_{kind}").chunk(3), strict=True):
+            tensors[f"{attention}in_proj_container.{name}_proj.{kind}"] = part
+        tensors[f"{attention}proj.{kind}"] = tensors.pop(f"{attention}out_proj.{kind}")
+    return tensors
+
+
+@pytest.mark.parametrize("layout", ["bare", "ema", "module", "without_counters"])
+@pytest.mark.parametrize("change", [dict, as_xformers], ids=["torch", "xformers"])
+def test_file_of_ml_danbooru_gives_the_logits_of_its_code(layout, change, tmp_path):
+    tensors = reference.official_state_dict(**ML_DANBOORU)
+    file = save_checkpoint(LAYOUTS[layout](change(tensors)), tmp_path / "a.ckpt")
+    conversion = convert_checkpoint(file, custom=True, multi_label=True, threshold=0.7)
+    assert conversion.model_args == {**NARROW_D, "head": "ml_decoder", "num_groups": 3, "decoder_embedding": 64}
+    assert not conversion.inplace_abn
+    assert not any("In-Place ABN" in note for note in conversion.notes)
+    write_folder(conversion, tmp_path / "folder")
+    x = torch.rand(2, 3, 64, 96)
+    assert_gives(tmp_path / "folder", reference.official_forward(tensors, x), x)
+
+
+def test_file_of_ml_danbooru_loads_with_timm_too():
+    tensors = reference.official_state_dict(**ML_DANBOORU)
+    options = {name: ML_DANBOORU[name] for name in ("layers", "num_classes", "head", "num_groups", "decoder_embedding")}
+    model = timm.create_model("tresnet_d", width_factor=0.25, learn_queries=True, **options).eval()
+    model.load_state_dict(timm_tresnet.tresnet.checkpoint_filter_fn({"model": as_xformers(tensors)}, model))
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert reference.relative_error(model(x), reference.official_forward(tensors, x)) <= 1e-5
+
+
+@pytest.mark.parametrize("frelu", [True, False], ids=["frelu", "leaky_relu"])
+def test_tresnet_d_of_either_file_of_its_code_is_found(frelu, tmp_path):
+    with torch.device("meta"):
+        tensors = reference.official_state_dict(
+            (3, 6, 14, 3), bottlenecks=(True,) * 4, num_classes=12547, head="ml_decoder", num_groups=32,
+            decoder_embedding=1024, frelu=frelu,
+        )  # fmt: skip
+    weights = from_official(tensors)
+    assert _detect(weights, True, custom=False) == ("tresnet_d", {} if frelu else {"act_layer": "leaky_relu"})
+    with torch.device("meta"):  # src_files/models/tresnet/tresnet.py has In-Place ABN
+        model = timm.create_model("tresnet_d", num_classes=0, act_layer="frelu" if frelu else "leaky_relu")
+    body = {name: tensor.shape for name, tensor in weights.items() if name.startswith("body.")}
+    own = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.endswith("tracked")}
+    assert body == own
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("body.conv1.2.depthwise_conv_bn.0.weight"), "missing body.conv1.act.funnel.conv.weight"),
+        (lambda t: t.pop("body.layer3.1.relu.depthwise_conv_bn.1.bias"), r"missing body.layer3.1.act.funnel.bn.bias"),
+        (
+            lambda t: t.update({"body.conv1.2.depthwise_conv_bn.0.weight": torch.randn(16, 16, 3, 3)}),
+            r"wrong shape body.conv1.act.funnel.conv.weight \(16, 16, 3, 3\) instead of \(16, 1, 3, 3\)",
+        ),
+        (
+            lambda t: t.update({"body.conv1.2.depthwise_conv_bn.2.weight": torch.ones(16)}),
+            "unexpected body.conv1.2.dep",
+        ),
+        (lambda t: t.update({"body.conv1.act.funnel.bn.weight": torch.ones(16)}), "two tensors for body.conv1.act.fun"),
+        (
+            lambda t: t.pop("head.decoder.layers.0.multihead_attn.in_proj_container.k_proj.bias"),
+            "unexpected head.decoder.layers.0.multihead_attn.in_proj_container.q_proj.bias",
+        ),
+    ],
+    ids=["stem", "sum", "not_depthwise", "third", "twice", "key_of_xformers"],
+)
+def test_parts_of_frelu_are_refused(change, message, tmp_path):
+    tensors = as_xformers(reference.official_state_dict(**ML_DANBOORU))
+    change(tensors)
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(save_checkpoint(tensors, tmp_path / "a.pth"), custom=True)
+
+
+def test_frelu_on_another_variant_is_an_argument_of_it(tmp_path):
+    tensors = reference.official_state_dict(**{**SMALL, "head": "linear"}, frelu=True)
+    conversion = convert_checkpoint(save_checkpoint(tensors, tmp_path / "a.pth"))
+    assert (conversion.architecture, conversion.model_args) == ("test_tresnet", {"act_layer": "frelu"})
+    write_folder(conversion, tmp_path / "folder")
+    x = torch.rand(2, 3, 64, 64)
+    assert_gives(tmp_path / "folder", reference.official_forward(tensors, x), x)
 
 
 def test_class_names_in_the_file_become_label_names(tmp_path):

@@ -357,7 +357,7 @@ def test_every_bullet_of_what_you_get_has_a_number_that_is_checked_here():
     bullets = [" ".join(bullet.split()) for bullet in text.split("\n- ")[1:]]
     patterns = [re.sub(r"\\{.*?\\}", r"[\\d.]+", re.escape(sentence)) for sentence, _ in CLAIMS["README.md"]]
     # counted below, by tests/conftest.py and by tests/test_recipes.py
-    others = [r"20 of them", r"3 heads", r"with 2 processes", r"10 recipes"]
+    others = [r"21 of them", r"3 heads", r"with 2 processes", r"10 recipes"]
     assert bullets
     for bullet in bullets:
         assert any(re.search(pattern, bullet) for pattern in patterns + others), bullet
@@ -366,7 +366,7 @@ def test_every_bullet_of_what_you_get_has_a_number_that_is_checked_here():
 def test_ingredients_are_as_many_as_the_table_has_arguments():
     (table,) = (table for table in read_tables(ROOT / "docs" / "start.md") if table.header[0] == "argument")
     names = [name for row in table.rows for name in re.findall(r"`(\w+)`", row[0])]
-    assert len(names) == len(set(names)) == 20
+    assert len(names) == len(set(names)) == 21
     assert set(names) <= set(inspect.signature(TResNet).parameters)
     (heads,) = (table for table in read_tables(ROOT / "docs" / "tagging.md") if table.header[0] == "`head`")
     assert len(heads.rows) == 3
@@ -379,7 +379,10 @@ def format_variant(name):
     """A variant's line in README.md, from its row."""
     row = ARCHITECTURES[name]
     params, macs = count_size(row, 224, 1000)
-    blocks = ", ".join(map(str, row["layers"])) + (", bottlenecks throughout" if row.get("v2") else "")
+    blocks = ", ".join(map(str, row["layers"])) + (
+        ", bottlenecks throughout" if row.get("v2") or "block" in row else ""
+    )
+    blocks += ", FReLU" if row.get("act_layer") == "frelu" else ""
     return f"| `{name}` | {blocks} | {row.get('width_factor', 1.0)} | {params / 1e6:.1f} M | {macs / 1e9:.1f} |"
 
 

@@ -32,7 +32,10 @@ def test_options_reach_the_head():
     head = choose_head("ml_decoder", num_groups=2, decoder_embedding=16)(6, num_classes=3)
     assert (head.num_groups, head.decoder_embedding, head.label_embedding) == (2, 16, None)
     assert choose_head("ml_decoder", label_embedding=5)(6, num_classes=3).label_embedding == 5
-    assert HEAD_ARGUMENTS == {"head", "head_features", "num_groups", "decoder_embedding", "label_embedding"}
+    of_ml_decoder = {"num_groups", "decoder_embedding", "label_embedding", "learn_queries"}
+    assert HEAD_ARGUMENTS == {"head", "head_features"} | of_ml_decoder
+    assert choose_head("ml_decoder", learn_queries=False)(6, num_classes=3).learn_queries is False
+    assert choose_head("linear", learn_queries=False).func is LinearHead  # asks for nothing
 
 
 @pytest.mark.parametrize(
@@ -53,8 +56,30 @@ def test_options_reach_the_head():
             {"head": "ml_decoder", "num_groups": 3, "label_embedding": 5},
             "needs num_groups or label_embedding, not both, got 3 and 5",
         ),
+        (
+            {"head": "ml_decoder", "learn_queries": True, "label_embedding": 5},
+            "needs learn_queries or label_embedding, not both, got True and 5",
+        ),
+        (
+            {"head": "linear", "learn_queries": True},
+            "needs head='ml_decoder' for learn_queries=True, got head='linear'",
+        ),
+        ({"head": "ml_decoder", "learn_queries": 3}, "needs learn_queries to be True or False, got 3"),
     ],
-    ids=["name", "group", "bottleneck", "zero", "negative", "fraction", "bool", "list", "groups_and_labels"],
+    ids=[
+        "name",
+        "group",
+        "bottleneck",
+        "zero",
+        "negative",
+        "fraction",
+        "bool",
+        "list",
+        "groups_and_labels",
+        "learnt_labels",
+        "learnt_linear",
+        "no_flag",
+    ],  # fmt: skip
 )
 def test_what_fits_no_head_is_refused(options, message):
     with pytest.raises(ValueError, match=message):

@@ -102,6 +102,13 @@ def test_thresholds_are_read_as_they_were_noted():
     assert make_notes(False) == ()
 
 
+def test_one_threshold_is_that_of_all_labels_of_the_weights():
+    config = {"num_classes": 3, "notes": make_notes(True, 0.7)}
+    assert config["notes"] == ("multi-label", "thresholds: 0.7")
+    assert read_thresholds(config, 3) == [0.7, 0.7, 0.7]
+    assert read_thresholds(config, 4) is None  # the classifier has been replaced
+
+
 def test_thresholds_reach_a_network_from_the_registry():
     model = timm.create_model("test_tresnet.mosaic_cifar10", pretrained=True)
     thresholds = read_thresholds(model.pretrained_cfg, model.num_classes)
@@ -109,7 +116,9 @@ def test_thresholds_reach_a_network_from_the_registry():
     assert all(0 < threshold < 1 for threshold in thresholds)
 
 
-@pytest.mark.parametrize("note", ["thresholds: [0.5, 2]", "thresholds: 0.5", "thresholds: [", 'thresholds: ["a"]'])
+@pytest.mark.parametrize(
+    "note", ["thresholds: [0.5, 2]", "thresholds: 1.5", "thresholds: true", "thresholds: [", 'thresholds: ["a"]']
+)
 def test_thresholds_that_are_none_are_refused(note):
     with pytest.raises(ValueError, match="needs the note of thresholds to be"):
         read_thresholds({"notes": [note]}, 2)

@@ -38,7 +38,12 @@ def test_networks_are_ours_timms_own_or_any_of_timm():
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("tresnet_n", "knows no model 'tresnet_n'"), ("built-in:resnet50", "got 'resnet50'")]
+    ("name", "message"),
+    [
+        ("tresnet_n", "knows no model 'tresnet_n'"),
+        ("built-in:resnet50", "got 'resnet50'"),
+        ("built-in:tresnet_d", "got 'tresnet_d'"),
+    ],
 )
 def test_unknown_networks_are_named(name, message):
     with pytest.raises(ValueError, match=message):

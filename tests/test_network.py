@@ -13,10 +13,11 @@ from torch import nn
 import timm_tresnet
 from timm_tresnet import TResNet
 from timm_tresnet.models.layers import BlurPool2d, SpaceToDepth, SqueezeExcite
+from timm_tresnet.variants import ARCHITECTURES
 
-VARIANTS = ["tresnet_s", "tresnet_m", "tresnet_l", "tresnet_xl", "tresnet_v2_l", "tresnet_v2_xl", "test_tresnet"]
+VARIANTS = list(ARCHITECTURES)
 SMALL = {"layers": (1, 1, 1, 1), "num_classes": 10}
-FEW = ("tresnet_m", "tresnet_v2_l")  # basic blocks and bottlenecks, and bottlenecks alone
+FEW = ("tresnet_m", "tresnet_v2_l", "tresnet_d")  # basic blocks and bottlenecks, bottlenecks alone, and FReLU
 each_variant = pytest.mark.parametrize(
     "variant", [pytest.param(name, marks=[] if name in FEW else pytest.mark.thorough) for name in VARIANTS]
 )
@@ -59,6 +60,7 @@ def test_ml_decoder_backbone_is_v2_xl():
         {"act_layer": "relu"},
         {"act_layer": "silu"},
         {"act_layer": nn.GELU},
+        {"act_layer": "frelu"},
         {"negative_slope": 0.1, "stem_negative_slope": 0.2},
         {"width_factor": 0.5},
         {"norm_layer": "groupnorm1"},
@@ -119,7 +121,7 @@ def test_ingredients_end_up_where_they_belong():
         ({"stem": "s2d"}, "stem to be one of 'space_to_depth', 'conv7x7', got 's2d'"),
         ({"aa_layer": "avg"}, "aa_layer to be one of 'blur', True, False, '', got 'avg'"),
         ({"output_stride": 4}, "output_stride to be one of 32, 16, 8, got 4"),
-        ({"act_layer": "sine"}, "act_layer to name an activation that timm knows, got 'sine'"),
+        ({"act_layer": "sine"}, "act_layer to name an activation that timm knows, or 'frelu', got 'sine'"),
         ({"use_se": (True, False)}, "use_se to have one entry"),
         ({"width_factor": 0.01}, "width_factor that leaves a channel"),
     ],

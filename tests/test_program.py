@@ -37,13 +37,13 @@ def test_block_is_read_into_its_operations_in_their_order():
     assert not program.shows_input()
 
 
-@pytest.mark.parametrize("name", ["tresnet_m", "tresnet_v2_l"])
+@pytest.mark.parametrize("name", ["tresnet_m", "tresnet_v2_l", "tresnet_d"])
 def test_every_block_of_the_papers_networks_is_a_program_without_calls(name):
     model = timm.create_model(name, width_factor=0.125).train()
     for stage in model.body:
         for block in stage if isinstance(stage, Stage) else ():
             program = read_program(block)
-            assert Call not in kinds([*program.operations, *program.shortcut])
+            assert Call not in kinds([*program.operations, *program.shortcut, *(program.behind or [])])
 
 
 def test_drop_path_is_left_out_where_it_does_nothing():

@@ -129,7 +129,7 @@ def test_pretrained_config_equals_the_one_timm_ships(name):
     assert timm.models.tresnet.default_cfgs[architecture].tags[0] == get_pretrained_cfg(architecture).tag
 
 
-@pytest.mark.parametrize("variant", ["tresnet_s", "tresnet_v2_xl"])
+@pytest.mark.parametrize("variant", ["tresnet_s", "tresnet_v2_xl", "tresnet_d"])
 def test_variants_without_weights_say_so(variant):
     assert not is_model_pretrained(variant)
     with pytest.raises(RuntimeError, match="No pretrained weights exist"):

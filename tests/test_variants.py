@@ -18,7 +18,7 @@ def test_names_are_those_of_timm_in_its_order():
 
 def test_a_variant_without_weights_has_a_config_that_says_so():
     untrained = {name.partition(".")[0] for name in WEIGHTS if name.endswith(".untrained")}
-    assert untrained == {"tresnet_s", "tresnet_v2_xl"}
+    assert untrained == {"tresnet_s", "tresnet_v2_xl", "tresnet_d"}
     assert timm_tresnet.tresnet.default_cfgs["tresnet_v2_xl"].default.architecture is None
     assert timm_tresnet.tresnet.default_cfgs["tresnet_v2_xl"].tags[0] == "untrained"
 

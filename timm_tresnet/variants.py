@@ -22,6 +22,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "tresnet_xl": {"layers": (4, 5, 24, 3), "width_factor": 1.3},
     "tresnet_v2_l": {"layers": (3, 4, 23, 3), "v2": True},  # official code, src/models/tresnet_v2
     "tresnet_v2_xl": {"layers": (3, 8, 34, 5), "v2": True},  # Alibaba-MIIL/ML_Decoder, its "tresnet_xl"
+    # 7eu7d7/ML-Danbooru, `TResnetD` in src_files/models/tresnet/tresnet_f.py, commit bd0e61e
+    "tresnet_d": {"layers": (3, 6, 14, 3), "block": "bottleneck", "act_layer": "frelu"},
     "test_tresnet": {"layers": (2, 2, 3, 1), "width_factor": 0.25},
 }
 

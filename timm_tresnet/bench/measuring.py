@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_tresnet.utils.names import suggest
-from timm_tresnet.variants import ARCHITECTURES  # the built-in takes the same layers, width_factor and v2
+from timm_tresnet.variants import ARCHITECTURES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 BUILTIN_PREFIX = "built-in:"
 _CLASSES = 1000
+# The built-in takes the same layers, width_factor and v2, and nothing else.
+_BUILTIN = {name: row for name, row in ARCHITECTURES.items() if row.keys() <= {"layers", "width_factor", "v2"}}
 
 
 def make_network(name: str, **kwargs: Any) -> nn.Module:
@@ -35,12 +37,12 @@ def make_network(name: str, **kwargs: Any) -> nn.Module:
     """
     variant = name.removeprefix(BUILTIN_PREFIX)
     if variant != name:
-        if variant not in ARCHITECTURES:
+        if variant not in _BUILTIN:
             raise ValueError(
-                f"{name}: built-in models to compare with are {', '.join(ARCHITECTURES)}, got {variant!r}"
-                f"{suggest(variant, ARCHITECTURES)}"
+                f"{name}: built-in models to compare with are {', '.join(_BUILTIN)}, got {variant!r}"
+                f"{suggest(variant, _BUILTIN)}"
             )
-        return timm.models.tresnet.TResNet(num_classes=_CLASSES, **ARCHITECTURES[variant], **kwargs)
+        return timm.models.tresnet.TResNet(num_classes=_CLASSES, **_BUILTIN[variant], **kwargs)
     if not timm.is_model(name.partition(".")[0]):
         meant = suggest(name, timm.list_models(), most=3)
         raise ValueError(f"timm knows no model {name!r}{meant or '; `timm.list_models()` names those that it knows'}")

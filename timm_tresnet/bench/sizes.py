@@ -11,14 +11,20 @@ _DECODER_GROUPS, _DECODER_HIDDEN = 100, 2048
 class _Count:
     """Adds up layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_frelu: bool) -> None:
+        self.has_frelu = has_frelu
         self.params = self.macs = 0
 
-    def conv(self, in_channels: int, out_channels: int, kernel: int, side: int, norm: bool = True) -> None:
+    def conv(self, in_channels: int, out_channels: int, kernel: int, side: int) -> None:
         """A convolution with a side of its output, and a norm behind it instead of a bias."""
         weights = in_channels * out_channels * kernel**2
-        self.params += weights + (2 * out_channels if norm else 0)
+        self.params += weights + 2 * out_channels
         self.macs += weights * side**2
+
+    def act(self, channels: int, side: int) -> None:
+        """An activation: with FReLU, a depthwise convolution and a norm."""
+        if self.has_frelu:
+            self.conv(1, channels, 3, side)
 
     def linear(self, in_features: int, out_features: int, rows: int = 1) -> None:
         self.params += (in_features + 1) * out_features
@@ -31,7 +37,8 @@ def count_size(arguments: Mapping[str, Any], image_size: int, num_classes: int, 
     Multiply-adds are those of convolutions, linear layers and attention, as PyTorch's `FlopCounterMode` counts them.
 
     Args:
-        arguments: of `TResNet`: layers, width_factor, v2, head, head_features, num_groups and decoder_embedding.
+        arguments: of `TResNet`: layers, width_factor, v2, block, act_layer, head, head_features, num_groups,
+            decoder_embedding and learn_queries.
         image_size: side of the image, in pixels; a multiple of 4.
         num_classes: number of classes; 0 for no classifier.
         in_chans: channels of the image.
@@ -39,15 +46,16 @@ def count_size(arguments: Mapping[str, Any], image_size: int, num_classes: int, 
     Returns:
         Number of parameters, and of multiply-adds.
     """
-    count = _Count()
+    count = _Count(arguments.get("act_layer") == "frelu")
     planes = int(64 * arguments.get("width_factor", 1.0))
     if arguments.get("v2"):
         planes = planes // 8 * 8
     side = image_size // 4
     count.conv(16 * in_chans, planes, 3, side)  # of the space-to-depth stem
+    count.act(planes, side)
     channels = planes
     for stage, blocks in enumerate(arguments["layers"]):
-        bottleneck = bool(arguments.get("v2")) or stage >= 2
+        bottleneck = arguments.get("block") == "bottleneck" or bool(arguments.get("v2")) or stage >= 2
         for block in range(blocks):
             halves = stage > 0 and block == 0
             channels, side = _count_block(count, channels, planes << stage, side, halves, bottleneck, use_se=stage < 3)
@@ -65,10 +73,13 @@ def _count_block(
         count.conv(in_channels, out_channels, 1, smaller)  # shortcut, behind its pooling
     if bottleneck:
         count.conv(in_channels, planes, 1, side)
+        count.act(planes, side)
     count.conv(planes if bottleneck else in_channels, planes, 3, side)  # a blur does the downsampling, after it
+    count.act(planes, side)
     if halves:
         count.macs += 9 * planes * smaller**2  # the blur, which has no parameters
     count.conv(planes, out_channels, 1 if bottleneck else 3, smaller)
+    count.act(out_channels, smaller)  # behind the sum
     if use_se:
         reduced = max(planes // (2 if bottleneck else 4), 64)
         count.linear(planes, reduced)
@@ -91,6 +102,8 @@ def _count_head(count: _Count, arguments: Mapping[str, Any], features: int, side
         count.linear(width, _DECODER_HIDDEN, groups)
         count.linear(_DECODER_HIDDEN, width, groups)
         count.params += 3 * 2 * width  # norms
+        if arguments.get("learn_queries"):
+            count.params += groups * width
         if num_classes:
             weights = groups * width * math.ceil(num_classes / groups)
             count.params += weights + num_classes

@@ -146,7 +146,7 @@ def make_card(facts: Facts | None, architecture: str, num_classes: int, repo_id:
         sections += ["## Licence", licence]
     elif facts.license:
         sections += ["## Licence", f"{plain(facts.license)}, as said when the weights were converted."]
-    sections += ["## Citation", cite([public.paper] if public else [])]
+    sections += ["## Citation", cite([public.paper] if public and public.paper else [])]
     metadata = _describe(facts, name, num_classes).to_yaml()
     return f"---\n{metadata}\n---\n" + "\n\n".join(sections) + "\n"
 
@@ -203,7 +203,10 @@ def _introduce(facts: Facts, architecture: str, num_classes: int) -> str:
         return f"{text} Converted from a checkpoint {known}."
     files = " or ".join(map(as_code, public.files))
     code = _refer("code", public.code)
-    source = f"The weights are those of {link(public.paper)}, converted from {files} of its {code}."
+    if public.paper:
+        source = f"The weights are those of {link(public.paper)}, converted from {files} of its {code}."
+    else:
+        source = f"The weights are {files} of their authors' {code}, converted."
     if public.head == "query2label" and not num_classes:
         source += " The Query2Label head is left out."
     return f"{text} {source}"
@@ -213,6 +216,8 @@ def _tabulate(facts: Facts, num_classes: int) -> str:
     rows: list[tuple[str, Any]] = [("classes", num_classes)] if num_classes else []
     if facts.multi_label and num_classes:
         rows.append(("outputs", "one sigmoid a class; an image can have any number of the classes"))
+        if facts.threshold is not None:
+            rows.append(("threshold", f"an image has the classes with a probability of at least {facts.threshold:g}"))
     if facts.input_size:
         rows.append(("image", _describe_preprocessing(facts, facts.input_size)))
     if isinstance(facts, PublicWeight) and facts.metric:

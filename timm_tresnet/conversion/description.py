@@ -69,8 +69,8 @@ def convert_checkpoint(
 
     Args:
         path: a file of `torch.save` or safetensors, with weights of the official code (TResNet, ImageNet21K, ASL,
-            ML_Decoder, PartialLabelingCSL, torch_tresnet, timm with In-Place ABN) or of timm; or a folder of a run of
-            train.py, whose model_best.pth.tar is taken.
+            ML_Decoder, PartialLabelingCSL, ML-Danbooru, torch_tresnet, timm with In-Place ABN) or of timm; or a
+            folder of a run of train.py, whose model_best.pth.tar is taken.
         public_weight: name of a public weight; None for the one that has the file's name and fits, "none" for none.
         norm_weights: "abn" if the norms are In-Place ABN, whose weights become |w| + 1e-5; "bn" if they are to be taken
             as they are; None for what the layout says: "abn" under the official names, "bn" under timm's.
@@ -148,7 +148,7 @@ def _describe(
     if source and (run or labels):  # else the names are those that came with the weights
         pretrained_cfg["notes"] = (*pretrained_cfg.get("notes", ()), note_source(source))
     return Conversion(
-        **{**vars(found), "model_args": found.model_args | facts.slopes},
+        **{**vars(found), "model_args": found.model_args | facts.slopes | (public.untold if public else {})},
         pretrained_cfg=pretrained_cfg,
         facts=facts,
         public_weight=public,
@@ -206,6 +206,7 @@ def _check_facts(facts: Facts, in_chans: int, multiple: int) -> None:
         ("std", lambda std: len(std) == in_chans, f"a std for each of {in_chans} channels"),
         ("std", lambda std: min(std) > 0, "a std above 0"),
         ("negative_slope", lambda slope: 0 <= slope <= 1, "a negative_slope from 0 to 1"),
+        ("threshold", lambda threshold: 0 <= threshold <= 1, "a threshold from 0 to 1"),
         ("stem_negative_slope", lambda slope: 0 <= slope <= 1, "a stem_negative_slope from 0 to 1"),
     )
     known = facts.known

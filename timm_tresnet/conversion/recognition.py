@@ -20,6 +20,7 @@ from timm_tresnet.weights.checkpoint import (
     find_misfits,
     find_networks,
     from_official,
+    has_frelu,
     rename_head,
 )
 from timm_tresnet.weights.labels import order_names
@@ -104,7 +105,7 @@ def recognise(
     tensors = take_tensors(network)
     official = OFFICIAL_STEM in tensors
     blurred = not official or _find_blurs(tensors)
-    inplace_abn = official if norm_weights is None else norm_weights == "abn"
+    inplace_abn = official and not has_frelu(tensors) if norm_weights is None else norm_weights == "abn"
     weights = _rename(tensors, official, inplace_abn)
     head, num_classes, head_args = _detect_head(weights)
     if any(_QUERY2LABEL.match(name) for name in (*network.others, *weights)):
@@ -119,7 +120,7 @@ def recognise(
     if "idx_to_class" in checkpoint:
         class_names, names_fault = order_names(checkpoint["idx_to_class"], num_classes)
     norms = [tensor for name, tensor in tensors.items() if name.endswith(".1.weight") and tensor.numel()]
-    least = min((norm.min().item() for norm in norms), default=0.0) if official and norm_weights is None else None
+    least = min((norm.min().item() for norm in norms), default=0.0) if inplace_abn and norm_weights is None else None
     return Recognised(
         architecture=architecture,
         model_args=model_args,
@@ -229,6 +230,7 @@ def _detect(weights: Mapping[str, Tensor], blurred: bool, custom: bool) -> tuple
         blocks.append("bottleneck" if any(match[2].startswith("conv3.") for match in names) else "basic")
         use_se.append(any(match[2].startswith("se.") for match in names))
 
+    act_layer = "frelu" if has_frelu(weights) else "leaky_relu"  # or another one that has no tensors
     found = {"layers": tuple(layers), "planes": stem[0], "block": tuple(blocks)}
     variant = next((name for name in ARCHITECTURES if _outline(name) == found), None)
     model_args: dict[str, Any] = {}
@@ -247,6 +249,9 @@ def _detect(weights: Mapping[str, Tensor], blurred: bool, custom: bool) -> tuple
             f"{variants}; all have use_se={[True, True, True, False]}, aa_layer=True, stem=space_to_depth. If tensors "
             "are missing, the file is incomplete; if the network was made so, convert it as a custom one"
         )
+    own = ARCHITECTURES[variant].get("act_layer") if variant else None
+    if (act_layer == "frelu") != (own == "frelu"):
+        model_args["act_layer"] = act_layer
     if stem[1] != 3 * pixels:
         model_args["in_chans"] = stem[1] // pixels
     return variant or "tresnet_m", model_args
@@ -260,7 +265,8 @@ def _outline(architecture: str) -> dict[str, Any]:
     arguments = ARCHITECTURES[architecture]
     v2 = arguments.get("v2", False)
     planes = int(64 * arguments.get("width_factor", 1.0))
-    block = ("bottleneck",) * 4 if v2 else ("basic", "basic", "bottleneck", "bottleneck")
+    bottlenecks = v2 or arguments.get("block") == "bottleneck"
+    block = ("bottleneck",) * 4 if bottlenecks else ("basic", "basic", "bottleneck", "bottleneck")
     return {"layers": arguments["layers"], "planes": planes // 8 * 8 if v2 else planes, "block": block}
 
 

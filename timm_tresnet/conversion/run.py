@@ -41,6 +41,7 @@ _UNTOLD = (
     "output_stride",
     "global_pool",
     "aa_layer",
+    "learn_queries",
 )
 _STRUCTURE = ("layers", "width_factor", "block", "stem", "use_se", "v2", "aa_layer")
 _SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))  # timm's synonyms, in its order

@@ -8,6 +8,8 @@ from typing import Any
 from timm.layers import LayerType, SelectAdaptivePool2d, get_act_layer
 from torch import nn
 
+from timm_tresnet.models.layers import FReLU
+
 STRIDES_AND_DILATIONS = {  # by output stride: strides of the stages, dilations before and after their downsampling
     32: ((1, 2, 2, 2), ((1, 1), (1, 1), (1, 1), (1, 1))),
     16: ((1, 2, 2, 1), ((1, 1), (1, 1), (1, 1), (1, 2))),
@@ -51,7 +53,9 @@ def per_stage(argument: str, value: Any) -> list[Any]:
 
 
 def resolve_activation(act_layer: LayerType, negative_slope: float) -> LayerType:
-    """An activation by its name or class; negative_slope is that of "leaky_relu"."""
+    """An activation by its name or class, "frelu" among them; negative_slope is that of "leaky_relu"."""
+    if act_layer == "frelu":
+        return FReLU
     if act_layer == "leaky_relu":
         return functools.partial(nn.LeakyReLU, negative_slope=negative_slope)
     try:
@@ -59,7 +63,9 @@ def resolve_activation(act_layer: LayerType, negative_slope: float) -> LayerType
     except KeyError:
         resolved = None
     if resolved is None:
-        raise ValueError(f"TResNet needs act_layer to name an activation that timm knows, got {act_layer!r}")
+        raise ValueError(
+            f"TResNet needs act_layer to name an activation that timm knows, or 'frelu', got {act_layer!r}"
+        )
     return resolved
 
 

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from timm.layers import LayerType
 from torch import Tensor, nn
 
-from timm_tresnet.models.layers import BlurPool2d, ConvNormAct, SqueezeExcite, StrideOneAvgPool2d, make_shortcut_pool
+from timm_tresnet.models.layers import (
+    BlurPool2d,
+    ConvNormAct,
+    FReLU,
+    SqueezeExcite,
+    StrideOneAvgPool2d,
+    make_shortcut_pool,
+)
 from timm_tresnet.models.layers.readers import is_absent
 from timm_tresnet.models.layers.regions import RunsInRegion
 from timm_tresnet.recompute.compiled import is_in_region
@@ -30,7 +37,7 @@ class ResidualBlock(RunsInRegion):
         dilation: dilations before and after the point where the block downsamples. They differ where a stage is
             dilated instead of strided; stride is then 1.
         use_se: whether the block has a squeeze-and-excitation.
-        act_layer: activation after every norm but the last.
+        act_layer: activation after every norm but the last; after the sum, ReLU, or FReLU if it is that.
         norm_layer: normalisation after each convolution.
         anti_alias: whether a blur does the downsampling, instead of a strided convolution.
         drop_path_rate: probability of dropping the main path of an image in training.
@@ -62,7 +69,7 @@ class ResidualBlock(RunsInRegion):
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.stride = stride
         self.drop_path = timm.layers.DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
-        self.act = nn.ReLU(inplace=True)
+        self.act: nn.Module = nn.ReLU(inplace=True)
         unit_kwargs: dict[str, Any] = {"norm_layer": norm_layer, **factory_kwargs}
         self.downsample = _make_shortcut(in_channels, planes * self.expansion, stride, dilation, **unit_kwargs)
         unit = functools.partial(ConvNormAct, **unit_kwargs)
@@ -70,9 +77,12 @@ class ResidualBlock(RunsInRegion):
         downsampling = {"stride": stride if aa is None else 1, "dilation": dilation[0], "aa": aa}
         se = functools.partial(SqueezeExcite, **factory_kwargs) if use_se else lambda *channels: None
         self._add_main_path(in_channels, planes, unit, act_layer, downsampling, dilation[1], se)
+        if getattr(act_layer, "needs_channels", False):
+            make_act: Any = act_layer
+            self.act = make_act(planes * self.expansion, **unit_kwargs)
 
     def add(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """The sum that ends the block, and its ReLU."""
+        """The sum that ends the block, and its activation."""
         if not torch.jit.is_scripting():
             if is_in_region():
                 return self._add_in_region(x, shortcut)
@@ -167,7 +177,10 @@ def _read_block(
     if "add" in block.__dict__:
         raise Unreadable("a replaced add")
     act = block.__dict__["_modules"].get("act")
-    if type(act) is not nn.ReLU or not is_untouched(act):
+    behind: list[Operation] | None = None
+    if type(act) is FReLU:
+        behind = _read_part(block, "act", FReLU)
+    elif type(act) is not nn.ReLU or not is_untouched(act):
         raise Unreadable(f"its last activation: {_describe(act)}")
     operations: list[Operation] = []
     for name, kind in units:
@@ -177,7 +190,7 @@ def _read_block(
         operations += _read_part(block, name, ConvNormAct, kind)
     operations += _read_part(block, "drop_path", (nn.Identity, timm.layers.DropPath))
     shortcut = _read_part(block, "downsample", (nn.Identity, nn.Sequential))
-    return Program(operations, shortcut, act)
+    return Program(operations, shortcut, act, behind)
 
 
 def _read_part(

@@ -48,7 +48,8 @@ class TResNet(nn.Module):
         use_se: squeeze-and-excitation, for all stages or for each ("Optimized SE Layers").
         aa_layer: "blur" or True for blur-pooled downsampling ("Anti-Alias Downsampling"), False or "" for strided
             convolutions.
-        act_layer: activation after the norms, a name or class that timm knows; the sum of a block keeps its ReLU.
+        act_layer: activation after the norms, a name or class that timm knows, while the sum of a block keeps its ReLU;
+            or "frelu", FReLU behind norms and sums, see `timm_tresnet.models.layers.FReLU`.
         negative_slope: slope of "leaky_relu" in the blocks.
         stem_negative_slope: slope of "leaky_relu" in the stem.
         norm_layer: normalisation, a name or class that timm knows; "frozenbatchnorm2d" for batch norms that keep the
@@ -63,6 +64,7 @@ class TResNet(nn.Module):
         decoder_embedding: width of the decoder of "ml_decoder", a multiple of 8; None for 768.
         label_embedding: width of the word embeddings that "ml_decoder" takes in place of groups, for zero-shot, see
             `set_label_embeddings`; None for groups.
+        learn_queries: train the queries of "ml_decoder" too, as 7eu7d7/ML-Danbooru does; not those of labels.
         drop_rate: dropout before the classifier.
         drop_path_rate: probability of dropping a block, rising linearly from 0 to this over the blocks.
         recompute: what backward recomputes instead of keeping it in training, see `set_recompute`.
@@ -101,6 +103,7 @@ class TResNet(nn.Module):
         num_groups: int | None = None,
         decoder_embedding: int | None = None,
         label_embedding: int | None = None,
+        learn_queries: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         recompute: str = "activations",
@@ -130,6 +133,7 @@ class TResNet(nn.Module):
             num_groups=num_groups,
             decoder_embedding=decoder_embedding,
             label_embedding=label_embedding,
+            learn_queries=learn_queries,
         )
 
         self.num_classes = num_classes

@@ -98,16 +98,19 @@ class Program(NamedTuple):
 
     Args:
         operations: from its input to its output, or to the sum.
-        shortcut: those of the other term of the sum, whose ReLU ends the block; None if there is no sum.
-        act: the ReLU.
+        shortcut: those of the other term of the sum, whose activation ends the block; None if there is no sum.
+        act: the activation.
+        behind: operations of the activation; None for a ReLU, which is part of the sum.
     """
 
     operations: Sequence[Operation]
     shortcut: Sequence[Operation] | None = None
     act: nn.Module | None = None
+    behind: Sequence[Operation] | None = None
 
     def is_repeatable(self) -> bool:
-        return all(operation.is_repeatable for operation in (*self.operations, *(self.shortcut or ())))
+        operations = (*self.operations, *(self.shortcut or ()), *(self.behind or ()))
+        return all(operation.is_repeatable for operation in operations)
 
     def shows_input(self) -> bool:
         """Whether user code sees the input."""
@@ -116,7 +119,7 @@ class Program(NamedTuple):
 
 def run_program(program: Program, x: Tensor, run: Run, stored: bool = False) -> Tensor:
     """Run a program; stored says whether its output stays for backward."""
-    operations, shortcut, act = program
+    operations, shortcut, act, behind = program
     source = run.enter(x, program.shows_input())
     if shortcut is None or act is None:  # no sum
         y, source = run_operations(operations, x, source, run)
@@ -128,13 +131,16 @@ def run_program(program: Program, x: Tensor, run: Run, stored: bool = False) -> 
         else:
             discard_result(term, source_of_term)
             discard_result(y, source)
-            y = torch.relu_(y + term)
+            add = _add_and_rectify if behind is None else _add
+            y = add(y, term)
             if y.grad_fn is None:
                 source = None
             elif source is None or source_of_term is None:
-                source = Stored(y)  # as ReLU does anyway
+                source = Stored(y)  # as the activation does anyway
             else:
-                source = Recomputed(_add_and_rectify, (source, source_of_term), y._version, is_result=True)
+                source = Recomputed(add, (source, source_of_term), y._version, is_result=behind is None)
+            if behind is not None:
+                y, source = run_operations(behind, y, source, run)
     run.leave(y, Stored(y) if stored and type(source) is Recomputed else source)
     return y
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MULTI_LABEL = "multi-label"
-THRESHOLDS = "thresholds: "  # before a JSON list with one for each label
+THRESHOLDS = "thresholds: "  # before a JSON list with one for each label, or one for all
 NAMED_BY = "class names: "  # before where the names of the classes are from
 ASSUMED = "assumed: "  # before the names of fields of the preprocessing
 

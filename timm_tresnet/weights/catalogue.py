@@ -11,7 +11,7 @@ from importlib.resources.abc import Traversable
 from types import MappingProxyType
 from typing import Any
 
-from timm_tresnet.utils.notes import MULTI_LABEL
+from timm_tresnet.weights.labels import make_notes
 
 TRAINED_ON = "Trained on "  # before the data set in the description of a pretrained config
 _FILE = importlib.resources.files(__package__) / "catalogue.toml"  # not a Path in a zip application
@@ -61,6 +61,9 @@ class Facts:
     multi_label: bool | None = _field(
         False, help="an image has any number of the classes", action=BooleanOptionalAction
     )
+    threshold: float | None = _field(
+        None, help="of a multi-label network: probability from which on an image has a class", type=float, metavar="P"
+    )
 
     @property
     def known(self) -> dict[str, Any]:
@@ -87,11 +90,13 @@ class PublicWeight(Facts):
         files: names under which the weights were published.
         num_classes: how many classes the published head has.
         metric: the published result of these weights.
-        paper: "arXiv:" and its number.
+        paper: "arXiv:" and its number; None if there is none.
         code: address of the official code.
         head: that of the network (`models.heads`); "query2label" if it is another one, of which the backbone can
             be converted; "unknown" for whatever is in the file.
         num_groups: groups of an ML-Decoder head, if not as many as it has by itself.
+        decoder_embedding: width of an ML-Decoder head, likewise.
+        learn_queries: whether its queries were trained.
         pretraining: data set of the training before that on `dataset`.
         labels: name of the list of classes, such as "imagenet-1k" or "coco".
         hf_hub_id: Hub repository that holds the weights.
@@ -100,12 +105,14 @@ class PublicWeight(Facts):
     architecture: str
     tag: str
     files: tuple[str, ...]
-    paper: str
     code: str
+    paper: str | None = None
     num_classes: int | None = None
     metric: Metric | None = None
     head: str = _field("linear", choices=("linear", "bottleneck", "ml_decoder", "query2label", "unknown"))
     num_groups: int | None = None
+    decoder_embedding: int | None = None
+    learn_queries: bool = False
     pretraining: str | None = None
     labels: str | None = None
     hf_hub_id: str | None = None
@@ -124,8 +131,14 @@ class PublicWeight(Facts):
     def network_arguments(self) -> dict[str, Any]:
         """Arguments of the network that hold the weight, beyond those of its variant."""
         head = {"head": self.head} if self.head in ("bottleneck", "ml_decoder") else {}
-        groups = {"num_groups": self.num_groups} if self.num_groups else {}
-        return {**self.slopes, **head, **groups}
+        options = {"num_groups": self.num_groups, "decoder_embedding": self.decoder_embedding}
+        given = {name: value for name, value in options.items() if value}
+        return {**self.slopes, **head, **given, **self.untold}
+
+    @property
+    def untold(self) -> dict[str, Any]:
+        """Those of them that tensors do not tell, slopes aside."""
+        return {"learn_queries": True} if self.learn_queries else {}
 
 
 def make_pretrained_cfg(facts: Facts, num_classes: int, in_chans: int = 3) -> dict[str, Any]:
@@ -150,7 +163,7 @@ def make_pretrained_cfg(facts: Facts, num_classes: int, in_chans: int = 3) -> di
     if isinstance(facts, PublicWeight):
         config |= {"tag": facts.tag, "origin_url": facts.code, "paper_ids": facts.paper}
     if facts.multi_label and num_classes:
-        config["notes"] = (MULTI_LABEL,)
+        config["notes"] = make_notes(True, facts.threshold)
     return {
         **config,
         "custom_load": False,

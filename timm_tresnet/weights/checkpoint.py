@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,11 @@ _PLAIN = {"", "state", "dict", "model", "models", "module", "net", "network", "p
 # `conv1.0.1.weight`; in a shortcut `downsample.0.0.weight` or, behind an average pool, `downsample.1.0.weight`.
 _OFFICIAL_CONV = re.compile(r"(?P<layer>\bconv\d)(?:\.0)?\.(?P<part>[01])\.(?P<tensor>\w+)$")
 _OFFICIAL_SHORTCUT = re.compile(r"(?P<layer>\bdownsample\.[01])\.(?P<part>[01])\.(?P<tensor>\w+)$")
+# FReLU of 7eu7d7/ML-Danbooru: `conv1.2.…` behind the norm, `relu.…` behind the sum.
+_OFFICIAL_FRELU = re.compile(
+    r"(?:(?P<layer>\bconv\d)(?:\.0)?\.2|\brelu)\.depthwise_conv_bn\.(?P<part>[01])\.(?P<tensor>\w+)$"
+)
+_FRELU = re.compile(r"\.(?:depthwise_conv_bn|act\.funnel)\.")
 _PARTS = {"0": "conv", "1": "bn"}
 _OFFICIAL_CLASSIFIER = "head.decoder.duplicate_pooling"
 _OFFICIAL_HEAD = {  # bottleneck (Alibaba-MIIL/ASL); ML-Decoder (Alibaba-MIIL/ML_Decoder)
@@ -45,6 +50,7 @@ _OFFICIAL_HEAD = {  # bottleneck (Alibaba-MIIL/ASL); ML-Decoder (Alibaba-MIIL/ML
     "head.wordvec_proj.": "head.queries.embed.fc.",
     "head.decoder.layers.0.norm1.": "head.queries.norm.",
     "head.decoder.layers.0.multihead_attn.out_proj.": "head.decoder.proj.",
+    "head.decoder.layers.0.multihead_attn.proj.": "head.decoder.proj.",  # xformers'
     "head.decoder.layers.0.norm2.": "head.decoder.norm2.",
     "head.decoder.layers.0.norm3.": "head.decoder.norm3.",
     "head.decoder.layers.0.linear1.": "head.decoder.mlp.fc1.",
@@ -53,6 +59,7 @@ _OFFICIAL_HEAD = {  # bottleneck (Alibaba-MIIL/ASL); ML-Decoder (Alibaba-MIIL/ML
     _OFFICIAL_CLASSIFIER: "head.fc.weight",
 }
 _OFFICIAL_PROJECTION = "head.decoder.layers.0.multihead_attn.in_proj_"  # of queries, then of keys and values
+_XFORMERS_PROJECTION = "head.decoder.layers.0.multihead_attn.in_proj_container.{}_proj.{}"
 
 
 def checkpoint_filter_fn(
@@ -229,12 +236,19 @@ def unwrap(checkpoint: Mapping[str, Any], key: str | None = None) -> dict[str, A
     return choose_network(networks, key).tensors if networks else dict(checkpoint)
 
 
-def from_official(state_dict: Mapping[str, Tensor], inplace_abn: bool = True) -> dict[str, Tensor]:
+def has_frelu(names: Iterable[str]) -> bool:
+    """Whether a network has FReLU, from the names of its tensors."""
+    return any(_FRELU.search(name) for name in names)
+
+
+def from_official(state_dict: Mapping[str, Tensor], inplace_abn: bool | None = None) -> dict[str, Tensor]:
     """Translate names and In-Place-ABN weights of the official code into those of a TResNet with batch norm.
 
     Args:
         state_dict: tensors under the official names, without wrapper and prefix.
-        inplace_abn: norms are In-Place ABN; False if they were replaced by plain ones, which have the same names.
+        inplace_abn: norms are In-Place ABN; False if they were replaced by plain ones, which have the same names; None
+            for what the names say: plain ones where there is FReLU (7eu7d7/ML-Danbooru,
+            src_files/models/tresnet/tresnet_f.py, commit bd0e61e).
 
     Returns:
         The same tensors under our names; In-Place-ABN weights are |w| + 1e-5 in single precision or better, constant
@@ -244,6 +258,7 @@ def from_official(state_dict: Mapping[str, Tensor], inplace_abn: bool = True) ->
         ValueError: if two tensors would get the same name.
     """
     converted = {}
+    inplace_abn = not has_frelu(state_dict) if inplace_abn is None else inplace_abn
     for name, tensor in rename_head(state_dict).items():
         if name.endswith(".op.filt"):
             continue
@@ -253,6 +268,9 @@ def from_official(state_dict: Mapping[str, Tensor], inplace_abn: bool = True) ->
             name = f"{name[: match.start()]}{match['layer']}.{part}.{match['tensor']}"
             if inplace_abn and name.endswith(".bn.weight"):
                 tensor = batch_norm_weight(tensor)
+        elif match := _OFFICIAL_FRELU.search(name):
+            layer = f"{match['layer']}." if match["layer"] else ""
+            name = f"{name[: match.start()]}{layer}act.funnel.{_PARTS[match['part']]}.{match['tensor']}"
         if name in converted:
             raise ValueError(f"the checkpoint holds two tensors for {name}")
         converted[name] = tensor
@@ -262,14 +280,14 @@ def from_official(state_dict: Mapping[str, Tensor], inplace_abn: bool = True) ->
 def rename_head(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Translate the official names of the heads; every other name stays.
 
-    The projection of ML-Decoder's attention becomes one for its queries and one for its keys and values, and its layer
-    for all labels that of a `torch.nn.Linear`.
+    The projection of ML-Decoder's attention, which is in three parts where that is xformers', becomes one for its
+    queries and one for its keys and values, and its layer for all labels that of a `torch.nn.Linear`.
 
     Raises:
         ValueError: if two tensors would get the same name.
     """
     renamed: dict[str, Tensor] = {}
-    for name, tensor in state_dict.items():
+    for name, tensor in _join_projections(state_dict).items():
         parts = {name: tensor}
         official = next((prefix for prefix in _OFFICIAL_HEAD if name.startswith(prefix)), None)
         if official:
@@ -285,6 +303,20 @@ def rename_head(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"the checkpoint holds two tensors for {', '.join(twice)}")
         renamed |= parts
     return renamed
+
+
+def _join_projections(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put the three projections of xformers' attention into one, as PyTorch's has it."""
+    joined = dict(state_dict)
+    for kind in ("weight", "bias"):
+        names = [_XFORMERS_PROJECTION.format(each, kind) for each in "qkv"]
+        parts = [joined[name] for name in names if name in joined]
+        whole = _OFFICIAL_PROJECTION + kind
+        if len(parts) == 3 and len({part.shape for part in parts}) == 1 and parts[0].ndim and whole not in joined:
+            joined[whole] = torch.cat(parts)
+            for name in names:
+                del joined[name]
+    return joined
 
 
 def batch_norm_weight(weight: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ MODEL_ARGS: dict[str, Kind] = {  # arguments of `TResNet`, but for its device an
     "num_groups": integer(1, 1_000_000).or_null(),
     "decoder_embedding": integer(1, 65536).or_null(),
     "label_embedding": integer(1, 65536).or_null(),
+    "learn_queries": FLAG.or_null(),
     "drop_rate": _RATE,
     "drop_path_rate": _RATE,
     "recompute": choice("none", "activations", "expansions"),

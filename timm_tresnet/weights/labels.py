@@ -189,16 +189,20 @@ def is_multi_label(pretrained_cfg: Mapping[str, Any]) -> bool:
     return MULTI_LABEL in read_notes(pretrained_cfg)
 
 
-def make_notes(multi_label: bool, thresholds: Sequence[float] | None = None) -> tuple[str, ...]:
+def make_notes(multi_label: bool, thresholds: Sequence[float] | float | None = None) -> tuple[str, ...]:
     """Notes of a pretrained config.
 
     Args:
         multi_label: whether an image can have any number of the classes.
-        thresholds: from which probability on an image has each label; None if nobody says.
+        thresholds: from which probability on an image has each label, or any label; None if nobody says.
     """
     notes = [MULTI_LABEL] if multi_label else []
     if thresholds is not None:
-        notes.append(THRESHOLDS + json.dumps([float(f"{threshold:.6g}") for threshold in thresholds]))
+        if isinstance(thresholds, float | int):
+            rounded: Any = float(f"{thresholds:.6g}")
+        else:
+            rounded = [float(f"{threshold:.6g}") for threshold in thresholds]
+        notes.append(THRESHOLDS + json.dumps(rounded))
     return tuple(notes)
 
 
@@ -217,10 +221,13 @@ def read_thresholds(pretrained_cfg: Mapping[str, Any], num_classes: int) -> list
             fault = None
             try:
                 thresholds = json.loads(note.removeprefix(THRESHOLDS))
-                fault = find_fault(thresholds, list_of(number(0, 1), 0, 1_000_000), "the note of thresholds")
+                kind = number(0, 1).or_else(list_of(number(0, 1), 0, 1_000_000))
+                fault = find_fault(thresholds, kind, "the note of thresholds")
             except ValueError as error:
                 fault = f"needs the note of thresholds to be JSON: {error}"
             if fault:
                 raise ValueError(fault)
+            if not isinstance(thresholds, list):  # the same for each
+                thresholds = [float(thresholds)] * pretrained_cfg.get("num_classes", num_classes)
             return thresholds if len(thresholds) == num_classes else None
     return None

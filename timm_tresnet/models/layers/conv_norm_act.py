@@ -76,7 +76,8 @@ class FoldedConvNormAct(nn.Module):
 class ConvNormAct(RunsInRegion, timm.layers.ConvNormAct):
     """timm's unit: convolution without bias, normalisation, activation, then an optional anti-aliasing layer.
 
-    The norm and its activation are one module, as in "In-Place Activated BatchNorm" (arXiv:1712.02616).
+    The norm and its activation are one module, as in "In-Place Activated BatchNorm" (arXiv:1712.02616), unless the
+    activation has norms of its own, as FReLU does: then it is a module `act` behind the norm.
 
     Args:
         in_channels: number of input channels.
@@ -84,7 +85,9 @@ class ConvNormAct(RunsInRegion, timm.layers.ConvNormAct):
         kernel_size: side of the kernel, odd; padding keeps the resolution at stride 1.
         stride: stride of the convolution.
         dilation: step between the kernel's taps, in pixels.
-        act_layer: activation after the norm, as `timm.layers.get_norm_act_layer` takes it; None for no activation.
+        groups: groups of channels that the convolution does not mix.
+        act_layer: activation after the norm, as `timm.layers.get_norm_act_layer` takes it, or
+            `timm_tresnet.models.layers.FReLU`; None for no activation.
         norm_layer: normalisation, a name or class; ActivatedBatchNorm2d for "batchnorm2d", FrozenBatchNormAct2d for
             "frozenbatchnorm2d", anything else as `timm.layers.get_norm_act_layer` takes it.
         aa: anti-aliasing layer that does the downsampling, after the activation; None for none.
@@ -103,6 +106,7 @@ class ConvNormAct(RunsInRegion, timm.layers.ConvNormAct):
         kernel_size: int,
         stride: int = 1,
         dilation: int = 1,
+        groups: int = 1,
         act_layer: LayerType | None = None,
         norm_layer: LayerType = "batchnorm2d",
         aa: nn.Module | None = None,
@@ -118,9 +122,14 @@ class ConvNormAct(RunsInRegion, timm.layers.ConvNormAct):
             stride=stride,
             padding=(kernel_size - 1) // 2 * dilation,
             dilation=dilation,
+            groups=groups,
             bias=False,
             **factory_kwargs,
         )
+        act: nn.Module | None = None
+        if getattr(act_layer, "needs_channels", False):
+            make_act: Any = act_layer
+            act, act_layer = make_act(out_channels, norm_layer=norm_layer, **factory_kwargs), None
         norm_act: Any
         if norm_layer in ("batchnorm2d", ActivatedBatchNorm2d):
             norm_act = functools.partial(ActivatedBatchNorm2d, act_layer=act_layer)
@@ -133,6 +142,7 @@ class ConvNormAct(RunsInRegion, timm.layers.ConvNormAct):
         is_frozen = isinstance(self.bn, FrozenBatchNormAct2d)
         if is_frozen:  # timm sets these in freezing, and reads them in unfreezing
             self.bn.num_features, self.bn.affine = out_channels, True
+        self.act = act
         self.aa = aa
 
     @torch.jit.ignore
@@ -146,6 +156,7 @@ class ConvNormAct(RunsInRegion, timm.layers.ConvNormAct):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn(self.conv(x))
+        x = x if self.act is None else self.act(x)
         return x if self.aa is None else self.aa(x)
 
     @torch.jit.ignore
@@ -179,7 +190,8 @@ class ConvNormAct(RunsInRegion, timm.layers.ConvNormAct):
         conv = copy.deepcopy(self.conv)
         conv.weight = nn.Parameter(kernel.to(conv.weight), requires_grad=conv.weight.requires_grad)
         conv.bias = nn.Parameter(offset.to(conv.weight), requires_grad=conv.weight.requires_grad)
-        act = copy.deepcopy(getattr(self.bn, "act", nn.Identity()))
+        own: Any = self.act
+        act = copy.deepcopy(getattr(self.bn, "act", nn.Identity())) if own is None else own.fuse()
         return FoldedConvNormAct(conv, act, copy.deepcopy(self.aa)).train(self.training)
 
     @torch.jit.unused
@@ -199,7 +211,7 @@ class ConvNormAct(RunsInRegion, timm.layers.ConvNormAct):
 @reads(ConvNormAct)
 def _read(unit: ConvNormAct, kind: str = CONVOLUTION) -> list[Operation]:
     get = unit.__dict__["_modules"].get
-    norm, aa = get("bn"), get("aa")
+    norm, act, aa = get("bn"), get("act"), get("aa")
     operations = [read_convolution(get("conv"), kind)]
     if isinstance(norm, ActivatedBatchNorm2d):
         operations += read(norm)
@@ -207,6 +219,8 @@ def _read(unit: ConvNormAct, kind: str = CONVOLUTION) -> list[Operation]:
         raise Unreadable("it has no norm")
     else:  # an output without activation is saved by nobody
         operations.append(call(norm, is_saved=not isinstance(getattr(norm, "act", nn.Identity()), nn.Identity)))
+    if act is not None or not is_absent(unit, "act"):
+        operations += read(act)
     if aa is None and is_absent(unit, "aa"):
         return operations
     if type(aa) is not nn.Identity or not is_untouched(aa):

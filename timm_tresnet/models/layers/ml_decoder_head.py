@@ -69,20 +69,23 @@ class GroupLinear(nn.Module):
 class ClassQueries(nn.Module):
     """What the decoder is asked, once for each group of classes or for each label, and all that depends on it alone.
 
-    Queries of groups are drawn once and never trained, hence a buffer. Those of labels are made of word embeddings, by
-    a linear layer and ReLU, so that classes can be asked for that were not trained ("zero-shot"). In training each
-    image has dropout of its own; what is left is added to the query, which in eval mode is so doubled.
+    Queries of groups are drawn once and never trained, hence a buffer, unless they are to be learnt, as in
+    7eu7d7/ML-Danbooru (`learn_query` in src_files/ml_decoder/ml_decoder.py, commit bd0e61e). Those of labels are made
+    of word embeddings, by a linear layer and ReLU, so that classes can be asked for that were not trained
+    ("zero-shot"). In training each image has dropout of its own; what is left is added to the query, which in eval mode
+    is so doubled.
 
     Args:
         num_queries: number of groups or labels, G; 0 for labels that are to come.
         embed_dim: width of a query, E.
         label_embedding: width of word embeddings, D; None for queries of groups.
+        learned: whether the queries are trained, hence a parameter.
         dropout: of the queries.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
     Shape:
-        - vectors: a buffer of queries, (G, E), or word embeddings, (G, D), drawn from N(0, 1)
+        - vectors: queries, (G, E), or word embeddings, (G, D), drawn from N(0, 1)
         - input: the number of images, N
         - output: normalised queries, and these projected for the attention: each (N, G, E), in eval mode (G, E)
 
@@ -97,13 +100,18 @@ class ClassQueries(nn.Module):
         num_queries: int,
         embed_dim: int,
         label_embedding: int | None = None,
+        learned: bool = False,
         dropout: float = _DROPOUT,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.register_buffer("vectors", torch.empty(num_queries, label_embedding or embed_dim, **factory_kwargs))
+        vectors = torch.empty(num_queries, label_embedding or embed_dim, **factory_kwargs)
+        if learned:
+            self.vectors = nn.Parameter(vectors)
+        else:
+            self.register_buffer("vectors", vectors)
         self.embed: nn.Module = nn.Identity()
         if label_embedding:
             self.embed = nn.Sequential(OrderedDict(fc=nn.Linear(label_embedding, embed_dim, **factory_kwargs)))
@@ -125,7 +133,9 @@ class ClassQueries(nn.Module):
     def set_vectors(self, vectors: Tensor) -> None:
         """Put in other vectors, on the device and in the dtype of those that were there."""
         with torch.inference_mode(False):  # what is made inside that mode can never be trained with
-            self.vectors = vectors.detach().to(self.vectors, copy=True)
+            vectors = vectors.detach().to(self.vectors, copy=True)
+            learned = isinstance(self.vectors, nn.Parameter)
+            self.vectors = nn.Parameter(vectors, self.vectors.requires_grad) if learned else vectors
 
     def forward(self, batch_size: int) -> tuple[Tensor, Tensor]:
         if self.vectors.shape[0] == 0:
@@ -266,6 +276,7 @@ class MLDecoderHead(nn.Module):
         num_groups: number of groups, G; None for 100. Never more than there are classes.
         decoder_embedding: width of the decoder, E, a multiple of 8.
         label_embedding: width of word embeddings, D, for zero-shot; None for groups.
+        learn_queries: train the queries of groups too.
         drop_rate: dropout before the last layer.
         dropout: dropout inside the decoder.
         device: device of the parameters.
@@ -289,6 +300,7 @@ class MLDecoderHead(nn.Module):
         num_groups: int | None = None,
         decoder_embedding: int = 768,
         label_embedding: int | None = None,
+        learn_queries: bool = False,
         drop_rate: float = 0.0,
         dropout: float = _DROPOUT,
         device: torch.device | str | None = None,
@@ -298,6 +310,10 @@ class MLDecoderHead(nn.Module):
         for name, value in (("num_groups", num_groups), ("label_embedding", label_embedding)):
             if value is not None and (isinstance(value, bool) or value < 1):
                 raise ValueError(f"MLDecoderHead needs {name} to be at least 1 or None, got {value}")
+        if learn_queries and label_embedding is not None:
+            raise ValueError(
+                "MLDecoderHead needs learn_queries or label_embedding, not both: labels have queries of theirs"
+            )
         if decoder_embedding < 1 or decoder_embedding % _HEADS:
             raise ValueError(
                 f"MLDecoderHead needs decoder_embedding in multiples of {_HEADS}, for as many attention heads, got "
@@ -307,6 +323,7 @@ class MLDecoderHead(nn.Module):
         self.num_groups = num_groups or _GROUPS
         self.decoder_embedding = decoder_embedding
         self.label_embedding = label_embedding
+        self.learn_queries = learn_queries
         self.dropout = dropout
         self.drop = nn.Dropout(drop_rate)
         self.embedding: nn.Module = nn.Identity()
@@ -337,7 +354,9 @@ class MLDecoderHead(nn.Module):
         if getattr(self.embedding, "in_features", None) != self.in_features:
             self.embedding = nn.Linear(self.in_features, width, **factory_kwargs)
         if isinstance(self.decoder, nn.Identity):
-            self.queries = ClassQueries(num_queries, width, self.label_embedding, self.dropout, **factory_kwargs)
+            self.queries = ClassQueries(
+                num_queries, width, self.label_embedding, self.learn_queries, self.dropout, **factory_kwargs
+            )
             self.decoder = DecoderLayer(width, dropout=self.dropout, **factory_kwargs)
         elif num_classes > 0 and isinstance(self.queries, ClassQueries):  # not folded: `reset` asks
             self.queries.set_vectors(torch.randn(num_queries, self.queries.vectors.shape[1]))
