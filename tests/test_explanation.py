@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 import timm
@@ -6,6 +7,7 @@ import torch
 from PIL import Image
 
 from timm_tresnet.utils.images import SAMPLES, read_image
+from timm_tresnet.weights.labels import make_notes
 
 pytest.importorskip("captum", reason="needs pip install '.[demo]'")
 from timm_tresnet.demo.explanation import explain_image  # noqa: E402
@@ -71,6 +73,47 @@ def test_tags_are_sigmoids_and_a_map_without_evidence_is_the_photograph():
     expected = torch.tensor([3.0, 2.0, 1.0]).sigmoid().tolist()
     assert list(explanation.probabilities.values()) == pytest.approx(expected)
     assert explanation.heat_map.getextrema() == ((10, 10), (20, 20), (30, 30))
+
+
+def make_tagger(biases, thresholds=None):
+    names = tuple(f"<b>{index}" for index in range(len(biases)))
+    notes = make_notes(True, thresholds)
+    overlay = {"notes": notes, "label_names": names, "num_classes": len(biases)}
+    model = timm.create_model("test_tresnet", num_classes=len(biases), pretrained_cfg_overlay=overlay).eval()
+    torch.nn.init.zeros_(model.head.fc.weight)
+    model.head.fc.bias.data = torch.tensor(biases)
+    return model
+
+
+IMAGE = Image.new("RGB", (64, 64), (10, 20, 30))
+
+
+def test_all_tags_that_reach_their_thresholds_come_first_and_some_that_do_not():
+    biases = [*(-3.0 + index / 10 for index in range(20)), *(1.0 + index / 10 for index in range(9)), 4.0]
+    explanation = explain_image(make_tagger(biases, [0.5] * 29 + [0.99]), IMAGE, count=5)
+    found = [f"<b>{index}" for index in range(28, 19, -1)]
+    assert list(explanation.tags) == found
+    assert list(explanation.probabilities) == [*found, "<b>29", *(f"<b>{index}" for index in range(19, 15, -1))]
+    assert explanation.thresholds["<b>29"] == 0.99
+    one = explain_image(make_tagger(biases, 0.75), IMAGE, count=2)
+    assert list(one.tags) == ["<b>29", *(f"<b>{index}" for index in range(28, 20, -1))]
+
+
+def test_tags_are_chips_and_classes_are_bars(embedded):
+    page = pytest.importorskip("timm_tresnet.demo.page", reason="needs pip install '.[demo]'")
+    drawn = page._draw_labels(explain_image(make_tagger([0.0, 2.0, -2.0]), IMAGE))
+    above, below = drawn.split("Below their thresholds:")
+    chips = [re.sub("<[^<]*>", "", chip) for chip in above.split("</span>")[:-1]]
+    assert chips == ["&lt;b&gt;1 88%", "&lt;b&gt;0 50%"]  # escaped
+    assert re.sub("<[^<]*>", "", below) == "&lt;b&gt;2 12%"
+    none = page._draw_labels(explain_image(make_tagger([-1.0, -2.0]), IMAGE))
+    assert "No tag reaches its threshold. The most probable ones:" in none
+    assert none.index("&lt;b&gt;0") < none.index("&lt;b&gt;1")
+    every = page._draw_labels(explain_image(make_tagger([1.0, 2.0]), IMAGE))
+    assert "threshold" not in every
+    bars = page._draw_labels(explain_image(embedded, read_image(SAMPLES / "cat.jpg")))
+    assert "<span>cat</span><span>97%</span>" in bars
+    assert "threshold" not in bars
 
 
 def test_explaining_leaves_the_network_as_it_was(embedded):

@@ -18,6 +18,7 @@ from timm_tresnet.weights.labels import is_multi_label, label_lookup, read_thres
 _LEAST_CELLS = 4  # on a side of the map that is shown; the last stage has fewer for small images
 _SHOWN_PIXELS = 320  # on a side, at least
 _THRESHOLD = 0.5  # of taggers without thresholds of their own
+_MOST_TAGS = 200  # of thousands
 _OPACITY = 0.6  # of the colours where the map is largest
 
 
@@ -26,13 +27,20 @@ class Explanation:
     """What a network finds on a photograph.
 
     Args:
-        probabilities: of the most probable labels, by their name, most probable first.
+        probabilities: of the most probable classes, by their name, most probable first; of a tagger, of all tags that
+            reach their thresholds, then of the most probable of the others.
         heat_map: what the network was shown of the photograph, coloured where it found the first label.
         cells: rows and columns of the map that the colours were made of.
         classify_ms: time of the network.
         explain_ms: time of Grad-CAM.
         thresholds: of a tagger, from which probability on an image has a label, by its name; None of other networks.
     """
+
+    @property
+    def tags(self) -> dict[str, float]:
+        """Probabilities of the tags that reach their thresholds, most probable first."""
+        thresholds = self.thresholds or {}
+        return {name: value for name, value in self.probabilities.items() if value >= thresholds.get(name, math.inf)}
 
     probabilities: dict[str, float]
     heat_map: Image.Image
@@ -50,7 +58,7 @@ def explain_image(model: TResNet, image: Image.Image, count: int = 5) -> Explana
     Args:
         model: a TResNet with classes, in eval mode.
         image: in mode RGB.
-        count: how many labels, at most.
+        count: how many classes, at most; of a tagger, how many tags that do not reach their thresholds.
 
     Returns:
         The labels, the picture and the times.
@@ -71,18 +79,24 @@ def explain_image(model: TResNet, image: Image.Image, count: int = 5) -> Explana
     classified = time.perf_counter()
     if not logits.isfinite().all():
         raise ValueError("the network's logits for this photograph are not finite; take other weights")
-    probabilities = logits.sigmoid() if is_multi_label(model.pretrained_cfg) else logits.softmax(-1)
-    values, indices = probabilities.topk(min(count, model.num_classes))
-    explaining = time.perf_counter()
-    heat = LayerGradCam(model, _choose_layer(model, x)).attribute(x, int(indices[0]), relu_attributions=True)
-    explained = time.perf_counter()
-    names = [label_lookup(model)(index) for index in indices.tolist()]
-    thresholds = None
+    own = None
     if is_multi_label(model.pretrained_cfg):
         own = read_thresholds(model.pretrained_cfg, model.num_classes) or [_THRESHOLD] * model.num_classes
-        thresholds = dict(zip(names, (own[index] for index in indices.tolist()), strict=True))
+    probabilities = logits.softmax(-1) if own is None else logits.sigmoid()
+    ranked = probabilities.argsort(descending=True, stable=True).tolist()
+    if own is None:
+        indices = ranked[:count]
+    else:
+        has = [probability >= threshold for probability, threshold in zip(probabilities.tolist(), own, strict=True)]
+        indices = [index for index in ranked if has[index]][:_MOST_TAGS]
+        indices += [index for index in ranked if not has[index]][:count]
+    explaining = time.perf_counter()
+    heat = LayerGradCam(model, _choose_layer(model, x)).attribute(x, indices[0], relu_attributions=True)
+    explained = time.perf_counter()
+    names = list(map(label_lookup(model), indices))
+    thresholds = None if own is None else {name: own[index] for name, index in zip(names, indices, strict=True)}
     return Explanation(
-        probabilities=dict(zip(names, values.tolist(), strict=True)),
+        probabilities=dict(zip(names, probabilities[indices].tolist(), strict=True)),
         heat_map=_colour(_crop(image, config), heat.detach()),
         cells=tuple(heat.shape[-2:]),
         classify_ms=1000 * (classified - start),

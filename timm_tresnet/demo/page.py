@@ -39,14 +39,17 @@ Drop a photograph, choose weights, and see what the network finds, where
 ([Grad-CAM](https://arxiv.org/abs/1610.02391)) and how long it takes. The models in the package, called `test_…`, are
 tiny and know a few classes."""
 _BAR = (
-    '<div style="opacity:{opacity};margin:.35em 0"><div style="display:flex;justify-content:space-between">'
+    '<div style="margin:.35em 0"><div style="display:flex;justify-content:space-between">'
     "<span>{name}</span><span>{probability:.0%}</span></div>"
     '<div style="height:.4em;background:var(--border-color-primary)">'
-    '<div style="height:100%;width:{probability:.1%};background:{colour}"></div></div></div>'
+    '<div style="height:100%;width:{probability:.1%};background:var(--color-accent)"></div></div></div>'
 )
-_LEGEND = (
-    '<div style="margin-top:.8em;font-size:.85em">In colour: tags from their own thresholds on. Grey: below them.</div>'
+_CHIP = (
+    '<span style="display:inline-block;padding:.15em .7em;margin:.15em .3em .15em 0;border-radius:1em;{style}">{name} '
+    '<small style="opacity:.8">{probability:.0%}</small></span>'
 )
+_TAG = "background:var(--color-accent);color:white"
+_CLOSE = "border:1px solid var(--border-color-primary);opacity:.6"  # below its threshold
 
 
 def list_weights() -> tuple[list[str], list[str]]:
@@ -239,16 +242,27 @@ def _fill(note: str, explanation: Explanation | None = None, waiting: bool = Fal
 
 
 def _draw_labels(explanation: Explanation) -> str:
-    """Bars of the labels; those below a tagger's thresholds are grey."""
-    thresholds = explanation.thresholds or {}
-    rows = []
-    for name, probability in explanation.probabilities.items():
-        has = probability >= thresholds.get(name, 0)
-        colour = "var(--color-accent)" if has else "gray"
-        rows.append(
-            _BAR.format(name=html.escape(name), probability=probability, opacity=1 if has else 0.45, colour=colour)
-        )
-    return "".join(rows) + (_LEGEND if thresholds else "")
+    """Bars of the classes; of a tagger, chips of the tags."""
+    if explanation.thresholds is not None:
+        return _draw_tags(explanation)
+    bars = explanation.probabilities.items()
+    return "".join(_BAR.format(name=html.escape(name), probability=probability) for name, probability in bars)
+
+
+def _draw_tags(explanation: Explanation) -> str:
+    """Chips of the tags that reach their thresholds, then of those that come closest."""
+    tags = explanation.tags
+    others = {name: value for name, value in explanation.probabilities.items() if name not in tags}
+    said = "Below their thresholds:" if tags else "No tag reaches its threshold. The most probable ones:"
+    return f"<div>{_draw_chips(tags, _TAG)}</div>" + (
+        f'<div style="margin-top:.8em;font-size:.85em">{said}<br>{_draw_chips(others, _CLOSE)}</div>' if others else ""
+    )
+
+
+def _draw_chips(tags: dict[str, float], style: str) -> str:
+    return "".join(
+        _CHIP.format(name=html.escape(name), probability=probability, style=style) for name, probability in tags.items()
+    )
 
 
 def _describe(name: str, network: Any, explanation: Explanation) -> str:
