@@ -1,5 +1,7 @@
 """Slow, obvious versions of what the package does, written from the paper and from the official code's key names."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -87,7 +89,7 @@ def official_state_dict(
 
     With frelu those of 7eu7d7/ML-Danbooru's `tresnet_f.py`, which has batch norm and FReLU instead. Weights of the
     norms are negative in part and near zero in part. The head is "linear", "bottleneck" (ASL),
-    "ml_decoder", "query2label", with some of that head's tensors and the names that its backbone has there, or "none".
+    "ml_decoder", "query2label", with the names that its backbone has there, or "none".
     """
     tensors = {}
 
@@ -153,9 +155,86 @@ def official_state_dict(
         tensors |= ml_decoder_state_dict(in_channels, num_classes, num_groups, decoder_embedding, zero_shot)
     elif head == "query2label":
         tensors = {f"module.backbone.0.body.{name}": tensor for name, tensor in tensors.items()}
-        for name in ("transformer.decoder.layers.0.norm1.weight", "query_embed.weight", "fc.W", "fc.b"):
-            tensors[f"module.{name}"] = torch.randn(num_classes, 8)
+        transformer = query2label_state_dict(in_channels, num_classes, head_features)
+        tensors |= {f"module.{name}": tensor for name, tensor in transformer.items()}
     return tensors
+
+
+def query2label_state_dict(in_channels, num_classes, hidden=512, width=None, side=2):
+    """Random tensors under the names and shapes of the official Query2Label, its backbone aside."""
+    width, projects = width or in_channels, width is not None
+    shapes = {"query_embed.weight": (num_classes, width), "fc.W": (1, num_classes, width), "fc.b": (1, num_classes)}
+    if projects:
+        shapes |= {"input_proj.weight": (width, in_channels, 1, 1), "input_proj.bias": (width,)}
+    layers = {"encoder.layers.0": ("self_attn", 1), "decoder.layers.0": ("multihead_attn", 2)}
+    layers["decoder.layers.1"] = layers["decoder.layers.0"]
+    for layer, (attention, norm) in layers.items():
+        matrices = {f"{attention}.in_proj_": (3 * width, width), f"{attention}.out_proj.": (width, width)}
+        matrices |= {"linear1.": (hidden, width), "linear2.": (width, hidden)}
+        for name, shape in matrices.items():
+            shapes |= {f"transformer.{layer}.{name}weight": shape, f"transformer.{layer}.{name}bias": shape[:1]}
+        for name in (f"norm{norm}", f"norm{norm + 1}"):
+            shapes |= {f"transformer.{layer}.{name}.{kind}": (width,) for kind in ("weight", "bias")}
+    shapes |= {f"transformer.decoder.norm.{kind}": (width,) for kind in ("weight", "bias")}
+    tensors = {name: torch.randn(shape) / (shape[1] if len(shape) > 1 else 1) ** 0.5 for name, shape in shapes.items()}
+    return {**tensors, "backbone.1.pe": torch.randn(1, width, side, side)}
+
+
+def position(height, width, channels):
+    """Sines and cosines of each pixel's row and column, a number at a time (arXiv:2005.12872, code of DETR)."""
+    encoded = torch.zeros(height, width, channels, dtype=torch.float64)
+    each = channels // 2
+    for axis, size in ((0, height), (1, width)):
+        for place in range(size):
+            for index in range(each):
+                angle = (place + 1) / (size + 1e-6) * 2 * math.pi / 10000 ** (index // 2 * 2 / each)
+                value = math.cos(angle) if index % 2 else math.sin(angle)
+                encoded.select(axis, place)[..., axis * each + index] = value
+    return encoded.flatten(0, 1).float()
+
+
+def query2label(tensors, x, num_heads=4):
+    """Logits of the official Query2Label in eval mode on a feature map, an image and a head at a time."""
+
+    def linear(name, x):
+        return x @ tensors[f"{name}weight"].flatten(1).T + tensors[f"{name}bias"]
+
+    def norm(name, x):
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return x * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
+
+    def layer(name, attention, first, x, x_position, memory, memory_position):
+        weights, biases = (
+            tensors[f"{name}{attention}.in_proj_weight"].chunk(3),
+            tensors[f"{name}{attention}.in_proj_bias"].chunk(3),
+        )
+        inputs = (x + x_position, memory + memory_position, memory)
+        query, key, value = (
+            given @ weight.T + bias for given, weight, bias in zip(inputs, weights, biases, strict=True)
+        )
+        width = query.shape[1] // num_heads
+        heads = []
+        for head in range(num_heads):
+            part = slice(head * width, (head + 1) * width)
+            heads.append((query[:, part] @ key[:, part].T / width**0.5).softmax(1) @ value[:, part])
+        x = norm(f"{name}norm{first}", x + linear(f"{name}{attention}.out_proj.", torch.cat(heads, 1)))
+        return norm(f"{name}norm{first + 1}", x + linear(f"{name}linear2.", linear(f"{name}linear1.", x).relu()))
+
+    logits = []
+    for image in x:
+        memory = image.flatten(1).T
+        if "input_proj.weight" in tensors:
+            memory = linear("input_proj.", memory)
+        places = position(*image.shape[1:], memory.shape[1])
+        memory = layer("transformer.encoder.layers.0.", "self_attn", 1, memory, places, memory, places)
+        queries = tensors["query_embed.weight"]
+        x = torch.zeros_like(queries)
+        for index in range(2):
+            x = layer(f"transformer.decoder.layers.{index}.", "multihead_attn", 2, x, queries, memory, places)
+        x = norm("transformer.decoder.norm", x)
+        logits.append((x * tensors["fc.W"][0]).sum(1) + tensors["fc.b"][0])
+    return torch.stack(logits)
 
 
 def ml_decoder_state_dict(in_channels, num_classes, num_groups=100, width=768, zero_shot=False):
@@ -284,6 +363,8 @@ def official_forward(tensors, x, slope=1e-3, stem_slope=1e-2, word_vectors=None)
             index += 1
     if "head.decoder.duplicate_pooling" in tensors:
         return ml_decoder(tensors, x, word_vectors)
+    if "fc.W" in tensors:
+        return query2label(tensors, x)
     x = x.mean((2, 3))
     for name in ("head.fc.embedding_generator.0", "head.fc.FC", "head.fc"):
         if f"{name}.weight" in tensors:

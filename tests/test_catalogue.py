@@ -11,11 +11,11 @@ from timm_tresnet.conversion.description import _choose_public_weight
 from timm_tresnet.conversion.recognition import Recognised, _check_fit, _detect, _detect_head, _find_blurs
 from timm_tresnet.utils.notes import MULTI_LABEL
 from timm_tresnet.weights.catalogue import NOTHING_KNOWN, Facts, load_catalogue, make_pretrained_cfg
-from timm_tresnet.weights.checkpoint import from_official
+from timm_tresnet.weights.checkpoint import find_networks, from_official, from_query2label
 from timm_tresnet.weights.labels import read_thresholds
 
 CATALOGUE = load_catalogue()
-NOT_OURS = ("query2label", "unknown")  # heads that the registered network has not
+NOT_OURS = ("unknown",)  # heads that the registered network has not
 each_public_weight = pytest.mark.parametrize("public", CATALOGUE.values(), ids=CATALOGUE)
 OFFICIAL = {  # how the official code makes each architecture
     "tresnet_m": {"layers": (3, 4, 11, 3)},
@@ -51,13 +51,15 @@ def test_official_names_and_shapes_are_found_to_be_the_public_weights(public):
         tensors = reference.official_state_dict(
             **OFFICIAL[public.architecture],
             num_classes=public.num_classes or 7,
-            head={"unknown": "linear", "query2label": "none"}.get(public.head, public.head),
+            head={"unknown": "linear"}.get(public.head, public.head),
+            head_features=8192 if public.head == "query2label" else 512,
             num_groups=public.num_groups or 100,
             decoder_embedding=public.decoder_embedding or 768,
             counters=True,
         )
-    blurred = _find_blurs(tensors)
-    weights = from_official(tensors)
+    network, *_ = find_networks(tensors)
+    blurred = _find_blurs(network.tensors)
+    weights = from_official(network.tensors) | from_query2label(network.beside)
     head, classes, head_arguments = _detect_head(weights)
     architecture, model_args = _detect(weights, blurred, custom=False)
     _check_fit(weights, architecture, model_args | head_arguments, classes)
@@ -65,7 +67,7 @@ def test_official_names_and_shapes_are_found_to_be_the_public_weights(public):
         architecture=architecture,
         model_args=model_args | head_arguments,
         state_dict=weights,
-        head="query2label" if public.head == "query2label" else head,
+        head=head,
         num_classes=classes,
         layout="official",
         inplace_abn=True,
@@ -103,7 +105,7 @@ def test_registered_tag_builds_the_network_of_the_public_weight(public):
     width = {"bottleneck": 512, "ml_decoder": public.decoder_embedding or 768}.get(public.head, model.num_features)
     assert model.head_hidden_size == width
     learned = isinstance(getattr(getattr(model.head, "queries", None), "vectors", None), torch.nn.Parameter)
-    assert learned == public.learn_queries
+    assert learned == (public.learn_queries or public.head == "query2label")
     if public.architecture == "tresnet_d":
         assert model.body.conv1.act is not None
         return

@@ -14,7 +14,7 @@ CATALOGUE = load_catalogue()
 LINEAR = CATALOGUE["tresnet_m.miil_in21k_ft_in1k"]
 MULTI_LABEL = CATALOGUE["tresnet_l.asl_coco_448"]
 ML_DECODER = CATALOGUE["tresnet_v2_l.ml_decoder_coco_448"]
-BACKBONE = CATALOGUE["tresnet_v2_l.q2l_coco_448"]
+QUERY2LABEL = CATALOGUE["tresnet_v2_l.q2l_coco_448"]
 PRETRAINING = CATALOGUE["tresnet_v2_l.ml_decoder_openimages_pretrain"]
 UNLICENSED = CATALOGUE["tresnet_v2_l.csl_openimages"]
 
@@ -31,7 +31,7 @@ def test_card_of_every_public_weight_has_metadata_that_the_hub_client_reads(publ
     assert ("multi-label" in card.data.tags) == public.multi_label
     assert public.metric is None or public.metric.published in card.text
     assert (public.paper or "arXiv:2003.13630").removeprefix("arXiv:") in card.text
-    if public.head in ("query2label", "unknown"):
+    if public.head == "unknown":
         assert card.data.pipeline_tag == "image-feature-extraction"
         assert card.data.eval_results is None
     else:
@@ -74,11 +74,15 @@ def test_what_a_public_weight_does_not_say_is_left_out():
 
 
 def test_result_of_a_head_that_is_not_converted_is_no_result_of_the_backbone():
-    card = make_card(BACKBONE, BACKBONE.architecture, 0)
+    card = make_card(QUERY2LABEL, QUERY2LABEL.architecture, 0)
     assert "model-index" not in card
     assert "89.2 %, published in SlongLiu/query2labels, README.md; that is with the published head" in card
-    assert "The Query2Label head is left out" in card
     assert "### Classification" not in card
+
+
+def test_results_of_query2label_are_those_of_the_converted_network():
+    card = make_card(QUERY2LABEL, QUERY2LABEL.architecture, 80)
+    assert "| mAP on MS-COCO 2014 | 89.2 %, published in SlongLiu/query2labels, README.md |" in card
 
 
 def test_results_of_ml_decoder_are_those_of_the_converted_network():
@@ -131,7 +135,7 @@ def test_examples_load_the_repository_or_a_placeholder():
 
 @pytest.mark.parametrize(
     ("public", "num_classes"),
-    [(LINEAR, 7), (MULTI_LABEL, 3), (BACKBONE, 0), (None, 7)],
+    [(LINEAR, 7), (MULTI_LABEL, 3), (QUERY2LABEL, 0), (None, 7)],
     ids=["classes", "labels", "no_classes", "unknown"],
 )
 def test_every_example_runs(public, num_classes, tmp_path, monkeypatch, capsys):

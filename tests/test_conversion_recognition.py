@@ -172,13 +172,43 @@ def test_zero_shot_networks_answer_once_they_have_labels(tmp_path):
     assert_gives(tmp_path / "again", expected, x)
 
 
-def test_the_backbone_of_query2label_is_converted(tmp_path):
+def as_query2label(tensors):
+    """Names of the file without its wrapper, and those of the backbone as elsewhere."""
+    return {name.removeprefix("module.").removeprefix("backbone.0.body."): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["ddp", "bare"])
+def test_file_of_query2label_gives_the_logits_of_its_code(wrapped, tmp_path):
+    tensors = reference.official_state_dict(**SMALL, head="query2label", head_features=24)
+    if not wrapped:
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    conversion = convert_checkpoint(save_checkpoint({"state_dict": tensors}, tmp_path / "checkpoint.pkl"))
+    assert (conversion.head, conversion.num_classes) == ("query2label", 10)
+    assert conversion.model_args == {"head": "query2label", "head_features": 24, "decoder_embedding": 512}
+    assert any("4 heads, as published" in note for note in conversion.notes)
+    assert not any("left out" in note and "unknown" not in note for note in conversion.notes)
+    write_folder(conversion, tmp_path / "folder")
+    x = torch.rand(2, 3, 64, 96)
+    assert_gives(tmp_path / "folder", reference.official_forward(as_query2label(tensors), x), x)
+
+
+@pytest.mark.parametrize("change", ["self_attn", "third_layer", "norm1"])
+def test_of_another_transformer_of_query2label_the_backbone_is_converted(change, tmp_path):
     tensors = reference.official_state_dict(**SMALL, head="query2label")
+    layer = "module.transformer.decoder.layers."
+    if change == "norm1":
+        tensors = {name: tensor for name, tensor in tensors.items() if not re.search("transformer.*norm1", name)}
+        with pytest.raises(ValueError, match=r"missing head.encoder.norm1.weight, head.encoder.norm1.bias"):
+            convert_checkpoint(save_checkpoint({"state_dict": tensors}, tmp_path / "checkpoint.pkl"))
+        return
+    for name in [name for name in tensors if name.startswith(f"{layer}1.")]:  # its options to keep self-attention
+        other = name.replace("multihead", "self") if change == "self_attn" else name.replace("s.1.", "s.2.")
+        tensors[other] = tensors[name]
     conversion = convert_checkpoint(save_checkpoint({"state_dict": tensors}, tmp_path / "checkpoint.pkl"))
     assert (conversion.head, conversion.num_classes, conversion.model_args) == ("query2label", 0, {})
     assert any("the Query2Label head was left out" in note for note in conversion.notes)
     write_folder(conversion, tmp_path / "folder")
-    backbone = {name.removeprefix("module.backbone.0.body."): tensor for name, tensor in tensors.items()}
+    backbone = {name: tensor for name, tensor in as_query2label(tensors).items() if name.startswith("body.")}
     x = torch.rand(2, 3, 64, 64)
     assert_gives(tmp_path / "folder", reference.official_forward(backbone, x), x)
 

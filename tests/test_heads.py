@@ -7,9 +7,10 @@ from packaging.version import Version
 
 from timm_tresnet import TResNet
 from timm_tresnet.models.heads import HEAD_ARGUMENTS, HEADS, choose_head
-from timm_tresnet.models.layers import BottleneckHead, LinearHead, MLDecoderHead
+from timm_tresnet.models.layers import BottleneckHead, LinearHead, MLDecoderHead, Query2LabelHead
 
 LAYERS = (1, 1, 1, 1)
+TRANSFORMERS = ("ml_decoder", "query2label")  # which need no pooling
 
 
 @pytest.mark.parametrize(
@@ -19,8 +20,9 @@ LAYERS = (1, 1, 1, 1)
         ({"head": "linear", "head_features": 8}, BottleneckHead),  # as configs had it before heads had names
         ({"head": "bottleneck"}, BottleneckHead),
         ({"head": "ml_decoder", "num_groups": 2, "decoder_embedding": 16, "label_embedding": None}, MLDecoderHead),
+        ({"head": "query2label", "head_features": 8, "decoder_embedding": 4}, Query2LabelHead),
     ],
-    ids=["linear", "head_features", "bottleneck", "ml_decoder"],
+    ids=["linear", "head_features", "bottleneck", "ml_decoder", "query2label"],
 )
 def test_heads_have_names(options, kind):
     assert type(choose_head(**options)(6, num_classes=3, pool_type="avg")) is kind
@@ -43,15 +45,22 @@ def test_options_reach_the_head():
     [
         (
             {"head": "attention"},
-            "TResNet needs head to be one of 'linear', 'bottleneck', 'ml_decoder', got 'attention'",
+            "TResNet needs head to be one of 'linear', 'bottleneck', 'ml_decoder', 'query2label', got 'attention'",
         ),
         ({"head": "linear", "num_groups": 5}, "needs head='ml_decoder' for num_groups=5, got head='linear'"),
-        ({"head": "ml_decoder", "head_features": 5}, "needs head='bottleneck' for head_features=5, got head='ml_dec"),
+        (
+            {"head": "ml_decoder", "head_features": 5},
+            "needs head='bottleneck' or 'query2label' for head_features=5, got",
+        ),
+        ({"head": "query2label", "decoder_embedding": 6}, "needs decoder_embedding in multiples of 4, .* got 6"),
         ({"head": "bottleneck", "head_features": 0}, "needs head_features to be at least 1 or None, got 0"),
         ({"head": "ml_decoder", "num_groups": -1}, "needs num_groups to be at least 1 or None, got -1"),
         ({"head": "ml_decoder", "decoder_embedding": 7.5}, "needs decoder_embedding to be at least 1 or None, got 7.5"),
         ({"head": "ml_decoder", "num_groups": True}, "needs num_groups to be at least 1 or None, got True"),
-        ({"head": ["linear"]}, r"needs head to be one of 'linear', 'bottleneck', 'ml_decoder', got \['linear'\]"),
+        (
+            {"head": ["linear"]},
+            r"needs head to be one of 'linear', 'bottleneck', 'ml_decoder', 'query2label', got \['l",
+        ),
         (
             {"head": "ml_decoder", "num_groups": 3, "label_embedding": 5},
             "needs num_groups or label_embedding, not both, got 3 and 5",
@@ -70,6 +79,7 @@ def test_options_reach_the_head():
         "name",
         "group",
         "bottleneck",
+        "query2label",
         "zero",
         "negative",
         "fraction",
@@ -79,7 +89,7 @@ def test_options_reach_the_head():
         "learnt_labels",
         "learnt_linear",
         "no_flag",
-    ],  # fmt: skip
+    ],
 )
 def test_what_fits_no_head_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
@@ -95,9 +105,9 @@ def test_every_head_works_with_and_without_classes_and_pooling(head):
         for num_classes, pool, shape in (
             (0, None, (2, model.head_hidden_size)),
             (0, "", (2, 256, 2, 3)),
-            (5, None, (2, 5) if head == "ml_decoder" else (2, 5, 2, 3)),
+            (5, None, (2, 5) if head in TRANSFORMERS else (2, 5, 2, 3)),
             (5, "avg", (2, 5)),
-            (3, "", (2, 3) if head == "ml_decoder" else (2, 3, 2, 3)),
+            (3, "", (2, 3) if head in TRANSFORMERS else (2, 3, 2, 3)),
         ):
             model.reset_classifier(num_classes, pool)
             assert model(x).shape == shape

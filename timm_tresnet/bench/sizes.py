@@ -6,6 +6,7 @@ from typing import Any
 
 _HEAD_WIDTHS = {"bottleneck": 512, "ml_decoder": 768}  # unless head_features or decoder_embedding says otherwise
 _DECODER_GROUPS, _DECODER_HIDDEN = 100, 2048
+_TRANSFORMER_HIDDEN = 8192
 
 
 class _Count:
@@ -109,9 +110,31 @@ def _count_head(count: _Count, arguments: Mapping[str, Any], features: int, side
             count.params += weights + num_classes
             count.macs += weights
         return
+    if head == "query2label":
+        width = arguments.get("decoder_embedding") or features
+        hidden: int = arguments.get("head_features") or _TRANSFORMER_HIDDEN
+        pixels = side**2
+        if width != features:
+            count.linear(features, width, pixels)
+        _count_attention(count, width, hidden, pixels, pixels)
+        if num_classes:
+            for _ in range(2):
+                _count_attention(count, width, hidden, num_classes, pixels)
+            count.params += (2 * width + 1) * num_classes + 2 * width  # queries, last layer, norm
+        return
     if head == "bottleneck":
         width = arguments.get("head_features") or _HEAD_WIDTHS[head]
         count.linear(features, width)
         features = width
     if num_classes:
         count.linear(features, num_classes)
+
+
+def _count_attention(count: _Count, width: int, hidden: int, queries: int, pixels: int) -> None:
+    """Count a layer of a transformer whose queries attend to pixels."""
+    for rows in (queries, pixels, pixels, queries):
+        count.linear(width, width, rows)
+    count.macs += 2 * queries * pixels * width
+    count.linear(width, hidden, queries)
+    count.linear(hidden, width, queries)
+    count.params += 2 * 2 * width  # norms

@@ -42,7 +42,7 @@ def add_training_options(parser: argparse.ArgumentParser, usual: Any, rows: Sequ
     )
     network.add_argument("--from-scratch", action="store_true", help="start from random weights")
     network.add_argument(
-        "--head", metavar="NAME", help="linear, bottleneck or ml_decoder (default: that of the weights)"
+        "--head", metavar="NAME", help="linear, bottleneck, ml_decoder or query2label (default: that of the weights)"
     )
     network.add_argument(
         "--model-kwargs",

@@ -207,8 +207,6 @@ def _introduce(facts: Facts, architecture: str, num_classes: int) -> str:
         source = f"The weights are those of {link(public.paper)}, converted from {files} of its {code}."
     else:
         source = f"The weights are {files} of their authors' {code}, converted."
-    if public.head == "query2label" and not num_classes:
-        source += " The Query2Label head is left out."
     return f"{text} {source}"
 
 

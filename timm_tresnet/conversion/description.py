@@ -250,8 +250,10 @@ def _note(
             "is 1e-5 in each weight, norm_weights='bn' leaves them as they are"
         )
     yield from misfits
-    if found.head == "query2label":
+    if found.head == "query2label" and not found.num_classes:
         yield "the Query2Label head was left out: what is converted is the backbone"
+    if found.head == "query2label" and found.num_classes:
+        yield "Query2Label's attention was taken to have 4 heads, as published, which no tensor tells"
     if found.head == "ml_decoder" and not found.num_classes:
         yield (
             "the word embeddings of the labels are not in the file: the network answers once it has been given some, "

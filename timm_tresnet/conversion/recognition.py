@@ -20,13 +20,14 @@ from timm_tresnet.weights.checkpoint import (
     find_misfits,
     find_networks,
     from_official,
+    from_query2label,
     has_frelu,
     rename_head,
 )
 from timm_tresnet.weights.labels import order_names
 
 _STEM = "body.conv1.conv.weight"
-_QUERY2LABEL = re.compile(r"(module\.)?(transformer\.|input_proj\.|query_embed\.weight$|fc\.[Wb]$)")
+_QUERY2LABEL = re.compile(r"(module\.)?(transformer\.|input_proj\.|query_embed\.weight$|fc\.[Wb]$|backbone\.1\.pe$)")
 _DEPTH_SHOWN = 3
 _DIMENSIONS = {  # of what tells a head's arguments
     "head.fc.weight": (2, 3),
@@ -45,8 +46,8 @@ class Recognised:
         architecture: name of the variant.
         model_args: arguments of `TResNet` that are not the variant's own.
         state_dict: the weights under this package's names, in single precision.
-        head: kind of head in the file: "linear", "bottleneck", "ml_decoder", "query2label" (left out)
-            or "none".
+        head: kind of head in the file: "linear", "bottleneck", "ml_decoder", "query2label" (left out if there are no
+            classes) or "none".
         num_classes: classes of that head; 0 for none, also where labels are still to be given to ML-Decoder.
         layout: names in the file, "official" or "timm".
         inplace_abn: whether norm weights were taken for In-Place ABN's and became |w| + 1e-5.
@@ -102,13 +103,14 @@ def recognise(
     if not networks:
         raise NoNetwork(f"no TResNet: neither {OFFICIAL_STEM} nor {_STEM} among {name_some(_list_tensors(checkpoint))}")
     network = choose_network(networks, key)
-    tensors = take_tensors(network)
+    query2label = from_query2label(network.beside)
+    tensors = take_tensors(dataclasses.replace(network, tensors={**network.tensors, **query2label}))
     official = OFFICIAL_STEM in tensors
     blurred = not official or _find_blurs(tensors)
     inplace_abn = official and not has_frelu(tensors) if norm_weights is None else norm_weights == "abn"
     weights = _rename(tensors, official, inplace_abn)
     head, num_classes, head_args = _detect_head(weights)
-    if any(_QUERY2LABEL.match(name) for name in (*network.others, *weights)):
+    if not query2label and any(_QUERY2LABEL.match(name) for name in (*network.others, *weights)):
         head, num_classes, head_args = "query2label", 0, {}
         weights = {name: weight for name, weight in weights.items() if not _QUERY2LABEL.match(name)}
     if "label_embedding" in head_args and QUERIES not in weights:  # the official code keeps them elsewhere
@@ -189,6 +191,8 @@ def _detect_head(weights: Mapping[str, Tensor]) -> tuple[str, int, dict[str, Any
         if len(shape) not in dimensions or 0 in shape[to_come:]:
             raise ValueError(f"{name} needs {' or '.join(map(str, dimensions))} dimensions, got shape {shape}")
     embedding, classifier = weights.get("head.embedding.weight"), weights.get("head.fc.weight")
+    if any(name.startswith("head.encoder.") for name in weights):
+        return "query2label", *_detect_query2label(weights)
     if any(name.startswith(("head.queries.", "head.decoder.")) for name in weights):
         return "ml_decoder", *_detect_ml_decoder(weights)
     if classifier is None:
@@ -210,6 +214,14 @@ def _detect_ml_decoder(weights: Mapping[str, Tensor]) -> tuple[int, dict[str, An
     if queries is None:
         raise ValueError(f"its ML-Decoder head is incomplete: missing {QUERIES}")
     return weights["head.fc.bias"].numel(), {**model_args, "num_groups": queries.shape[0]}
+
+
+def _detect_query2label(weights: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
+    hidden, queries = weights.get("head.encoder.mlp.fc1.weight"), weights.get(QUERIES)
+    if hidden is None or hidden.ndim != 2 or 0 in hidden.shape:
+        raise ValueError("its Query2Label head is incomplete: missing head.encoder.mlp.fc1.weight of 2 dimensions")
+    model_args = {"head": "query2label", "head_features": hidden.shape[0], "decoder_embedding": hidden.shape[1]}
+    return 0 if queries is None else queries.shape[0], model_args
 
 
 def _detect(weights: Mapping[str, Tensor], blurred: bool, custom: bool) -> tuple[str, dict[str, Any]]:

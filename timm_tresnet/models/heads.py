@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from timm_tresnet.models.arguments import choose
-from timm_tresnet.models.layers import BottleneckHead, LinearHead, MLDecoderHead
+from timm_tresnet.models.layers import BottleneckHead, LinearHead, MLDecoderHead, Query2LabelHead
 
 _HIDDEN_FEATURES = 512  # of the official bottleneck heads (Alibaba-MIIL/ASL, `TResNet`)
 
@@ -20,6 +20,10 @@ HEADS: dict[str, tuple[Callable[..., nn.Module], dict[str, str]]] = {  # and its
     "ml_decoder": (
         MLDecoderHead,
         {name: name for name in ("num_groups", "decoder_embedding", "label_embedding", "learn_queries")},
+    ),
+    "query2label": (
+        Query2LabelHead,
+        {"decoder_embedding": "decoder_embedding", "head_features": "hidden_features"},
     ),
 }
 _FLAGS = {"learn_queries"}

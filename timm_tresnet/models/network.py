@@ -21,11 +21,12 @@ from timm_tresnet.models.arguments import (
 from timm_tresnet.models.blocks import BasicBlock, Bottleneck
 from timm_tresnet.models.explanation import Part, explain, format_parts
 from timm_tresnet.models.heads import choose_head
-from timm_tresnet.models.layers import BlurPool2d, ConvNormAct, LinearHead, MLDecoderHead, SpaceToDepth
+from timm_tresnet.models.layers import BlurPool2d, ConvNormAct, LinearHead, MLDecoderHead, Query2LabelHead, SpaceToDepth
 from timm_tresnet.recompute.policy import SETTINGS
 from timm_tresnet.recompute.stage import Body, Stage
 from timm_tresnet.utils.notes import MULTI_LABEL, NAMED_BY, THRESHOLDS, drop_notes
 
+_TRANSFORMERS = (MLDecoderHead, Query2LabelHead)  # heads that draw their weights by themselves
 _BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
@@ -58,10 +59,13 @@ class TResNet(nn.Module):
         global_pool: pooling before the classifier, as `timm.layers.SelectAdaptivePool2d` takes it; "" for none.
         head: "linear", a linear layer behind the pooling; "bottleneck", two of them, see
             `timm_tresnet.models.layers.BottleneckHead`; "ml_decoder", attention in place of the pooling, see
-            `timm_tresnet.models.layers.MLDecoderHead`.
-        head_features: width between the two layers of "bottleneck", which it asks for by itself; None for 512.
+            `timm_tresnet.models.layers.MLDecoderHead`; "query2label", a transformer in its place, see
+            `timm_tresnet.models.layers.Query2LabelHead`.
+        head_features: width between the two layers of "bottleneck", which it asks for by itself, None for 512; of
+            "query2label" that inside its small networks, None for 8192.
         num_groups: groups of classes of "ml_decoder"; None for 100, never more than there are classes.
-        decoder_embedding: width of the decoder of "ml_decoder", a multiple of 8; None for 768.
+        decoder_embedding: width of the decoder of "ml_decoder", a multiple of 8, None for 768; of "query2label", a
+            multiple of 4, None for the channels of the last feature map.
         label_embedding: width of the word embeddings that "ml_decoder" takes in place of groups, for zero-shot, see
             `set_label_embeddings`; None for groups.
         learn_queries: train the queries of "ml_decoder" too, as 7eu7d7/ML-Danbooru does; not those of labels.
@@ -194,9 +198,9 @@ class TResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
-            elif isinstance(module, nn.Linear) and not isinstance(self.head, MLDecoderHead):
+            elif isinstance(module, nn.Linear) and not isinstance(self.head, _TRANSFORMERS):
                 nn.init.normal_(module.weight, std=0.01)
-        if isinstance(self.head, MLDecoderHead):
+        if isinstance(self.head, _TRANSFORMERS):
             self.head.draw_weights()
         for module in self.modules():
             if isinstance(module, BasicBlock):
@@ -325,7 +329,7 @@ class TResNet(nn.Module):
         self.head.train(self.training)
         self.head_hidden_size = self._head_hidden_size()
         for module in self.head.modules():
-            if isinstance(module, nn.Linear) and module not in kept and not isinstance(self.head, MLDecoderHead):
+            if isinstance(module, nn.Linear) and module not in kept and not isinstance(self.head, _TRANSFORMERS):
                 nn.init.normal_(module.weight, std=0.01)
         self._update_pretrained_cfg(MULTI_LABEL, THRESHOLDS, NAMED_BY)
 

@@ -92,8 +92,7 @@ class PublicWeight(Facts):
         metric: the published result of these weights.
         paper: "arXiv:" and its number; None if there is none.
         code: address of the official code.
-        head: that of the network (`models.heads`); "query2label" if it is another one, of which the backbone can
-            be converted; "unknown" for whatever is in the file.
+        head: that of the network (`models.heads`); "unknown" for whatever is in the file.
         num_groups: groups of an ML-Decoder head, if not as many as it has by itself.
         decoder_embedding: width of an ML-Decoder head, likewise.
         learn_queries: whether its queries were trained.
@@ -125,12 +124,12 @@ class PublicWeight(Facts):
     @property
     def converted_classes(self) -> int:
         """Classes of the registered network: none if the head is of another kind or not known."""
-        return 0 if self.head in ("query2label", "unknown") else self.num_classes or 0
+        return 0 if self.head == "unknown" else self.num_classes or 0
 
     @property
     def network_arguments(self) -> dict[str, Any]:
         """Arguments of the network that hold the weight, beyond those of its variant."""
-        head = {"head": self.head} if self.head in ("bottleneck", "ml_decoder") else {}
+        head = {"head": self.head} if self.head in ("bottleneck", "ml_decoder", "query2label") else {}
         options = {"num_groups": self.num_groups, "decoder_embedding": self.decoder_embedding}
         given = {name: value for name, value in options.items() if value}
         return {**self.slopes, **head, **given, **self.untold}

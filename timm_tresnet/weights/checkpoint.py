@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_tresnet.models.layers import MLDecoderHead
+from timm_tresnet.models.layers import MLDecoderHead, Query2LabelHead
 from timm_tresnet.utils.terminal import escape
 
 _logger = logging.getLogger(__name__)
@@ -62,6 +62,30 @@ _OFFICIAL_PROJECTION = "head.decoder.layers.0.multihead_attn.in_proj_"  # of que
 _XFORMERS_PROJECTION = "head.decoder.layers.0.multihead_attn.in_proj_container.{}_proj.{}"
 
 
+# Query2Label's layers and what is around them
+_QUERY2LABEL_LAYER = re.compile(r"transformer\.(?P<coder>en|de)coder\.layers\.(?P<index>\d)\.(?P<rest>.*)", re.DOTALL)
+_ATTENTION = "attn.qkv."
+_QUERY2LABEL_PARTS = {
+    attention: {
+        f"{attention}in_proj_": _ATTENTION,
+        f"{attention}out_proj.": "attn.proj.",
+        "linear1.": "mlp.fc1.",
+        "linear2.": "mlp.fc2.",
+        f"norm{first}.": "norm1.",
+        f"norm{first + 1}.": "norm2.",
+    }
+    for attention, first in (("self_attn.", 1), ("multihead_attn.", 2))
+}
+_QUERY2LABEL = {
+    "transformer.decoder.norm.weight": "head.norm.weight",
+    "transformer.decoder.norm.bias": "head.norm.bias",
+    "input_proj.bias": "head.embedding.bias",
+    "query_embed.weight": QUERIES,
+    "fc.W": "head.fc.weight",
+    "fc.b": "head.fc.bias",
+}
+
+
 def checkpoint_filter_fn(
     state_dict: Mapping[str, Any], model: nn.Module, other_head: bool = False
 ) -> dict[str, Tensor]:
@@ -87,6 +111,8 @@ def checkpoint_filter_fn(
         state_dict = _fit_other_head(state_dict, head)
     if QUERIES in state_dict and isinstance(head, MLDecoderHead) and head.decodes:
         _fit_queries(state_dict, head)
+    elif QUERIES in state_dict and isinstance(head, Query2LabelHead) and len(state_dict[QUERIES]) != head.num_classes:
+        del state_dict[QUERIES]
     if _STEM in state_dict:
         state_dict[_STEM] = adapt_stem(state_dict[_STEM], model.get_parameter(_STEM).shape[1])
     return state_dict
@@ -133,11 +159,13 @@ class FoundNetwork:
         key: names that lead to them, joined by dots, such as "state_dict_ema"; "" if the checkpoint is the weights.
         tensors: by name, without prefix and wrappers.
         others: what is beside them and is not theirs.
+        beside: tensors among the others, by name, without wrappers.
     """
 
     key: str
     tensors: dict[str, Tensor]
     others: tuple[str, ...] = ()
+    beside: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 def find_networks(checkpoint: Any) -> list[FoundNetwork]:
@@ -186,7 +214,8 @@ def _find_in(key: str, holder: Mapping[Any, Any]) -> Iterator[FoundNetwork]:
         if twice and "" not in prefixes:
             raise ValueError(f"the checkpoint holds two tensors for {', '.join(twice)}: with and without {prefix!r}")
         names = [key, _WRAPPER.sub("", prefix).rstrip(".")]
-        yield FoundNetwork(".".join(filter(None, names)), own, tuple(others))
+        beside = {_WRAPPER.sub("", name): tensors[name] for name in tensors if not name.startswith(prefix)}
+        yield FoundNetwork(".".join(filter(None, names)), own, tuple(others), beside)
 
 
 def choose_network(networks: Sequence[FoundNetwork], key: str | None = None) -> FoundNetwork:
@@ -303,6 +332,39 @@ def rename_head(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"the checkpoint holds two tensors for {', '.join(twice)}")
         renamed |= parts
     return renamed
+
+
+def from_query2label(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Translate the names of Query2Label's transformer, which is beside the network (SlongLiu/query2labels, 55eb050).
+
+    Args:
+        state_dict: tensors under the official names, without wrapper.
+
+    Returns:
+        The same tensors under our names, behind "head."; nothing if they are of a transformer with other layers than
+        one of an encoder and two of a decoder without self-attention, the published ones.
+    """
+    converted: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        match = _QUERY2LABEL_LAYER.fullmatch(name)
+        if match:
+            layer = "head.encoder." if match["coder"] == "en" else f"head.decoder.{match['index']}."
+            parts = _QUERY2LABEL_PARTS["self_attn." if match["coder"] == "en" else "multihead_attn."]
+            official = next((part for part in parts if match["rest"].startswith(part)), "")
+            kind = match["rest"].removeprefix(official)
+            if not official:
+                return {}
+            if parts[official] == _ATTENTION and tensor.ndim and len(tensor) % 3 == 0:
+                for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                    converted[f"{layer}attn.{letter}.{kind}"] = part
+            else:
+                converted[f"{layer}{parts[official]}{kind}"] = tensor
+        elif name == "input_proj.weight":
+            converted["head.embedding.weight"] = tensor.flatten(1)
+        elif name in _QUERY2LABEL:
+            converted[_QUERY2LABEL[name]] = tensor[0] if name.startswith("fc.") and tensor.ndim > 1 else tensor
+    layers = {name.split(".attn.")[0] for name in converted if ".attn." in name}
+    return converted if layers == {"head.encoder", "head.decoder.0", "head.decoder.1"} else {}
 
 
 def _join_projections(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ MODEL_ARGS: dict[str, Kind] = {  # arguments of `TResNet`, but for its device an
     "global_pool": choice(
         "fast", "avg", "max", "avgmax", "catavgmax", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax", ""
     ),
-    "head": choice("linear", "bottleneck", "ml_decoder"),
+    "head": choice("linear", "bottleneck", "ml_decoder", "query2label"),
     "head_features": integer(1, 65536).or_null(),
     "num_groups": integer(1, 1_000_000).or_null(),
     "decoder_embedding": integer(1, 65536).or_null(),

@@ -7,6 +7,7 @@ from timm_tresnet.models.layers.conv_norm_act import ConvNormAct, FoldedConvNorm
 from timm_tresnet.models.layers.frelu import FReLU
 from timm_tresnet.models.layers.linear_head import LinearHead
 from timm_tresnet.models.layers.ml_decoder_head import MLDecoderHead
+from timm_tresnet.models.layers.query2label_head import Query2LabelHead
 from timm_tresnet.models.layers.space_to_depth import SpaceToDepth
 from timm_tresnet.models.layers.squeeze_excite import SqueezeExcite
 
@@ -19,6 +20,7 @@ __all__ = [
     "FoldedConvNormAct",
     "LinearHead",
     "MLDecoderHead",
+    "Query2LabelHead",
     "SpaceToDepth",
     "SqueezeExcite",
     "StrideOneAvgPool2d",
