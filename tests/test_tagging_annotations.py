@@ -514,3 +514,167 @@ def test_links_within_the_folder_and_a_folder_that_is_a_link_are_no_matter(tmp_p
     (tmp_path / "data" / "labels.csv").write_text("file,labels\ninner.png,cat\n./a.png,cat\n")
     (tmp_path / "elsewhere").symlink_to(tmp_path / "data")
     assert len(read_annotations(tmp_path / "elsewhere" / "labels.csv").examples) == 2
+
+
+LINE = '{"file_name": "a.jpg", "labels": '
+WHOLE = {  # file, text, options, and all that is said, with {path} and {folder}
+    "annotation_without_category": (
+        "x.json",
+        '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1}], "categories": []}',
+        {},
+        "{path} needs annotations[0].category_id, which is missing; COCO's annotations have images, annotations and "
+        "categories",
+    ),
+    "category_without_name": (
+        "x.json",
+        '{"images": [], "annotations": [], "categories": [{"id": 1}]}',
+        {},
+        "{path} needs categories[0].name, which is missing; COCO's annotations have images, annotations and categories",
+    ),
+    "image_without_id": (
+        "x.json",
+        '{"images": [{"file_name": "a.jpg"}], "annotations": [], "categories": []}',
+        {},
+        "{path} needs images[0].id, which is missing; COCO's annotations have images, annotations and categories",
+    ),
+    "annotation_of_nothing": (
+        "x.json",
+        coco([(1, "a.jpg")], [(1, 5)]),
+        {},
+        "{path} needs annotations[0].category_id to be the id of one of the others, got 5; --skip-unknown leaves such "
+        "annotations out",
+    ),
+    "ids_twice": (
+        "x.json",
+        coco([(1, "a.jpg"), (1, "b.jpg")]),
+        {},
+        "{path} has an id twice among its images or its categories",
+    ),
+    "cells": (
+        "x.csv",
+        "file,labels\na.jpg,cat,dog\n",
+        {},
+        "{path} has 3 cells in line 2, and 2 in its first; put a cell that holds commas in quotes, as in "
+        'photo.jpg,"red, round;cat"',
+    ),
+    "no_file": (
+        "x.csv",
+        "photo,labels\na.jpg,cat\n",
+        {},
+        '{path} needs a first line that names its columns, one of them file or file_name, got "photo,labels"; '
+        "--file-column names another",
+    ),
+    "no_labels": (
+        "x.csv",
+        "file,animal\na.jpg,cat\n",
+        {},
+        "{path} needs a first line that names its columns, one of them labels or tags or label, or a column of 0 and 1 "
+        'for each label, got "file,animal"; --column names another',
+    ),
+    "wanted_column": (
+        "x.csv",
+        "file,animal\na.jpg,cat\n",
+        {"column": "b"},
+        '{path} needs a first line that names its columns, one of them b, got "file,animal"; --column names another',
+    ),
+    "confidence": (
+        "x.csv",
+        "file,label,confidence\na.jpg,cat,0.7\n",
+        {},
+        '{path} needs each confidence to be 0 or 1, got "0.7"; leave out labels that nobody checked, or '
+        "rename the column",
+    ),
+    "separator": (
+        "x.csv",
+        "file,labels\na.jpg,cat|dog\n",
+        {},
+        "{path} has labels such as \"cat|dog\": say --separator '|' if these are several labels, or "
+        "--separator ';' if it "
+        "is one",
+    ),
+    "list": (
+        "x.csv",
+        'file,labels\na.jpg,"[{}]"\n',
+        {},
+        "{path} needs a cell that begins with [ to be a label or a list of labels, each a whole number or "
+        "text, got a list "
+        "of 1",
+    ),
+    "metadata_column": (
+        "metadata.jsonl",
+        '{"file_name": "a.jpg", "animal": 1}',
+        {},
+        "{path} needs a column labels or tags or label, got animal, file_name; name the one with labels with --column "
+        "(line 1)",
+    ),
+    "metadata_label": (
+        "metadata.jsonl",
+        f"{LINE}[1.5]}}",
+        {},
+        "{path} needs labels to be a label or a list of labels, each a whole number or text, got [1.5] (line 1)",
+    ),
+    "metadata_file": ("metadata.jsonl", "\n{}", {}, "{path} needs file_name, which is missing (line 2)"),
+    "unknown_label": (
+        "x.csv",
+        "file,labels\na.jpg,cat;emu\n",
+        {"names": ("cat",)},
+        "{path} has labels that are not among the 1 known ones: emu; add them, or leave them out with --skip-unknown",
+    ),
+    "too_large_a_number": (
+        "x.csv",
+        "file,labels\na.jpg,1;0\n",
+        {"names": ("cat",)},
+        "{path} has labels that are no number of one of the 1 names: 1",
+    ),
+    "missing_file": (
+        "x.csv",
+        "file,labels\na.jpg,cat\nd.jpg,cat\n",
+        {},
+        "{path} names 1 of 2 files that do not exist, {folder}/d.jpg; say where they are with --images, or "
+        "leave them out "
+        "with --skip-missing",
+    ),
+    "nothing_left": (
+        "x.csv",
+        "file,labels\na.jpg,\nb.jpg,emu\n",
+        {"names": ("cat",), "skip_unknown": True},
+        "{path} has no images to train on or to measure with but 1 labels that are unknown, 2 images without labels",
+    ),
+    "outside": (
+        "x.csv",
+        "file,labels\n../a.jpg,cat\n",
+        {},
+        "{path} names 1 files outside {folder}, by absolute paths, .. or links: ../a.jpg; if you trust it, "
+        "take them with "
+        "--outside",
+    ),
+    "other_form": (
+        "x.yaml",
+        "",
+        {},
+        "{path} needs to be COCO's .json, a .csv of file and labels, or a folder with metadata.jsonl or with "
+        "a .txt beside "
+        "each image",
+    ),
+    "folder_without_labels": (
+        ".",
+        None,
+        {},
+        "{path} needs to hold a metadata.jsonl, as dataset folders of the Hub do, or a .txt with labels "
+        "beside each image",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "text", "options", "message"), WHOLE.values(), ids=WHOLE)
+def test_what_is_wrong_is_said_in_whole_sentences(folder, name, text, options, message):
+    path = folder if text is None else write(folder / name, text)
+    with pytest.raises(ValueError, match=r"\A") as caught:
+        read(path, **options)
+    assert str(caught.value) == message.format(path=path, folder=folder)
+
+
+def test_what_is_left_out_is_said_in_a_whole_sentence(folder):
+    path = write(folder / "x.csv", "file,labels\na.jpg,cat\nb.jpg,emu\n")
+    found = read_annotations(path, Reading(names=("cat",), skip_unknown=True))
+    assert describe_left_out(found) == f"{path}: left out 1 labels that are unknown, 1 images without labels"

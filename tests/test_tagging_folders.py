@@ -62,5 +62,7 @@ def test_a_share_of_each_class_is_held_out_by_the_seed_alone(tmp_path):
 
 def test_a_class_with_a_single_image_cannot_be_held_out(tmp_path):
     annotations, _ = read_folders(write_classes(tmp_path, 1))
-    with pytest.raises(ValueError, match="has a single image of '2', too few to hold one out"):
+    with pytest.raises(
+        ValueError, match="has a single image of '2', too few to hold one out; give others to measure with by --val"
+    ):
         hold_out_of_each(annotations, 0.1, seed=0)
