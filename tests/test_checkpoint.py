@@ -10,6 +10,7 @@ from timm_tresnet.weights.checkpoint import (
     choose_network,
     find_networks,
     from_official,
+    rename_head,
     unwrap,
 )
 
@@ -211,3 +212,17 @@ def test_official_file_loads_through_timm(tmp_path):
     with torch.no_grad():
         actual, expected = model(x), reference.official_forward(tensors, x)
     assert (actual - expected).norm() / expected.norm() <= 1e-5
+
+
+def test_projections_of_any_width_are_split_into_queries_and_the_rest():
+    prefix = "head.decoder.layers.0.multihead_attn.in_proj_"
+    weight, bias = torch.arange(6.0)[:, None].expand(6, 2), torch.arange(6.0)
+    renamed = rename_head({f"{prefix}weight": weight, f"{prefix}bias": bias})
+    assert renamed.keys() == {
+        f"head.{part}.{kind}" for part in ("queries.proj", "decoder.kv") for kind in ("weight", "bias")
+    }
+    assert renamed["head.queries.proj.bias"].tolist() == [0, 1]
+    assert renamed["head.decoder.kv.bias"].tolist() == [2, 3, 4, 5]
+    assert renamed["head.decoder.kv.weight"].shape == (4, 2)
+    odd = {f"{prefix}bias": torch.zeros(7)}  # of another network
+    assert rename_head(odd) == odd

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import timm
+import torch
 from timm.models import PretrainedCfg
 
 from timm_tresnet.models.network import TResNet
@@ -87,3 +88,42 @@ def test_thresholds_in_the_notes_are_checked(tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="config.json has notes that are wrong: needs the note of thresholds to be"):
         read_config(path)
+
+
+def refuse(config, path):
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"\A") as caught:
+        read_config(path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "pooling", ["fast", "avg", "max", "avgmax", "catavgmax", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax", ""]
+)
+def test_poolings_of_timm_are_taken(pooling):
+    assert MODEL_ARGS["global_pool"].fits(pooling)
+    classes = 0 if pooling == "" else 3
+    model = TResNet((1, 1, 1, 1), num_classes=classes, global_pool=pooling, width_factor=0.125, device="meta")
+    assert model(torch.empty(2, 3, 64, 64, device="meta")).shape == ((2, 3) if pooling else (2, 256, 2, 2))
+
+
+def test_channels_are_those_of_the_images_where_no_argument_says_so(tmp_path):
+    config = {"architecture": "test_tresnet", "pretrained_cfg": {"input_size": [4, 64, 64], "mean": [0, 0, 0, 0]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path / "config.json") == config
+    config["pretrained_cfg"]["mean"] = [0, 0]
+    said = refuse(config, tmp_path / "config.json")
+    assert said.endswith("needs pretrained_cfg.mean to have a number for each of 4 channels, got 2")
+
+
+def test_arguments_that_the_network_has_not_are_named_with_those_that_it_has(tmp_path):
+    config = {"architecture": "test_tresnet", "model_args": {"depth": 3}, "pretrained_cfg": {}}
+    said = refuse(config, tmp_path / "config.json")
+    known = ", ".join(MODEL_ARGS)
+    assert said.endswith(f'has "model_args.depth", which is no argument of TResNet; those are {known}')
+
+
+def test_numbers_of_classes_that_differ_are_named(tmp_path):
+    config = {"architecture": "test_tresnet", "num_classes": 3, "model_args": {"num_classes": 4}, "pretrained_cfg": {}}
+    said = refuse(config, tmp_path / "config.json")
+    assert said.endswith("needs num_classes to be the same everywhere, got 3 and 4 in model_args")

@@ -6,6 +6,7 @@ from timm_tresnet.weights.labels import (
     is_multi_label,
     label_config,
     label_lookup,
+    list_names,
     make_notes,
     read_thresholds,
 )
@@ -80,6 +81,15 @@ def test_classes_are_named_by_config_then_imagenet_then_number():
     assert [label_lookup(described)(index) for index in range(2)] == ["a", "the letter b"]
     assert label_lookup(timm.create_model("tresnet_m", device="meta"))(281) == "tabby, tabby cat"
     assert label_lookup(timm.create_model("tresnet_m", num_classes=17, device="meta"))(4) == "class 4"
+
+
+def test_all_names_of_each_class_are_listed():
+    described = {"label_names": ["a", "b"], "label_descriptions": {"b": "the letter b"}}
+    model = timm.create_model("test_tresnet", pretrained_cfg_overlay=described, num_classes=2)
+    assert list_names(model) == [("a",), ("b", "the letter b")]
+    assert list_names(timm.create_model("tresnet_m", device="meta"))[281] == ("n02123045", "tabby, tabby cat")
+    model.reset_classifier(3)
+    assert list_names(model) == [()] * 3
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from hub_server import Fault
 from timm_tresnet.cli import main as cli
 from timm_tresnet.utils.images import SAMPLES
 from timm_tresnet.utils.terminal import escape
-from timm_tresnet.weights.loading import load_network
+from timm_tresnet.weights.catalogue import load_catalogue
+from timm_tresnet.weights.loading import load_network, look_up
 
 CAT = str(SAMPLES / "cat.jpg")
 TEXTS = {  # what is no config at all
@@ -212,3 +213,12 @@ def test_weights_that_changed_on_their_way_are_refused_and_fetched_again(good, h
     assert "model.safetensors of owner/good needs the SHA-256 " in refused
     assert refused.splitlines()[1:] == ["2"]
     assert answered.endswith("0\n")
+
+
+def test_registered_weights_are_looked_up_with_the_arguments_of_their_network():
+    found = look_up("tresnet_v2_l.ml_decoder_coco_448")
+    public = load_catalogue()["tresnet_v2_l.ml_decoder_coco_448"]
+    assert found.architecture == "tresnet_v2_l"
+    assert found.model_args == public.network_arguments
+    assert found.model_args["head"] == "ml_decoder"
+    assert found.pretrained_cfg["tag"] == "ml_decoder_coco_448"

@@ -678,3 +678,10 @@ def test_what_is_left_out_is_said_in_a_whole_sentence(folder):
     path = write(folder / "x.csv", "file,labels\na.jpg,cat\nb.jpg,emu\n")
     found = read_annotations(path, Reading(names=("cat",), skip_unknown=True))
     assert describe_left_out(found) == f"{path}: left out 1 labels that are unknown, 1 images without labels"
+
+
+def test_an_image_that_was_searched_for_nothing_may_say_so_or_not(folder):
+    content = json.loads(coco([(1, "a.jpg"), (2, "b.jpg")], [(1, 3), (2, 3)]))
+    content["images"][0]["neg_category_ids"] = [18]
+    path = write(folder / "x.json", json.dumps(content))
+    assert read(path)[0] == {"a.jpg": (("cat",), ("dog",)), "b.jpg": (("cat",), ())}

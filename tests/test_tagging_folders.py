@@ -66,3 +66,12 @@ def test_a_class_with_a_single_image_cannot_be_held_out(tmp_path):
         ValueError, match="has a single image of '2', too few to hold one out; give others to measure with by --val"
     ):
         hold_out_of_each(annotations, 0.1, seed=0)
+
+
+def test_images_that_timm_passes_over_are_counted_by_format(tmp_path):
+    folder = write_classes(tmp_path, 1)
+    for name in ("2/a.webp", "10/b.WEBP", "2/c.bmp"):
+        (folder / name).touch()
+    annotations, _ = read_folders(folder)
+    passed_over = "files, which timm's reader passes over"
+    assert annotations.left_out == {f".webp {passed_over}": 2, f".bmp {passed_over}": 1}

@@ -199,3 +199,9 @@ def test_f1_of_poor_predictions_is_that_of_the_definition():
     precision, recall = (1 / 2 + 1 / 3) / 2, (1 / 3 + 1 / 2) / 2
     assert found["CF1"] == pytest.approx(100 * 2 * precision * recall / (precision + recall))
     assert found["OF1"] == pytest.approx(100 * 2 * 2 / (5 + 5))
+
+
+def test_ranking_of_labels_of_which_nothing_is_known_is_nan_by_every_name():
+    found = scores.score_ranking(torch.rand(2, 3), torch.full((2, 3), -1))
+    assert list(found) == list(scores.score_ranking(torch.rand(4, 1), torch.tensor([[0], [1], [0], [1]])))
+    assert all(value != value for value in found.values())
