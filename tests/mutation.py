@@ -1,49 +1,255 @@
 """Breaks the package in small ways, one at a time, and counts how many of these mutants the tests notice.
 
     python tests/mutation.py --mutants 300 --seed 0
+    python tests/mutation.py --mutants 50 recompute
 
-Draws mutants of the files that pyproject.toml names under tool.mutmut, has mutmut run for each the tests that call the
-function it is in, and prints how many were killed, by file, and the names of those that were not. `mutmut show NAME`
-prints a mutant. The mutated copy of the package stays in mutants/, with what was found; delete it to begin anew.
+Draws mutants that mutmut makes of the files named in GROUPS. Tests run in a copy of this tree, in processes forked from
+one that has imported PyTorch and timm: once all tests of the groups, to see which lines each executes, then for each
+mutant those that execute its line, until one fails. Verdicts are added to a file; a mutant that is in it is not tried
+again, so that an interrupted run goes on.
 """
 
 import argparse
+import difflib
+import fnmatch
+import importlib
 import json
+import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Sequence
+import tempfile
+import time
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from mutmut.mutation.file_mutation import mutate_file_contents
-from mutmut.stats import status_by_exit_code
-from mutmut.utils.file_utils import walk_mutatable_files
-from mutmut.utils.format_utils import get_mutant_name
+import coverage
+import pytest
+from mutmut.mutation.file_mutation import create_mutations
 
-from timm_tresnet.utils.tables import format_markdown
+ROOT = Path(__file__).resolve().parent.parent
+GROUPS = {  # what is mutated, and the tests that concern it
+    "conversion": (["conversion/*.py"], ["conversion_*", "hub_convert", "commands_convert"]),
+    "tagging": (
+        ["tagging/annotations.py", "tagging/folders.py", "tagging/forms.py", "tagging/scores.py"],
+        ["tagging_annotations", "tagging_folders", "tagging_scores"],
+    ),
+    "weights": (
+        ["utils/schema.py", "weights/*.py"],
+        ["catalogue", "checkpoint", "config", "heads", "labels", "loading", "schema"],
+    ),
+    "recompute": (
+        ["recompute/*.py"],
+        ["eligibility", "policy", "program", "recompute", "recompute_[abu]*", "saved", "stage"],
+    ),
+}
+_TESTS_LIMIT_S = 60  # of tests for one mutant, by the time that they take without it
+_HANGING_S = 240  # further seconds after which a mutant counts as one that hangs
 
-_KILLED = ("killed", "timeout", "segfault")
+
+@dataclass(frozen=True)
+class Mutant:
+    """A changed file, and the line where the change begins."""
+
+    path: str
+    code: str
+    line: int
+    diff: str
 
 
-def draw_mutants(count: int, seed: int) -> dict[str, Path]:
-    """Names of mutants, with the files that they are in."""
-    files = {
-        get_mutant_name(path, name): path
-        for path in sorted(walk_mutatable_files())
-        for name in mutate_file_contents(str(path), path.read_text(encoding="utf-8")).mutant_names
-    }
-    drawn = random.Random(seed).sample(list(files), min(count, len(files)))
-    return {name: files[name] for name in drawn}
+@dataclass(frozen=True)
+class Baseline:
+    """What the tests do without a mutant: seconds of computing by test, tests by line of each file."""
+
+    seconds: dict[str, float]
+    tests: dict[str, dict[int, list[str]]]
+
+    def choose_tests(self, mutant: Mutant) -> list[str]:
+        """Those that execute the line, or the nearest above it, or where only an import does, the file.
+
+        Of each function one case comes first, and fast ones before slow ones.
+        """
+        lines = self.tests.get(mutant.path, {})
+        line = max((number for number in lines if number <= mutant.line), default=0)
+        cases = defaultdict(list)
+        for test in sorted(lines.get(line) or set().union(*lines.values()), key=self.seconds.__getitem__):
+            cases[test.partition("[")[0]].append(test)
+        chosen, total = [], 0.0
+        for test in [*(first for first, *_ in cases.values()), *(test for _, *rest in cases.values() for test in rest)]:
+            if total < _TESTS_LIMIT_S:
+                chosen.append(test)
+                total += self.seconds[test]
+        return chosen
 
 
-def read_verdicts(drawn: dict[str, Path]) -> dict[str, str]:
-    """What mutmut noted down of each."""
-    verdicts = {}
-    for path in sorted(set(drawn.values())):
-        codes = json.loads(Path("mutants", f"{path}.meta").read_text())["exit_code_by_key"]
-        verdicts |= {name: status_by_exit_code[codes[name]] for name in drawn if drawn[name] == path}
-    return verdicts
+class Watcher:
+    """A plugin of pytest that notes which lines each test executes, and how long it takes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.coverage = coverage.Coverage(data_file=None, include=[f"{folder}/timm_tresnet/*"], config_file=False)
+        self.coverage.start()
+        self.seconds: dict[str, float] = {}
+        self.begin = time.perf_counter(), sum(os.times()[:4])
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        begin = time.perf_counter()
+        self.coverage.switch_context(item.nodeid)
+        result = yield
+        self.coverage.switch_context("")
+        self.seconds[item.nodeid] = time.perf_counter() - begin
+        return result
+
+    def write(self, path: Path, folder: Path) -> None:
+        self.coverage.stop()
+        wall_s, cpu_s = time.perf_counter() - self.begin[0], sum(os.times()[:4]) - self.begin[1]
+        seconds = {
+            test: each * min(1, cpu_s / wall_s) for test, each in self.seconds.items()
+        }  # others use the machine too
+        data = self.coverage.get_data()
+        tests = {
+            str(Path(file).relative_to(folder)): {
+                line: [context for context in contexts if context]
+                for line, contexts in data.contexts_by_lineno(file).items()
+            }
+            for file in data.measured_files()
+        }
+        path.write_text(json.dumps({"seconds": seconds, "tests": tests}), encoding="utf-8")
+
+
+def draw_mutants(groups: Sequence[str], count: int, seed: int) -> list[Mutant]:
+    """Mutants of the groups' files, in an order that depends on the seed alone."""
+    paths = {path for group in groups for pattern in GROUPS[group][0] for path in (ROOT / "timm_tresnet").glob(pattern)}
+    every = []
+    for path in sorted(paths):
+        module, mutations, *_ = create_mutations(str(path), path.read_text(encoding="utf-8"))
+        every += [(path, module, mutation) for mutation in mutations]
+    drawn = random.Random(seed).sample(every, min(count, len(every)))
+    return [_make_mutant(*each) for each in drawn]
+
+
+def _make_mutant(path, module, mutation) -> Mutant:
+    code = module.deep_replace(mutation.original_node, mutation.mutated_node).code
+    before, after = module.code.splitlines(), code.splitlines()
+    same = [old == new for old, new in zip(before, after, strict=False)]
+    line = (same.index(False) if False in same else len(same)) + 1
+    diff = [line for line in difflib.unified_diff(before, after, lineterm="", n=0) if not line.startswith("@@")]
+    return Mutant(path.relative_to(ROOT).as_posix(), code, line, "\n".join(diff[2:]))
+
+
+def copy_tree(folder: Path) -> None:
+    """Copy what git knows."""
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+
+
+def import_what_tests_need() -> None:
+    """Import, for the processes that are forked, what takes long and is not ours."""
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    for name in ("torch", "torchvision", "timm", "torch._dynamo"):
+        importlib.import_module(name)
+    del os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"]
+
+
+def fork(action: Callable[[], int], limit_s: float) -> int | None:
+    """Exit status of an action in a process of its own; None if it takes too long, all that it started with it."""
+    pid = os.fork()
+    if not pid:
+        status = 3
+        try:
+            os.setsid()
+            with open("output.txt", "w") as output:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+            status = int(action())
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    end = time.monotonic() + limit_s
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done or time.monotonic() > end:
+            break
+        time.sleep(0.05)
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    if not done:
+        os.waitpid(pid, 0)
+        return None
+    return os.waitstatus_to_exitcode(status)
+
+
+def run_tests(folder: Path, tests: Sequence[str], *plugins: object) -> int:
+    """Run tests in the copy, until one fails."""
+    with tempfile.TemporaryDirectory() as base:
+        arguments = ["-n0", "-qx", "-p", "no:cacheprovider", "--rootdir", str(folder), "--basetemp", f"{base}/tests"]
+        return pytest.main([*arguments, "-o", "filterwarnings=default", *tests], plugins=[*plugins])
+
+
+def enter(folder: Path) -> None:
+    """Make the copy what is imported, here and in what tests start."""
+    os.chdir(folder)
+    sys.path[:] = [
+        str(folder),
+        *(entry for entry in sys.path if Path(entry or ".").resolve() not in (ROOT, ROOT / "tests")),
+    ]
+    os.environ["PYTHONPATH"] = str(folder)
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    sys.dont_write_bytecode = True
+
+
+def watch_tests(folder: Path, groups: Sequence[str]) -> Baseline:
+    """Run all tests of the groups; they must pass."""
+    names = sorted({pattern for group in groups for pattern in GROUPS[group][1]})
+    files = [
+        f"tests/{path.name}"
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        if any(fnmatch.fnmatch(path.stem.removeprefix("test_"), name) for name in names)
+    ]
+    report = folder / "baseline.json"
+
+    def watch() -> int:
+        watcher = Watcher(folder)
+        status = run_tests(folder, files, watcher)
+        watcher.write(report, folder)
+        return status
+
+    status = fork(watch, 3600)
+    if status != 0:
+        print((folder / "output.txt").read_text(encoding="utf-8"))
+        raise SystemExit(f"mutation.py: the tests end with status {status} without a mutant")
+    found = json.loads(report.read_text(encoding="utf-8"))
+    tests = {path: {int(line): names for line, names in lines.items()} for path, lines in found["tests"].items()}
+    return Baseline(found["seconds"], tests)
+
+
+def try_mutant(folder: Path, mutant: Mutant, baseline: Baseline) -> str:
+    """Verdict: killed, hangs or survived."""
+    tests = baseline.choose_tests(mutant)
+    if not tests:
+        return "survived"
+    path = folder / mutant.path
+    original = path.read_text(encoding="utf-8")
+    path.write_text(mutant.code, encoding="utf-8")
+    try:
+        expected_s = sum(map(baseline.seconds.__getitem__, tests))
+        status = fork(lambda: run_tests(folder, tests), 3 * expected_s + _HANGING_S)
+    finally:
+        path.write_text(original, encoding="utf-8")
+    return "hangs" if status is None else "killed" if status else "survived"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,28 +259,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the script's name; None for those of the process.
 
     Returns:
-        Exit status: 0 if all mutants were tried, else mutmut's.
+        Exit status 0.
     """
     parser = argparse.ArgumentParser(description="Count the mutants of the package that the tests notice.")
+    parser.add_argument("groups", nargs="*", help=f"which of {', '.join(GROUPS)}, by default all", metavar="group")
     parser.add_argument("--mutants", type=int, default=300, help="how many to draw (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--verdicts", type=Path, default=Path("mutants.jsonl"), help="default: %(default)s")
     arguments = parser.parse_args(argv)
-    drawn = draw_mutants(arguments.mutants, arguments.seed)
-    command = [Path(sys.executable).with_name("mutmut"), "run", "--max-children", str(arguments.processes), *drawn]
-    status = subprocess.run(command, check=False).returncode
-    if status:
-        return status
-    verdicts = read_verdicts(drawn)
-    rows = []
-    for path in sorted(set(drawn.values())):
-        counts = Counter(verdicts[name] in _KILLED for name in drawn if drawn[name] == path)
-        rows.append([str(path), counts.total(), counts[True], counts[False]])
-    rows.append(["all", *(sum(row[column] for row in rows) for column in (1, 2, 3))])
-    print(format_markdown(["file", "mutants", "killed", "alive"], rows))
-    for name, verdict in sorted(verdicts.items()):
-        if verdict not in _KILLED:
-            print(f"{verdict}: {name}")
+    groups = arguments.groups or list(GROUPS)
+    if unknown := set(groups) - set(GROUPS):
+        parser.error(f"no group {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
+    verdicts_path = arguments.verdicts.resolve()
+    drawn = draw_mutants(groups, arguments.mutants, arguments.seed)
+    verdicts = {}
+    if verdicts_path.exists():
+        for line in verdicts_path.read_text(encoding="utf-8").splitlines():
+            seen = json.loads(line)
+            verdicts[seen["path"], seen["line"], seen["diff"]] = seen["verdict"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        copy_tree(folder)
+        enter(folder)
+        import_what_tests_need()
+        baseline = watch_tests(folder, groups)
+        print(f"{len(baseline.seconds)} tests pass in {sum(baseline.seconds.values()):.0f} s", flush=True)
+        for mutant in drawn:
+            key = mutant.path, mutant.line, mutant.diff
+            if key not in verdicts:
+                verdicts[key] = try_mutant(folder, mutant, baseline)
+                seen = {"path": mutant.path, "line": mutant.line, "diff": mutant.diff, "verdict": verdicts[key]}
+                with verdicts_path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(seen) + "\n")
+    counts = defaultdict(Counter)
+    for mutant in drawn:
+        verdict = verdicts[mutant.path, mutant.line, mutant.diff]
+        counts[mutant.path][verdict] += 1
+        if verdict == "survived":
+            print(f"\n{mutant.path}:{mutant.line}\n{mutant.diff}")
+    print("\n| file | mutants | killed | not |\n|---|---|---|---|")
+    counts["all"] = sum(counts.values(), Counter())
+    for path, of_file in counts.items():
+        print(f"| `{path}` | {of_file.total()} | {of_file['killed'] + of_file['hangs']} | {of_file['survived']} |")
     return 0
 
 
