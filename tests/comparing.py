@@ -11,7 +11,9 @@ from timm_tresnet.recompute.run import Run, run_program
 
 SMALL = {"layers": (2, 2, 6, 1), "num_classes": 10, "width_factor": 0.25}
 RECOMPUTING = ["activations", "expansions", "checkpointing"]
-each_setting = pytest.mark.parametrize("setting", RECOMPUTING)
+each_setting = pytest.mark.parametrize(
+    "setting", ["activations", pytest.param("expansions", marks=pytest.mark.thorough), "checkpointing"]
+)
 
 
 def make_model(setting="none", seed=0, **kwargs):

@@ -31,6 +31,13 @@ def needs(format, int8=False):
 
 
 each_format = pytest.mark.parametrize("format", [pytest.param(format, marks=needs(format)) for format in FORMATS])
+few_formats = pytest.mark.parametrize(  # where one representative is enough: exporting with torch.export takes long
+    "format",
+    [
+        pytest.param(format, marks=[needs(format), *([pytest.mark.thorough] if format == "torch-export" else [])])
+        for format in FORMATS
+    ],
+)
 each_int8_format = pytest.mark.parametrize(
     "format", [pytest.param(format, marks=needs(format, int8=True)) for format in ("onnx", "openvino")]
 )

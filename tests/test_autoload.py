@@ -17,11 +17,11 @@ from timm_tresnet import autoload
     [
         WHO_BUILDS,
         pytest.param("import timm_tresnet; " + WHO_BUILDS, marks=pytest.mark.thorough),
-        "import timm; import timm_tresnet; " + WHO_BUILDS,
+        pytest.param("import timm; import timm_tresnet; " + WHO_BUILDS, marks=pytest.mark.thorough),
         pytest.param("import torch; import timm_tresnet; " + WHO_BUILDS, marks=pytest.mark.thorough),
         pytest.param("import timm.models.resnet; " + WHO_BUILDS, marks=pytest.mark.thorough),
         pytest.param("from timm_tresnet import TResNet; " + WHO_BUILDS, marks=pytest.mark.thorough),
-        "from timm_tresnet.models.blocks import Bottleneck; " + WHO_BUILDS,
+        pytest.param("from timm_tresnet.models.blocks import Bottleneck; " + WHO_BUILDS, marks=pytest.mark.thorough),
         pytest.param("from timm_tresnet.models.layers import BlurPool2d; " + WHO_BUILDS, marks=pytest.mark.thorough),
         pytest.param("import timm_tresnet.models.layers.conv_norm_act; " + WHO_BUILDS, marks=pytest.mark.thorough),
         pytest.param("import timm_tresnet.cli.main; " + WHO_BUILDS, marks=pytest.mark.thorough),
@@ -31,10 +31,6 @@ from timm_tresnet import autoload
             + WHO_BUILDS.replace("import timm; ", ""),
             marks=pytest.mark.thorough,
         ),
-        "import threading; import torch\n"
-        "names = ('timm', 'timm_tresnet.models.blocks') * 4\n"
-        "threads = [threading.Thread(target=__import__, args=(name,)) for name in names]\n"
-        "[thread.start() for thread in threads]; [thread.join() for thread in threads]\n" + WHO_BUILDS,
     ],
     ids=[
         "nothing",
@@ -48,7 +44,6 @@ from timm_tresnet import autoload
         "our_submodule",
         "our_cli",
         "timm_reloaded",
-        "threads",
     ],
 )
 def test_timm_builds_ours_whatever_was_imported_first(run_python, code):
@@ -57,14 +52,26 @@ def test_timm_builds_ours_whatever_was_imported_first(run_python, code):
     assert process.stderr == ""
 
 
+def test_threads_that_import_ours_and_timm_at_once_all_get_ours(run_child):
+    code = """
+import threading
+
+names = ("timm", "timm_tresnet.models.blocks") * 4
+threads = [threading.Thread(target=__import__, args=(name,)) for name in names]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+    assert run_child(code + WHO_BUILDS).split() == [OURS]
+
+
 @pytest.mark.parametrize(
     ("module", "error"),
     [
-        ("models.blocks", "ImportError('sabotage')"),
         ("autoload", "SystemExit('sabotage')"),
         *(
             pytest.param(module, error, marks=pytest.mark.thorough)
             for module, error in (
+                ("models.blocks", "ImportError('sabotage')"),
                 ("tresnet", "ImportError('sabotage')"),
                 ("autoload", "ImportError('sabotage')"),
                 ("tresnet", "SystemExit('sabotage')"),
@@ -91,6 +98,26 @@ print(len(timm.list_models("tresnet*", pretrained=True)))
     assert "sabotage" in process.stderr
 
 
+def test_handler_of_the_user_stops_the_process_while_the_plugin_is_imported(run_child):
+    code = """
+import importlib.abc, os, signal, sys
+
+class Stopper(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "timm_tresnet.tresnet":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+sys.meta_path.insert(0, Stopper())
+try:
+    import timm
+except SystemExit as error:
+    print("stopped with", error.code)
+"""
+    assert run_child(code) == "stopped with 7\n"
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("signal", "said"),
     [("SIGTERM", ""), ("SIGINT", "\nKeyboardInterrupt\n")],
@@ -121,7 +148,11 @@ BROKEN = {  # what cannot be caught in the package
 }
 
 
-@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize(
+    "content",
+    [BROKEN["truncated"], pytest.param(BROKEN["gone"], marks=pytest.mark.thorough)],
+    ids=BROKEN,
+)
 def test_what_cannot_be_caught_ends_with_the_variable_that_pytorch_names(run_python, content, tmp_path):
     (tmp_path / "plugin-1.dist-info").mkdir()
     (tmp_path / "plugin-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1\n")

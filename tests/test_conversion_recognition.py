@@ -451,7 +451,13 @@ ABLATIONS = {
 }
 
 
-@pytest.mark.parametrize("arguments", ABLATIONS.values(), ids=ABLATIONS)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(arguments, id=name, marks=pytest.mark.thorough if name in ("shallow", "wide") else [])
+        for name, arguments in ABLATIONS.items()
+    ],
+)
 def test_networks_that_are_no_variant_are_taken_on_demand(arguments, tmp_path):
     model = TResNet(**arguments, num_classes=5).eval()
     file = save_checkpoint(model.state_dict(), tmp_path / "a.pth")

@@ -9,6 +9,7 @@ from exporting import (
     each_alteration,
     each_format,
     exporters_warn,
+    few_formats,
     hook_norm_before,
     hook_unit,
     make_altered,
@@ -44,7 +45,7 @@ def test_artifact_computes_the_network_for_any_batch_and_size(variant, format, t
     assert {file.name for file in path.parent.iterdir()} == names
 
 
-@each_format
+@few_formats
 def test_fixed_batch_and_size_are_in_the_description_and_short_batches_are_padded(format, tmp_path, embedded):
     path = tmp_path / f"network{SUFFIXES[format]}"
     description = export_model(embedded, path, format, batch_size=2, image_size=(32, 48))
@@ -55,7 +56,7 @@ def test_fixed_batch_and_size_are_in_the_description_and_short_batches_are_padde
         assert relative_error(ExportedModel(path, ENGINES[format], trust=True)(x), embedded(x)) <= 1e-4
 
 
-@each_format
+@few_formats
 def test_network_without_space_to_depth_exports(format, tmp_path):
     path = tmp_path / f"network{SUFFIXES[format]}"
     description = export_model(make_small(stem="conv7x7", in_chans=1), path, format)
@@ -73,7 +74,7 @@ def test_networks_without_batch_norm_are_exported_and_optimized_as_they_are(tmp_
     torch.testing.assert_close(ExportedModel(path, "torch", trust=True)(x), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-@each_format
+@few_formats
 def test_networks_with_ml_decoder_are_exported_with_constant_queries(format, tmp_path):
     model = make_small("test_tresnet", head="ml_decoder", num_groups=3, decoder_embedding=16)
     path = tmp_path / f"network{SUFFIXES[format]}"

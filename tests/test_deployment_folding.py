@@ -24,7 +24,10 @@ from timm_tresnet.models.layers import ConvNormAct
 from timm_tresnet.models.layers.ml_decoder_head import FoldedQueries
 
 
-@pytest.mark.parametrize("variant", ["tresnet_m", "tresnet_v2_l", "test_tresnet"])
+@pytest.mark.parametrize(
+    "variant",
+    ["tresnet_m", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("tresnet_v2_l", "test_tresnet"))],
+)
 @pytest.mark.parametrize("kwargs", [{}, {"act_layer": "relu", "aa_layer": False, "stem": "conv7x7"}], ids=str)
 def test_folded_network_has_the_same_logits_and_no_batch_norm(variant, kwargs):
     model = make_small(variant, **kwargs)
@@ -162,7 +165,7 @@ def test_state_dict_of_a_folded_network_loads_into_another():
     assert "FoldedConvNormAct(\n" in repr(folded)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_optimized_network_computes_the_same(dynamic, monkeypatch):
     model = make_small()
     compiler = torch.compile

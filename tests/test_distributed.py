@@ -36,9 +36,8 @@ FEW = {  # one of each kind; the others are thorough
     ("activations", "accumulation", "synchronized"),
     ("none", "plain", "frozen"),
     ("checkpointing", "plain", "frozen"),
-    *((setting, "blocks", "synchronized") for setting in SETTINGS),
-    ("none", "mixed"),
-    ("activations", "mixed"),
+    ("activations", "blocks", "synchronized"),
+    ("checkpointing", "blocks", "synchronized"),
 }
 
 
@@ -262,6 +261,7 @@ def test_checkpoint_of_sharded_training_loads_plainly(folder, processes):
 
 @pytest.mark.skipif(not has_fully_shard(), reason="this PyTorch has no torch.distributed.fsdp.fully_shard")
 @pytest.mark.skipif(not SHOWS_SAVED, reason=HIDES_SAVED)
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", mark([case for case in FSDP_CASES if case[0] == "activations"]))
 def test_sharded_network_keeps_less_for_backward_too(processes, case):
     _, wrapped, norms = case

@@ -9,7 +9,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(60, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("count", [3, pytest.param(60, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("door", fuzz.DOORS)
 def test_damaged_inputs_are_answered_refused_or_skipped(door, count, tmp_path):
     if door in ("annotations", "last.ckpt"):

@@ -191,7 +191,9 @@ CHOSEN = {
 @pytest.mark.skipif(
     Version(timm.__version__) < Version("1.0.31"), reason="timm before 1.0.31 hides from networks what weights they get"
 )
-@pytest.mark.parametrize("num_classes", [5, 4], ids=["same_classes", "other_classes"])
+@pytest.mark.parametrize(
+    "num_classes", [5, pytest.param(4, marks=pytest.mark.thorough)], ids=["same_classes", "other_classes"]
+)
 @pytest.mark.parametrize("saved", SAVED)
 def test_another_head_is_new_and_the_body_is_that_of_the_weights(saved, num_classes, tmp_path, caplog):
     source = timm.create_model("test_tresnet", num_classes=5, **SAVED[saved])

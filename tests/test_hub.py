@@ -141,6 +141,7 @@ assert_holds(timm.create_model("hf-hub:owner/insects", pretrained=True), sys.arg
     )
 
 
+@pytest.mark.thorough
 def test_hub_that_fails_for_a_while_gives_the_weights_afterwards(hub, run_child, save_model):
     folder = save_model("insects", seed=1)
     hub.add("owner/insects", folder)
@@ -186,6 +187,7 @@ assert_holds(timm.create_model("hf-hub:owner/insects", pretrained=True), sys.arg
     assert hub.requests.count(("HEAD", path, 200)) == 2
 
 
+@pytest.mark.thorough
 def test_downloaded_weights_fit_other_channels_and_classes_without_a_warning(hub, run_child, tresnet_m):
     hub.add("timm/tresnet_m.miil_in1k", tresnet_m)
     run_child(
@@ -234,6 +236,7 @@ for revision, folder in (("", new), (f"@{newest}", new), (f"@{commit}", old)):
     )
 
 
+@pytest.mark.thorough
 def test_cache_dir_takes_the_files_instead_of_hf_home(hub, run_child, save_model, tmp_path):
     folder = save_model("insects", seed=1)
     commit = hub.add("owner/insects", folder)
@@ -271,6 +274,7 @@ for name in ("config.json", "model.safetensors"):
     assert hub.requests == []
 
 
+@pytest.mark.thorough
 def test_local_dir_loads_a_saved_folder_without_a_request(hub, run_child, save_model):
     folder = save_model("insects", seed=1)
     run_child(
@@ -284,6 +288,7 @@ def test_offline_mode_with_an_empty_cache_says_what_is_missing_and_what_to_do(ru
     run_child(ASSERT_EXPLAINED, HF_HUB_OFFLINE="1")
 
 
+@pytest.mark.thorough
 def test_hub_that_cannot_be_reached_says_what_is_missing_and_what_to_do(run_child):
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))  # bound, so that nobody else listens there either

@@ -12,15 +12,17 @@ def test_import_of_torch_arms_the_hook_without_importing_timm(run_python):
     assert run_python("-c", code).stdout.strip() == "['timm_tresnet', 'timm_tresnet.autoload']"
 
 
-@pytest.mark.parametrize(
-    "switch", ["TIMM_TRESNET_AUTOLOAD", pytest.param("TORCH_DEVICE_BACKEND_AUTOLOAD", marks=pytest.mark.thorough)]
-)
+def test_autoload_undoes_itself_where_the_variable_asks_for_it(run_child):
+    code = "import timm_tresnet; timm_tresnet._autoload()  # as PyTorch does\n"
+    code += f"{WHO_BUILDS}; import timm_tresnet; {WHO_BUILDS}"
+    assert run_child(code, TIMM_TRESNET_AUTOLOAD="0").split() == [BUILTIN, OURS]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("switch", ["TIMM_TRESNET_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
 @pytest.mark.parametrize(
     ("before", "builders"),
-    [
-        (f"{WHO_BUILDS}; import timm_tresnet", [BUILTIN, OURS]),
-        pytest.param("import timm_tresnet", [OURS], marks=pytest.mark.thorough),
-    ],
+    [(f"{WHO_BUILDS}; import timm_tresnet", [BUILTIN, OURS]), ("import timm_tresnet", [OURS])],
     ids=["after_timm", "first"],
 )
 def test_switch_leaves_timm_alone_until_the_plugin_is_imported(run_python, switch, before, builders):

@@ -67,7 +67,7 @@ def test_a_killed_conversion_leaves_nothing_or_the_whole_and_nothing_in_the_way(
 @pytest.mark.parametrize(
     ("format", "moments"),
     [
-        ("torchscript", range(0, 60, 5)),
+        ("torchscript", range(0, 60, 15)),
         pytest.param("torchscript", range(60), marks=pytest.mark.thorough),
         pytest.param("onnx", (6,), marks=needs("onnx")),
     ],

@@ -337,12 +337,13 @@ def test_variant_traces_for_feature_extraction(variant):
 
 
 @pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=[] if name == "tresnet_m" else pytest.mark.thorough) for name in VARIANTS]
+    ("variant", "backend"),
+    [("tresnet_m", "eager"), *(pytest.param(name, "aot_eager", marks=pytest.mark.thorough) for name in VARIANTS)],
 )
 @pytest.mark.filterwarnings("default::DeprecationWarning:torch")  # PyTorch 2.5's compiler warns of its own code
-def test_variant_compiles_to_one_graph_in_eval_and_train(variant):
+def test_variant_compiles_to_one_graph_in_eval_and_train(variant, backend):
     model = timm.create_model(variant, **SMALL)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     x = torch.randn(2, 3, 64, 64)
     reference = copy.deepcopy(model)
     torch.testing.assert_close(compiled(x), reference(x))

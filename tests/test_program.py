@@ -177,7 +177,7 @@ print(type(read_convolution(torch.nn.Conv2d(1, 1, 1))).__name__)
 @pytest.mark.parametrize(
     ("patch", "kind"),
     [
-        ("pass", "Convolution"),
+        pytest.param("pass", "Convolution", marks=pytest.mark.thorough),
         ("torch.nn.Conv2d = type('QuantConv2d', (torch.nn.Conv2d,), {'forward': lambda self, x: x})", "Call"),
     ],
     ids=["none", "class"],

@@ -58,15 +58,14 @@ def test_dry_run_says_what_would_be_sent_and_changes_nothing(hub, publish, folde
     assert {method for method, _, _ in hub.requests} <= {"GET", "HEAD"}
 
 
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["heads", "every"])
 def test_official_files_of_every_kind_come_back_from_the_hub_with_the_official_logits(
-    hub, tools, run_child, tmp_path, monkeypatch
+    every, hub, tools, run_child, tmp_path, monkeypatch
 ):
-    kinds = {  # one of those that differ in no more than sizes and in who published it
-        (
-            public.head,
-            public.multi_label,
-            *public.slopes.items(),
-        ): dataclasses.replace(public, architecture="test_tresnet", tag=name.replace(".", "_"))
+    kinds = {  # one of each head, or of those that differ in no more than sizes and in who published it
+        (public.head, *((public.multi_label, *public.slopes.items()) if every else ())): dataclasses.replace(
+            public, architecture="test_tresnet", tag=name.replace(".", "_")
+        )
         for name, public in load_catalogue().items()
         if public.head in ("linear", "bottleneck", "ml_decoder")  # the others are backbones, without logits
     }
@@ -242,7 +241,9 @@ def test_refusals_say_what_to_do(hub, publish, fault, message, capsys):
 
 
 @pytest.mark.parametrize(
-    "headers", [{"Retry-After": "86400"}, {"ratelimit": '"api";r=0;t=86400'}], ids=["retry", "rate"]
+    "headers",
+    [{"Retry-After": "86400"}, pytest.param({"ratelimit": '"api";r=0;t=86400'}, marks=pytest.mark.thorough)],
+    ids=["retry", "rate"],
 )
 @pytest.mark.parametrize("request_", [r"PUT .*", r"POST .*/batch", r"POST .*/commit/main", r"GET .*/tree/.*"])
 def test_no_answer_makes_it_wait_for_long(request_, headers, hub, publish, monkeypatch, capsys):
@@ -510,7 +511,13 @@ def copy_of_published(folder):
     }
 
 
-@pytest.mark.parametrize(("damage", "findings"), DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize(
+    ("damage", "findings"),
+    [
+        pytest.param(*case, id=name, marks=pytest.mark.thorough if index % 4 else [])  # the checks are publish's
+        for index, (name, case) in enumerate(DAMAGES.items())
+    ],
+)
 def test_audit_finds_what_is_wrong_with_a_repository(hub, tools, folder, damage, findings, capsys):
     damage(folder)
     hub.commit(REPO, copy_of_published(folder))
@@ -573,7 +580,7 @@ def test_audit_notices_bytes_that_are_not_those_the_hub_lists(hub, tools, folder
 INTERRUPTIONS = (("before", 1), ("before", -1), ("after", 1))  # request lost, Hub gone, answer lost
 
 
-@pytest.mark.parametrize("exists", [False, True], ids=["new", "update"])
+@pytest.mark.parametrize("exists", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["new", "update"])
 def test_push_interrupted_between_any_two_requests_ends_in_the_same_state(hub, tools, publish, exists, monkeypatch):
     monkeypatch.setattr(tools["publish"], "find_problems", lambda *arguments: [])  # the folder is sound, to save time
 

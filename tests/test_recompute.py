@@ -26,7 +26,7 @@ from timm_tresnet.recompute.saved import Recomputed
 
 
 @each_setting
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.thorough)], ids=str)
 @pytest.mark.parametrize(
     "kwargs",
     [

@@ -98,6 +98,7 @@ def test_sdist_holds_what_the_repository_holds(unpacked):
 
 
 @needs_tools
+@pytest.mark.thorough
 def test_tests_run_from_the_sdist(unpacked, run_python):
     command = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", f"--rootdir={unpacked}"]
     files = [unpacked / "tests" / name for name in ("test_space_to_depth.py", "test_catalogue.py", "test_schema.py")]

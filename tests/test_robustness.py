@@ -114,6 +114,7 @@ def environment(tmp_path, dependencies):
     return Environment(tmp_path / "environment", dependencies)
 
 
+@pytest.mark.thorough
 def test_new_version_replaces_the_old_one_and_uninstalling_gives_timm_its_own_back(environment, tmp_path):
     who = f"import timm_tresnet; print(timm_tresnet.__version__); {WHO_BUILDS}"
     environment.pip("install", "--no-deps", make_wheel(tmp_path, "0.0.1", extra=["removed_later"]))
@@ -139,6 +140,7 @@ def test_first_of_two_versions_on_the_path_wins_whatever_metadata_is_left_over(e
     assert environment.run("-c", code) == [f"{environment.package}/__init__.py", OURS]
 
 
+@pytest.mark.thorough
 def test_read_only_target_folder_of_any_name_works_optimised_and_stays_as_it_is(environment, tmp_path):
     target = tmp_path / "größe 模型"
     environment.pip("install", "--no-deps", "--target", target, make_wheel(tmp_path))
@@ -185,7 +187,7 @@ except FileNotFoundError:
     [
         pytest.param("autoload", "def broken(:\n", marks=pytest.mark.thorough),
         pytest.param("autoload", None, marks=pytest.mark.thorough),
-        ("tresnet", "raise RecursionError('sabotage')\n"),
+        pytest.param("tresnet", "raise RecursionError('sabotage')\n", marks=pytest.mark.thorough),
         pytest.param("models/layers/anti_alias", None, marks=pytest.mark.thorough),
     ],
     ids=["syntax_error", "missing_hook", "exception", "missing_layer"],

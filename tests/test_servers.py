@@ -42,10 +42,11 @@ def knock(doors, capsys):
     return call
 
 
+@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.thorough)], ids=["some", "all"])
 @pytest.mark.parametrize("door", WHERE)
-def test_any_answer_to_any_request_ends_in_one_sentence(knock, door):
+def test_any_answer_to_any_request_ends_in_one_sentence(knock, door, step):
     requests = itertools.cycle(WHERE[door])  # tests/fuzz.py has all pairs
-    for fault, request in zip(FAULTS.values(), requests, strict=False):
+    for fault, request in itertools.islice(zip(FAULTS.values(), requests, strict=False), None, None, step):
         knock(door, Fault(request, times=-1, **fault))
 
 

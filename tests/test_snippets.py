@@ -36,7 +36,13 @@ def one_process():
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("page", PARSED, ids=[page.stem for page in PARSED])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=pytest.mark.thorough if page.stem == "inference" else [])  # compiles
+        for page in PARSED
+    ],
+)
 @pytest.mark.usefixtures("stand_ins", "one_process")
 def test_snippets_of_a_page_run_in_their_order(page):
     missing = {}

@@ -53,7 +53,8 @@ def same_as_plain(*variants, few=3, settings=RECOMPUTING, tolerance=None, raises
 
     Args:
         variants: what the function takes before the network; a tuple where that is more than one argument.
-        few: how many variants are tried each time; the others are `thorough`.
+        few: how many variants are tried each time, each under one of the settings in turn, a single one under all; all
+            else is `thorough`.
         settings: those to compare with "none".
         tolerance: largest relative difference of a gradient; without it, all bits are the same.
         raises: regular expression for the message of an error that plain PyTorch raises; some variants may raise none,
@@ -65,9 +66,11 @@ def same_as_plain(*variants, few=3, settings=RECOMPUTING, tolerance=None, raises
         for index, variant in enumerate(variants or [()]):
             arguments = variant if isinstance(variant, tuple) else (variant,)
             run = functools.partial(function, *arguments)
-            for setting in settings:
+            for turn, setting in enumerate(settings):
                 name = "-".join([*map(_word, arguments), setting])
-                cases.append(pytest.param(run, setting, id=name, marks=[pytest.mark.thorough] if index >= few else []))
+                each_time = index < few and (len(variants) < 2 or index % len(settings) == turn)
+                marks = [] if each_time else [pytest.mark.thorough]
+                cases.append(pytest.param(run, setting, id=name, marks=marks))
 
         @pytest.mark.parametrize(("run", "setting"), cases)
         def test(run, setting):
