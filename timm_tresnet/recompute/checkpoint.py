@@ -26,7 +26,7 @@ def can_run_again(block: nn.Module) -> bool:
     """Whether a block does the same a second time; user code may not, and spectral norm takes another step."""
     if is_user_defined(block):
         return False
-    parts = [each for part in block.modules() for each in (part, *part._forward_pre_hooks.values())]
+    parts = (each for part in block.modules() for each in (part, *part._forward_pre_hooks.values()))
     return not any("SpectralNorm" in type(each).__name__ for each in parts)
 
 

@@ -1,9 +1,8 @@
 """What the compiler stores for backward: the policy, told to `torch.compile`.
 
-The compiler sees forward and backward as one graph and decides itself what to store. It keeps to
-`torch.utils.checkpoint` with a policy (selective checkpointing): in a *region*, a few blocks that run one after the
-other, it stores the outputs of the operators that the policy names and the input of the region, and recomputes the
-rest. Everything stays in one graph without hooks. Regions end where eager mode stores an output.
+The compiler sees forward and backward as one graph, and keeps to `torch.utils.checkpoint` with a policy (selective
+checkpointing): of a *region*, a few blocks in order, it stores the input and the outputs of the operators that the
+policy names, and recomputes the rest, without hooks. Regions end where eager mode stores an output.
 """
 
 import functools

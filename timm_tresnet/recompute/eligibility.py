@@ -27,13 +27,11 @@ _METHODS = ("forward", "_conv_forward", "_call_impl", "_compiled_call_impl")
 
 _find_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # PyTorch 2.5 has it not
 _methods: list[tuple[type, str, Any]] = []
-_logger = logging.getLogger("timm_tresnet")
 
 
 def stand_for(kind: type, name: str = "forward") -> bool:
     """Note a method that a program stands for; False if it is not PyTorch's, timm's or ours already."""
-    method = getattr(kind, name)
-    _methods.append((kind, name, method))
+    _methods.append((kind, name, method := getattr(kind, name)))
     return all((each.__module__ or "").startswith(_KNOWN) for each in (kind, method))
 
 
@@ -162,4 +160,5 @@ def is_plain(x: object) -> bool:
 @functools.cache
 def log_once(reason: str, what: str) -> None:
     """Log one INFO line for each reason why backward recomputes nothing of the whole network, or of a part."""
-    _logger.info("Backward recomputes nothing of %s: %s; explain_recompute(images) says more", what, reason)
+    line = f"Backward recomputes nothing of {what}: {reason}; explain_recompute(images) says more"
+    logging.getLogger("timm_tresnet").info(line)

@@ -13,9 +13,8 @@ blur                                              stored         stored        r
 convolution on a single pixel (gate)              stored         stored        stored
 ================================================  =============  ============  ==================
 
-An expansion is the last convolution of a bottleneck. A wider one is on the shortcut into the first bottleneck of
-TResNet-M: it makes much of little, so the compiler recomputes it with "activations"; with "expansions" a compiled step
-would peak higher without it (docs/measurements.md).
+An expansion ends a bottleneck. A wider one is on the shortcut into TResNet-M's first bottleneck: it makes much of
+little, so the compiler recomputes it with "activations"; with "expansions" a step would peak higher without it.
 """
 
 import math

@@ -1,8 +1,7 @@
 """Read a module into a program of operations, or say why not.
 
-Layers describe themselves: their files register a reader for exactly their class (`reads`); `models/layers/readers.py`
-has those of PyTorch's and timm's layers. A program is read again in each forward, right before it runs, so edits of the
-modules between forwards need no care.
+Layers describe themselves: their files register a reader for exactly their class; `models/layers/readers.py` has those
+of PyTorch's and timm's. A program is read again in each forward, so edits of the modules in between need no care.
 """
 
 import functools

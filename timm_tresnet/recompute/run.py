@@ -1,9 +1,8 @@
 """Run a program as a straight line of PyTorch calls, and discard the saved tensors that backward can recompute.
 
-Each operation takes a tensor and its source (`timm_tresnet.recompute.saved`), calls the functions that its module
-would call, and returns the output and its source. Autograd records the graph as always. Where a node has saved a
-tensor whose source is `Recomputed`, pack and unpack hooks on this one saved tensor discard it in forward and recompute
-it in backward.
+Each operation takes a tensor and its source (`timm_tresnet.recompute.saved`), calls what its module would call, and
+returns the output and its source. Autograd records the graph as always. Where a node has saved a tensor whose source is
+`Recomputed`, hooks on this one saved tensor discard it in forward and recompute it in backward.
 """
 
 from collections.abc import Sequence
@@ -109,8 +108,8 @@ class Program(NamedTuple):
     behind: Sequence[Operation] | None = None
 
     def is_repeatable(self) -> bool:
-        operations = (*self.operations, *(self.shortcut or ()), *(self.behind or ()))
-        return all(operation.is_repeatable for operation in operations)
+        parts = (*self.operations, *(self.shortcut or ()), *(self.behind or ()))
+        return all(part.is_repeatable for part in parts)
 
     def shows_input(self) -> bool:
         """Whether user code sees the input."""

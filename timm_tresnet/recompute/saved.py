@@ -48,8 +48,8 @@ class Recomputed:
     Args:
         function: makes the tensor from inputs.
         inputs: of the function.
-        version: of the tensor, once it has been made.
-        is_result: whether the tensor's own node has saved it as its result, see `discard_result`.
+        version: of the tensor, once made.
+        is_result: whether the tensor's own node has saved it, see `discard_result`.
     """
 
     __slots__ = ("function", "inputs", "version", "is_result", "uses", "stride", "_shared")
@@ -89,7 +89,7 @@ class Recomputed:
         if self.uses == 1 or _is_compiling() or (number := _get_pass()) < 0:
             return self._make()
         shared = self._shared
-        if not shared or shared[0] != number:  # a pass that failed has left its value; another thread has its own
+        if not shared or shared[0] != number:  # of a pass that failed, or of another thread
             shared = self._shared = [number, self._make(), self.uses]
             torch.autograd.Variable._execution_engine.queue_callback(shared.clear)  # it must not hold self
         value = shared[1]

@@ -24,7 +24,7 @@ from timm_tresnet.recompute.run import Run, run_program
 from timm_tresnet.recompute.saved import watch
 from timm_tresnet.recompute.sharded import call_with_hooks, store_if_freed
 
-# What compiles the functions that are called, or None; PyTorch 2.5 may lack it.
+# What compiles functions that are called, or None; PyTorch 2.5 may lack it.
 _get_compiler = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
 # Called with each module that runs, and the reason why nothing in it is recomputed, or None.
 observers: list[Callable[[nn.Module, str | None], None]] = []
@@ -57,8 +57,7 @@ class Body(nn.Sequential):
         if torch.compiler.is_compiling():
             return self._forward_compiled(x)
         reason = self._find_obstacle(x)
-        if reason is None:
-            # Where the compiler has given up on this function, it must not compile what is called in it.
+        if reason is None:  # where the compiler has given up on this function, it must not compile what is called in it
             run_all = torch.compiler.disable(self._run_all) if _get_compiler() else self._run_all
             return run_all(x, Run(frozenset()))
         if reason:
