@@ -531,18 +531,19 @@ def run_process(folder):
     """One of two processes that share files."""
     torch.set_num_threads(1)
     words = ["--batch-size", "3", "-j", "0", "--device", "cpu"]
-    output = Path(folder) / "tags.jsonl"
-    status = cli.main(["classify", str(SAMPLES), str(SAMPLES / "gone.jpg"), "--output", str(output), *words])
-    assert status == 1
-    output = Path(folder) / "few.csv"
-    assert cli.main(["classify", str(SAMPLES / "cat.jpg"), "--output", str(output), *words]) == 0
+    images = [str(SAMPLES), str(SAMPLES / "gone.jpg")]
+    words += ["--output", str(Path(folder) / "tags.jsonl")]
+    assert cli.main(["classify", *images, *words]) == 1
+    assert cli.main(["classify", *images, str(SAMPLES / "cat.jpg"), *words, "--resume"]) == 1
+    words[-1] = str(Path(folder) / "few.csv")
+    assert cli.main(["classify", str(SAMPLES / "cat.jpg"), *words]) == 0
 
 
 def test_two_processes_share_the_files_and_leave_one_output(run_two_processes, tmp_path):
     folder = run_two_processes("test_commands_classify")
     alone = tmp_path / "alone.jsonl"
-    words = ["--batch-size", "3", "-j", "0", "--device", "cpu", "--output", str(alone)]
-    assert cli.main(["classify", str(SAMPLES), str(SAMPLES / "gone.jpg"), *words]) == 1
+    images = [str(SAMPLES), str(SAMPLES / "gone.jpg"), str(SAMPLES / "cat.jpg")]
+    assert cli.main(["classify", *images, "--batch-size", "3", "--device", "cpu", "--output", str(alone)]) == 1
     assert (folder / "tags.jsonl").read_bytes() == alone.read_bytes()
     assert len((folder / "few.csv").read_text().splitlines()) == 2
     assert {path.name for path in folder.iterdir()} >= {"tags.jsonl", "tags.jsonl.json", "few.csv", "few.csv.json"}

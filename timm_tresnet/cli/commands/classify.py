@@ -188,6 +188,7 @@ def run(
                     add_up(tally)  # all have looked at what is there
                     if not process:
                         writer.prepare()
+                    add_up(tally)
                     stack.enter_context(writer)
                     add_up(tally)  # all have read what is done
                     if not process:
@@ -262,7 +263,10 @@ def _together(processes: int) -> Iterator[Callable[[Counter[str]], Counter[str]]
 
     def add_up(counts: Counter[str]) -> Counter[str]:
         values = torch.tensor([counts[name] for name in _COUNTED])
-        torch.distributed.all_reduce(values)
+        try:
+            torch.distributed.all_reduce(values)
+        except RuntimeError as error:
+            raise RuntimeError("another of the processes has ended, see what it says") from error
         return Counter(dict(zip(_COUNTED, values.tolist(), strict=True)))
 
     try:
