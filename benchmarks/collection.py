@@ -2,22 +2,25 @@
 
     python benchmarks/collection.py --scripts pytorch-image-models --data cifar10 --json results.json
 
-Both run `test_tresnet` with its weights on the same files, as commands of their own, in turns; what is timed is the
-whole command, start-up included. The small files are CIFAR-10's test images, as hub/r64_cifar10/prepare.py writes them.
-The photographs are scikit-image's (`pip install scikit-image`), upscaled to 12 megapixels and saved as JPEG. The
-script checks that both commands say the same of each file, and measures by how much `--fast-jpeg` changes that.
+Both run `test_tresnet` with its weights on the same files, in turns, as commands in forks of one process that has
+imported what they need: what is timed is all but the imports. The small files are CIFAR-10's test images, as
+hub/r64_cifar10/prepare.py writes them. The photographs are scikit-image's (`pip install scikit-image`), upscaled to 12
+megapixels and saved as JPEG. The script checks that both commands say the same of each file, and measures by how much
+`--fast-jpeg` changes that.
 """
 
 import argparse
 import csv
+import importlib.util
 import json
 import os
-import resource
+import runpy
+import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +29,13 @@ from command_line import format_command
 from PIL import Image
 
 from timm_tresnet.bench.results import format_spread, start_results, write_results
+from timm_tresnet.cli import main as cli
 from timm_tresnet.cli.options import at_least, new_file
 from timm_tresnet.utils.images import find_images
 from timm_tresnet.utils.tables import format_markdown
 
 MODEL = "test_tresnet"
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")  # in scikit-image's wheel
 SIZE = (4000, 3000)
 TIMM, CLASSIFY, FAST = "timm's inference.py", "classify", "classify --fast-jpeg"
 _TOLERANCE = 1e-4  # of probabilities: timm's script normalises images in another order
@@ -56,42 +60,64 @@ def write_photographs(folder: Path, count: int) -> None:
     Raises:
         ValueError: if scikit-image is not installed.
     """
-    try:
-        import skimage.data
-    except ModuleNotFoundError as error:
-        raise ValueError("photographs need scikit-image; pip install scikit-image") from error
+    spec = importlib.util.find_spec("skimage")
+    if spec is None or not spec.origin:
+        raise ValueError("photographs need scikit-image; pip install scikit-image")
     for index in range(count):
-        photo = Image.fromarray(getattr(skimage.data, PHOTOGRAPHS[index % len(PHOTOGRAPHS)]()))
+        with Image.open(Path(spec.origin).parent / "data" / PHOTOGRAPHS[index % len(PHOTOGRAPHS)]) as image:
+            photo = image.convert("RGB")
         edge = index // len(PHOTOGRAPHS)
         box = (edge, edge, photo.width - edge, photo.height - edge)
-        photo.convert("RGB").resize(SIZE, Image.Resampling.BICUBIC, box).save(folder / f"{index:02}.jpg", quality=90)
+        photo.resize(SIZE, Image.Resampling.BICUBIC, box).save(folder / f"{index:02}.jpg", quality=90)
 
 
 def make_words(row: str, files: Path, output: Path, settings: argparse.Namespace) -> list[str]:
-    """The words of a command."""
+    """The words of a command, its program first."""
     size, workers = str(settings.batch_size), str(settings.workers)
     if row == TIMM:
         script = [str(settings.scripts / "inference.py"), "--data-dir", str(files), "--model", MODEL, "--pretrained"]
         script += ["--device", "cpu", "-j", workers, "-b", size, "--topk", "3", "--include-index", "--fullname"]
         return [*script, "--results-separate-col", "--no-console-results", "--results-file", str(output)]
-    options = ["--fast-jpeg"] if row == FAST else []
-    own = ["-m", "timm_tresnet", "classify", str(files), "--model", MODEL, "--device", "cpu", "-j", workers]
-    return [*own, "--batch-size", size, "--output", str(output.with_suffix(".jsonl")), *options]
+    own = ["timm-tresnet", "classify", str(files), "--model", MODEL, "--device", "cpu", "-j", workers]
+    own += ["--batch-size", size, "--output", str(output.with_suffix(".jsonl"))]
+    return [*own, "--fast-jpeg"] if row == FAST else own
 
 
-def time_command(words: Sequence[str]) -> tuple[float, float]:
-    """Seconds that a command takes, and those of all cores together.
+def time_command(words: Sequence[str], printed: Path) -> tuple[float, float]:
+    """Seconds that a command takes in a fork of this process, and those of all cores together.
 
     Raises:
         RuntimeError: if it fails.
     """
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, env=dict(os.environ))
+    start = time.perf_counter()
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            descriptor = os.open(printed, os.O_WRONLY | os.O_CREAT)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            status = run_command(words)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    _, status, usage = os.wait4(child, 0)  # with what its own children have used
     seconds = time.perf_counter() - start
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(words)} ended with status {done.returncode}: {done.stderr[-2000:]}")
-    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    if status:
+        raise RuntimeError(f"{shlex.join(words)} failed: {printed.read_text(errors='replace')[-2000:]}")
+    return seconds, usage.ru_utime + usage.ru_stime
+
+
+def run_command(words: Sequence[str]) -> int:
+    """Run a command in this process."""
+    if words[0] == "timm-tresnet":
+        return cli.main(list(words[1:]))
+    sys.argv = list(words)
+    runpy.run_path(words[0], run_name="__main__")
+    return 0
 
 
 def read_results(row: str, output: Path) -> dict[str, tuple[int, float]]:
@@ -133,7 +159,8 @@ def measure(files: Path, called: str, names: Sequence[str], settings: argparse.N
         for name in names if turn % 2 else list(reversed(names)):
             with tempfile.TemporaryDirectory() as folder:
                 output = Path(folder) / "results"
-                times[name].append(time_command(make_words(name, files, output, settings)))
+                words = make_words(name, files, output, settings)
+                times[name].append(time_command(words, Path(folder) / "printed"))
                 found[name] = read_results(name, output)
             seconds, cpu_s = times[name][-1]
             print(f"{called}, round {turn}, {name}: {seconds:.1f} s, {cpu_s:.1f} s of CPU", file=sys.stderr, flush=True)
@@ -187,6 +214,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=at_least(1), default=2)
     parser.add_argument("--json", type=new_file, metavar="FILE", help="file for the results, must not exist yet")
     settings = parser.parse_args(words)
+    if importlib.util.find_spec("pandas") is None:  # timm's script imports it, and so does each fork without this
+        parser.error("timm's inference.py needs pandas; pip install pandas")
+    importlib.import_module("pandas")
+    for module in ("outputs", "predictions", "sidecars"):
+        importlib.import_module(f"timm_tresnet.collection.{module}")
     results = start_results(format_command(__file__, words), "cpu", settings, unrecorded=("scripts", "data"))
     try:
         with tempfile.TemporaryDirectory() as folder:

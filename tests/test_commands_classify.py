@@ -559,3 +559,19 @@ def test_the_bar_shows_speed_and_what_is_left_of_a_resumed_run(collection, tmp_p
     error = capsys.readouterr().err
     assert "6/6 images, " in error
     assert " images/s, 00:00 left" in error
+
+
+def test_a_sidecar_that_cannot_be_written_ends_the_command_before_its_line(collection, tmp_path, capsys):
+    (collection / "1" / ".1.txt.partial").mkdir()
+    path = classify_collection(collection, tmp_path / "tags.jsonl", "--sidecar", status=2)
+    assert ".1.txt.partial" in capsys.readouterr().err
+    assert len(path.read_text().splitlines()) == 3  # a batch
+    (collection / "1" / ".1.txt.partial").rmdir()
+    classify_collection(collection, path, "--sidecar", "--resume")
+    assert len(path.read_text().splitlines()) == 13
+    assert len(list(collection.rglob("*.txt"))) == 11
+
+
+def test_fast_jpeg_says_what_it_changes(capsys):
+    assert cli.main(["classify", "--fast-jpeg", str(SAMPLES / "cat.jpg")]) == 0
+    assert "--fast-jpeg: large JPEG files are decoded at a half to an eighth of their size" in capsys.readouterr().err

@@ -82,8 +82,7 @@ def classify_files(
     compile_for = settings.batch_size if settings.compiled else None
     run = Runner(network, settings.device, amp, settings.channels_last, compile_for)
     images = ImageFiles(timm.data.resolve_data_config(model=network), settings.upright, settings.fast_jpeg)
-    pinned = settings.device.startswith("cuda")
-    batches = read_batches(images, settings.plan(paths, is_done), settings.workers, pinned)
+    batches = read_batches(images, settings.plan(paths, is_done), settings.workers)
     return classify_batches(network, run, batches, settings.top_k, settings.threshold)
 
 

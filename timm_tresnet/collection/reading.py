@@ -84,16 +84,15 @@ class ImageFiles(Dataset):
             return File(file.path, file.wanted, str(error)), None
 
 
-def read_batches(images: ImageFiles, plan: Iterable[list[File]], workers: int, pin_memory: bool = False) -> DataLoader:
+def read_batches(images: ImageFiles, plan: Iterable[list[File]], workers: int) -> DataLoader:
     """Batches of a plan, in its order.
 
     Args:
         images: reads a file.
         plan: the batches; is asked for one when a worker is free.
         workers: processes that read; 0 for none but this one.
-        pin_memory: copy pixels to where a GPU can fetch them.
     """
-    return DataLoader(images, batch_sampler=plan, num_workers=workers, collate_fn=_collate, pin_memory=pin_memory)
+    return DataLoader(images, batch_sampler=plan, num_workers=workers, collate_fn=_collate)
 
 
 def _collate(items: list[tuple[File, Tensor | None]]) -> Batch:

@@ -51,7 +51,7 @@ class Runner:
         Args:
             images: prepared for the network; or pixels of 8 bits, which are scaled to 0 to 1 and normalised here.
         """
-        images = images.to(self._device, non_blocking=True)
+        images = images.to(self._device)
         if images.dtype == torch.uint8:
             images = (images.float() / 255 - self._mean) / self._std
         count = len(images)

@@ -29,6 +29,7 @@ EXAMPLE = "classify --top-k 5 photo.jpg folder/"
 _EMBEDDED = "test_tresnet"
 _LONGEST_WAIT = datetime.timedelta(days=30)  # of one process for the last of the others
 _COUNTED = ("images", "there", "errors", "sidecars", "sidecars_there")
+_FAST_JPEG = "large JPEG files are decoded at a half to an eighth of their size, which changes probabilities a little"
 _INTERRUPTED = 130  # exit status, as shells have it
 _BAR_WIDTH = 20
 _FEW_CLASSES = 20  # that are named on one line
@@ -95,7 +96,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     collection.add_argument(
         "--fast-jpeg",
         action="store_true",
-        help="decode large JPEG files at a half, a quarter or an eighth of their size; changes probabilities a little",
+        help=_FAST_JPEG,
     )
     add_machine_options(parser.add_argument_group("machine"))
 
@@ -153,6 +154,8 @@ def run(
         source = describe_labels(network)
         if source:
             print(f"timm-tresnet: class names: {source}", file=sys.stderr)
+        if fast_jpeg:
+            print(f"timm-tresnet: --fast-jpeg: {_FAST_JPEG}", file=sys.stderr)
 
     from timm_tresnet.collection.outputs import Output
     from timm_tresnet.collection.predictions import Settings, classify_files, fingerprint
