@@ -326,7 +326,11 @@ def _name_files(artifact: str) -> list[Path]:
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("timm-tresnet", "timm", "torch")}
+    import timm
+    import torch
+
+    own = importlib.metadata.version("timm-tresnet")
+    return {"timm-tresnet": own, "timm": timm.__version__, "torch": str(torch.__version__)}
 
 
 def _load_artifact(engine: str, artifact: str, trust: bool) -> Any:
