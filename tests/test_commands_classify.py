@@ -542,8 +542,9 @@ def run_process(folder):
 def test_two_processes_share_the_files_and_leave_one_output(run_two_processes, tmp_path):
     folder = run_two_processes("test_commands_classify")
     alone = tmp_path / "alone.jsonl"
-    images = [str(SAMPLES), str(SAMPLES / "gone.jpg"), str(SAMPLES / "cat.jpg")]
-    assert cli.main(["classify", *images, "--batch-size", "3", "--device", "cpu", "--output", str(alone)]) == 1
+    images, words = [str(SAMPLES), str(SAMPLES / "gone.jpg")], ["--batch-size", "3", "--device", "cpu", "-j", "0"]
+    assert cli.main(["classify", *images, *words, "--output", str(alone)]) == 1
+    assert cli.main(["classify", *images, str(SAMPLES / "cat.jpg"), *words, "--output", str(alone), "--resume"]) == 1
     assert (folder / "tags.jsonl").read_bytes() == alone.read_bytes()
     assert len((folder / "few.csv").read_text().splitlines()) == 2
     assert {path.name for path in folder.iterdir()} >= {"tags.jsonl", "tags.jsonl.json", "few.csv", "few.csv.json"}

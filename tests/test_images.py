@@ -289,6 +289,17 @@ def test_jpeg_is_decoded_smaller_where_no_side_falls_below_the_least(tmp_path):
     assert read_image(tmp_path / "a.png", least_side=50).size == (640, 400)
 
 
+def test_an_orientation_in_xmp_turns_an_image_too(tmp_path):
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>')
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.png", pnginfo=text)
+    assert read_image(tmp_path / "a.png").size == (20, 40)
+    assert read_image(tmp_path / "a.png", upright=False).size == (40, 20)
+
+
 def test_folder_that_cannot_be_listed_is_found_and_says_so_when_it_is_read(tmp_path, monkeypatch):
     (tmp_path / "a.jpg").touch()
     closed = tmp_path / "closed"

@@ -28,6 +28,7 @@ _MOST_BYTES = 2**29  # of an image's pixels, 8 bytes each of those that are copi
 _ROWS = 64  # that are brought to 8 bits at once
 _GROUND = (255, 255, 255)  # behind what is transparent: such images are mostly drawn for white pages
 _16_BITS = ("I;16", "I;16L", "I;16B", "I;16N")  # modes of Pillow; of a PNG, older releases say "I"
+_MAY_TURN = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # what Pillow finds an orientation in
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF's tags; 0 for the second: 0 is white
 
 
@@ -151,7 +152,8 @@ def _to_rgb(image: Any, upright: bool) -> Any:
 
     tags = getattr(image, "tag_v2", {})  # of TIFF; gone once the image is turned
     deep = image.mode in _16_BITS or (image.mode == "I" and image.format == "PNG")
-    if upright:
+    image.load()  # a PNG can say how it is to be turned behind its pixels
+    if upright and (tags or any(name in image.info for name in _MAY_TURN)):
         ImageOps.exif_transpose(image, in_place=True)  # most need no turning, and no copy
     if deep:
         image = _from_16_bits(image, 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1, tags.get(_PHOTOMETRIC) == 0)
@@ -160,7 +162,6 @@ def _to_rgb(image: Any, upright: bool) -> Any:
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (*_GROUND, 255)), image).convert("RGB")
-    image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
