@@ -12,6 +12,7 @@ _COMPARISON = {
 ROW_FIELDS = {  # script -> fields of each row; there may be more
     "ablation": _COMPARISON,
     "ablation_accuracy": {"row", "seed", "top1", "epochs"},
+    "collection": {"row", "files", "images", "seconds", "cpu_s", "ratios", "cpu_ratios", "agreement", "difference"},
     "inference": {"row", "batch_size", "precision", "images_per_s", "ratios"},
     "int8_accuracy": {"row", "top1", "agreement", "images"},
     "launches": {"row", "step_ms", "step_ratio", "forward_ms", "backward_ms"},

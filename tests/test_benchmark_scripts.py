@@ -317,3 +317,53 @@ def test_pictures_need_complete_rounds(tmp_path):
     with pytest.raises(SystemExit, match="has no complete round in train_images_per_s"):
         importlib.import_module("plots").main([str(path), "--output", str(tmp_path)])
     assert [each.name for each in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_collections_are_compared_file_by_file(tmp_path):
+    script = importlib.import_module("collection")
+    expected = {"a.jpg": (1, 0.5), "b.jpg": (2, 0.75)}
+    assert script.compare(expected, {"a.jpg": (1, 0.625), "b.jpg": (3, 0.75)}) == (0.5, 0.125)
+    with pytest.raises(RuntimeError, match="2 files were classified by one command, 1 by the other"):
+        script.compare(expected, {"a.jpg": (1, 0.5)})
+    (tmp_path / "x.csv").write_text("filename,index_0,prob_0\nfolder/a.jpg,1,0.5\n")
+    row = {"image": "other/a.jpg", "predictions": [{"label": "x", "index": 1, "probability": 0.5}]}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
+    assert script.read_results(script.TIMM, tmp_path / "x") == script.read_results(script.CLASSIFY, tmp_path / "x")
+
+
+def test_commands_are_timed_in_forks_and_a_failing_one_says_why(tmp_path):
+    script = importlib.import_module("collection")
+    good, bad = tmp_path / "good.py", tmp_path / "bad.py"
+    good.write_text("import sys; assert sys.argv[1:] == ['word']; sum(range(10**6))")
+    bad.write_text("raise ValueError('no such thing')")
+    seconds, cpu_s = script.time_command([str(good), "word"], tmp_path / "printed")
+    assert min(seconds, cpu_s) > 0
+    with pytest.raises(RuntimeError, match="no such thing"):
+        script.time_command([str(bad)], tmp_path / "printed")
+
+
+def test_small_files_are_of_all_of_a_data_set(tmp_path):
+    script = importlib.import_module("collection")
+    for index in range(10):
+        (tmp_path / "test" / str(index)).mkdir(parents=True)
+        (tmp_path / "test" / str(index) / "0.jpg").touch()
+    (tmp_path / "small").mkdir()
+    script.link_small(tmp_path, tmp_path / "small", 5)
+    linked = sorted(path.resolve().parent.name for path in (tmp_path / "small").iterdir())
+    assert linked == ["0", "2", "4", "6", "8"]
+    with pytest.raises(ValueError, match="needs 11 images, got 10"):
+        script.link_small(tmp_path, tmp_path / "small", 11)
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(
+    not os.environ.get("TIMM_SCRIPTS"), reason="TIMM_SCRIPTS does not name a folder with timm's inference.py"
+)
+def test_classify_says_what_timms_inference_py_says(tmp_path):
+    for index in range(6):
+        pixels = torch.randint(0, 256, (40, 48, 3), dtype=torch.uint8)
+        (tmp_path / "test").mkdir(exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "test" / f"{index}.jpg")
+    words = ["--scripts", os.environ["TIMM_SCRIPTS"], "--data", str(tmp_path), "--small", "6", "--photographs", "0"]
+    rows = run("collection", tmp_path, *words, "--rounds", "1")["rows"]
+    assert [row["agreement"] for row in rows] == [1, 1]

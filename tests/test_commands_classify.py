@@ -1,8 +1,10 @@
+import csv
 import io
 import json
 import os
 import re
 import shutil
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from killing import run_killed
 from PIL import Image
 
 from timm_tresnet.cli import main as cli
@@ -367,3 +370,243 @@ def test_photographs_are_turned_unless_they_are_asked_for_as_stored(tmp_path, ca
         answers[name, *words] = json.loads(capsys.readouterr().out)[0]["predictions"]
     assert answers["marked",] == answers["turned",] != answers["plain",]
     assert answers["marked", "--as-stored"] == answers["plain",]
+
+
+@pytest.fixture
+def collection(tmp_path):
+    """A folder of 11 images in folders, of which two cannot be read."""
+    folder = tmp_path / "collection"
+    for index in range(11):
+        (folder / str(index % 3)).mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (40, 48, 3), generator=torch.Generator().manual_seed(index), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / str(index % 3) / f"{index}.png")
+    (folder / "1" / "4.png").write_bytes(b"damaged")
+    (folder / "2" / "loop.png").symlink_to("loop.png")
+    os.link(folder / "0" / "0.png", folder / "0" / "again\x1b.png")
+    return folder
+
+
+def classify_collection(folder, output, *words, status=1):
+    options = ["--batch-size", "3", "-j", "0", "--device", "cpu", "--output", str(output)]
+    assert cli.main(["classify", str(folder), *options, *words]) == status
+    return output
+
+
+def test_output_has_what_json_prints_and_a_summary_is_printed(collection, tmp_path, capfd):
+    assert cli.main(["classify", str(collection), "--json"]) == 1
+    expected = json.loads(capfd.readouterr().out)
+    path = classify_collection(collection, tmp_path / "tags.jsonl")
+    printed, error = capfd.readouterr()
+    assert printed == f"{path}: 13 images, 2 with errors\n"
+    assert error == ""
+    results = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [result["image"] for result in results] == [result["image"] for result in expected]
+    assert f"{collection}/0/again\\x1b.png" in {result["image"] for result in results}
+    for result, usual in zip(results, expected, strict=True):
+        assert result.get("error") == usual.get("error")
+        found, wanted = (
+            {entry["label"]: entry["probability"] for entry in each.get("predictions", [])} for each in (result, usual)
+        )
+        assert found == pytest.approx(wanted, abs=1e-6)
+    note = json.loads((tmp_path / "tags.jsonl.json").read_text())
+    assert note["command"].startswith(f"timm-tresnet classify {collection} --batch-size 3")
+    with classify_collection(collection, tmp_path / "tags.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, result in zip(rows, results, strict=True):
+        assert row["labels"] == ";".join(entry["label"] for entry in result.get("predictions", []))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+@pytest.mark.parametrize("killed_at", [2, 4])
+def test_a_killed_run_is_gone_on_with_to_the_last_byte(suffix, killed_at, collection, tmp_path, capfd):
+    expected = classify_collection(collection, tmp_path / f"expected{suffix}").read_bytes()
+    write, path = os.write, tmp_path / f"tags{suffix}"
+
+    def be_killed():
+        count = 0
+
+        def write_and_die(descriptor, content):
+            nonlocal count
+            count += 1
+            if count == killed_at:
+                write(descriptor, content[: len(content) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write(descriptor, content)
+
+        os.write = write_and_die
+        torch.set_num_threads(1)
+        classify_collection(collection, path)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # those of a fork are gone
+    try:
+        assert run_killed(be_killed, 10**9)
+    finally:
+        torch.set_num_threads(threads)
+    assert 0 < len(path.read_bytes()) < len(expected)
+    capfd.readouterr()
+    assert classify_collection(collection, path, "--resume").read_bytes() == expected
+    assert re.search(r": 13 images, \d+ of them new, 2 with errors\n", capfd.readouterr().out)
+    assert classify_collection(collection, path, "--resume").read_bytes() == expected
+    assert ": 13 images, 0 of them new, 2 with errors\n" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--top-k", "4"], "by top_k 3, now 4"),
+        (["--as-stored"], "by as_stored false, now true"),
+        (["--fast-jpeg"], "by fast_jpeg false, now true"),
+        (["--amp", "bfloat16"], 'by amp null, now "bfloat16"'),
+        (["--model", "test_tresnet.mosaic_cifar10"], "by weights_sha256"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_other_weights_and_options_do_not_go_on_with_an_output(words, message, collection, tmp_path, capsys):
+    path = classify_collection(collection, tmp_path / "tags.jsonl")
+    before = path.read_bytes()
+    classify_collection(collection, path, "--resume", *words, status=2)
+    assert message in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_an_output_that_exists_is_not_overwritten(collection, tmp_path, capsys):
+    path = classify_collection(collection, tmp_path / "tags.jsonl")
+    classify_collection(collection, path, status=2)
+    assert "tags.jsonl exists already; go on with it by --resume, or name a new file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--resume"], "--resume needs --output"),
+        (["--prefix", "a"], "need --sidecar"),
+        (["--output", "tags.json"], "needs to end in one of .jsonl, .csv, .parquet"),
+        (["--output", "tags.jsonl", "--json"], "--json is about what is printed"),
+        (["--engine", "onnx", "x.onnx", "--amp", "bfloat16"], "are about models, not about --engine"),
+        (["--device", "cuda"], "this machine has no cuda; --device "),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_options_that_do_not_go_together_are_named(words, message, collection, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["classify", str(collection), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["collection"]
+
+
+def test_output_needs_images_and_other_processes_need_an_output(tmp_path, monkeypatch, capsys):
+    assert cli.main(["classify", "--output", str(tmp_path / "tags.jsonl")]) == 2
+    assert "--output and --sidecar need IMAGE" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["classify", str(SAMPLES)]) == 2
+    assert "several processes need --output or --sidecar" in capsys.readouterr().err
+
+
+def test_sidecars_are_written_beside_images_and_those_that_are_there_stay(tagger, collection, capfd):
+    (collection / "0" / "3.txt").write_text("precious")
+    words = ["classify", str(collection), "--model", tagger, "--sidecar", "-j", "0", "--device", "cpu"]
+    assert cli.main([*words, "--prefix", "mine"]) == 1
+    printed, error = capfd.readouterr()
+    assert printed == "10 text files written beside images\n"
+    assert [line.partition(": ")[2].partition(":")[0] for line in error.splitlines()] == [
+        f"skipped {collection}/1/4.png",
+        f"skipped {collection}/2/loop.png",
+    ]
+    texts = {path.name: path.read_text() for path in collection.rglob("*.txt")}
+    assert len(texts) == 11
+    assert texts.pop("3.txt") == "precious"
+    assert set(texts.values()) == {"mine, sand, sky, boat\n"}
+    assert cli.main([*words, "--overwrite-sidecars"]) == 1
+    assert "11 text files written beside images\n" in capfd.readouterr().out
+    assert {path.read_text() for path in collection.rglob("*.txt")} == {"sand, sky, boat\n"}
+
+
+def test_sidecars_stand_beside_an_output_and_are_written_before_its_lines(tagger, collection, tmp_path, capfd):
+    path = tmp_path / "tags.jsonl"
+    (collection / "1" / "7.txt").write_text("precious")
+    classify_collection(collection, path, "--model", tagger, "--sidecar")
+    assert capfd.readouterr().out == (
+        f"{path}: 13 images, 2 with errors\n10 text files written beside images, 1 were there already\n"
+    )
+    assert len(list(collection.rglob("*.txt"))) == 11
+
+
+@pytest.mark.parametrize("words", [["--output", "tags.jsonl"], ["--sidecar"], []], ids=["output", "sidecar", "printed"])
+def test_ctrl_c_leaves_what_is_done_and_says_how_to_go_on(words, collection, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    counted = []
+
+    def interrupt(*arguments):
+        counted.append(arguments)
+        if len(counted) == 3:
+            raise KeyboardInterrupt
+        return keep(*arguments)
+
+    keep = classify._keep
+    monkeypatch.setattr(classify, "_keep", interrupt)
+    command = ["classify", "collection", "--batch-size", "3", "-j", "0", "--device", "cpu", *words]
+    if not words:
+        with pytest.raises(KeyboardInterrupt):
+            cli.main(command)
+        return
+    assert cli.main(command) == 130
+    assert "interrupted; the same command goes on, with --resume if it has --output" in capsys.readouterr().err
+    monkeypatch.setattr(classify, "_keep", keep)
+    assert cli.main([*command, *(["--resume"] if "--output" in words else [])]) == 1
+    if "--output" in words:
+        assert len((tmp_path / "tags.jsonl").read_text().splitlines()) == 13
+    else:
+        assert len(list(collection.rglob("*.txt"))) == 11
+
+
+def run_process(folder):
+    """One of two processes that share files."""
+    torch.set_num_threads(1)
+    words = ["--batch-size", "3", "-j", "0", "--device", "cpu"]
+    images = [str(SAMPLES), str(SAMPLES / "gone.jpg")]
+    words += ["--output", str(Path(folder) / "tags.jsonl")]
+    assert cli.main(["classify", *images, *words]) == 1
+    assert cli.main(["classify", *images, str(SAMPLES / "cat.jpg"), *words, "--resume"]) == 1
+    words[-1] = str(Path(folder) / "few.csv")
+    assert cli.main(["classify", str(SAMPLES / "cat.jpg"), *words]) == 0
+
+
+def test_two_processes_share_the_files_and_leave_one_output(run_two_processes, tmp_path):
+    folder = run_two_processes("test_commands_classify")
+    alone = tmp_path / "alone.jsonl"
+    images, words = [str(SAMPLES), str(SAMPLES / "gone.jpg")], ["--batch-size", "3", "--device", "cpu", "-j", "0"]
+    assert cli.main(["classify", *images, *words, "--output", str(alone)]) == 1
+    assert cli.main(["classify", *images, str(SAMPLES / "cat.jpg"), *words, "--output", str(alone), "--resume"]) == 1
+    assert (folder / "tags.jsonl").read_bytes() == alone.read_bytes()
+    assert len((folder / "few.csv").read_text().splitlines()) == 2
+    assert {path.name for path in folder.iterdir()} >= {"tags.jsonl", "tags.jsonl.json", "few.csv", "few.csv.json"}
+    assert not list(folder.glob("*-of-*"))
+
+
+def test_the_bar_shows_speed_and_what_is_left_of_a_resumed_run(collection, tmp_path, monkeypatch, capsys):
+    path = classify_collection(collection, tmp_path / "tags.jsonl")
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:7]))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    capsys.readouterr()
+    classify_collection(collection, path, "--resume")
+    error = capsys.readouterr().err
+    assert "6/6 images, " in error
+    assert " images/s, 00:00 left" in error
+
+
+def test_a_sidecar_that_cannot_be_written_ends_the_command_before_its_line(collection, tmp_path, capsys):
+    (collection / "1" / ".1.txt.partial").mkdir()
+    path = classify_collection(collection, tmp_path / "tags.jsonl", "--sidecar", status=2)
+    assert ".1.txt.partial" in capsys.readouterr().err
+    assert len(path.read_text().splitlines()) == 3  # a batch
+    (collection / "1" / ".1.txt.partial").rmdir()
+    classify_collection(collection, path, "--sidecar", "--resume")
+    assert len(path.read_text().splitlines()) == 13
+    assert len(list(collection.rglob("*.txt"))) == 11
+
+
+def test_fast_jpeg_says_what_it_changes(capsys):
+    assert cli.main(["classify", "--fast-jpeg", str(SAMPLES / "cat.jpg")]) == 0
+    assert "--fast-jpeg: large JPEG files are decoded at a half to an eighth of their size" in capsys.readouterr().err

@@ -281,6 +281,53 @@ def test_links_to_folders_are_not_followed_and_everything_named_like_an_image_is
     assert list(find_images([loop, tmp_path / "missing"])) == [loop, tmp_path / "missing"]
 
 
+def test_order_is_that_of_sorted_paths_and_no_folder_is_listed_before_its_turn(tmp_path, monkeypatch):
+    names = ("a", "a.jpg", "a-b", "A", "aa", "b.png", "ä")
+    for first in names:
+        for second in names:
+            file = tmp_path / first.removesuffix(".jpg") / second / "x.jpg" if "." not in second else None
+            file = file or tmp_path / first.removesuffix(".jpg") / second
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+    (tmp_path / "a.jpg").touch()
+    deep = tmp_path / "z"
+    for _ in range(200):
+        deep /= "z"
+    deep.mkdir(parents=True)
+    (deep / "last.jpg").touch()
+    expected = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert list(find_images([tmp_path])) == expected
+    listed, scan = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scan(path))
+    next(find_images([tmp_path]))
+    assert len(listed) == 3
+
+
+def test_jpeg_is_decoded_smaller_where_no_side_falls_below_the_least(tmp_path):
+    from PIL import Image
+
+    photo = Image.new("RGB", (640, 400), (200, 30, 60))
+    photo.save(tmp_path / "a.jpg")
+    photo.save(tmp_path / "a.png")
+    sizes = {side: read_image(tmp_path / "a.jpg", least_side=side).size for side in (None, 401, 201, 200, 60, 50, 1)}
+    assert sizes == {
+        **{None: (640, 400), 401: (640, 400), 201: (640, 400), 200: (320, 200)},
+        **{60: (160, 100), 50: (80, 50), 1: (80, 50)},
+    }
+    assert read_image(tmp_path / "a.png", least_side=50).size == (640, 400)
+
+
+def test_an_orientation_in_xmp_turns_an_image_too(tmp_path):
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>')
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.png", pnginfo=text)
+    assert read_image(tmp_path / "a.png").size == (20, 40)
+    assert read_image(tmp_path / "a.png", as_stored=True).size == (40, 20)
+
+
 def test_folder_that_cannot_be_listed_is_found_and_says_so_when_it_is_read(tmp_path, monkeypatch):
     (tmp_path / "a.jpg").touch()
     closed = tmp_path / "closed"

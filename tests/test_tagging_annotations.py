@@ -429,6 +429,47 @@ def test_boxes_beside_images_are_their_labels_by_number(folder):
     assert read(folder, names=("dog", "cat"))[0] == {"a.jpg": ("cat", "dog"), "b.jpg": ("cat",)}
 
 
+@pytest.mark.parametrize(
+    ("image", "annotation", "first"),
+    [
+        # Label Studio's converter: ids from 0, file names behind the folder of its archive
+        ({"width": 8, "height": 8}, {"segmentation": [], "bbox": [0.0, 1.5, 2, 3], "ignore": 0, "iscrowd": 0}, 0),
+        # CVAT: ids from 1, empty addresses, attributes
+        (
+            {"license": 0, "flickr_url": "", "coco_url": "", "date_captured": 0},
+            {"segmentation": [[0, 0, 1, 1, 2, 2]], "attributes": {"occluded": False, "rotation": 0.0}},
+            1,
+        ),
+    ],
+    ids=["label_studio", "cvat"],
+)
+def test_coco_as_annotation_tools_export_it_is_read(image, annotation, first, folder):
+    content = {
+        "licenses": [{"name": "", "id": 0, "url": ""}],
+        "info": {"contributor": "", "year": 2026},
+        "images": [{"id": first + number, "file_name": f"{name}.jpg", **image} for number, name in enumerate("ab")],
+        "categories": [
+            {"id": first + number, "name": name, "supercategory": ""} for number, name in enumerate(("cat", "dog"))
+        ],
+        "annotations": [
+            {"id": number, "image_id": first + of_image, "category_id": first + category, "area": 4, **annotation}
+            for number, (of_image, category) in enumerate(((0, 1), (0, 1), (0, 0), (1, 1)))
+        ],
+    }
+    path = write(folder / "x.json", json.dumps(content))
+    assert read(path)[:2] == ({"a.jpg": ("cat", "dog"), "b.jpg": ("dog",)}, ("cat", "dog"))
+
+
+def test_class_folders_are_those_that_timms_scripts_measure(folder):
+    for name in ("train/cat/a.jpg", "val/cat/b.jpg", "val/dog/c.jpg", "val/dog/d.gif"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / name)
+    found, names, left_out = read(folder, class_folders=True)
+    assert found == {"val/cat/b.jpg": ("cat",), "val/dog/c.jpg": ("dog",)}
+    assert names == ("cat", "dog")
+    assert left_out == {".gif files, which timm's reader passes over": 1}
+
+
 def test_class_folders_are_one_label_an_image_where_they_are_asked_for(folder):
     (folder / "sub10").mkdir()
     (folder / "sub9" / "deep").mkdir(parents=True)

@@ -1,6 +1,7 @@
 """Types of arguments, for `add_argument(type=...)`, and the options of comparisons."""
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,47 @@ def add_reading_options(parser: Any) -> None:
         action="store_true",
         help="take images outside --images too: by absolute paths, .. or links that lead there (default: refused)",
     )
+
+
+def add_machine_options(parser: Any) -> None:
+    """Add the options of where and how fast a network runs, to a parser or group; `choose_device` takes the device."""
+    from timm_tresnet.tagging.settings import DEVICES
+
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
+    parser.add_argument("--amp", choices=["bfloat16", "float16"], help="autocast to this dtype")
+    parser.add_argument("--channels-last", action="store_true", help="lay images and weights out with channels last")
+    parser.add_argument(
+        "--compile", action="store_true", help="fold and compile the network first, which takes a minute on a CPU"
+    )
+    parser.add_argument("--batch-size", type=at_least(1), default=32, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "-j", "--workers", type=at_least(0), metavar="N", help=f"that read images (default: {default_workers()})"
+    )
+
+
+def default_workers() -> int:
+    """How many processes read images, of each of those that torchrun starts on this machine."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, (os.cpu_count() or 1) // local))
+
+
+def choose_device(device: str) -> str:
+    """The device that an option asks for; of several processes on a machine, each gets the next GPU.
+
+    Raises:
+        ValueError: if this machine has no such device.
+    """
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    first = next(name for name in there if there[name])
+    if device == "auto":
+        device = first
+    if not there[device]:
+        raise ValueError(f"this machine has no {device}; --device {first}")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    return device
 
 
 def make_reading(options: dict[str, Any], **others: Any) -> Any:

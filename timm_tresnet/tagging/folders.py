@@ -4,12 +4,12 @@ import dataclasses
 from collections import Counter
 from pathlib import Path
 
-import timm.data
 import torch
 
 from timm_tresnet.conversion.reading import name_some
 from timm_tresnet.tagging.annotations import Annotations, Example
-from timm_tresnet.utils.images import FORMATS, printable
+from timm_tresnet.tagging.forms import read_class_folders
+from timm_tresnet.utils.images import printable
 
 _VALIDATION = ("validation", "val", "valid", "eval", "evaluation")  # folders that timm takes for that
 
@@ -50,24 +50,15 @@ def read_folders(folder: Path, val: Path | None = None) -> tuple[Annotations, An
 
 
 def _read(root: Path, split: str) -> Annotations:
-    try:
-        reader = timm.data.create_dataset("", str(root), split=split).reader
-    except RuntimeError as error:  # no images
-        raise ValueError(f"{printable(root)}: {error}") from error
-    called = printable(Path(reader.root))
-    names = sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
-    outside = [printable(Path(path)) for path, index in reader.samples if names[index] == ""]
+    left_out: Counter[str] = Counter()
+    folder, found = read_class_folders(root, split, left_out)
+    outside = [printable(root / row.file) for row in found.rows if not row.labels[0]]
     if outside:
-        raise ValueError(f"{called} needs every image in the folder of its class, got {name_some(outside)} beside them")
-    examples = tuple(Example(Path(path), (names[index],)) for path, index in reader.samples)
-    return Annotations(called, examples, tuple(names), _count_others(Path(reader.root)))
-
-
-def _count_others(root: Path) -> Counter[str]:
-    """Images in formats that timm's reader passes over."""
-    suffixes = {suffix for each in FORMATS.values() for suffix in each} - set(timm.data.get_img_extensions())
-    found = Counter(path.suffix.lower() for path in root.rglob("*") if path.suffix.lower() in suffixes)
-    return Counter({f"{suffix} files, which timm's reader passes over": count for suffix, count in found.items()})
+        raise ValueError(
+            f"{printable(folder)} needs every image in the folder of its class, got {name_some(outside)} beside them"
+        )
+    examples = tuple(Example(root / row.file, row.labels) for row in found.rows)
+    return Annotations(printable(folder), examples, found.names, left_out)
 
 
 def hold_out_of_each(annotations: Annotations, share: float, seed: int) -> tuple[Annotations, Annotations]:

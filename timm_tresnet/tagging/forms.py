@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from timm_tresnet.conversion.reading import name_some
 from timm_tresnet.utils.errors import summarise
-from timm_tresnet.utils.images import find_images, printable
+from timm_tresnet.utils.images import FORMATS, find_images, printable
 from timm_tresnet.utils.schema import TEXT, Kind, Table, find_fault, show
 
 SEPARATOR = ";"
@@ -466,13 +466,42 @@ def _is_share(word: str) -> bool:
 
 
 def _read_class_folders(path: Path, reading: Reading, left_out: Counter[str]) -> Rows:
-    """A folder for each label, named after it; as in timm, only the last folder of a path counts."""
-    from timm.utils import natural_key
+    """A folder for each label, named after it, or a folder `validation` that holds those."""
+    _, found = read_class_folders(path, "validation", left_out)
+    rows = [row for row in found.rows if row.labels[0]]
+    left_out["images that are in no folder"] += len(found.rows) - len(rows)
+    return Rows(rows, tuple(name for name in found.names if name))
 
-    images = [image.relative_to(path) for image in find_images([path])]
-    left_out["images that are in no folder"] += sum(len(image.parts) == 1 for image in images)
-    rows = [Row(str(image), (image.parent.name,)) for image in images if len(image.parts) > 1]
-    return Rows(rows, tuple(sorted({name for row in rows for name in row.labels}, key=natural_key)))
+
+def read_class_folders(path: Path, split: str, left_out: Counter[str]) -> tuple[Path, Rows]:
+    """Images that have their folder's name as their only label, read by timm, so that its scripts count the same.
+
+    Args:
+        path: holds a folder for each label, or a folder that does, `validation` or `val`, say.
+        split: which one of those, "train" or "validation", as timm calls it and similar names.
+        left_out: images in formats that timm's reader passes over are counted here.
+
+    Returns:
+        The folder that holds those of the labels, and the rows, whose files are relative to path and whose names are in
+        timm's order, where numbers count as numbers. The label of an image in no folder is "".
+
+    Raises:
+        ValueError: if there are no images.
+    """
+    import timm.data
+
+    try:
+        reader = timm.data.create_dataset("", str(path), split=split).reader
+    except RuntimeError as error:  # no images
+        raise ValueError(f"{printable(path)}: {error}") from error
+    root = Path(reader.root)
+    passed_over = {suffix for each in FORMATS.values() for suffix in each} - set(timm.data.get_img_extensions())
+    for found in root.rglob("*"):
+        if found.suffix.lower() in passed_over:
+            left_out[f"{found.suffix.lower()} files, which timm's reader passes over"] += 1
+    names = sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
+    rows = [Row(str(Path(file).relative_to(path)), (names[index],)) for file, index in reader.samples]
+    return root, Rows(rows, tuple(names))
 
 
 def _collect_names(rows: Iterable[Row]) -> tuple[str, ...]:

@@ -1,6 +1,5 @@
 """How good a network is on annotated images."""
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -119,24 +118,22 @@ def run_network(
     network: Any,
     annotations: Annotations,
     matching: Matching,
+    run: Callable[[Tensor], Tensor],
     *,
     batch_size: int = 32,
     workers: int = 0,
-    device: str = "cpu",
-    amp: torch.dtype | None = None,
     as_stored: bool = False,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Outputs:
     """Run a network on annotated images, prepared as its pretrained config says.
 
     Args:
-        network: a model from `timm.create_model`, in eval mode; is moved to the device.
+        network: a model from `timm.create_model`.
         annotations: of the images.
         matching: of their labels and the network's outputs.
+        run: gives its logits, see `timm_tresnet.deployment.running.Runner`.
         batch_size: images in a batch.
         workers: processes that read images.
-        device: where the network runs.
-        amp: what it computes in where autocast allows it; None for float32.
         as_stored: read images as timm's scripts do.
         advance: is told after each batch how many images that were.
 
@@ -149,17 +146,12 @@ def run_network(
     transform = timm.data.create_transform(**config)
     in_chans, *size = config["input_size"]
     images = LabelledImages(examples, names, transform, tuple(size), as_stored=as_stored, in_chans=in_chans)
-    network.to(device)
-    autocast = torch.autocast(torch.device(device).type, amp) if amp else contextlib.nullcontext()
     logits, targets, readable = [], [], []
-    with torch.inference_mode():
-        for batch in make_loader(images, batch_size, False, workers, 0, 1, 0):
-            with autocast:
-                found = network(batch["image"].to(device, non_blocking=True))
-            logits.append(found.float().cpu())
-            targets.append(batch["target"].to(torch.int8))
-            readable.append(batch["readable"])
-            advance(len(readable[-1]))
+    for batch in make_loader(images, batch_size, False, workers, 0, 1, 0):
+        logits.append(run(batch["image"]))
+        targets.append(batch["target"].to(torch.int8))
+        readable.append(batch["readable"])
+        advance(len(readable[-1]))
     kept = torch.cat(readable)
     if not kept.any():
         raise ValueError("none of the images can be read")

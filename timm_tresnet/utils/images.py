@@ -3,7 +3,7 @@
 import os
 import stat
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ _MOST_BYTES = 2**29  # of an image's pixels, 8 bytes each of those that are copi
 _ROWS = 64  # that are brought to 8 bits at once
 _GROUND = (255, 255, 255)  # behind what is transparent: such images are mostly drawn for white pages
 _16_BITS = ("I;16", "I;16L", "I;16B", "I;16N")  # modes of Pillow; of a PNG, older releases say "I"
+_MAY_TURN = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # what Pillow finds an orientation in
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF's tags; 0 for the second: 0 is white
 
 
@@ -38,23 +39,53 @@ def find_samples(pretrained_cfg: Mapping[str, Any]) -> Path:
     return {folder.name: folder for folder in _SAMPLES.iterdir()}.get(name, SAMPLES)
 
 
-def find_images(paths: Sequence[Path]) -> Iterator[Path]:
+def find_images(paths: Iterable[Path]) -> Iterator[Path]:
     """Image files among paths, and in those of them that are folders, sorted.
 
     In folders, names that end like those of `FORMATS` count; links to folders are not followed. A folder that cannot be
-    listed is among the results, so that reading it says so.
+    listed is among the results, so that reading it says so. Of each level, the names in one folder are held.
     """
     for path in paths:
         if os.path.isdir(path):  # unlike Path.is_dir, False for what may not be looked at
-            unlisted: list[OSError] = []
-            walk = os.walk(path, onerror=unlisted.append)
-            files = [Path(folder, name) for folder, _, names in walk for name in names]
-            yield from sorted(
-                [file for file in files if file.suffix.lower() in _SUFFIXES]
-                + [Path(error.filename) for error in unlisted]
-            )
+            yield from _walk(path)
         else:
             yield path
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    levels = [iter([(folder, True)])]
+    while levels:
+        for path, is_folder in levels[-1]:
+            if not is_folder:
+                yield path
+                continue
+            try:
+                levels.append(_list_folder(path))
+            except OSError:
+                yield path
+            else:
+                break
+        else:
+            levels.pop()
+
+
+def _list_folder(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """Images and folders in a folder, sorted, and which of them are folders."""
+    with os.scandir(folder) as entries:
+        found = [
+            (entry.name, is_folder)
+            for entry in entries
+            if ((is_folder := _is_folder(entry)) and not entry.is_symlink())
+            or (not is_folder and os.path.splitext(entry.name)[1].lower() in _SUFFIXES)
+        ]
+    return ((folder / name, is_folder) for name, is_folder in sorted(found))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # of a link to itself
+        return False
 
 
 def printable(path: Path) -> str:
@@ -62,7 +93,13 @@ def printable(path: Path) -> str:
     return escape(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
-def read_image(path: Path, as_stored: bool = False, most_bytes: int = _MOST_BYTES, in_chans: int = 3) -> Any:
+def read_image(
+    path: Path,
+    as_stored: bool = False,
+    most_bytes: int = _MOST_BYTES,
+    in_chans: int = 3,
+    least_side: int | None = None,
+) -> Any:
     """Read an image file, turned as its camera was held: the first frame, in 8 bits, on white where it is transparent.
 
     Args:
@@ -71,6 +108,8 @@ def read_image(path: Path, as_stored: bool = False, most_bytes: int = _MOST_BYTE
             pixels as Pillow brings them to 8 bits.
         most_bytes: of the pixels that it declares, as they are in memory; asked before any is decoded.
         in_chans: one of `CHANNELS`.
+        least_side: decode a JPEG file at a half, a quarter or an eighth of its size, where no side gets shorter than
+            this many pixels; None for the whole.
 
     Returns:
         A `PIL.Image.Image` in mode RGB, or L with one channel.
@@ -92,9 +131,11 @@ def read_image(path: Path, as_stored: bool = False, most_bytes: int = _MOST_BYTE
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=list(FORMATS)) as image:
                 _check_size(image, most_bytes)
-                if not as_stored:
-                    image = _to_rgb(image)
-                return image.convert(CHANNELS[in_chans])
+                if least_side:
+                    image.draft(None, (least_side, least_side))  # which other formats ignore
+                image = image if as_stored else _to_rgb(image)
+                image.load()
+                return image if image.mode == CHANNELS[in_chans] else image.convert(CHANNELS[in_chans])
     except UnidentifiedImageError as error:
         raise ValueError(f"not an image in {', '.join(FORMATS)}") from error
     except Image.DecompressionBombWarning as error:
@@ -122,7 +163,9 @@ def _to_rgb(image: Any) -> Any:
 
     tags = getattr(image, "tag_v2", {})  # of TIFF; gone once the image is turned
     deep = image.mode in _16_BITS or (image.mode == "I" and image.format == "PNG")
-    image = ImageOps.exif_transpose(image)
+    image.load()  # a PNG can say how it is to be turned behind its pixels
+    if tags or any(name in image.info for name in _MAY_TURN):
+        ImageOps.exif_transpose(image, in_place=True)  # most need no turning, and no copy
     if deep:
         image = _from_16_bits(image, 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1, tags.get(_PHOTOMETRIC) == 0)
     if image.mode in ("I", "F"):
@@ -130,7 +173,7 @@ def _to_rgb(image: Any) -> Any:
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (*_GROUND, 255)), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _from_16_bits(image: Any, white: int, inverted: bool) -> Any:

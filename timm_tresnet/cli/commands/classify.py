@@ -1,19 +1,25 @@
 """`timm-tresnet classify` says what is on images."""
 
 import argparse
-import functools
+import contextlib
+import datetime
+import importlib.metadata
+import itertools
 import json
+import os
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from timm_tresnet.cli.commands import CommandError, load_model, require_channels, warn_of_assumed
-from timm_tresnet.cli.options import at_least, between
+from timm_tresnet.cli.options import add_machine_options, at_least, between, choose_device, default_workers
 from timm_tresnet.utils.errors import summarise
-from timm_tresnet.utils.images import find_images, find_samples, printable, read_image
+from timm_tresnet.utils.images import find_images, find_samples, printable
 from timm_tresnet.utils.tables import format_bar, format_columns
-from timm_tresnet.weights.labels import describe_labels, is_multi_label, label_lookup, read_thresholds
+from timm_tresnet.weights.labels import describe_labels, label_lookup
 
 ABOUT = {
     "help": "say what is on images",
@@ -21,8 +27,10 @@ ABOUT = {
 }
 EXAMPLE = "classify --top-k 5 photo.jpg folder/"
 _EMBEDDED = "test_tresnet"
-_BATCH_SIZE = 32
-_THRESHOLD = 0.5  # of labels that have none of their own
+_LONGEST_WAIT = datetime.timedelta(days=30)  # of one process for the last of the others
+_COUNTED = ("images", "there", "errors", "sidecars", "sidecars_there")
+_FAST_JPEG = "large JPEG files are decoded at a half to an eighth of their size, which changes probabilities a little"
+_INTERRUPTED = 130  # exit status, as shells have it
 _BAR_WIDTH = 20
 _FEW_CLASSES = 20  # that are named on one line
 
@@ -54,7 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=between(0, 1),
         metavar="P",
         help="for models with any number of labels an image: print every label at least this probable, instead of the "
-        f"top K (default: what the model says for each label, else {_THRESHOLD})",
+        "top K (default: what the model says for each label, else 0.5)",
     )
     parser.add_argument(
         "--as-stored",
@@ -63,6 +71,35 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "transparent pixels not on white",
     )
     parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
+    collection = parser.add_argument_group("collections")
+    collection.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write to a .jsonl, .csv or .parquet file, as it goes, instead of printing",
+    )
+    collection.add_argument(
+        "--resume", action="store_true", help="go on with what is in --output, or begin if there is nothing"
+    )
+    collection.add_argument(
+        "--sidecar", action="store_true", help="write photo.txt beside photo.jpg: labels with commas between them"
+    )
+    collection.add_argument(
+        "--overwrite-sidecars", action="store_true", help="write .txt files that exist anew (default: they stay)"
+    )
+    collection.add_argument(
+        "--replace-underscores", action="store_true", help="write spaces for them in --sidecar, but in o_o and the like"
+    )
+    collection.add_argument(
+        "--escape-parentheses", action="store_true", help="write a backslash before them in --sidecar"
+    )
+    collection.add_argument("--prefix", default="", metavar="TEXT", help="comes before the labels in --sidecar")
+    collection.add_argument(
+        "--fast-jpeg",
+        action="store_true",
+        help=_FAST_JPEG,
+    )
+    add_machine_options(parser.add_argument_group("machine"))
 
 
 def run(
@@ -76,49 +113,224 @@ def run(
     threshold: float | None,
     as_stored: bool,
     as_json: bool,
+    output: Path | None,
+    resume: bool,
+    sidecar: bool,
+    overwrite_sidecars: bool,
+    replace_underscores: bool,
+    escape_parentheses: bool,
+    prefix: str,
+    fast_jpeg: bool,
+    device: str,
+    amp: str | None,
+    channels_last: bool,
+    compile: bool,
+    batch_size: int,
+    workers: int | None,
 ) -> int:
-    """Classify, print what was found, and name the files that cannot be read."""
-    from tqdm import tqdm
-
-    paths = list(find_images(images))
-    if images and not paths:
+    """Classify, print or write what was found, and name the files that cannot be read."""
+    process, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    of_sidecars = (overwrite_sidecars, replace_underscores, escape_parentheses, bool(prefix))
+    _check_options(images, output, sidecar, any(of_sidecars), resume, as_json)
+    if engine and (device != "auto" or amp or channels_last or compile):
+        raise CommandError("--device, --amp, --channels-last and --compile are about models, not about --engine")
+    found = iter(find_images(images))
+    first = list(itertools.islice(found, batch_size + 1))
+    if images and not first:
         raise CommandError(f"no images in {', '.join(map(printable, images))}")
+    try:
+        where = "cpu" if engine else choose_device(device)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     network = _load_artifact(*engine, trust) if engine else load_model(model)
+    name = engine[1] if engine else model
     if not images:
-        paths = list(find_images([find_samples(network.pretrained_cfg)]))
+        first = list(find_images([find_samples(network.pretrained_cfg)]))
     if network.num_classes == 0:
-        raise CommandError(f"{engine[1] if engine else model} is a backbone without classes")
-    require_channels(network, engine[1] if engine else model)
+        raise CommandError(f"{name} is a backbone without classes")
+    require_channels(network, name)
+    if not process:
+        warn_of_assumed(network)
+        source = describe_labels(network)
+        if source:
+            print(f"timm-tresnet: class names: {source}", file=sys.stderr)
+        if fast_jpeg:
+            print(f"timm-tresnet: --fast-jpeg: {_FAST_JPEG}", file=sys.stderr)
 
-    warn_of_assumed(network)
-    source = describe_labels(network)
-    if source:
-        print(f"timm-tresnet: class names: {source}", file=sys.stderr)
-    few = len(paths) <= _BATCH_SIZE
-    bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} images"
-    with tqdm(total=len(paths), disable=few or None, mininterval=0, bar_format=bar_format) as bar:  # None: on terminals
-        try:
-            results = classify_images(network, paths, top_k, bar.update, threshold, as_stored)
-        except RuntimeError as error:
-            if not engine:
-                raise
-            raise CommandError(str(error)) from error
-    if as_json:
+    from timm_tresnet.collection.outputs import Output
+    from timm_tresnet.collection.predictions import Settings, classify_files, fingerprint
+    from timm_tresnet.collection.sidecars import Sidecars
+
+    few = len(first) <= batch_size  # for one batch, which one process reads
+    settings = Settings(
+        top_k=top_k,
+        threshold=threshold,
+        as_stored=as_stored,
+        fast_jpeg=fast_jpeg,
+        device=where,
+        amp=amp,
+        channels_last=channels_last,
+        compiled=compile,
+        batch_size=batch_size,
+        workers=workers if workers is not None else 0 if few else default_workers(),
+        process=process,
+        processes=processes,
+    )
+    sidecars = Sidecars(replace_underscores, escape_parentheses, prefix, overwrite_sidecars) if sidecar else None
+    tally: Counter[str] = Counter()
+    results: list[dict[str, Any]] = []  # to be printed
+    try:
+        with _together(processes) as add_up:
+            with contextlib.ExitStack() as stack:
+                writer = None
+                if output:
+                    files = _name_files(engine[1]) if engine else []
+                    made_by = {**settings.describe(), "engine": engine and engine[0], **fingerprint(network, files)}
+                    about = {"command": shlex.join(["timm-tresnet", *words]), "model": name, "versions": _versions()}
+                    writer = Output(output, made_by, about, resume, process, processes)
+                    add_up(tally)  # all have looked at what is there
+                    if not process:
+                        writer.prepare()
+                    add_up(tally)
+                    stack.enter_context(writer)
+                    add_up(tally)  # all have read what is done
+                    if not process:
+                        tally.update(there=writer.done.total(), errors=writer.errors)
+                make_filter = writer.make_filter if writer else lambda: sidecars.is_done if sidecars else _is_done
+                total = len(first)
+                if shown := sys.stderr.isatty() and not few and not process:
+                    plan = settings.plan(find_images(images), make_filter())
+                    total = sum(file.wanted for batch in plan for file in batch)
+                batches = classify_files(network, itertools.chain(first, found), settings, make_filter())
+                for batch in _show_progress(batches, total, shown):
+                    _keep(batch, writer, sidecars, results, tally)
+            tally = add_up(tally)
+            if writer and not process:
+                writer.join_parts(batch_size)
+            add_up(tally)
+    except KeyboardInterrupt:
+        if not output and not sidecar:
+            raise
+        print("timm-tresnet: interrupted; the same command goes on, with --resume if it has --output", file=sys.stderr)
+        return _INTERRUPTED
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CommandError(summarise(error)) from error
+    if output or sidecar:
+        if not process:
+            print(_describe_written(tally, output, sidecar))
+    elif as_json:
         print(json.dumps(results, indent=2))
     else:
         if not images:
-            print(_describe_samples(paths, network, engine[1] if engine else model))
-            results = [{**result, "image": path.name} for path, result in zip(paths, results, strict=True)]
+            print(_describe_samples(first, network, name))
+            results = [{**result, "image": path.name} for path, result in zip(first, results, strict=True)]
         _print_predictions(results)
         if not images and not engine:
             print(
                 "\nFor the 1000 classes of ImageNet, with weights from the Hugging Face Hub:\n"
                 "    timm-tresnet classify --model tresnet_m.miil_in21k_ft_in1k IMAGE..."
             )
-    unreadable = [result for result in results if "error" in result]
-    for result in unreadable:
-        print(f"timm-tresnet: skipped {result['image']}: {result['error']}", file=sys.stderr)
-    return 1 if unreadable else 0
+    for result in results:
+        if "error" in result:
+            print(f"timm-tresnet: skipped {result['image']}: {result['error']}", file=sys.stderr)
+    return 1 if tally["errors"] else 0
+
+
+def _check_options(
+    images: Sequence[Path], output: Path | None, sidecar: bool, of_sidecars: bool, resume: bool, as_json: bool
+) -> None:
+    if of_sidecars and not sidecar:
+        raise CommandError(
+            "--overwrite-sidecars, --replace-underscores, --escape-parentheses and --prefix need --sidecar"
+        )
+    if resume and not output:
+        raise CommandError("--resume needs --output")
+    if output or sidecar:
+        if as_json:
+            raise CommandError("--json is about what is printed; with --output or --sidecar, nothing is")
+        if not images:
+            raise CommandError("--output and --sidecar need IMAGE")
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise CommandError("several processes need --output or --sidecar")
+
+
+@contextlib.contextmanager
+def _together(processes: int) -> Iterator[Callable[[Counter[str]], Counter[str]]]:
+    """Have processes wait for each other: what is yielded adds up the counts of all."""
+    if processes == 1:
+        yield lambda counts: counts
+        return
+    import torch.distributed
+
+    torch.distributed.init_process_group("gloo", timeout=_LONGEST_WAIT)
+
+    def add_up(counts: Counter[str]) -> Counter[str]:
+        values = torch.tensor([counts[name] for name in _COUNTED])
+        try:
+            torch.distributed.all_reduce(values)
+        except RuntimeError as error:
+            raise RuntimeError("another of the processes has ended, see what it says") from error
+        return Counter(dict(zip(_COUNTED, values.tolist(), strict=True)))
+
+    try:
+        yield add_up
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _is_done(path: Path) -> bool:
+    """Of what is printed, all is wanted."""
+    return False
+
+
+def _show_progress(batches: Iterable[list[Any]], total: int, shown: bool) -> Iterator[list[Any]]:
+    from tqdm import tqdm
+
+    bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} images, {rate_noinv_fmt}, {remaining} left"
+    with tqdm(total=total, disable=not shown, mininterval=0, unit=" images", bar_format=bar_format) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))
+
+
+def _keep(batch: list[Any], writer: Any, sidecars: Any, results: list[dict[str, Any]], tally: Counter[str]) -> None:
+    """Write what a batch has: sidecars first, so that those of every line that is written are there."""
+    for path, result in batch:
+        tally["images"] += 1
+        tally["errors"] += "error" in result
+        if sidecars and "predictions" in result:
+            written = sidecars.write(path, [entry["label"] for entry in result["predictions"]])
+            tally["sidecars" if written else "sidecars_there"] += 1
+        elif sidecars and not writer:
+            print(f"timm-tresnet: skipped {result['image']}: {result['error']}", file=sys.stderr)
+    if writer:
+        writer.write([result for _, result in batch])
+    elif not sidecars:
+        results += [result for _, result in batch]
+
+
+def _describe_written(tally: Counter[str], output: Path | None, sidecar: bool) -> str:
+    lines = []
+    if output:
+        count, new = tally["images"] + tally["there"], f", {tally['images']} of them new" if tally["there"] else ""
+        lines.append(f"{printable(output)}: {count} images{new}, {tally['errors']} with errors")
+    if sidecar:
+        there = f", {tally['sidecars_there']} were there already" if tally["sidecars_there"] else ""
+        lines.append(f"{tally['sidecars']} text files written beside images{there}")
+    return "\n".join(lines)
+
+
+def _name_files(artifact: str) -> list[Path]:
+    """Files of an artifact: itself and, of OpenVINO's, the one with the weights."""
+    return [path for path in (Path(artifact), Path(artifact).with_suffix(".bin")) if path.is_file()]
+
+
+def _versions() -> dict[str, str]:
+    import timm
+    import torch
+
+    own = importlib.metadata.version("timm-tresnet")
+    return {"timm-tresnet": own, "timm": timm.__version__, "torch": str(torch.__version__)}
 
 
 def _load_artifact(engine: str, artifact: str, trust: bool) -> Any:
@@ -128,102 +340,6 @@ def _load_artifact(engine: str, artifact: str, trust: bool) -> Any:
         return ExportedModel(artifact, engine, trust=trust)
     except (OSError, ValueError, ImportError) as error:
         raise CommandError(f"cannot load {artifact}: {summarise(error)}") from error
-
-
-def classify_images(
-    model: Any,
-    paths: Sequence[Path],
-    top_k: int,
-    advance: Callable[[int], None] = lambda count: None,
-    threshold: float | None = None,
-    as_stored: bool = False,
-) -> list[dict[str, Any]]:
-    """Classify image files with the preprocessing that the model's weights were made for.
-
-    Args:
-        model: a model from `timm.create_model`, in eval mode, or a `timm_tresnet.ExportedModel`.
-        paths: image files.
-        top_k: how many classes to report for each.
-        advance: is told after each batch how many images that were.
-        threshold: of a model whose images have any number of labels, every label at least this probable is reported;
-            None for what the weights' config says for each label, or 0.5.
-        as_stored: read images as timm's scripts do.
-
-    Returns:
-        For each path, in order, a dict with "image" and either "predictions", a list of dicts with "label", "index" and
-        "probability", most probable first, or, where the file cannot be read or the logits are not finite, "error".
-    """
-    import timm.data
-
-    from timm_tresnet.weights.preprocessing import resolve_preprocessing
-
-    transform = timm.data.create_transform(**resolve_preprocessing(model))
-    describe = label_lookup(model)
-    if is_multi_label(model.pretrained_cfg):
-        choose = functools.partial(_choose_probable, thresholds=_choose_thresholds(model, threshold))
-    else:
-        choose = functools.partial(_choose_top, count=top_k)
-    results = []
-    for start in range(0, len(paths), _BATCH_SIZE):
-        batch = paths[start : start + _BATCH_SIZE]
-        results += _classify_batch(model, batch, choose, transform, describe, as_stored)
-        advance(len(batch))
-    return results
-
-
-def _choose_thresholds(model: Any, threshold: float | None) -> list[float]:
-    """For each label the probability from which on an image has it."""
-    own = read_thresholds(model.pretrained_cfg, model.num_classes)
-    if threshold is None and own is not None:
-        return own
-    return [_THRESHOLD if threshold is None else threshold] * model.num_classes
-
-
-def _choose_top(logits: Any, count: int) -> list[tuple[int, float]]:
-    """Index and probability of the most probable classes of one image, of which one is right."""
-    top = logits.softmax(-1).topk(min(count, len(logits)))
-    return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-
-
-def _choose_probable(logits: Any, thresholds: Sequence[float]) -> list[tuple[int, float]]:
-    """Index and probability of every label of one image that is probable enough for it, most probable first."""
-    probabilities, indices = logits.sigmoid().sort(descending=True)
-    pairs = zip(indices.tolist(), probabilities.tolist(), strict=True)
-    return [(index, probability) for index, probability in pairs if probability >= thresholds[index]]
-
-
-def _classify_batch(
-    model: Any,
-    paths: Sequence[Path],
-    choose: Callable[[Any], list[tuple[int, float]]],
-    transform: Callable[..., Any],
-    describe: Callable[[int], str],
-    as_stored: bool,
-) -> list[dict[str, Any]]:
-    import torch
-
-    results: list[dict[str, Any]] = []
-    inputs = []
-    for path in paths:
-        result: dict[str, Any] = {"image": printable(path)}
-        try:
-            inputs.append(transform(read_image(path, as_stored, in_chans=model.in_chans)))
-        except ValueError as error:
-            result["error"] = str(error)
-        results.append(result)
-    if inputs:
-        with torch.inference_mode():
-            rows = iter(model(torch.stack(inputs)))
-        for result in [result for result in results if "error" not in result]:
-            logits = next(rows)
-            if not logits.isfinite().all():
-                result["error"] = "the network's logits for it are not finite"
-                continue
-            result["predictions"] = [
-                {"label": describe(index), "index": index, "probability": probability}
-                for index, probability in choose(logits)
-            ]
-    return results
 
 
 def _describe_samples(paths: Sequence[Path], network: Any, name: str) -> str:

@@ -4,7 +4,6 @@ import argparse
 import csv
 import dataclasses
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from timm_tresnet.cli.commands import CommandError, load_model, require_channels
-from timm_tresnet.cli.options import FORMS, add_reading_options, at_least, make_reading, new_file
+from timm_tresnet.cli.options import (
+    FORMS,
+    add_machine_options,
+    add_reading_options,
+    at_least,
+    choose_device,
+    default_workers,
+    make_reading,
+    new_file,
+)
 from timm_tresnet.utils.errors import summarise
 from timm_tresnet.utils.extras import how_to_install
 from timm_tresnet.utils.images import printable
@@ -31,8 +39,6 @@ _MOST_CURVES = 100  # of single labels in the picture
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
-    from timm_tresnet.tagging.settings import DEVICES
-
     parser.add_argument(
         "annotations", type=Path, metavar="ANNOTATIONS", help=f"{FORMS}, or a folder of folders named after labels"
     )
@@ -71,16 +77,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--plot", type=new_file, metavar="FILE", help="picture of precision over recall, .svg, .png or .pdf"
     )
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
-    machine.add_argument("--amp", choices=["bfloat16", "float16"], help="autocast to this dtype")
-    machine.add_argument("--batch-size", type=at_least(1), default=32, metavar="N", help="(default: %(default)s)")
-    machine.add_argument(
-        "-j",
-        "--workers",
-        type=at_least(0),
-        default=min(8, os.cpu_count() or 1),
-        help="that read images (default: %(default)s)",
-    )
+    add_machine_options(machine)
 
 
 def run(
@@ -98,12 +95,17 @@ def run(
     plot: Path | None,
     device: str,
     amp: str | None,
+    channels_last: bool,
+    compile: bool,
     batch_size: int,
-    workers: int,
+    workers: int | None,
     **reading: Any,
 ) -> int:
     """Measure, print the figures, and name what was left out."""
-    where = _choose_device(device)
+    try:
+        where = choose_device(device)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     if plot:
         _check_plot(plot)
     network = load_model(model)
@@ -116,6 +118,7 @@ def run(
     import torch
     from tqdm import tqdm
 
+    from timm_tresnet.deployment.running import Runner
     from timm_tresnet.tagging import validation
     from timm_tresnet.tagging.annotations import describe_left_out, read_annotations
 
@@ -128,14 +131,16 @@ def run(
         for line in filter(None, (describe_left_out(annotated), *_tell_matching(matching, annotated, network))):
             print(f"timm-tresnet: {line}", file=sys.stderr)
         with tqdm(total=len(annotated.examples), disable=None, unit="image") as bar:  # None: on terminals
+            runner = Runner(
+                network, where, getattr(torch, amp) if amp else None, channels_last, batch_size if compile else None
+            )
             outputs = validation.run_network(
                 network,
                 annotated,
                 matching,
+                runner,
                 batch_size=batch_size,
-                workers=workers,
-                device=where,
-                amp=getattr(torch, amp) if amp else None,
+                workers=default_workers() if workers is None else workers,
                 as_stored=as_stored,
                 advance=bar.update,
             )
@@ -166,17 +171,6 @@ def _check_plot(path: Path) -> None:
     kinds = Figure().canvas.get_supported_filetypes()
     if path.suffix.lower().removeprefix(".") not in kinds:
         raise CommandError(f"--plot needs a file that ends with one of {', '.join(kinds)}, got {printable(path)}")
-
-
-def _choose_device(device: str) -> str:
-    import torch
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        return next(name for name in there if there[name])
-    if not there[device]:
-        raise CommandError(f"this machine has no {device}; --device {next(name for name in there if there[name])}")
-    return device
 
 
 def _tell_matching(matching: Any, annotated: Any, network: Any) -> list[str]:

@@ -1,0 +1,1 @@
+"""Collections of images: read by several processes, classified, written as they go."""

@@ -1,0 +1,186 @@
+"""What a network says about image files, one batch after the other."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timm_tresnet.collection.reading import Batch, File, ImageFiles, plan_batches, read_batches
+from timm_tresnet.deployment.running import Runner
+from timm_tresnet.utils.images import printable
+from timm_tresnet.weights.labels import is_multi_label, label_lookup, read_thresholds
+from timm_tresnet.weights.preprocessing import resolve_preprocessing
+
+THRESHOLD = 0.5  # of labels that have none of their own
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a collection is classified.
+
+    Args:
+        top_k: how many classes to report for each image.
+        threshold: of a network whose images have any number of labels, every label at least this probable is reported;
+            None for what the weights' config says for each label, or 0.5.
+        as_stored: read images as timm's scripts do.
+        fast_jpeg: decode large JPEG files smaller, see `timm_tresnet.collection.reading.ImageFiles`.
+        device: where the network runs, as the next three see `timm_tresnet.deployment.running.Runner`.
+        amp: what it computes in where autocast allows it, such as "bfloat16"; None for float32.
+        channels_last: keep images and weights with their channels last in memory.
+        compiled: fold and compile the network.
+        batch_size: images that it sees at once.
+        workers: processes that read files; 0 for none but this one.
+        process: that this is, of several that share the files.
+        processes: how many these are.
+    """
+
+    top_k: int = 3
+    threshold: float | None = None
+    as_stored: bool = False
+    fast_jpeg: bool = False
+    device: str = "cpu"
+    amp: str | None = None
+    channels_last: bool = False
+    compiled: bool = False
+    batch_size: int = 32
+    workers: int = 0
+    process: int = 0
+    processes: int = 1
+
+    def describe(self) -> dict[str, Any]:
+        """What changes results by more than rounding, as JSON has it."""
+        names = ("top_k", "threshold", "as_stored", "fast_jpeg", "amp")
+        return {**{name: getattr(self, name) for name in names}, "device": self.device.partition(":")[0]}
+
+    def plan(self, paths: Iterable[Path], is_done: Callable[[Path], bool]) -> Iterator[list[File]]:
+        """Batches of this process, see `timm_tresnet.collection.reading.plan_batches`."""
+        return plan_batches(paths, self.batch_size, is_done, self.process, self.processes)
+
+
+def classify_files(
+    network: Any, paths: Iterable[Path], settings: Settings, is_done: Callable[[Path], bool] = lambda path: False
+) -> Iterator[list[tuple[Path, Result]]]:
+    """Classify image files, batch by batch, with the preprocessing that the network's weights were made for.
+
+    Args:
+        network: a model from `timm.create_model`, in eval mode, or a `timm_tresnet.ExportedModel`.
+        paths: the files; only those of a few batches are held.
+        settings: how.
+        is_done: whether the result of a file is not wanted; is asked once for each.
+
+    Yields:
+        For each batch, what `classify_batches` does.
+    """
+    amp = getattr(torch, settings.amp) if settings.amp else None
+    compile_for = settings.batch_size if settings.compiled else None
+    run = Runner(network, settings.device, amp, settings.channels_last, compile_for)
+    images = ImageFiles(resolve_preprocessing(network), settings.as_stored, settings.fast_jpeg)
+    batches = read_batches(images, settings.plan(paths, is_done), settings.workers)
+    return classify_batches(network, run, batches, settings.top_k, settings.threshold)
+
+
+def classify_batches(
+    network: Any,
+    run: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+    top_k: int,
+    threshold: float | None,
+) -> Iterator[list[tuple[Path, Result]]]:
+    """Classify batches of image files as they come.
+
+    Args:
+        network: whose pretrained config says what its classes are called, and whether an image can have several.
+        run: gives its logits for pixels.
+        batches: of `timm_tresnet.collection.reading.read_batches`.
+        top_k: see `Settings`, as for threshold.
+        threshold: likewise.
+
+    Yields:
+        For each batch, and each of its files whose result is wanted, path and a dict with "image" and either
+        "predictions", a list of dicts with "label", "index" and "probability", most probable first, or, where the file
+        cannot be read or the logits are not finite, "error".
+    """
+    describe = label_lookup(network)
+    choose: Callable[[Tensor], list[list[tuple[int, float]]]]
+    if is_multi_label(network.pretrained_cfg):
+        choose = functools.partial(_choose_probable, thresholds=choose_thresholds(network, threshold))
+    else:
+        choose = functools.partial(_choose_top, count=top_k)
+    for batch in batches:
+        logits = None if batch.pixels is None else run(batch.pixels)
+        finite = iter([] if logits is None else logits.isfinite().all(-1).tolist())
+        chosen = iter([] if logits is None else choose(logits))
+        results = []
+        for file in batch.files:
+            result: Result = {"image": printable(file.path)}
+            if file.error is not None:
+                result["error"] = file.error
+            else:
+                pairs = next(chosen)
+                if next(finite):
+                    result["predictions"] = [
+                        {"label": describe(index), "index": index, "probability": probability}
+                        for index, probability in pairs
+                    ]
+                else:
+                    result["error"] = "the network's logits for it are not finite"
+            if file.wanted:
+                results.append((file.path, result))
+        yield results
+
+
+def choose_thresholds(network: Any, threshold: float | None) -> list[float]:
+    """For each label the probability from which on an image has it."""
+    own = read_thresholds(network.pretrained_cfg, network.num_classes)
+    if threshold is None and own is not None:
+        return own
+    return [THRESHOLD if threshold is None else threshold] * network.num_classes
+
+
+def _choose_top(logits: Tensor, count: int) -> list[list[tuple[int, float]]]:
+    """For each image index and probability of the most probable classes, of which one is right."""
+    top = logits.softmax(-1).topk(min(count, logits.shape[-1]))
+    columns = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [list(zip(indices, values, strict=True)) for indices, values in columns]
+
+
+def _choose_probable(logits: Tensor, thresholds: Sequence[float]) -> list[list[tuple[int, float]]]:
+    """For each image index and probability of every label that is probable enough, most probable first."""
+    probabilities, indices = logits.sigmoid().sort(descending=True)
+    rows = zip(indices.tolist(), probabilities.tolist(), strict=True)
+    return [
+        [(index, probability) for index, probability in zip(*row, strict=True) if probability >= thresholds[index]]
+        for row in rows
+    ]
+
+
+def fingerprint(network: Any, files: Iterable[Path] = ()) -> dict[str, Any]:
+    """What the results of a network depend on, as JSON has it: hashes of weights and labels, and the preprocessing.
+
+    Args:
+        network: a module, or a `timm_tresnet.ExportedModel`.
+        files: of the latter.
+    """
+    weights = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            weights.update(hashlib.file_digest(file, "sha256").digest())
+    if isinstance(network, torch.nn.Module):
+        for name, tensor in network.state_dict().items():
+            weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    config = network.pretrained_cfg
+    names = list(map(label_lookup(network), range(network.num_classes)))
+    labels = [names, is_multi_label(config), read_thresholds(config, network.num_classes)]
+    return {
+        "weights_sha256": weights.hexdigest(),
+        "labels_sha256": hashlib.sha256(json.dumps(labels).encode()).hexdigest(),
+        "preprocessing": resolve_preprocessing(network),
+    }
