@@ -97,6 +97,7 @@ def time_command(words: Sequence[str], printed: Path) -> tuple[float, float]:
             descriptor = os.open(printed, os.O_WRONLY | os.O_CREAT)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
+            sys.stdout = sys.stderr = os.fdopen(descriptor, "w")  # where they were replaced
             status = run_command(words)
         except BaseException:
             traceback.print_exc()
