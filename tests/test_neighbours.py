@@ -159,6 +159,46 @@ def test_fastai_learner_trains_to_the_same_weights(setting, tmp_path):
     assert accuracy == 1
 
 
+class WithLoss(nn.Module):
+    """A network as transformers' Trainer takes it."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixel_values, labels):
+        logits = self.network(pixel_values)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.thorough
+@pytest.mark.filterwarnings("default")  # theirs
+def test_trainer_of_transformers_compiles_and_trains_as_with_the_builtin_network(tmp_path):
+    transformers = need("transformers")
+    need("accelerate")
+    small = {"layers": (1, 1, 1, 1), "width_factor": 0.125, "num_classes": 10}
+    ours = timm.create_model("tresnet_m", recompute="activations", **small)
+    builtin = timm.models.tresnet.TResNet(**small)
+    builtin.load_state_dict(ours.state_dict())
+    examples = [{"pixel_values": x, "labels": index % 10} for index, x in enumerate(images(16, 32))]
+    results = []
+    for network in (ours, builtin):
+        torch.compiler.reset()
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), torch_compile=True, torch_compile_backend="eager", max_steps=2, logging_steps=1,
+            per_device_train_batch_size=8, learning_rate=1e-2, optim="sgd", lr_scheduler_type="constant",
+            save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
+        )  # fmt: skip
+        trainer = transformers.Trainer(WithLoss(network), arguments, train_dataset=examples)
+        trainer.train()
+        results.append([(each["loss"], each["grad_norm"]) for each in trainer.state.log_history if "loss" in each])
+    assert len(results[0]) == 2
+    assert results[0][0] != results[0][1]
+    for actual, expected in zip(*results, strict=True):
+        assert actual == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(ours.state_dict(), builtin.state_dict(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")  # Lightning asks PyTorch in the old way
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")  # Lightning advises
