@@ -101,7 +101,7 @@ def long_step(setting):
     return compiled_step(setting, **_SIX)
 
 
-@pytest.mark.parametrize("setting", mark("activations", "checkpointing", "expansions", few=2))
+@pytest.mark.parametrize("setting", mark("activations", "checkpointing", "expansions", few=1))
 def test_a_compiled_stage_gives_the_numbers_of_a_plain_one_and_counts_once(setting):
     step, compiler = long_step(setting)
     assert len(compiler.graphs) == 1
@@ -181,11 +181,12 @@ def test_expansions_are_not_kept():
     assert convolutions == 6 * 2 + 2  # and of the blur and the shortcut
 
 
+@pytest.mark.thorough
 def test_checkpointing_keeps_every_second_output_and_no_convolution():
     assert long_step("checkpointing")[1].kept_maps() == ["aten.relu.default"] * 3
 
 
-@pytest.mark.parametrize("setting", mark("activations", "checkpointing", "expansions", few=2))
+@pytest.mark.parametrize("setting", mark("activations", "checkpointing", "expansions", few=1))
 def test_statistics_and_gates_are_kept(setting):
     _, compiler = long_step(setting)
     gates = [shape for _, shape, _ in compiler.kept if len(shape) == 4 and shape[2] == 1]
@@ -421,7 +422,7 @@ def test_nothing_works_in_place_on_feature_maps():
         assert not name.endswith("_") or name.startswith("__") or name == "copy_", node
 
 
-@pytest.mark.parametrize("mode", ["eval", "no_grad", "none"])
+@pytest.mark.parametrize("mode", mark("no_grad", "eval", "none", few=1))
 def test_no_region_is_made_where_nothing_is_to_be_recomputed(mode):
     torch.compiler.reset()
     model, compiler = make_model("none" if mode == "none" else "activations", **SMALL).train(mode != "eval"), Compiler()
@@ -437,6 +438,7 @@ def test_a_network_exported_in_training_mode_has_no_region():
     assert not any("checkpoint" in str(node.target) for node in exported.graph.nodes)
 
 
+@pytest.mark.thorough
 def test_features_of_a_compiled_network_are_those_of_a_plain_one():
     torch.compiler.reset()
     model, plain = (make_model(setting, **SMALL).double() for setting in ("activations", "none"))

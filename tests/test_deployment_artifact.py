@@ -155,7 +155,9 @@ def test_artifact_of_each_format_computes_the_altered_network(alter, format, tmp
         check_altered(alter, format, tmp_path / f"network{SUFFIXES[format]}")
 
 
-@pytest.mark.parametrize("format", [pytest.param("onnx", marks=needs("onnx")), "torch-export"])
+@pytest.mark.parametrize(
+    "format", [pytest.param("onnx", marks=needs("onnx")), pytest.param("torch-export", marks=pytest.mark.thorough)]
+)
 def test_onnx_and_pt2_files_compute_the_altered_network(format, tmp_path):
     def alter(model):
         for each in (hook_unit, hook_norm_before, patch_convolution, prune_weights, use_group_norm):
