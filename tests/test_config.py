@@ -7,6 +7,7 @@ import timm
 import torch
 from timm.models import PretrainedCfg
 
+from timm_tresnet.models.heads import HEADS
 from timm_tresnet.models.network import TResNet
 from timm_tresnet.weights.catalogue import load_catalogue, make_pretrained_cfg
 from timm_tresnet.weights.config import MODEL_ARGS, PRETRAINED_CFG, read_config
@@ -127,3 +128,38 @@ def test_numbers_of_classes_that_differ_are_named(tmp_path):
     config = {"architecture": "test_tresnet", "num_classes": 3, "model_args": {"num_classes": 4}, "pretrained_cfg": {}}
     said = refuse(config, tmp_path / "config.json")
     assert said.endswith("needs num_classes to be the same everywhere, got 3 and 4 in model_args")
+
+
+@pytest.mark.parametrize(
+    "norm_layer",
+    [
+        *(
+            "batchnorm2d",
+            "batchnorm",
+            "frozenbatchnorm2d",
+            "groupnorm",
+            "groupnorm1",
+            "layernorm2d",
+            "rmsnorm2d",
+            "frn",
+        ),
+        *("frntlu", "evonormb0", "evonormb1", "evonormb2", "evonorms0", "evonorms0a", "evonorms1", "evonorms1a"),
+        *("evonorms2", "evonorms2a"),
+    ],
+)
+def test_norms_of_timm_are_taken(norm_layer):
+    assert MODEL_ARGS["norm_layer"].fits(norm_layer)
+    TResNet((1, 1, 1, 1), norm_layer=norm_layer, device="meta")
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"])
+def test_interpolations_of_timm_are_taken(interpolation):
+    from timm.data.transforms import str_to_interp_mode
+
+    assert PRETRAINED_CFG["interpolation"].fits(interpolation)
+    assert str_to_interp_mode(interpolation).value == interpolation
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_is_taken(head):
+    assert MODEL_ARGS["head"].fits(head)

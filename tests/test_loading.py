@@ -222,3 +222,9 @@ def test_registered_weights_are_looked_up_with_the_arguments_of_their_network():
     assert found.model_args == public.network_arguments
     assert found.model_args["head"] == "ml_decoder"
     assert found.pretrained_cfg["tag"] == "ml_decoder_coco_448"
+
+
+def test_a_folder_is_looked_up_with_the_arguments_in_its_config(good):
+    found = look_up(f"local-dir:{good}")
+    assert found.architecture == "test_tresnet"
+    assert found.model_args.items() >= {"num_classes": 10, "in_chans": 3}.items()
