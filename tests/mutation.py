@@ -45,7 +45,7 @@ GROUPS = {  # what is mutated, and the tests that concern it
     ),
     "recompute": (
         ["recompute/*.py"],
-        ["eligibility", "policy", "program", "recompute", "recompute_[abu]*", "saved", "stage"],
+        ["compiled", "eligibility", "policy", "program", "recompute", "recompute_[abu]*", "saved", "stage"],
     ),
 }
 _TESTS_LIMIT_S = 60  # of tests for one mutant, by the time that they take without it
@@ -271,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := set(groups) - set(GROUPS):
         parser.error(f"no group {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
     verdicts_path = arguments.verdicts.resolve()
+    os.chdir(ROOT)  # where mutmut finds its settings
     drawn = draw_mutants(groups, arguments.mutants, arguments.seed)
     verdicts = {}
     if verdicts_path.exists():
