@@ -136,7 +136,7 @@ MEASURED = [
     table
     for page in (ROOT / "README.md", ROOT / "docs" / "measurements.md")
     for table in read_tables(page)
-    if table.files and table.header[1] != "built-in" and table.header[0] not in ("data set", "learning rate")
+    if table.files and table.header[1] != "built-in" and table.header[0] not in ("data set", "learning rate", "files")
 ]
 
 
@@ -169,6 +169,19 @@ def test_cells_are_what_the_files_say(table):
 def _has(row: dict[str, Any], header: str) -> bool:
     """Whether a file of a table has a row's number, since files differ in what they measured."""
     return header != "largest batch in 16 GB" or "largest_batch" in row
+
+
+def test_cells_of_collections_are_what_the_file_says():
+    (table,) = (table for table in read_tables(ROOT / "docs" / "measurements.md") if table.header[0] == "files")
+    (name,) = table.files
+    for cells, files in zip(table.rows, ("small files", "photographs of 12 megapixels"), strict=True):
+        for row, cell in zip(("timm's inference.py", "classify", "classify --fast-jpeg"), cells[1:], strict=True):
+            if not cell:
+                assert files == "small files"
+                continue
+            found = find_row(name, row, files=files)
+            speed = statistics.median(found["images"] / seconds for seconds in found["seconds"])
+            assert cell == (f"{speed:,.0f}" if row.startswith("timm") else format_spread(found["ratios"])), row
 
 
 def test_ratios_of_larger_variants_are_what_the_files_say():
