@@ -42,7 +42,7 @@ def test_wrapped_stages_recompute_and_give_the_same_numbers(feature_cls):
     assert_same(train(ours), train(plain))
 
 
-@pytest.mark.parametrize("feature_cls", ["list", "dict", "fx"])
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "fx"])
 def test_wrapped_stages_checkpoint_and_count_a_batch_once(feature_cls):
     checkpointed, plain = Features(feature_cls), Features(feature_cls, "none")
     kept = saved_bytes(checkpointed, images())

@@ -5,6 +5,7 @@ there is.
 """
 
 import ast
+import os
 from pathlib import Path
 
 import pytest
@@ -300,6 +301,21 @@ def test_fields_of_a_module_are_those_that_it_runs_with():
     assert other(torch.ones(1, 3, 2, 2)) is True
     other._call_impl = lambda x: x
     assert other(1) == 1
+
+
+@private(
+    "_exit",
+    used_by="benchmarks/collection.py, to end a fork without what its parent would do at exit",
+    instead="a new interpreter for each command, whose imports would count",
+)
+def test_fork_ends_at_once():
+    child = os.fork()
+    if not child:
+        try:
+            os._exit(3)
+        finally:
+            os._exit(4)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
 
 
 @private(

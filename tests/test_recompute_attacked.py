@@ -1,13 +1,20 @@
 """What an attack on the block program found: user code where modules are expected, and modes that it leaves open."""
 
 import contextlib
+import sys
+import threading
+import weakref
 
 import pytest
 import torch
 from torch import nn
 from users import build, inputs, same_as_plain, step_after
 
-from timm_tresnet.models.layers import ConvNormAct
+from timm_tresnet.models.blocks import BasicBlock, ResidualBlock
+from timm_tresnet.models.layers import ConvNormAct, SqueezeExcite
+from timm_tresnet.recompute.run import Call
+from timm_tresnet.recompute.saved import Recomputed
+from timm_tresnet.recompute.stage import Stage
 
 
 def step(model):
@@ -93,3 +100,108 @@ def test_step_between_backwards_of_a_block_under_torch_checkpoint_is_an_error(fu
     optimizer.step()
     with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
         loss.backward()
+
+
+class Unusual(nn.Module):
+    """A convolution whose output is neither contiguous nor channels-last."""
+
+    def __init__(self, conv, change):
+        super().__init__()
+        self.conv, self.change = conv, change
+
+    def forward(self, x):
+        return self.change(self.conv(x))
+
+
+def transpose(y):
+    return y.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def cut(y):
+    return torch.cat([y, y], 1)[:, : y.shape[1]]
+
+
+@same_as_plain(transpose, cut, torch.clone)
+def test_outputs_of_convolutions_in_other_layouts(change, model):
+    for unit in [module for module in model.modules() if isinstance(module, ConvNormAct)]:
+        unit.conv = Unusual(unit.conv, change)
+    return step(model)
+
+
+@same_as_plain(nn.SiLU, nn.GELU, nn.ELU, nn.Mish)
+def test_forward_of_an_activation_replaced_in_its_class(kind, model):
+    for unit in [module for module in model.modules() if isinstance(module, ConvNormAct)]:
+        if isinstance(unit.bn.act, nn.LeakyReLU):
+            unit.bn.act = kind()
+    original = kind.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "forward", lambda self, x: original(self, x) * 1.5)
+        return step(model)
+
+
+@same_as_plain((SqueezeExcite, "_make_gate"), (BasicBlock, "add"), (ResidualBlock, "add"), (Stage, "forward"))
+def test_method_replaced_in_a_class(kind, name, model):
+    original = getattr(kind, name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, name, lambda self, *args: torch.tanh(original(self, *args)))
+        return step(model)
+
+
+def weight_norm(unit):
+    nn.utils.parametrizations.weight_norm(unit.conv)
+
+
+def softmax(unit):
+    unit.bn.act = nn.Softmax2d() if not isinstance(unit.bn.act, nn.Identity) else unit.bn.act
+
+
+def random_slope(unit):
+    unit.bn.act = nn.RReLU(inplace=True) if not isinstance(unit.bn.act, nn.Identity) else unit.bn.act
+
+
+@pytest.mark.parametrize("change", [weight_norm, softmax, random_slope])
+def test_inputs_of_called_modules_and_the_graph_are_let_go(change):
+    model = build("activations")
+    for unit in [module for module in model.modules() if isinstance(module, ConvNormAct)]:
+        change(unit)
+    seen = []
+    call = Call.run
+
+    def run(self, x, source, run):
+        if isinstance(source, Recomputed) and not isinstance(self.module, nn.Sequential):
+            seen.append(weakref.ref(x))
+        return call(self, x, source, run)
+
+    x = inputs().requires_grad_() * 1
+    held = torch.zeros(())
+    x.register_hook(lambda grad, held=held: grad + held)  # alive as long as the graph
+    held = weakref.ref(held)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Call, "run", run)
+        loss = model(x).square().mean()
+    del x
+    assert seen
+    if change is weight_norm:  # the input of an activation is what autograd has saved for the norm
+        assert not any(each() is not None for each in seen)
+    assert held() is not None
+    del loss
+    assert held() is None
+
+
+def test_threads_that_run_blocks_again_leave_running_statistics():
+    model = build("checkpointing")
+    for unit in [module for module in model.modules() if isinstance(module, ConvNormAct)]:
+        weight_norm(unit)
+    losses = [model(inputs()).square().mean() for _ in range(4)]
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=loss.backward) for loss in losses]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())

@@ -21,7 +21,7 @@ from timm_tresnet.models.layers import (
 from timm_tresnet.models.layers.readers import is_absent
 from timm_tresnet.models.layers.regions import RunsInRegion
 from timm_tresnet.recompute.compiled import is_in_region
-from timm_tresnet.recompute.eligibility import find_user_code, is_untouched
+from timm_tresnet.recompute.eligibility import find_user_code, is_untouched, stand_for
 from timm_tresnet.recompute.policy import CONVOLUTION, EXPANSION
 from timm_tresnet.recompute.program import Unreadable, read, reads_block
 from timm_tresnet.recompute.run import Operation, Program
@@ -159,6 +159,10 @@ class Bottleneck(ResidualBlock):
         x = x if self.se is None else self.se(x)
         x = self.conv3(x)  # 1x1, widens; no activation before the sum
         return self.add(x, shortcut)
+
+
+for _block in (BasicBlock, Bottleneck):
+    stand_for(_block, "add")
 
 
 @reads_block(BasicBlock)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from timm.layers import Format, get_notrace_functions, get_notrace_modules
-from timm.models import FeatureDictNet, FeatureGraphNet, FeatureInfo, FeatureListNet
+from timm.models import FeatureDictNet, FeatureGraphNet, FeatureHookNet, FeatureInfo, FeatureListNet
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -24,6 +24,10 @@ class FeatureList(_Checkpointing, FeatureListNet):
 
 class FeatureDict(_Checkpointing, FeatureDictNet):
     """Features by name (`feature_cls="dict"`); arguments are those of `timm.models.FeatureDictNet`."""
+
+
+class FeatureHook(_Checkpointing, FeatureHookNet):
+    """Features by hooks (`feature_cls="hook"`); arguments are those of `timm.models.FeatureHookNet`."""
 
 
 class FeatureGraph(_Checkpointing, FeatureGraphNet):
@@ -55,4 +59,9 @@ class FeatureGraph(_Checkpointing, FeatureGraphNet):
         self.return_dict = return_dict  # type: ignore[misc]  # final in timm's class, whose constructor this replaces
 
 
-FEATURE_CLASSES = {"list": FeatureList, "dict": FeatureDict, "fx": FeatureGraph}  # in place of timm's
+FEATURE_CLASSES = {  # in place of timm's
+    "list": FeatureList,
+    "dict": FeatureDict,
+    "hook": FeatureHook,
+    "fx": FeatureGraph,
+}

@@ -1,5 +1,6 @@
 """torch.utils.checkpoint for blocks that have no program, so that no batch counts twice."""
 
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -33,6 +34,8 @@ def can_run_again(block: nn.Module) -> bool:
 class _KeepRunningStatistics:
     """Give a block that runs again copies of its running statistics to update."""
 
+    _lock = threading.RLock()  # backward passes of several threads do so in turn
+
     def __init__(self, block: nn.Module) -> None:
         self._block = block
         self._versions = [(parameter, parameter._version) for parameter in block.parameters()]
@@ -41,10 +44,9 @@ class _KeepRunningStatistics:
     def __enter__(self) -> None:
         for parameter, version in self._versions:
             if parameter._version != version:
-                raise RuntimeError(
-                    f"A weight of shape {tuple(parameter.shape)}, of a block that backward runs again, has been "
-                    f"modified by an inplace operation (version {parameter._version}, needed {version})"
-                )
+                what = f"A weight of shape {tuple(parameter.shape)}, of a block that backward runs again"
+                raise RuntimeError(f"{what}, has been modified by an inplace operation")
+        self._lock.acquire()
         self._originals = [
             (module, name, buffer)
             for module in self._block.modules()
@@ -57,3 +59,4 @@ class _KeepRunningStatistics:
     def __exit__(self, *exception: object) -> None:
         for module, name, buffer in self._originals:
             setattr(module, name, buffer)
+        self._lock.release()

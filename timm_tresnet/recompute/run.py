@@ -65,7 +65,6 @@ class Call(Operation):
     """A module without a reader, called as it is. What it has saved is stored, but for its input.
 
     Args:
-        module: the module.
         is_user_defined: whether user code sees its input and output; then the input is stored too.
         is_saved: whether autograd saves its output anyway, so that storing it costs nothing.
         is_repeatable: whether storing it does under grad checkpointing too, as for an activation.
@@ -81,10 +80,12 @@ class Call(Operation):
         if self.is_user_defined or type(source) is not Recomputed:
             y = self.module(x)
         else:
+            own = [x]  # PyTorch keeps the hooks, which must not keep x
             with torch.autograd.graph.saved_tensors_hooks(
-                lambda tensor: source.pack(tensor) if tensor is x else Stored(tensor), unpack
+                lambda tensor: source.pack(tensor) if own and tensor is own[0] else Stored(tensor), unpack
             ):
                 y = self.module(x)
+            own.clear()
         if self.is_user_defined:
             run.recheck(y)
         elif not is_plain(y):
@@ -97,9 +98,8 @@ class Program(NamedTuple):
 
     Args:
         operations: from its input to its output, or to the sum.
-        shortcut: those of the other term of the sum, whose activation ends the block; None if there is no sum.
-        act: the activation.
-        behind: operations of the activation; None for a ReLU, which is part of the sum.
+        shortcut: those of the other term of the sum; None if there is no sum.
+        act: the activation of the sum, which ends the block; behind are its operations, None for a ReLU.
     """
 
     operations: Sequence[Operation]

@@ -9,7 +9,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 _is_grad_enabled, _is_autocast_enabled = torch.is_grad_enabled, torch._C._is_any_autocast_enabled
-_is_compiling = torch.compiler.is_compiling
 _get_pass = torch._C._current_graph_task_id  # -1 outside of backward passes
 
 _watched: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weights that backward uses again
@@ -30,12 +29,12 @@ class Stored:
         """Count one more consumer, which does not matter here."""
 
     def take(self) -> Tensor:
-        if self.tensor._version != self.version and not _is_compiling():  # compiled autograd knows no versions yet
-            raise RuntimeError(
-                f"A tensor of shape {tuple(self.tensor.shape)} that backward needs has been modified by an inplace "
-                f"operation after it was used (version {self.tensor._version}, needed {self.version}); modify a clone "
-                "of it instead"
-            )
+        if (
+            self.tensor._version != self.version and not torch.compiler.is_compiling()
+        ):  # compiled autograd knows no versions yet
+            what = f"A tensor of shape {tuple(self.tensor.shape)} that backward needs"
+            versions = f"version {self.tensor._version}, needed {self.version}"
+            raise RuntimeError(f"{what} has been modified by an inplace operation ({versions}); modify a clone of it")
         return self.tensor
 
 
@@ -86,7 +85,7 @@ class Recomputed:
 
     def take(self) -> Tensor:
         # Compiled autograd, while it traces backward, can neither read the pass's number nor call back at its end.
-        if self.uses == 1 or _is_compiling() or (number := _get_pass()) < 0:
+        if self.uses == 1 or torch.compiler.is_compiling() or (number := _get_pass()) < 0:
             return self._make()
         shared = self._shared
         if not shared or shared[0] != number:  # of a pass that failed, or of another thread
@@ -148,7 +147,7 @@ def watch(weights: Iterable[Tensor]) -> None:
 
 
 def _raise_versions(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    if _is_compiling():  # a compiled step raises them
+    if torch.compiler.is_compiling():  # a compiled step raises them
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:

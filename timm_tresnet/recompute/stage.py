@@ -24,8 +24,7 @@ from timm_tresnet.recompute.run import Run, run_program
 from timm_tresnet.recompute.saved import watch
 from timm_tresnet.recompute.sharded import call_with_hooks, store_if_freed
 
-# What compiles functions that are called, or None; PyTorch 2.5 may lack it.
-_get_compiler = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
+_get_compiler = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)  # not in all releases
 # Called with each module that runs, and the reason why nothing in it is recomputed, or None.
 observers: list[Callable[[nn.Module, str | None], None]] = []
 

@@ -129,7 +129,8 @@ def run_norm(
     """Batch norm, and leaky ReLU in place unless slope is None; count goes up by one.
 
     Returns:
-        The output, the norm's autograd node, and what computes the output from x again; None without a node.
+        The output, the norm's autograd node, and what computes the output from x again; None without a node, or if x
+        is neither contiguous nor channels-last.
     """
     if count is not None:
         count.add_(1)
@@ -142,7 +143,8 @@ def run_norm(
     node = y.grad_fn
     if slope is not None:
         F.leaky_relu_(y, slope)
-    if node is None:
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    if node is None or not dense:  # the kernel for other layouts adds up in another order
         return y, node, None
     if use_batch:
         return y, node, make_normalization(x, mean, rstd, weight, bias, slope)

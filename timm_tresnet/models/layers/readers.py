@@ -16,6 +16,7 @@ from timm_tresnet.recompute.policy import CONVOLUTION
 from timm_tresnet.recompute.program import Unreadable, call, read, reads
 from timm_tresnet.recompute.run import Call, Operation, Result, Run
 from timm_tresnet.recompute.saved import Recomputed, Source, Stored, discard, watch
+from timm_tresnet.recompute.stage import Stage
 
 _conv2d, _mul = F.conv2d, torch.mul
 _get_convolution = operator.itemgetter("_parameters", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -187,5 +188,5 @@ def _read_max_pool(module: nn.MaxPool2d) -> list[Operation]:
 for _name in ("__call__", "_call_impl", "__getattr__"):
     stand_for(nn.Module, _name)
 stand_for(nn.Conv2d, "_conv_forward")
-for _kind in (nn.LeakyReLU, nn.ReLU, nn.Sigmoid):
+for _kind in (*_ACTIVATIONS, Stage):
     stand_for(_kind)

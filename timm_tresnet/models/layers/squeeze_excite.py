@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from timm_tresnet.models.layers.readers import Convolution, read_convolution
 from timm_tresnet.recompute.compiled import is_in_region
-from timm_tresnet.recompute.eligibility import find_user_code, is_untouched
+from timm_tresnet.recompute.eligibility import find_user_code, is_untouched, stand_for
 from timm_tresnet.recompute.program import Unreadable, reads
 from timm_tresnet.recompute.run import Operation, Result, Run
 from timm_tresnet.recompute.saved import Recomputed, Source, Stored, discard
@@ -114,3 +114,6 @@ def _read(se: SqueezeExcite) -> list[Operation]:
 def _make_gate(first: tuple[Any, ...], second: tuple[Any, ...], x: Tensor) -> Tensor:
     squeezed = torch.relu_(F.conv2d(x.mean((2, 3), keepdim=True), *first))
     return torch.sigmoid(F.conv2d(squeezed, *second))
+
+
+stand_for(SqueezeExcite, "_make_gate")
