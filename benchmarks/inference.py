@@ -291,7 +291,8 @@ def _batch(text: str) -> int | str:
     return text if text == "largest" else at_least(1)(text)
 
 
-def _parse(words: Sequence[str]) -> argparse.Namespace:
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Options from a command line, checked; a mistake ends the process."""
     parser = argparse.ArgumentParser(description="How fast networks run, eager, folded, compiled and exported.")
     parser.add_argument("--model", choices=list(ARCHITECTURES), default="tresnet_m")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
@@ -319,7 +320,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a table and write the results."""
     words = list(sys.argv[1:] if argv is None else argv)
-    settings = _parse(words)
+    settings = parse(words)
     torch.manual_seed(0)
     for row in list(settings.rows):
         missing = [package for package in ROWS[row][3] if importlib.util.find_spec(package) is None]

@@ -1,15 +1,27 @@
 """Where the time of a network goes, by PyTorch's profiler."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 
 from timm_tresnet.bench.measuring import run_profiler
 from timm_tresnet.utils.tables import format_markdown
 
+_LONGEST = 100  # characters of a name
 
-def profile(run: Callable[[], object], title: str, device: str, repeats: int = 10) -> str:
-    """Milliseconds of a run on the device, and the operations that take the most of them, as a Markdown table."""
+
+def profile(run: Callable[[], object], title: str, device: str, repeats: int = 10, kernels: bool = False) -> str:
+    """Milliseconds of a run on the device, and the operations that take the most of them, as a Markdown table.
+
+    Args:
+        run: what to profile.
+        title: of the table.
+        device: "cpu" or "cuda".
+        repeats: runs that are measured, after three that are not.
+        kernels: name a GPU's kernels instead of PyTorch's operations, of which compiled code has few.
+    """
     for _ in range(3):
         run()
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -21,10 +33,17 @@ def profile(run: Callable[[], object], title: str, device: str, repeats: int = 1
         if device == "cuda":
             torch.cuda.synchronize()
     own = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    # A GPU's kernels stand there by themselves too, besides the operations that they belong to.
-    events = [event for event in profiler.key_averages() if event.key.startswith("aten::") or device == "cpu"]
-    times = {event.key: getattr(event, own) / 1e3 / repeats for event in events}  # us to ms
+    events = profiler.key_averages()
+    if device == "cuda":  # a GPU's kernels stand there by themselves too, besides the operations that they belong to
+        events = [event for event in events if (_is_kernel(event) if kernels else event.key.startswith("aten::"))]
+    times = {event.key[:_LONGEST]: 0.0 for event in events}  # C++ kernels' names go on for lines
+    for event in events:
+        times[event.key[:_LONGEST]] += getattr(event, own) / 1e3 / repeats  # us to ms
     total = sum(times.values())
     slowest = sorted(times.items(), key=lambda item: -item[1])[:10]
     rows = [[key, f"{time_ms:.2f}", f"{time_ms / total:.1%}"] for key, time_ms in slowest]
     return format_markdown([title, f"ms of {total:.1f}", "share"], rows)
+
+
+def _is_kernel(event: Any) -> bool:
+    return event.device_type == DeviceType.CUDA and not event.is_user_annotation

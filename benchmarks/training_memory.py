@@ -14,7 +14,8 @@ Kept and peak are taken in a process for each row, at `--batch-size`; times in o
 
 On CUDA (`--device cuda`), kept and peak are what `torch.cuda` has allocated, all in one process, the largest batch that
 fits is looked for, and a time is the mean of a few steps in a row. float16 runs without loss scaling, on which memory
-does not depend.
+does not depend. A step that is replayed from CUDA graphs allocates nothing: its peak is the memory that PyTorch has
+reserved for the graphs, and what it keeps is not known.
 """
 
 import argparse
@@ -79,7 +80,7 @@ def make_converted(convert: Callable[[nn.Module], nn.Module], model: str) -> nn.
     return convert(make_ours("activations", model))
 
 
-def compile_apart(make: Callable[[str], nn.Module], budget: float, model: str) -> nn.Module:
+def compile_apart(make: Callable[[str], nn.Module], budget: float, model: str, cuda_graphs: bool = False) -> nn.Module:
     """A network, compiled with an activation memory budget; 1.0 is PyTorch's default."""
 
     # A backend for each network, because networks of one class share what is compiled, whatever the budget is by then.
@@ -87,7 +88,7 @@ def compile_apart(make: Callable[[str], nn.Module], budget: float, model: str) -
         from torch._inductor.compile_fx import compile_fx
 
         with torch._functorch.config.patch(activation_memory_budget=budget):
-            return compile_fx(graph, inputs)
+            return compile_fx(graph, inputs, config_patches={"triton.cudagraphs": cuda_graphs})
 
     return torch.compile(make(model), backend=backend, fullgraph=True, dynamic=False)
 
@@ -132,11 +133,20 @@ REGION_ROWS: dict[str, Callable[[str], nn.Module]] = {
     f"{COMPILED}-regions-{ends}": functools.partial(compile_apart, functools.partial(make_regions, ends), 1.0)
     for ends in REGION_ENDS
 }
+GRAPHS = f"{COMPILED}-graphs"  # before the name of a row, or alone for the built-in
+GRAPH_ROWS: dict[str, Callable[[str], nn.Module]] = {
+    GRAPHS: functools.partial(compile_apart, make_builtin, 1.0, cuda_graphs=True),
+    **{
+        f"{GRAPHS}-{row}": functools.partial(compile_apart, ROWS[row], 1.0, cuda_graphs=True)
+        for row in ("resnet50", "activations", "expansions", "checkpointing")
+    },
+}
+EVERY_ROW = {**ROWS, **CONVERTED_ROWS, **COMPILED_ROWS, **REGION_ROWS, **GRAPH_ROWS}
 
 
 def make_row(row: str, settings: argparse.Namespace) -> nn.Module:
     """The network of a row, in training mode, on the device and in the memory format of the settings."""
-    network = {**ROWS, **CONVERTED_ROWS, **COMPILED_ROWS, **REGION_ROWS}[row](settings.model)
+    network = EVERY_ROW[row](settings.model)
     return network.to(settings.device, memory_format=choose_memory_format(settings.channels_last)).train()
 
 
@@ -165,32 +175,58 @@ def _read_status(field: str) -> int:
     return int(status[field].split()[0]) * 1024  # in kB
 
 
-def measure_memory(row: str, settings: argparse.Namespace) -> dict[str, int | None]:
-    """Bytes kept and peak of a row, on CUDA its largest batch too; on the CPU for a process of its own."""
-    network = make_row(row, settings)
+def measure_reserved(network: nn.Module, images: Tensor, labels: Tensor, amp: str | None = None) -> int:
+    """Bytes that PyTorch reserves for CUDA graphs of a training step, gradients left out as in the peak."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for _ in range(3):  # warming up, recording, replaying
+        network.zero_grad()
+        compute_loss(network, images, labels, amp).backward()
+    torch.cuda.empty_cache()
+    gradients = sum(parameter.nbytes for parameter in network.parameters())
+    return torch.cuda.memory_reserved() - before - gradients
+
+
+def measure_network(row: str, network: nn.Module, settings: argparse.Namespace) -> dict[str, int | None]:
+    """Bytes kept and peak of a row's network, whose compiled code is there afterwards."""
     images, labels = _make_batch(settings.batch_size, settings)
+    if row in GRAPH_ROWS:
+        return {"peak": measure_reserved(network, images, labels, settings.amp), "kept": None}
     # For gradients, kernels and compiled code to be there; of the same size, which compiled code is made for.
     compute_loss(network, images, labels, settings.amp).backward()
     memory = {"peak": measure_peak(network, images, labels, settings.amp)}
     memory["kept"] = measure_kept(network, images, labels, settings.amp)
-    if settings.max_batch and not row.startswith(COMPILED):  # these would be compiled for every size tried
-        del images, labels
-
-        def step(size: int) -> None:
-            network.zero_grad()
-            compute_loss(network, *_make_batch(size, settings), settings.amp).backward()
-
-        limit = settings.memory_gb or torch.cuda.mem_get_info()[1] / 1e9
-        guess = int((1e9 * limit - torch.cuda.memory_allocated()) * settings.batch_size / memory["peak"])
-        memory["largest_batch"] = find_largest_batch(step, settings.max_batch, settings.memory_gb, guess)
     return memory
 
 
-def measure_times(rows: Sequence[str], settings: argparse.Namespace) -> dict[str, list[float]]:
-    """Milliseconds of a training step, for each row and round; the rows take turns."""
+def measure_largest_batch(network: nn.Module, settings: argparse.Namespace, peak: int | None) -> int:
+    """Largest batch whose training step fits, looked for from where the peak at another batch says it is."""
+
+    def step(size: int) -> None:
+        network.zero_grad()
+        compute_loss(network, *_make_batch(size, settings), settings.amp).backward()
+
+    guess = None
+    if peak and settings.device == "cuda":
+        limit = settings.memory_gb or torch.cuda.mem_get_info()[1] / 1e9
+        guess = int((1e9 * limit - torch.cuda.memory_allocated()) * settings.batch_size / peak)
+    return find_largest_batch(step, settings.max_batch, settings.memory_gb, guess)
+
+
+def measure_memory(row: str, settings: argparse.Namespace) -> dict[str, int | None]:
+    """Bytes kept and peak of a row, on CUDA its largest batch too; on the CPU for a process of its own."""
+    network = make_row(row, settings)
+    memory = measure_network(row, network, settings)
+    if settings.max_batch and not row.startswith(COMPILED):  # these would be compiled for every size tried
+        memory["largest_batch"] = measure_largest_batch(network, settings, memory["peak"])
+    return memory
+
+
+def measure_times(networks: dict[str, nn.Module], settings: argparse.Namespace) -> dict[str, list[float]]:
+    """Milliseconds of a training step, for each row's network and each round; the rows take turns."""
     images, labels = _make_batch(settings.time_batch_size, settings)
-    networks = {row: make_row(row, settings) for row in rows}
-    step_ms: dict[str, list[float]] = {row: [] for row in rows}
+    step_ms: dict[str, list[float]] = {row: [] for row in networks}
     for turn in range(settings.rounds + 1):
         for row, network in networks.items():
             print(f"times: round {turn} of {settings.rounds}, {row}", file=sys.stderr)
@@ -208,17 +244,18 @@ def _step(network: nn.Module, images: Tensor, labels: Tensor, settings: argparse
     compute_loss(network, images, labels, settings.amp).backward()
 
 
-def profile_row(row: str, settings: argparse.Namespace) -> str:
-    """Where the time of a row's training step goes, as a Markdown table."""
-    network, (images, labels) = make_row(row, settings), _make_batch(settings.time_batch_size, settings)
+def profile_network(row: str, network: nn.Module, settings: argparse.Namespace) -> str:
+    """Where the time of a training step of a row's network goes, as a Markdown table."""
+    images, labels = _make_batch(settings.time_batch_size, settings)
     title = f"{row}, batch {settings.time_batch_size}"
-    return profile(lambda: _step(network, images, labels, settings), title, settings.device, repeats=3)
+    kernels = row.startswith(COMPILED)
+    return profile(lambda: _step(network, images, labels, settings), title, settings.device, 3, kernels)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a table and write the results."""
     words = list(sys.argv[1:] if argv is None else argv)
-    settings = _parse(words)
+    settings = parse(words)
     torch.manual_seed(0)
     if settings.memory_of:
         print(json.dumps(measure_memory(settings.memory_of, settings)))
@@ -230,21 +267,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"the peak needs {_CLEAR_REFS} of Linux, which is not here: its column stays empty", file=sys.stderr)
     if settings.profile:
         for row in settings.rows:
-            print(profile_row(row, settings), end="\n\n", flush=True)
+            print(profile_network(row, make_row(row, settings), settings), end="\n\n", flush=True)
         return
     if settings.device == "cuda":
         memory = {row: measure_memory(row, settings) for row in settings.rows}
     else:
         memory = {row: _measure_memory_in_process(row, words) for row in settings.rows}
-    step_ms = measure_times(settings.rows, settings) if settings.rounds else {}
+    step_ms = {}
+    if settings.rounds:
+        step_ms = measure_times({row: make_row(row, settings) for row in settings.rows}, settings)
     results["rows"] = summarize(memory, step_ms, settings.batch_size, settings.reference)
     print(format_table(results["rows"]))
     if settings.json:
         write_results(results, settings.json)
 
 
-def _parse(words: Sequence[str]) -> argparse.Namespace:
-    every_row = [*ROWS, *CONVERTED_ROWS, *COMPILED_ROWS, *REGION_ROWS]
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Options from a command line, checked; a mistake ends the process."""
+    every_row = list(EVERY_ROW)
     parser = argparse.ArgumentParser(
         description="What training keeps for backward, what a step peaks at and what it costs."
     )
@@ -275,6 +315,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     if settings.image_size < 64 or settings.image_size % 4:
         parser.error(f"--image-size needs a multiple of 4 from 64 on, got {settings.image_size}")
     check_or_exit(parser, settings)
+    if settings.device == "cpu" and not GRAPH_ROWS.keys().isdisjoint([*settings.rows, settings.memory_of]):
+        parser.error(f"rows that begin with {GRAPHS} need --device cuda, as CUDA graphs do")
     settings.rows = list(dict.fromkeys([*settings.rows, *(COMPILED_ROWS if settings.compile else ())]))
     return settings
 

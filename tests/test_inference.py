@@ -49,7 +49,7 @@ def test_results_compare_every_row_with_the_builtin_network(inference, tmp_path,
 def test_every_row_computes_the_network(inference, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda network, **kwargs: network)
     for row in ("built-in, NCHW", "folded", "compiled", "compiled, bfloat16"):
-        settings = inference._parse(["--model", "test_tresnet", "--image-size", "64"])
+        settings = inference.parse(["--model", "test_tresnet", "--image-size", "64"])
         with torch.inference_mode():
             logits = inference.make_row(row, settings)(torch.rand(2, 3, 64, 64))
         assert logits.shape == (2, 1000)

@@ -1,9 +1,12 @@
+import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from scripts import load_script
 from torch import nn
+from torch.autograd import DeviceType
 from torch.utils.checkpoint import checkpoint
 
 OURS = ["none", "activations", "expansions", "checkpointing", "split-bn", "frozen-bn"]
@@ -75,7 +78,7 @@ def test_gradients_and_earlier_graphs_do_not_count(training_memory):
 
 def test_results_compare_every_setting_with_the_builtin_network(training_memory, tmp_path, capsys, monkeypatch):
     def measure_here(row, words):  # a process for each of so many rows would take long
-        return training_memory.measure_memory(row, training_memory._parse(words[:-2]))
+        return training_memory.measure_memory(row, training_memory.parse(words[:-2]))
 
     monkeypatch.setattr(training_memory, "_measure_memory_in_process", measure_here)
     results = tmp_path / "new" / "results.json"
@@ -109,7 +112,7 @@ def test_results_compare_every_setting_with_the_builtin_network(training_memory,
 def test_memory_is_measured_in_a_process_of_its_own(training_memory):
     words = ["--model", "test_tresnet", "--image-size", "64", "--batch-size", "2"]
     measured = training_memory._measure_memory_in_process("expansions", words)
-    assert measured["kept"] == training_memory.measure_memory("expansions", training_memory._parse(words))["kept"]
+    assert measured["kept"] == training_memory.measure_memory("expansions", training_memory.parse(words))["kept"]
     assert measured["peak"] is None or measured["peak"] > 0
 
 
@@ -136,9 +139,9 @@ def test_ratios_of_times_are_taken_in_each_round(training_memory):
 
 
 def test_compiled_rows_are_added_on_request(training_memory):
-    assert training_memory._parse([]).rows == list(training_memory.ROWS)
-    assert training_memory._parse(["--compile"]).rows == [*training_memory.ROWS, *training_memory.COMPILED_ROWS]
-    assert training_memory._parse(["--rows", "none", "compiled", "none"]).rows == ["none", "compiled"]
+    assert training_memory.parse([]).rows == list(training_memory.ROWS)
+    assert training_memory.parse(["--compile"]).rows == [*training_memory.ROWS, *training_memory.COMPILED_ROWS]
+    assert training_memory.parse(["--rows", "none", "compiled", "none"]).rows == ["none", "compiled"]
 
 
 def test_profile_adds_up_to_a_step(training_memory, capsys):
@@ -152,6 +155,29 @@ def test_profile_adds_up_to_a_step(training_memory, capsys):
     with pytest.raises(SystemExit, match="2"):
         training_memory.main([*arguments, "--profile", "--json", "results.json"])
     assert "nothing for --json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kernels", "names"), [(False, ["aten::add"]), (True, ["triton_add", "cudnn"])], ids=["operations", "kernels"]
+)
+def test_profile_on_a_gpu_counts_operations_or_kernels(monkeypatch, kernels, names):
+    profiles = load_script("benchmarks/profiles.py")
+    cpu, gpu = DeviceType.CPU, DeviceType.CUDA
+    events = [  # name, device, annotation, time on the GPU in us
+        ("aten::add", cpu, False, 500),
+        ("cudaLaunchKernel", cpu, False, 0),
+        ("triton_add", gpu, False, 3000),
+        ("cudnn", gpu, False, 1000),
+        ("Torch-Compiled Region: 0/0", gpu, True, 4000),
+    ]
+    fields = ("key", "device_type", "is_user_annotation", "self_device_time_total")
+    averages = [SimpleNamespace(**dict(zip(fields, event, strict=True))) for event in events]
+    profiler = contextlib.nullcontext(SimpleNamespace(key_averages=lambda: averages))
+    monkeypatch.setattr(profiles, "run_profiler", lambda **kwargs: profiler)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    heading, _, *rows = profiles.profile(lambda: None, "a step", "cuda", 1, kernels).splitlines()
+    assert heading.startswith(f"| a step | ms of {4.0 if kernels else 0.5} |")
+    assert [row.split("|")[1].strip() for row in rows] == names
 
 
 def test_an_existing_file_is_not_overwritten(training_memory, tmp_path, capsys):
@@ -173,8 +199,9 @@ def test_an_existing_file_is_not_overwritten(training_memory, tmp_path, capsys):
         (["--rows", "all"], "invalid choice: 'all'"),
         (["--amp", "float16"], "need --device cuda"),
         (["--max-batch", "8"], "need --device cuda"),
+        (["--rows", "compiled-graphs-activations"], "rows that begin with compiled-graphs need --device cuda"),
     ],
-    ids=["no_images", "odd_size", "unknown_row", "float16_on_the_cpu", "largest_batch_on_the_cpu"],
+    ids=["no_images", "odd_size", "unknown_row", "float16_on_the_cpu", "largest_batch_on_the_cpu", "graphs_on_the_cpu"],
 )
 def test_bad_arguments_are_explained(training_memory, capsys, arguments, message):
     with pytest.raises(SystemExit, match="2"):
