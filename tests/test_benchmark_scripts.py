@@ -64,6 +64,23 @@ def test_launches_are_timed_in_turns_for_every_setting(tmp_path, monkeypatch):
         assert row["step_ms"] >= row["forward_ms"] + row["backward_ms"] > row["forward_ms"] > 0
 
 
+@pytest.mark.parametrize("layout", [[], ["--channels-last"]], ids=["contiguous", "channels_last"])
+def test_parts_that_move_fewer_bytes_compute_the_same(layout, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # which would stay for other tests
+    words = ["--eager-only", "--batch-size", "3", "--channels", "5", "--image-size", "13", "--rounds", "2", *layout]
+    rows = run("fewer_bytes", tmp_path, *words)["rows"]
+    assert [(row["row"], row["mode"]) for row in rows] == [("blur", "eager"), ("mean", "eager")]
+    for row in rows:
+        assert row["apart"] < 1e-5
+        assert [after / before for before, after in zip(row["ms"], row["other_ms"], strict=True)] == row["ratios"]
+    script = importlib.import_module("fewer_bytes")
+    own, other = script.make_parts(5)["mean"]
+    for part in (own, other):
+        part(torch.randn(3, 5, 13, 13, generator=torch.Generator().manual_seed(1)))
+    for name, value in own.bn.named_buffers():
+        torch.testing.assert_close(other.bn.get_buffer(name), value)
+
+
 @pytest.mark.thorough
 def test_resolution_compares_networks_at_each_size(tmp_path):
     rows = run("resolution", tmp_path, "--model", "test_tresnet", "--image-sizes", "32", "64", *QUICK)["rows"]
