@@ -18,8 +18,7 @@ from timm_tresnet.recompute import policy
 from timm_tresnet.recompute.eligibility import is_autograd_compiled
 from timm_tresnet.recompute.policy import RECOMPUTED_BY_COMPILER, classify_convolution
 
-# A module, the key of the policy for it or "none", and whether its output is stored.
-Step = tuple[nn.Module, str, bool]
+Step = tuple[nn.Module, str, bool]  # a module, its column of the policy or "none", whether its output is stored
 
 _aten = torch.ops.aten
 _STORED = (
