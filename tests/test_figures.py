@@ -134,7 +134,7 @@ def read_tables(page: Path) -> Iterator[Table]:
 
 MEASURED = [
     table
-    for page in (ROOT / "README.md", ROOT / "docs" / "measurements.md")
+    for page in (ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "docs" / "measurements.md")
     for table in read_tables(page)
     if table.files and table.header[1] != "built-in" and table.header[0] not in ("data set", "learning rate", "files")
 ]
