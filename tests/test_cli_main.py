@@ -15,7 +15,18 @@ from timm_tresnet.utils.images import SAMPLES
 def test_an_option_that_no_command_has_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["list", "--epochs", "5"])
-    assert capsys.readouterr().err.endswith("unrecognized arguments: --epochs 5\n")
+    assert capsys.readouterr().err.splitlines() == [
+        "timm-tresnet list: error: unrecognized arguments: --epochs 5",
+        "example: timm-tresnet list --json",
+        "`timm-tresnet list --help` lists the options",
+    ]
+
+
+@pytest.mark.parametrize("name", cli._COMMANDS)
+def test_wrong_use_of_a_command_is_answered_with_an_example(name, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([name, "--nonsense=1"])
+    assert f"\nexample: timm-tresnet {cli._COMMANDS[name].EXAMPLE}\n" in capsys.readouterr().err
 
 
 def test_installed_command_works_offline():
@@ -56,11 +67,12 @@ def test_version_does_not_fail_where_a_package_was_not_installed(monkeypatch, ca
     assert "timm of unknown version" in capsys.readouterr().out
 
 
-def test_help_has_an_example_for_each_command_that_its_parser_takes(capsys):
+def test_help_begins_with_an_example_for_each_command_that_its_parser_takes(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     page = capsys.readouterr().out
-    examples = re.findall(r"^  timm-tresnet (.*)$", page.partition("examples:\n")[2], re.MULTILINE)
+    assert page.startswith("examples:\n  timm-tresnet ")
+    examples = re.findall(r"^  timm-tresnet (.*)$", page, re.MULTILINE)
     commands = re.findall(r"^    ([\w-]+)", page.partition("options:")[0], re.MULTILINE)
     assert [example.split()[0] for example in examples] == commands
     for example in examples:
@@ -68,7 +80,7 @@ def test_help_has_an_example_for_each_command_that_its_parser_takes(capsys):
         assert cli.make_parser().parse_args(words).command == name
         with pytest.raises(SystemExit, match="0"):
             cli.main([name, "--help"])
-        assert capsys.readouterr().out.endswith(f"example:\n  timm-tresnet {example}\n")
+        assert capsys.readouterr().out.startswith(f"example:\n  timm-tresnet {example}\n\nusage: ")
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_further_flags_come_last_so_that_they_win(capsys):
 def test_flags_of_train_script_in_the_wrong_place_are_told_the_right_one(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["recipe", "transfer", *GIVEN, "--epochs", "5"])
-    assert "unrecognized arguments: --epochs 5; flags of train.py go behind --" in capsys.readouterr().err
+    assert "unrecognized arguments: --epochs 5; write flags of train.py after --" in capsys.readouterr().err
 
 
 def test_what_is_behind_two_dashes_is_not_looked_at(capsys):

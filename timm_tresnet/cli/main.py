@@ -1,15 +1,14 @@
-"""The `timm-tresnet` command: classify images, list variants, show a demo, convert, train, export and measure."""
+"""The `timm-tresnet` command: its parser, and how errors end it."""
 
 import argparse
-import functools
 import importlib.metadata
 import io
 import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from timm_tresnet.cli.commands import (
     CommandError,
@@ -41,11 +40,11 @@ _COMMANDS = {
     "export": export,
     "benchmark": benchmark,
 }
-_PASSING_ON = {"recipe": "train.py"}  # what is behind -- is meant for that program
+_PASSING_ON = {"recipe": "train.py"}  # command -> program that gets the words after --
 
 
 class _ShowVersions(argparse.Action):
-    """Prints the versions that the report of an error needs; the packages themselves are not imported for it."""
+    """Prints the versions for a bug report, without importing the packages."""
 
     def __call__(self, parser: argparse.ArgumentParser, *values: object) -> None:
         print(", ".join(map(_name_version, ("timm-tresnet", "timm", "torch"))))
@@ -59,35 +58,52 @@ def _name_version(package: str) -> str:
         return f"{package} of unknown version"
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line, with an example for each command."""
-    examples = [f"timm-tresnet {command.EXAMPLE}" for command in _COMMANDS.values()]
-    parser = _make_one(argparse.ArgumentParser, examples, prog="timm-tresnet", description="TResNet models for timm.")
+class _Parser(argparse.ArgumentParser):
+    """Begins its help with examples, and ends an error with the next step instead of every option.
+
+    Args:
+        examples: command lines that it parses.
+        description: of the command.
+        **about: further arguments of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, examples: Sequence[str], description: str, **about: Any) -> None:
+        width = shutil.get_terminal_size().columns - 2  # as argparse has it
+        super().__init__(
+            description=textwrap.fill(description, width),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **about,
+        )
+        self.examples = examples
+        self.commands: dict[str, _Parser] = {}
+
+    def format_help(self) -> str:
+        title = "example:" if len(self.examples) == 1 else "examples:"
+        return "\n  ".join([title, *self.examples]) + "\n\n" + super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        steps = [f"example: {self.examples[0]}"] if len(self.examples) == 1 else []
+        steps.append(f"`{self.prog} --help` lists the {'commands' if self.commands else 'options'}")
+        self.exit(2, "\n".join([f"{self.prog}: error: {message}", *steps, ""]))
+
+
+def make_parser() -> _Parser:
+    """Parser of the whole command line, with an example for each command."""
+    examples = {name: f"timm-tresnet {command.EXAMPLE}" for name, command in _COMMANDS.items()}
+    parser = _Parser([*examples.values()], "TResNet models for timm.", prog="timm-tresnet")
     about: dict[str, Any] = {"nargs": 0, "default": argparse.SUPPRESS, "help": "print the versions and exit"}
     parser.add_argument("--version", action=_ShowVersions, **about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
-        make = functools.partial(commands.add_parser, name)
-        command.add_options(_make_one(make, [f"timm-tresnet {command.EXAMPLE}"], **command.ABOUT))
+        parser.commands[name] = commands.add_parser(name, examples=[examples[name]], **command.ABOUT)
+        command.add_options(parser.commands[name])
     return parser
-
-
-def _make_one(
-    make: Callable[..., argparse.ArgumentParser], examples: Sequence[str], description: str, **about: Any
-) -> argparse.ArgumentParser:
-    width = shutil.get_terminal_size().columns - 2  # as argparse has it
-    return make(
-        description=textwrap.fill(description, width),
-        epilog="\n  ".join(["example:" if len(examples) == 1 else "examples:", *examples]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,  # which leaves the lines of the examples as they are
-        **about,
-    )
 
 
 def _list_commands() -> str:
     """A line for each command."""
     rows = [[f"  {name}", command.ABOUT["help"]] for name, command in _COMMANDS.items()]
-    more = "timm-tresnet COMMAND --help says more, with an example"
+    more = "`timm-tresnet COMMAND --help` lists the options, with an example"
     return f"usage: timm-tresnet COMMAND ...\n\n{format_columns(rows)}\n\n{more}"
 
 
@@ -102,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes can be what it cannot encode
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which may be unable to encode a file name
         sys.stdout.reconfigure(errors="backslashreplace")
     parser = make_parser()
     if not words:
@@ -114,8 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     own = words[: words.index("--")] if words and words[0] in _PASSING_ON and "--" in words else words
     options, unknown = parser.parse_known_args(own)
     if unknown:
-        hint = f"; flags of {_PASSING_ON[words[0]]} go behind --" if words[0] in _PASSING_ON else ""
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        hint = f"; write flags of {_PASSING_ON[words[0]]} after --" if words[0] in _PASSING_ON else ""
+        parser.commands[options.command].error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     arguments = vars(options)
     command = _COMMANDS[arguments.pop("command")]
     try:
@@ -124,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"timm-tresnet: {escape(str(error), lines=True)}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of a pipe has ended, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at its end
         return 1
     except OSError as error:  # of a file that a command did not expect to fail

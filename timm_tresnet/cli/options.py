@@ -8,7 +8,7 @@ from typing import Any
 
 
 def new_file(text: str) -> Path:
-    """A file for results that is not there yet."""
+    """Type of an argument: a file for results that does not exist yet."""
     path = Path(text)
     if path.exists():
         raise argparse.ArgumentTypeError(f"{path} exists already; results are never overwritten, name a new file")
@@ -16,7 +16,7 @@ def new_file(text: str) -> Path:
 
 
 def at_least(least: int, kind: type = int) -> Callable[[str], Any]:
-    """What makes a number and refuses smaller ones."""
+    """Type of an argument: a number from least on."""
 
     def number(text: str) -> float:
         value = kind(text)
@@ -28,7 +28,7 @@ def at_least(least: int, kind: type = int) -> Callable[[str], Any]:
 
 
 def between(least: float, most: float, kind: type = float) -> Callable[[str], Any]:
-    """What makes a number and refuses smaller and greater ones."""
+    """Type of an argument: a number from least to most."""
 
     def number(text: str) -> float:
         value = kind(text)
@@ -40,7 +40,7 @@ def between(least: float, most: float, kind: type = float) -> Callable[[str], An
 
 
 def image_size(text: str) -> int:
-    """The side of images, in pixels."""
+    """Type of an argument: the side of images, in pixels."""
     size = int(text)
     if size < 32 or size % 4:
         raise argparse.ArgumentTypeError(f"needs a multiple of 4 from 32 on, got {size}")
@@ -82,7 +82,7 @@ def add_reading_options(parser: Any) -> None:
     parser.add_argument(
         "--outside",
         action="store_true",
-        help="take images outside --images too: by absolute paths, .. or links that lead there (default: refused)",
+        help="accept images outside --images: absolute paths, .. and links (default: refused)",
     )
 
 

@@ -1,4 +1,4 @@
-"""`timm-tresnet classify` says what is on images."""
+"""`timm-tresnet classify` prints the classes or labels of images."""
 
 import argparse
 import contextlib
@@ -22,8 +22,8 @@ from timm_tresnet.utils.tables import format_bar, format_columns
 from timm_tresnet.weights.labels import describe_labels, label_lookup
 
 ABOUT = {
-    "help": "say what is on images",
-    "description": "Say what is on images. Without IMAGE, classifies photographs in the package.",
+    "help": "print the classes or labels of images",
+    "description": "Print the classes or labels of images. Without IMAGE, classify photographs in the package.",
 }
 EXAMPLE = "classify --top-k 5 photo.jpg folder/"
 _EMBEDDED = "test_tresnet"

@@ -16,9 +16,9 @@ from timm_tresnet.weights.catalogue import Facts
 ABOUT = {
     "help": "make old checkpoints loadable",
     "description": "Convert checkpoints of the official TResNet code and its descendants, or of timm, into folders "
-    "that timm.create_model('local-dir:FOLDER', pretrained=True) loads. What a checkpoint is comes from its "
-    "tensors, what they cannot tell from these options, the run of timm's train.py that wrote it, or its public "
-    "weight. Nothing in a checkpoint is executed.",
+    "that timm.create_model('local-dir:FOLDER', pretrained=True) loads. Architecture, classes and head come from the "
+    "tensors; preprocessing, labels and licence from these options, from the run of timm's train.py that wrote the "
+    "checkpoint, or from the catalogue of public weights. Nothing in a checkpoint is executed.",
 }
 EXAMPLE = "convert tresnet_l_448.pth --output converted"
 
@@ -34,7 +34,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "folders of runs of timm's train.py, of which model_best.pth.tar is taken",
     )
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="FOLDER", help="where to; of several files, each gets a subfolder"
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FOLDER",
+        help="where to write; several files get a subfolder each",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
     parser.add_argument(
@@ -46,7 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=("abn", "bn"),
         help="whether norm weights are In-Place ABN's, to become |w| + 1e-5, or batch norm's; default: by the names",
     )
-    parser.add_argument("--custom", action="store_true", help="take a network that is none of the variants too")
+    parser.add_argument("--custom", action="store_true", help="also convert a network that is none of the variants")
     parser.add_argument(
         "--key", help="which of several networks in a file, such as state_dict or student (default: a moving average)"
     )

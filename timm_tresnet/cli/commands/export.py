@@ -12,7 +12,7 @@ from timm_tresnet.utils.errors import summarise
 ABOUT = {
     "help": "write a network for another engine",
     "description": "Write a network with its weights as one artifact for another engine, checked against PyTorch, and "
-    "a JSON file beside it that says how to feed it.",
+    "a JSON file beside it with input shape, preprocessing and classes.",
 }
 EXAMPLE = "export test_tresnet --format onnx --output network.onnx"
 

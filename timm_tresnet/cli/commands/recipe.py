@@ -18,7 +18,7 @@ from timm_tresnet.variants import explain_unknown
 ABOUT = {
     "help": "print a training recipe for timm's train.py",
     "description": "Print a training recipe as the command line of timm's unchanged train.py, with every flag spelled "
-    "out. Further flags of train.py go behind --, where they win over the recipe's. Without NAME, list the recipes.",
+    "out. Flags of train.py after -- replace those of the recipe. Without NAME, list the recipes.",
 }
 EXAMPLE = "recipe transfer --data-dir flowers --model tresnet_m --num-classes 102"
 

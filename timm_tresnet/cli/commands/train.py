@@ -11,9 +11,9 @@ from timm_tresnet.cli.training import Row, add_held_out, add_training_options, r
 ABOUT = {
     "help": "train a network on folders of images, one for each class",
     "description": "Train a network on images of one class each, from pretrained weights, and write a folder that "
-    "classify, demo and export take as local-dir:FOLDER, with class names and preprocessing. Settings that are not "
-    "given are those of the recipe transfer; for all that timm's train.py can, see `timm-tresnet recipe`. Runs under "
-    "torchrun too. Needs the extra `tagging`.",
+    "classify, demo and export load as local-dir:FOLDER, with class names and preprocessing. Defaults are those of "
+    "the recipe transfer; for every feature of timm's train.py, see `timm-tresnet recipe`. Runs under torchrun too. "
+    "Needs the extra `tagging`.",
 }
 EXAMPLE = "train flowers --model tresnet_m --output flower_classifier"
 

@@ -12,8 +12,8 @@ from timm_tresnet.cli.training import add_held_out, add_training_options, run_tr
 ABOUT = {
     "help": "train a network that gives an image any number of labels",
     "description": "Train a network on images with any number of labels, and write a folder that classify and export "
-    "take as local-dir:FOLDER, with label names and a threshold for each label. Settings that are not given are those "
-    "of official training (Alibaba-MIIL's ASL and ML_Decoder). Runs under torchrun too. Needs the extra `tagging`.",
+    "load as local-dir:FOLDER, with label names and a threshold for each label. Defaults are those of official "
+    "training (Alibaba-MIIL's ASL and ML_Decoder). Runs under torchrun too. Needs the extra `tagging`.",
 }
 EXAMPLE = "train-tagger labels.csv --images photos --head ml_decoder --output tagger"
 
