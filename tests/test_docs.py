@@ -33,8 +33,8 @@ def test_links_lead_to_files_and_headings(page):
             assert anchor in find_anchors(target), f"{page.name} links to {link}"
 
 
-def test_readme_has_at_most_1500_words():
-    assert len(README.read_text(encoding="utf-8").split()) <= 1500
+def test_readme_has_at_most_900_words():
+    assert len(README.read_text(encoding="utf-8").split()) <= 900
 
 
 def test_readme_links_every_page():

@@ -134,7 +134,7 @@ def read_tables(page: Path) -> Iterator[Table]:
 
 MEASURED = [
     table
-    for page in (ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "docs" / "measurements.md")
+    for page in (ROOT / "docs" / f"{name}.md" for name in ("training", "inference", "measurements"))
     for table in read_tables(page)
     if table.files and table.header[1] != "built-in" and table.header[0] not in ("data set", "learning rate", "files")
 ]
@@ -297,7 +297,6 @@ def _acceptance() -> tuple[str, ...]:
 CLAIMS: dict[str, list[tuple[str, Callable[[], tuple[Any, ...]]]]] = {  # page -> sentences and their numbers
     "README.md": [
         ("a step peaks at {:.2f}x of timm's own", lambda: (_memory("activations"),)),
-        ("peaks at a {} of ResNet-50's: {} times its batch", lambda: _WORDS[_quotient("resnet50", "checkpointing")]),
         (
             "{} images instead of {} in 16 GB of an H200, at {:.2f}x of the step time",
             lambda: (
@@ -317,6 +316,7 @@ CLAIMS: dict[str, list[tuple[str, Callable[[], tuple[Any, ...]]]]] = {  # page -
         ),
         ("knows {} public weights", lambda: (len(load_catalogue()),)),
     ],
+    "docs/training.md": [("peaks at a {} of ResNet-50's", lambda: _WORDS[_quotient("resnet50", "checkpointing")])],
     "docs/measurements.md": [
         (
             "{:.1f} and {:.1f} times ResNet-50's batch, {:.1f} and {:.1f} times the built-in's",
@@ -389,7 +389,7 @@ def test_ingredients_are_as_many_as_the_table_has_arguments():
 
 
 def format_variant(name):
-    """A variant's line in README.md, from its row."""
+    """A variant's line in docs/models.md, from its row."""
     row = ARCHITECTURES[name]
     params, macs = count_size(row, 224, 1000)
     blocks = ", ".join(map(str, row["layers"])) + (
@@ -400,8 +400,8 @@ def format_variant(name):
 
 
 def test_variants_are_those_of_the_rows():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (table,) = (table for table in read_tables(ROOT / "README.md") if table.header[1] == "blocks per stage")
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    (table,) = (table for table in read_tables(ROOT / "docs" / "models.md") if table.header[1] == "blocks per stage")
     lines = [f"| {' | '.join(row)} |" for row in table.rows]
     assert lines == [format_variant(name) for name in ARCHITECTURES if name != "test_tresnet"]
     params, _ = count_size(ARCHITECTURES["test_tresnet"], 64, 10)
@@ -409,7 +409,7 @@ def test_variants_are_those_of_the_rows():
 
 
 def test_weights_are_those_of_the_registry():
-    (table,) = (table for table in read_tables(ROOT / "README.md") if table.header[-1] == "ImageNet-1k top-1")
+    (table,) = (table for table in read_tables(ROOT / "docs" / "models.md") if table.header[-1] == "ImageNet-1k top-1")
     found = {}
     for label, *cells in table.rows:
         found[re.match(r"`(.+)`", label)[1]] = ["(default)" in label, *cells]
