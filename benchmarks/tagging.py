@@ -26,7 +26,7 @@ from command_line import format_command
 from timm_tresnet.bench.results import start_results, write_results
 from timm_tresnet.cli import main as cli
 from timm_tresnet.cli.options import at_least, new_file
-from timm_tresnet.tagging.annotations import Reading, read_annotations
+from timm_tresnet.tagging.annotations import ReadingOptions, read_annotations
 from timm_tresnet.tagging.scores import score
 from timm_tresnet.utils.images import read_image
 from timm_tresnet.utils.tables import format_markdown
@@ -59,7 +59,7 @@ def evaluate(folder: Path, annotations: Path) -> dict[str, float]:
     network = load_network(f"local-dir:{folder}")
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=network))
     names = tuple(network.pretrained_cfg["label_names"])
-    examples = read_annotations(annotations, Reading(names=names)).examples
+    examples = read_annotations(annotations, ReadingOptions(names=names)).examples
     targets = torch.tensor([[name in example.labels for name in names] for example in examples]).float()
     probabilities = []
     for start in range(0, len(examples), _BATCH_SIZE):

@@ -11,7 +11,7 @@ import pytest
 from killing import run_killed
 
 from timm_tresnet.collection.outputs import FORMATS, Output
-from timm_tresnet.tagging.annotations import Reading, read_annotations
+from timm_tresnet.tagging.annotations import ReadingOptions, read_annotations
 
 MADE_BY = {"weights_sha256": "a", "threshold": None, "preprocessing": {"input_size": (3, 8, 8)}}
 needs_pyarrow = pytest.mark.skipif(
@@ -144,7 +144,7 @@ def test_csv_is_read_as_annotations(tmp_path):
     path.write_text(text)
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).touch()
-    annotations = read_annotations(path, Reading())
+    annotations = read_annotations(path, ReadingOptions())
     assert [example.labels for example in annotations.examples] == [("cat", "dog"), ("[three", "one; two")]
 
 

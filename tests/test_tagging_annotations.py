@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from timm_tresnet.tagging.annotations import (
-    Reading,
+    ReadingOptions,
     describe_left_out,
     read_annotations,
     read_names,
@@ -28,7 +28,7 @@ def write(path, text, encoding="utf-8"):
 
 def read(path, **reading):
     """Labels by file name relative to the folder, names, and what was left out; labels of images known in part."""
-    found = read_annotations(path, Reading(**reading))
+    found = read_annotations(path, ReadingOptions(**reading))
     if found.partial:
         return {each.path.name: (each.labels, each.absent) for each in found.examples}, found.names, found.left_out
     root = path if path.is_dir() else path.parent
@@ -85,7 +85,7 @@ def test_images_without_labels_are_counted_or_kept(folder):
     assert read(path) == ({"a.jpg": ("cat",)}, ("cat",), {"images without labels": 2})
     assert "left out 2 images without labels" in describe_left_out(read_annotations(path))
     assert read(path, keep_empty=True)[0] == {"a.jpg": ("cat",), "b.jpg": (), "c.jpg": ()}
-    assert describe_left_out(read_annotations(path, Reading(keep_empty=True))) is None
+    assert describe_left_out(read_annotations(path, ReadingOptions(keep_empty=True))) is None
 
 
 def test_missing_files_are_an_error_or_counted(folder):
@@ -546,7 +546,7 @@ def test_images_outside_the_folder_are_taken_with_an_option_alone(suffix, number
     with pytest.raises(ValueError, match=r"names 1 files outside \S+, by absolute paths, .. or links: .*--outside"):
         read_annotations(path)
     if not name.startswith("x/"):  # there is no x
-        (example,) = read_annotations(path, Reading(outside=True)).examples
+        (example,) = read_annotations(path, ReadingOptions(outside=True)).examples
         assert example.path.exists()
 
 
@@ -717,7 +717,7 @@ def test_what_is_wrong_is_said_in_whole_sentences(folder, name, text, options, m
 
 def test_what_is_left_out_is_said_in_a_whole_sentence(folder):
     path = write(folder / "x.csv", "file,labels\na.jpg,cat\nb.jpg,emu\n")
-    found = read_annotations(path, Reading(names=("cat",), skip_unknown=True))
+    found = read_annotations(path, ReadingOptions(names=("cat",), skip_unknown=True))
     assert describe_left_out(found) == f"{path}: left out 1 labels that are unknown, 1 images without labels"
 
 

@@ -48,10 +48,10 @@ def image_size(text: str) -> int:
 
 
 def add_reading_options(parser: Any) -> None:
-    """Add the options of how annotations are read, those of `timm_tresnet.tagging.forms.Reading`, to a parser or group.
+    """Add the fields of `timm_tresnet.tagging.forms.ReadingOptions` to a parser or group.
 
     Args:
-        parser: where to; `make_reading` takes the options.
+        parser: gets the options; `make_reading` reads them.
     """
     parser.add_argument(
         "--images", type=Path, metavar="FOLDER", help="that file names are relative to (default: the annotations')"
@@ -128,17 +128,17 @@ def choose_device(device: str) -> str:
 
 
 def make_reading(options: dict[str, Any], **others: Any) -> Any:
-    """A `timm_tresnet.tagging.forms.Reading` of `READING_OPTIONS`.
+    """A `timm_tresnet.tagging.forms.ReadingOptions` of `READING_OPTIONS`.
 
     Raises:
         OSError: if a file that is named cannot be read.
         ValueError: if it is not what it should be.
     """
-    from timm_tresnet.tagging.annotations import Reading, read_names, read_other_names
+    from timm_tresnet.tagging.annotations import ReadingOptions, read_names, read_other_names
 
     fields = dict(options)
     labels, other_names = fields.pop("labels"), fields.pop("other_names")
-    return Reading(
+    return ReadingOptions(
         **fields,
         names=read_names(labels) if labels else None,
         other_names=read_other_names(other_names) if other_names else None,

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from timm_tresnet.conversion.reading import name_some
-from timm_tresnet.tagging.forms import Reading, Row, choose_reader, name_numbers, read_text, rename
+from timm_tresnet.tagging.forms import ReadingOptions, Row, choose_reader, name_numbers, read_text, rename
 from timm_tresnet.utils.images import FORMATS, printable
 from timm_tresnet.utils.schema import TEXT, show
 
 __all__ = [
     "Annotations",
     "Example",
-    "Reading",
+    "ReadingOptions",
     "describe_left_out",
     "read_annotations",
     "read_names",
@@ -24,7 +24,7 @@ __all__ = [
     "read_other_names",
 ]
 
-_USUAL = Reading()
+_USUAL = ReadingOptions()
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Annotations:
         return any(example.absent is not None for example in self.examples)
 
 
-def read_annotations(path: Path, reading: Reading = _USUAL) -> Annotations:
+def read_annotations(path: Path, reading: ReadingOptions = _USUAL) -> Annotations:
     """Read annotations in any form of `timm_tresnet.tagging.forms`.
 
     COCO's labels are its categories by ascending id, as ASL and ML-Decoder number them; those of columns and of a
@@ -212,7 +212,7 @@ def _is_elsewhere(path: Path, home: str) -> bool:
     return found != home and not found.startswith(home.rstrip(os.sep) + os.sep)
 
 
-def _leave_out(examples: Sequence[Example], reading: Reading, left_out: Counter[str]) -> Iterator[Example]:
+def _leave_out(examples: Sequence[Example], reading: ReadingOptions, left_out: Counter[str]) -> Iterator[Example]:
     labelled = [example for example in examples if example.labels or example.absent or reading.keep_empty]
     left_out["images without labels"] += len(examples) - len(labelled)
     missing = [example for example in labelled if not example.path.is_file()]

@@ -41,7 +41,7 @@ _COCO_ENTRIES = {  # https://cocodataset.org/#format-data; area, iscrowd, bbox a
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadingOptions:
     """How annotations are read.
 
     Args:
@@ -101,7 +101,7 @@ class Rows:
     classes: tuple[str, ...] | None = None
 
 
-_Reader = Callable[[Path, Reading, Counter[str]], Rows]
+_Reader = Callable[[Path, ReadingOptions, Counter[str]], Rows]
 
 
 def choose_reader(path: Path, class_folders: bool = False) -> tuple[_Reader, Path]:
@@ -160,7 +160,7 @@ def _parse_json(text: str) -> Any:
         raise ValueError(f"is not JSON: {error}") from error
 
 
-def _read_coco(path: Path, reading: Reading, left_out: Counter[str]) -> Rows:
+def _read_coco(path: Path, reading: ReadingOptions, left_out: Counter[str]) -> Rows:
     """COCO's, and LVIS's, which says for each image what else it was searched for in vain."""
     content = _parse_json(read_text(path))
     fault = find_fault(content, _COCO) or next(filter(None, _find_faulty_entries(content)), None)
@@ -214,7 +214,7 @@ def _name_coco_file(entry: dict[str, Any]) -> str:
     return name
 
 
-def _read_table(path: Path, reading: Reading, left_out: Counter[str]) -> Rows:
+def _read_table(path: Path, reading: ReadingOptions, left_out: Counter[str]) -> Rows:
     """CSV: a column of labels, with or without one of confidences, or a column for each label."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     lines = csv.reader(read_text(path).splitlines(keepends=True), delimiter=delimiter, strict=True)
@@ -284,7 +284,7 @@ def _weigh_rows(
 
 
 def _read_one_hot(
-    header: Sequence[str], table: Sequence[Sequence[str]], file: int, reading: Reading, left_out: Counter[str]
+    header: Sequence[str], table: Sequence[Sequence[str]], file: int, reading: ReadingOptions, left_out: Counter[str]
 ) -> Rows | None:
     """A column of 0 and 1 for each label; -1 or nothing for what nobody checked. None if there are no such columns.
 
@@ -375,7 +375,7 @@ def _as_names(value: Any, called: str) -> tuple[str, ...]:
     return tuple(name for name in (str(each).strip() for each in values) if name)
 
 
-def _read_metadata(path: Path, reading: Reading, left_out: Counter[str]) -> Rows:
+def _read_metadata(path: Path, reading: ReadingOptions, left_out: Counter[str]) -> Rows:
     """metadata.jsonl of a dataset folder of the Hub; a string is one label unless a separator is given."""
     column, entries = reading.column or "", []
     wanted_file = reading.file_column or "file_name"
@@ -435,7 +435,7 @@ def _find_class_label(feature: Any) -> tuple[str, ...] | None:
     return next((names for names in found if names is not None), None)
 
 
-def _read_sidecars(path: Path, reading: Reading, left_out: Counter[str]) -> Rows:
+def _read_sidecars(path: Path, reading: ReadingOptions, left_out: Counter[str]) -> Rows:
     """A .txt beside each image: labels with commas or line ends between them, or YOLO's boxes."""
     images = list(find_images([path]))
     texts = {image: image.with_suffix(".txt") for image in images}
@@ -465,7 +465,7 @@ def _is_share(word: str) -> bool:
         return False
 
 
-def _read_class_folders(path: Path, reading: Reading, left_out: Counter[str]) -> Rows:
+def _read_class_folders(path: Path, reading: ReadingOptions, left_out: Counter[str]) -> Rows:
     """A folder for each label, named after it, or a folder `validation` that holds those."""
     _, found = read_class_folders(path, "validation", left_out)
     rows = [row for row in found.rows if row.labels[0]]
