@@ -10,7 +10,7 @@ from timm.models import get_pretrained_cfg, list_models
 from timm_tresnet.conversion.description import _choose_public_weight
 from timm_tresnet.conversion.recognition import Recognised, _check_fit, _detect, _detect_head, _find_blurs
 from timm_tresnet.utils.notes import MULTI_LABEL
-from timm_tresnet.weights.catalogue import NOTHING_KNOWN, Facts, load_catalogue, make_pretrained_cfg
+from timm_tresnet.weights.catalogue import NOTHING_KNOWN, WeightFacts, load_catalogue, make_pretrained_cfg
 from timm_tresnet.weights.checkpoint import find_networks, from_official, from_query2label
 from timm_tresnet.weights.labels import read_thresholds
 
@@ -213,12 +213,12 @@ def test_mistakes_in_the_catalogue_are_named(change, message, tmp_path):
 
 def test_every_fact_has_an_option_and_nothing_is_known_of_what_is_not_given():
     parser = argparse.ArgumentParser()
-    for field in dataclasses.fields(Facts):
+    for field in dataclasses.fields(WeightFacts):
         parser.add_argument(f"--{field.name.replace('_', '-')}", **field.metadata)
-    assert Facts(**vars(parser.parse_args([]))) == NOTHING_KNOWN
+    assert WeightFacts(**vars(parser.parse_args([]))) == NOTHING_KNOWN
     assert NOTHING_KNOWN.known == {}
     words = "--input-size 448 --mean 0.5 0.4 0.3 --crop-mode squash --no-multi-label --stem-negative-slope 0.1".split()
-    assert Facts(**vars(parser.parse_args(words))).known == {
+    assert WeightFacts(**vars(parser.parse_args(words))).known == {
         "input_size": 448,
         "mean": [0.5, 0.4, 0.3],
         "crop_mode": "squash",

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from timm_tresnet.utils.notes import MULTI_LABEL
 from timm_tresnet.utils.tables import format_markdown
-from timm_tresnet.weights.catalogue import NOTHING_KNOWN, Facts, PublicWeight
+from timm_tresnet.weights.catalogue import NOTHING_KNOWN, PublicWeight, WeightFacts
 
 PLACEHOLDER = "local-dir:FOLDER"  # stands for the model's name in a card that is not for a repository yet
 
@@ -112,7 +112,7 @@ optimizer.step()
 ```"""
 
 
-def make_card(facts: Facts | None, architecture: str, num_classes: int, repo_id: str | None = None) -> str:
+def make_card(facts: WeightFacts | None, architecture: str, num_classes: int, repo_id: str | None = None) -> str:
     """Write the model card of converted weights.
 
     Args:
@@ -154,7 +154,7 @@ def make_card(facts: Facts | None, architecture: str, num_classes: int, repo_id:
 _UNLICENSED = "Their authors name no licence for these weights; ask them before you use the weights."
 
 
-def _describe(facts: Facts, name: str, num_classes: int) -> ModelCardData:
+def _describe(facts: WeightFacts, name: str, num_classes: int) -> ModelCardData:
     public = facts if isinstance(facts, PublicWeight) else None
     pipeline = "image-classification" if num_classes else "image-feature-extraction"
     tags = [pipeline, "timm", "tresnet"]
@@ -190,7 +190,7 @@ def _describe(facts: Facts, name: str, num_classes: int) -> ModelCardData:
     )
 
 
-def _introduce(facts: Facts, architecture: str, num_classes: int) -> str:
+def _introduce(facts: WeightFacts, architecture: str, num_classes: int) -> str:
     public = facts if isinstance(facts, PublicWeight) else None
     kind = "A multi-label image classifier" if facts.multi_label else "An image classifier"
     if not num_classes:
@@ -210,7 +210,7 @@ def _introduce(facts: Facts, architecture: str, num_classes: int) -> str:
     return f"{text} {source}"
 
 
-def _tabulate(facts: Facts, num_classes: int) -> str:
+def _tabulate(facts: WeightFacts, num_classes: int) -> str:
     rows: list[tuple[str, Any]] = [("classes", num_classes)] if num_classes else []
     if facts.multi_label and num_classes:
         rows.append(("outputs", "one sigmoid a class; an image can have any number of the classes"))
@@ -226,7 +226,7 @@ def _tabulate(facts: Facts, num_classes: int) -> str:
     return format_markdown(["", ""], rows) if rows else ""
 
 
-def _describe_preprocessing(facts: Facts, sides: int | tuple[int, int]) -> str:
+def _describe_preprocessing(facts: WeightFacts, sides: int | tuple[int, int]) -> str:
     height, width = (sides, sides) if isinstance(sides, int) else sides
     size = f"{height} × {width}"
     if facts.crop_mode == "squash":
@@ -243,7 +243,7 @@ def _describe_preprocessing(facts: Facts, sides: int | tuple[int, int]) -> str:
     return f"{text}; mean {list(facts.mean)}, std {list(facts.std)}" if facts.mean and facts.std else text
 
 
-def _explain_use(facts: Facts, num_classes: int, model: str) -> list[str]:
+def _explain_use(facts: WeightFacts, num_classes: int, model: str) -> list[str]:
     examples = {"Feature maps": _FEATURES, "Embeddings": EMBED, "Fine-tuning": _FINE_TUNE}
     if num_classes:
         examples = {"Classification": CLASSIFY, **examples}

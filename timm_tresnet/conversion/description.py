@@ -14,7 +14,7 @@ from timm_tresnet.models.heads import HEAD_ARGUMENTS
 from timm_tresnet.utils.images import printable
 from timm_tresnet.utils.names import suggest
 from timm_tresnet.utils.terminal import escape
-from timm_tresnet.weights.catalogue import NOTHING_KNOWN, Facts, PublicWeight, load_catalogue, make_pretrained_cfg
+from timm_tresnet.weights.catalogue import NOTHING_KNOWN, PublicWeight, WeightFacts, load_catalogue, make_pretrained_cfg
 from timm_tresnet.weights.labels import (
     LABEL_SETS,
     join_source,
@@ -41,7 +41,7 @@ class Conversion(Recognised):
     """
 
     pretrained_cfg: dict[str, Any]
-    facts: Facts = NOTHING_KNOWN
+    facts: WeightFacts = NOTHING_KNOWN
     public_weight: PublicWeight | None = None
     labels: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -81,7 +81,7 @@ def convert_checkpoint(
         like: other weights, whose preprocessing is taken: a folder, or what `timm-tresnet classify --model` takes.
         labels: names of the classes: a text with one a line, or JSON; None for those in the file, else those of the
             run: its class map or the folders of its images; else those of the public weight.
-        **facts: fields of `timm_tresnet.weights.catalogue.Facts`, such as `input_size=448`; None for what is not known.
+        **facts: fields of `timm_tresnet.weights.catalogue.WeightFacts`, such as `input_size=448`; None if unknown.
 
     Returns:
         The weights and what is known about them.
@@ -128,7 +128,7 @@ def _describe(
     found: Recognised,
     file_name: str,
     wanted: str | None,
-    given: Facts,
+    given: WeightFacts,
     run: Run | None,
     like: str | None,
     labels: Path | None,
@@ -158,7 +158,7 @@ def _describe(
     )
 
 
-def _look_up_facts(like: str, in_chans: int) -> Facts:
+def _look_up_facts(like: str, in_chans: int) -> WeightFacts:
     name = f"local-dir:{like}" if Path(like).is_dir() else like
     return make_facts(look_up(name).pretrained_cfg, in_chans)
 
@@ -191,7 +191,7 @@ def _choose_public_weight(
     return None, misfits
 
 
-def _check_facts(facts: Facts, in_chans: int, multiple: int) -> None:
+def _check_facts(facts: WeightFacts, in_chans: int, multiple: int) -> None:
     needs = (
         (
             "input_size",
@@ -240,7 +240,7 @@ def _name_classes(
 
 
 def _note(
-    found: Recognised, misfits: list[str], facts: Facts, run: Run | None, source: str, fault: str
+    found: Recognised, misfits: list[str], facts: WeightFacts, run: Run | None, source: str, fault: str
 ) -> Iterator[str]:
     """What was done that may matter."""
     least = found.least_norm_weight

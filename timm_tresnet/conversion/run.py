@@ -19,7 +19,7 @@ from timm_tresnet.utils.archives import read_plain_pickle
 from timm_tresnet.utils.errors import summarise
 from timm_tresnet.utils.files import read_bounded
 from timm_tresnet.utils.schema import FLAG, TEXT, Kind, Table, choice, find_fault, integer, map_of, show
-from timm_tresnet.weights.catalogue import NOTHING_KNOWN, Facts
+from timm_tresnet.weights.catalogue import NOTHING_KNOWN, WeightFacts
 from timm_tresnet.weights.config import MODEL_ARGS, PREPROCESSING
 from timm_tresnet.weights.labels import join_source, order_names, read_labels
 from timm_tresnet.weights.loading import Weights, look_up
@@ -113,7 +113,7 @@ class Run:
             return None
         return bool(self.args.get("val_split", "validation")) and not self.args.get("model_ema_force_cpu")
 
-    def facts(self, in_chans: int) -> Facts:
+    def facts(self, in_chans: int) -> WeightFacts:
         """How validate.py, with the run's arguments, prepares images."""
         return make_facts(self.resolve(), in_chans)
 
@@ -128,7 +128,7 @@ class Run:
         return resolved
 
 
-def make_facts(data_config: Mapping[str, Any], in_chans: int) -> Facts:
+def make_facts(data_config: Mapping[str, Any], in_chans: int) -> WeightFacts:
     """Facts from a data config of timm's, without what is assumed in it."""
     assumed = find_assumed(data_config)
     known = {

@@ -37,7 +37,7 @@ def _field(default: Any = dataclasses.MISSING, **option: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Facts:
+class WeightFacts:
     """What the tensors of a weight cannot tell; None for what is not known.
 
     A field's metadata is its option in `timm-tresnet convert`, as `argparse.ArgumentParser.add_argument` takes it, and
@@ -68,7 +68,7 @@ class Facts:
     @property
     def known(self) -> dict[str, Any]:
         """The facts that are known, by name."""
-        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(Facts)}
+        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(WeightFacts)}
         return {name: value for name, value in facts.items() if value is not None}
 
     @property
@@ -77,11 +77,11 @@ class Facts:
         return {name: slope for name, slope in self.known.items() if name in ("negative_slope", "stem_negative_slope")}
 
 
-NOTHING_KNOWN = Facts(**dict.fromkeys(field.name for field in dataclasses.fields(Facts)))
+NOTHING_KNOWN = WeightFacts(**dict.fromkeys(field.name for field in dataclasses.fields(WeightFacts)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PublicWeight(Facts):
+class PublicWeight(WeightFacts):
     """What is known about a public weight; None for what no source says.
 
     Args:
@@ -140,7 +140,7 @@ class PublicWeight(Facts):
         return {"learn_queries": True} if self.learn_queries else {}
 
 
-def make_pretrained_cfg(facts: Facts, num_classes: int, in_chans: int = 3) -> dict[str, Any]:
+def make_pretrained_cfg(facts: WeightFacts, num_classes: int, in_chans: int = 3) -> dict[str, Any]:
     """Say what is known about a weight as timm's pretrained config does.
 
     Args:

@@ -11,7 +11,7 @@ from timm_tresnet.cli.commands import CommandError
 from timm_tresnet.utils.errors import summarise
 from timm_tresnet.utils.images import printable
 from timm_tresnet.utils.terminal import escape
-from timm_tresnet.weights.catalogue import Facts
+from timm_tresnet.weights.catalogue import WeightFacts
 
 ABOUT = {
     "help": "make old checkpoints loadable",
@@ -65,7 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labels", metavar="FILE", help="names of the classes, one a line, or JSON (default: those of the run)"
     )
-    for field in dataclasses.fields(Facts):
+    for field in dataclasses.fields(WeightFacts):
         parser.add_argument(f"--{field.name.replace('_', '-')}", **field.metadata)
 
 
