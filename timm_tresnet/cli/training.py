@@ -144,7 +144,7 @@ def run_training(
     from timm_tresnet.tagging.annotations import describe_left_out
 
     try:
-        from timm_tresnet.tagging.training import Place, is_first_process, train_network
+        from timm_tresnet.tagging.training import TrainingFolder, is_first_process, train_network
     except ModuleNotFoundError as error:
         raise CommandError(
             f"training needs the package {error.name}, which is not installed; {how_to_install('tagging')}"
@@ -170,7 +170,7 @@ def run_training(
             training,
             measuring,
             make_settings(**settings, model_args=model_args),
-            Place(output, resume, overwrite),
+            TrainingFolder(output, resume, overwrite),
             device=device,
             workers=workers,
             command=shlex.join(["timm-tresnet", *words]),

@@ -49,7 +49,7 @@ PRIOR = "prior.csv"
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class TrainingFolder:
     """Where a training writes, and what it finds there.
 
     Args:
@@ -87,7 +87,7 @@ def train_network(
     training: Annotations,
     measuring: Annotations | None,
     settings: TrainingSettings,
-    place: Place,
+    place: TrainingFolder,
     *,
     device: str = "auto",
     workers: int = 0,
@@ -274,7 +274,7 @@ def _fingerprint(data: dict[str, LabelledImages]) -> dict[str, str]:
     return {f"{name} images": images.fingerprint() for name, images in data.items()}
 
 
-def _prepare_place(place: Place, run: dict[str, Any]) -> None:
+def _prepare_place(place: TrainingFolder, run: dict[str, Any]) -> None:
     """Make the folder of checkpoints, or see that what is there is of the same training."""
     note = place.work / _RUN
     before = read_json(note) if note.exists() else None
@@ -337,7 +337,7 @@ class _Teller(Callback):
 
 def _make_trainer(
     settings: TrainingSettings,
-    place: Place,
+    place: TrainingFolder,
     device: str,
     processes: int,
     say: Callable[[str], None],
