@@ -69,6 +69,7 @@ def test_calibration_is_done_in_the_networks_channels(in_chans, crops):
     assert {batch.shape for batch in images.calibration_batches()} == {(8, in_chans, 64, 64)}
 
 
+@needs("onnx")
 def test_agreement_is_a_share(tmp_path, embedded):
     with pytest.raises(ValueError, match="min_agreement to be from 0 to 1, got 90"):
         export_model(embedded, tmp_path / "network.onnx", "onnx", min_agreement=90)
