@@ -29,9 +29,8 @@ class Stored:
         """Count one more consumer, which does not matter here."""
 
     def take(self) -> Tensor:
-        if (
-            self.tensor._version != self.version and not torch.compiler.is_compiling()
-        ):  # compiled autograd knows no versions yet
+        # Compiled autograd knows no versions yet.
+        if self.tensor._version != self.version and not torch.compiler.is_compiling():
             what = f"A tensor of shape {tuple(self.tensor.shape)} that backward needs"
             versions = f"version {self.tensor._version}, needed {self.version}"
             raise RuntimeError(f"{what} has been modified by an inplace operation ({versions}); modify a clone of it")
