@@ -1,6 +1,7 @@
 """Formats and engines, as tables: how a network is written, what runs the artifact and how, what that needs."""
 
 import importlib.util
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,6 +93,13 @@ def _make_example(description: Description) -> tuple[Tensor, dict[int, Any]]:
     return example, {axis: dim for axis, dim in dims.items() if not shape[axis]}
 
 
+def _bind(model: nn.Module, dims: dict[int, Any]) -> tuple[Any, ...]:
+    """Free dimensions of the image for a network's forward, which may take *args, as that of peft's models does."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes_any = next(iter(parameters)).kind is inspect.Parameter.VAR_POSITIONAL
+    return ((dims,),) if takes_any else (dims,)
+
+
 def _write_onnx(model: nn.Module, path: Path, description: Description) -> None:
     import onnx
 
@@ -100,7 +108,7 @@ def _write_onnx(model: nn.Module, path: Path, description: Description) -> None:
         model,
         (example,),
         dynamo=True,
-        dynamic_shapes=(dims,),
+        dynamic_shapes=_bind(model, dims),
         input_names=["image"],
         output_names=["logits"],
         opset_version=OPSET,
@@ -135,7 +143,7 @@ def _write_openvino(model: nn.Module, path: Path, description: Description) -> N
 
 def _write_torch_export(model: nn.Module, path: Path, description: Description) -> None:
     example, dims = _make_example(description)
-    torch.export.save(torch.export.export(model, (example,), dynamic_shapes=(dims,)), path)
+    torch.export.save(torch.export.export(model, (example,), dynamic_shapes=_bind(model, dims)), path)
 
 
 def _write_torchscript(model: nn.Module, path: Path, description: Description) -> None:
