@@ -40,7 +40,7 @@ from timm_tresnet.recompute.saved import Recomputed
     ],
     ids=["m", "v2", "conv7x7", "strided", "dilated", "drop_path", "other_norm"],
 )
-def test_recomputeing_changes_no_number(setting, dtype, kwargs):
+def test_recomputing_changes_no_number(setting, dtype, kwargs):
     compare(lambda model: train_step(model, images(dtype=dtype)), setting, dtype=dtype, **kwargs)
 
 

@@ -312,7 +312,7 @@ class MLDecoderHead(nn.Module):
                 raise ValueError(f"MLDecoderHead needs {name} to be at least 1 or None, got {value}")
         if learn_queries and label_embedding is not None:
             raise ValueError(
-                "MLDecoderHead needs learn_queries or label_embedding, not both: labels have queries of theirs"
+                "MLDecoderHead needs learn_queries or label_embedding, not both: each label has a query of its own"
             )
         if decoder_embedding < 1 or decoder_embedding % _HEADS:
             raise ValueError(
