@@ -72,7 +72,7 @@ def train_step(model, x, amp=None):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kwargs", [{}, {"v2": True, "drop_path_rate": 0.3}], ids=["m", "v2"])
-def test_recomputeing_changes_no_number(setting, memory_format, dtype, kwargs):
+def test_recomputing_changes_no_number(setting, memory_format, dtype, kwargs):
     results = []
     for each in (setting, "none"):
         model = on_gpu(each, dtype=dtype, **kwargs).to(memory_format=memory_format)
