@@ -12,6 +12,7 @@ from users import build, inputs, same_as_plain, step_after
 
 from timm_tresnet.models.blocks import BasicBlock, ResidualBlock
 from timm_tresnet.models.layers import ConvNormAct, SqueezeExcite
+from timm_tresnet.recompute.checkpoint import _KeepRunningStatistics
 from timm_tresnet.recompute.run import Call
 from timm_tresnet.recompute.saved import Recomputed
 from timm_tresnet.recompute.stage import Stage
@@ -186,6 +187,36 @@ def test_inputs_of_called_modules_and_the_graph_are_let_go(change):
     assert held() is not None
     del loss
     assert held() is None
+
+
+def test_running_statistics_that_cannot_be_copied_stay_and_other_threads_go_on(monkeypatch):
+    """As with too little memory for the second of them."""
+    norm = nn.BatchNorm2d(2)
+    keep, before, clone = _KeepRunningStatistics(norm), dict(norm.named_buffers()), torch.Tensor.clone
+    copied = []
+
+    def clone_once(tensor):
+        if copied:
+            raise MemoryError
+        copied.append(tensor)
+        return clone(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "clone", clone_once)
+    with pytest.raises(MemoryError), keep:
+        raise AssertionError("it has begun all the same")
+    assert copied
+    assert all(buffer is before[name] for name, buffer in norm.named_buffers())
+    free = []
+
+    def try_lock():
+        free.append(keep._lock.acquire(blocking=False))
+        if free[0]:
+            keep._lock.release()
+
+    thread = threading.Thread(target=try_lock)
+    thread.start()
+    thread.join()
+    assert free == [True]
 
 
 def test_threads_that_run_blocks_again_leave_running_statistics():

@@ -46,15 +46,17 @@ class _KeepRunningStatistics:
             if parameter._version != version:
                 what = f"A weight of shape {tuple(parameter.shape)}, of a block that backward runs again"
                 raise RuntimeError(f"{what}, has been modified by an inplace operation")
+        self._originals: list[tuple[nn.Module, str, Tensor]] = []
         self._lock.acquire()
-        self._originals = [
-            (module, name, buffer)
-            for module in self._block.modules()
-            if isinstance(module, nn.modules.batchnorm._NormBase) and module.training
-            for name, buffer in module.named_buffers(recurse=False)
-        ]
-        for module, name, buffer in self._originals:
-            setattr(module, name, buffer.clone())
+        try:
+            for module in self._block.modules():
+                if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
+                    for name, buffer in list(module.named_buffers(recurse=False)):
+                        self._originals.append((module, name, buffer))
+                        setattr(module, name, buffer.clone())
+        except BaseException:  # such as too little memory
+            self.__exit__()
+            raise
 
     def __exit__(self, *exception: object) -> None:
         for module, name, buffer in self._originals:
