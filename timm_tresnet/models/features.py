@@ -13,9 +13,14 @@ from timm_tresnet.recompute.stage import Stage
 class _Checkpointing(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Have stages run their blocks again in backward; timm's own checkpoints would count every batch twice."""
-        for module in self.modules():
-            if isinstance(module, Stage):
-                module.grad_checkpointing = enable
+        set_checkpointing(self, enable)
+
+
+def set_checkpointing(network: nn.Module, enable: bool) -> None:
+    """Have all stages of a network run their blocks again in backward, or not."""
+    for module in network.modules():
+        if isinstance(module, Stage):
+            module.grad_checkpointing = enable
 
 
 class FeatureList(_Checkpointing, FeatureListNet):

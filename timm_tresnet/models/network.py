@@ -20,6 +20,7 @@ from timm_tresnet.models.arguments import (
 )
 from timm_tresnet.models.blocks import BasicBlock, Bottleneck
 from timm_tresnet.models.explanation import Part, explain, format_parts
+from timm_tresnet.models.features import set_checkpointing
 from timm_tresnet.models.heads import choose_head
 from timm_tresnet.models.layers import BlurPool2d, ConvNormAct, LinearHead, MLDecoderHead, Query2LabelHead, SpaceToDepth
 from timm_tresnet.recompute.policy import SETTINGS
@@ -233,9 +234,7 @@ class TResNet(nn.Module):
         Running statistics are updated once a step all the same. Assigning to `grad_checkpointing` does it too.
         """
         self._grad_checkpointing = enable
-        for module in self.body.modules():
-            if isinstance(module, Stage):
-                module.grad_checkpointing = enable
+        set_checkpointing(self, enable)
 
     @property
     def grad_checkpointing(self) -> bool:
