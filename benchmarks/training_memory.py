@@ -97,7 +97,7 @@ def make_regions(ends: str, model: str) -> nn.Module:
     """This package's TResNet, whose regions for the compiler end elsewhere than they do."""
     network = make_ours("activations", model)
     for stage in (network.body.layer1, network.body.layer2, network.body.layer3, network.body.layer4):
-        stage.keeps_output = functools.partial(REGION_ENDS[ends], len(stage))
+        stage.stores_output = functools.partial(REGION_ENDS[ends], len(stage))
     return network
 
 

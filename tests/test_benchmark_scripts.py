@@ -30,6 +30,19 @@ def run(script, folder, *words):
     return importlib.import_module("schema").load_results(path)
 
 
+def test_regions_end_where_a_row_says():
+    training_memory = importlib.import_module("training_memory")
+
+    def list_ends(ends):
+        body = training_memory.make_regions(ends, "tresnet_m").body
+        return [stored for module, _, stored in body._list_steps()[-3:]]
+
+    assert list_ends("body") == [False, False, False]
+    assert list_ends("stages") == [False, False, True]
+    assert list_ends("pairs") == [True, False, True]
+    assert list_ends("blocks") == [True, True, True]
+
+
 def test_paper_tables_name_the_source_of_each_accuracy(tmp_path):
     words = ["--models", "test_tresnet", "built-in:tresnet_m", "--image-size", "64", *QUICK]
     rows = {row["row"]: row for row in run("paper_tables", tmp_path, *words)["rows"]}
@@ -48,9 +61,9 @@ def test_ablation_changes_one_ingredient_a_row(tmp_path):
     full = rows[0]
     assert full["train_ratios"] == full["inference_ratios"] == [1, 1]
     kept = {row["row"]: row["kept_mb"] for row in rows}
-    assert kept["expansions rebuilt too"] < full["kept_mb"] < kept["activations kept (rebuild none)"]
+    assert kept["expansions recomputed too"] < full["kept_mb"] < kept["activations stored"]
     params = {row["row"]: row["params_m"] for row in rows}
-    same = {"as published", "activations kept (rebuild none)", "expansions rebuilt too", "no anti-aliasing"}
+    same = {"as published", "activations stored", "expansions recomputed too", "no anti-aliasing"}
     same |= {"ReLU for LeakyReLU", "SiLU for LeakyReLU"}
     assert {name for name in params if params[name] == full["params_m"]} == same
 
@@ -134,7 +147,7 @@ def test_commands_change_one_ingredient(tmp_path):
     (tmp_path / "train.py").touch()
     settings = script._parse(["--scripts", str(tmp_path), "--data", "."])
     assert settings.rows == list(script.ACCURACY_VARIATIONS)
-    assert "activations kept (rebuild none)" not in settings.rows
+    assert "activations stored" not in settings.rows
     plain, changed = (
         script.make_command(tmp_path, tmp_path, kwargs, 1, settings) for kwargs in ({}, {"stem": "conv7x7"})
     )

@@ -34,7 +34,7 @@ def test_block_is_read_into_its_operations_in_their_order():
     assert kinds(program.shortcut) == [Map, *unit]
     assert [each.kind for each in program.operations if type(each) is Convolution][2] == EXPANSION
     assert program.is_repeatable()
-    assert not program.shows_input()
+    assert not program.exposes_input()
 
 
 @pytest.mark.parametrize("name", ["tresnet_m", "tresnet_v2_l", "tresnet_d"])
@@ -111,9 +111,9 @@ def test_part_without_recipe_is_called(name, edit, is_user_defined):
 def test_user_code_at_the_beginning_of_a_block_sees_its_input():
     block = make_block()
     block.conv2.conv.register_forward_hook(lambda *_: None)
-    assert not read_program(block).shows_input()
+    assert not read_program(block).exposes_input()
     block.conv1.conv.register_forward_hook(lambda *_: None)
-    assert read_program(block).shows_input()
+    assert read_program(block).exposes_input()
 
 
 class Mine(nn.LeakyReLU):

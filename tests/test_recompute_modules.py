@@ -164,7 +164,7 @@ class Backwards(nn.Module):
 class Again(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        ctx.again = "a user's own attribute"
+        ctx.recompute = "a user's own attribute"
         ctx.save_for_backward(x)
         return x * 3
 

@@ -25,15 +25,15 @@ def recomputed(made, value, *inputs, **kwargs):
 def test_kept_tensor_is_given_out_until_it_is_edited():
     tensor = torch.ones(3)
     kept = Stored(tensor)
-    assert kept.take().data_ptr() == tensor.data_ptr()
+    assert kept.materialize().data_ptr() == tensor.data_ptr()
     tensor.view(3)[0].add_(1)
     with pytest.raises(RuntimeError, match=r"shape \(3,\) .* modified by an inplace operation .* modify a clone"):
-        kept.take()
+        kept.materialize()
 
 
 def test_tensor_is_made_of_what_it_is_made_of(made):
     source = recomputed(made, 1, recomputed(made, 2), Stored(torch.full((3,), 10.0)))
-    assert torch.equal(source.take(), torch.full((3,), 13.0))
+    assert torch.equal(source.materialize(), torch.full((3,), 13.0))
     assert made == [2, 1]
 
 
@@ -64,7 +64,7 @@ def test_value_for_which_somebody_does_not_ask_is_dropped_too(made):
     y = first * second
     node = y.grad_fn
     discard(node._raw_saved_self, source.pack)
-    source.use()  # somebody who will not ask
+    source.add_consumer()  # somebody who will not ask
     torch.autograd.grad(y.sum(), other, retain_graph=True)
     assert made == [2]
     assert not source._shared
@@ -74,7 +74,7 @@ def test_failed_pass_leaves_its_values_to_the_next_one(made):
     x = torch.ones(3, requires_grad=True)
     source = recomputed(made, 2)
     y = save(x, source)
-    source.use()  # somebody who will not ask
+    source.add_consumer()  # somebody who will not ask
     handle = x.register_hook(lambda grad: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         y.sum().backward(retain_graph=True)
@@ -89,7 +89,7 @@ def test_other_version_of_a_tensor_is_kept_as_it_is(made):
     x.add_(1)
     packed = recomputed(made, 5).pack(x)
     assert type(packed) is Stored
-    assert torch.equal(packed.take(), x)
+    assert torch.equal(packed.materialize(), x)
     assert type(recomputed(made, 5, version=1).pack(x)) is Recomputed
     assert made == []
 
@@ -98,8 +98,8 @@ def test_layout_is_that_of_the_tensor():
     x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     source = Recomputed(lambda: x.detach().contiguous().clone(), ())
     assert source.pack(x) is source
-    assert source.take().stride() == x.stride()
-    assert torch.equal(source.take(), x)
+    assert source.materialize().stride() == x.stride()
+    assert torch.equal(source.materialize(), x)
 
 
 def test_blank_has_shape_layout_and_dtype_of_the_tensor_and_not_the_tensor():
@@ -108,7 +108,7 @@ def test_blank_has_shape_layout_and_dtype_of_the_tensor_and_not_the_tensor():
     blank = ShapeOnly(x)
     del x
     assert storage() is None
-    tensor = blank.take()
+    tensor = blank.materialize()
     assert (tensor.shape, tensor.dtype, tensor.device.type) == ((2, 3, 4, 5), torch.float64, "cpu")
     assert tensor.is_contiguous(memory_format=torch.channels_last)
 
@@ -116,7 +116,7 @@ def test_blank_has_shape_layout_and_dtype_of_the_tensor_and_not_the_tensor():
 def test_values_that_backward_does_not_read_are_let_go():
     x = torch.ones(1, 1, 4, 4, requires_grad=True)
     node = (y := torch.nn.functional.conv2d(x, torch.ones(1, 1, 3, 3))).grad_fn
-    discard(node._raw_saved_input, ShapeOnly, ShapeOnly.take)
+    discard(node._raw_saved_input, ShapeOnly, ShapeOnly.materialize)
     assert node._saved_input.data_ptr() != x.data_ptr()
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(grad[0, 0, 0], torch.tensor([1.0, 2.0, 2.0, 1.0]))
@@ -127,7 +127,7 @@ def test_hooks_of_others_are_left_alone(made):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
         node = (x * x).grad_fn
     discard(node._raw_saved_self, recomputed(made, 1).pack)
-    discard(node._raw_saved_self, ShapeOnly, ShapeOnly.take)
+    discard(node._raw_saved_self, ShapeOnly, ShapeOnly.materialize)
     assert node._saved_self.data_ptr() == x.data_ptr()
 
 

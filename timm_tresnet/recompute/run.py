@@ -29,11 +29,11 @@ class Run:
         self.source: Source = None  # of the feature map between two programs
         self._output: Tensor | None = None  # the feature map
 
-    def enter(self, x: Tensor, shown: bool) -> Source:
-        """Source of the feature map x; None if user code sees it (shown), and it stays where autograd has saved it."""
+    def enter(self, x: Tensor, exposed: bool) -> Source:
+        """Source of the feature map x; None if user code sees it (exposed) and autograd keeps what it has saved."""
         y, source = self._output, self.source
         self._output = self.source = None
-        if shown or y is None or y.dtype != x.dtype:  # cast by FSDP2
+        if exposed or y is None or y.dtype != x.dtype:  # cast by FSDP2
             return None
         discard_result(y, source)
         return source
@@ -111,7 +111,7 @@ class Program(NamedTuple):
         parts = (*self.operations, *(self.shortcut or ()), *(self.behind or ()))
         return all(part.is_repeatable for part in parts)
 
-    def shows_input(self) -> bool:
+    def exposes_input(self) -> bool:
         """Whether user code sees the input."""
         return self.operations[0].is_user_defined or bool(self.shortcut and self.shortcut[0].is_user_defined)
 
@@ -119,7 +119,7 @@ class Program(NamedTuple):
 def run_program(program: Program, x: Tensor, run: Run, stored: bool = False) -> Tensor:
     """Run a program; stored says whether its output stays for backward."""
     operations, shortcut, act, behind = program
-    source = run.enter(x, program.shows_input())
+    source = run.enter(x, program.exposes_input())
     if shortcut is None or act is None:  # no sum
         y, source = run_operations(operations, x, source, run)
     else:

@@ -25,10 +25,10 @@ class Stored:
         self.tensor = tensor.detach()  # with its graph it could be part of a cycle through autograd, never to be freed
         self.version = tensor._version
 
-    def use(self) -> None:
-        """Count one more consumer, which does not matter here."""
+    def add_consumer(self) -> None:
+        """Nothing to count here."""
 
-    def take(self) -> Tensor:
+    def materialize(self) -> Tensor:
         # Compiled autograd knows no versions yet.
         if self.tensor._version != self.version and not torch.compiler.is_compiling():
             what = f"A tensor of shape {tuple(self.tensor.shape)} that backward needs"
@@ -50,7 +50,7 @@ class Recomputed:
         is_result: whether the tensor's own node has saved it, see `discard_result`.
     """
 
-    __slots__ = ("function", "inputs", "version", "is_result", "uses", "stride", "_shared")
+    __slots__ = ("function", "inputs", "version", "is_result", "consumers", "stride", "_shared")
 
     def __init__(
         self,
@@ -63,32 +63,32 @@ class Recomputed:
         self.inputs = inputs
         self.version = version
         self.is_result = is_result
-        self.uses = 0  # consumers in one backward pass
+        self.consumers = 0  # consumers in one backward pass
         self.stride: tuple[int, ...] | None = None
         self._shared: list[Any] = []  # number of the pass, value, consumers left
 
-    def use(self) -> None:
+    def add_consumer(self) -> None:
         """Count one more consumer."""
-        self.uses += 1
-        if self.uses == 1:
+        self.consumers += 1
+        if self.consumers == 1:
             for source in self.inputs:
-                source.use()
+                source.add_consumer()
 
     def pack(self, tensor: Tensor) -> "Stored | Recomputed":
         """Pack hook. Returns this handle, or a stored copy of the tensor if it was modified."""
         if self.version != tensor._version:
             return Stored(tensor)
         self.stride = tensor.stride()
-        self.use()
+        self.add_consumer()
         return self
 
-    def take(self) -> Tensor:
+    def materialize(self) -> Tensor:
         # Compiled autograd, while it traces backward, can neither read the pass's number nor call back at its end.
-        if self.uses == 1 or torch.compiler.is_compiling() or (number := _get_pass()) < 0:
+        if self.consumers == 1 or torch.compiler.is_compiling() or (number := _get_pass()) < 0:
             return self._make()
         shared = self._shared
         if not shared or shared[0] != number:  # of a pass that failed, or of another thread
-            shared = self._shared = [number, self._make(), self.uses]
+            shared = self._shared = [number, self._make(), self.consumers]
             torch.autograd.Variable._execution_engine.queue_callback(shared.clear)  # it must not hold self
         value = shared[1]
         shared[2] -= 1
@@ -97,10 +97,7 @@ class Recomputed:
         return value
 
     def _make(self) -> Tensor:
-        if len(self.inputs) == 1:
-            value = self.function(self.inputs[0].take())
-        else:
-            value = self.function(*[source.take() for source in self.inputs])
+        value = self.function(*[source.materialize() for source in self.inputs])
         if self.stride is not None and value.stride() != self.stride:
             value = torch.empty_strided(value.shape, self.stride, dtype=value.dtype, device=value.device).copy_(value)
         return value
@@ -120,12 +117,12 @@ def discard_result(y: Tensor, source: Source) -> None:
 def unpack(packed: Stored | Recomputed) -> Tensor:
     """Unpack hook, outside of grad mode and autocast, which the forward has decided."""
     if not _is_grad_enabled() and not _is_autocast_enabled():  # as in nearly every backward
-        return packed.take()
+        return packed.materialize()
     source = packed
     while isinstance(source, Recomputed):
         source = source.inputs[0]
     with torch.no_grad(), torch.autocast(source.tensor.device.type, enabled=False):
-        return packed.take()
+        return packed.materialize()
 
 
 def discard(saved: Any, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor] = unpack) -> None:

@@ -83,14 +83,14 @@ class Body(nn.Sequential):
         """Column of the table in `timm_tresnet.recompute.policy`."""
         return CHECKPOINTING if self.grad_checkpointing else self.recompute
 
-    def _stores_output(self, position: int) -> bool:
+    def stores_output(self, position: int) -> bool:
         """Whether the output of the module at a position is stored."""
         return False
 
     def _run_all(self, x: Tensor, run: Run) -> Tensor:
         before, run.repeats = run.repeats, RECOMPUTED[self._setting()]
         for position, module in enumerate(self):
-            x = self._run_one(module, x, run, self._stores_output(position))
+            x = self._run_one(module, x, run, self.stores_output(position))
         run.repeats = before
         return x
 
@@ -156,7 +156,7 @@ class Body(nn.Sequential):
             if type(module) is Stage and is_untouched(module):
                 steps += module._list_steps()
             elif hasattr(module, "fits_region") and module.fits_region():
-                steps.append((module, self._setting(), self._stores_output(position)))
+                steps.append((module, self._setting(), self.stores_output(position)))
             else:
                 steps.append((module, "none", False))
         return steps
@@ -165,7 +165,7 @@ class Body(nn.Sequential):
 class Stage(Body):
     """Residual blocks in order; with grad_checkpointing on, every second one stores its output and all run again."""
 
-    def _stores_output(self, position: int) -> bool:
+    def stores_output(self, position: int) -> bool:
         return keeps_output(position, len(self._modules), self.grad_checkpointing)
 
 

@@ -153,13 +153,13 @@ class Norm(Operation):
     act: Operation | None
 
     def run(self, x: Tensor, source: Source, run: Run) -> Result:
-        y, node, again = self.normalize(x)
+        y, node, recompute = self.normalize(x)
         made = None
-        if source is not None and again is not None:
+        if source is not None and recompute is not None:
             if type(source) is Recomputed:
                 custom = isinstance(node, torch.autograd.function.BackwardCFunction)
                 discard(node._raw_saved_tensors[0] if custom else node._raw_saved_input, source.pack)
-            made = Recomputed(again, (source,), y._version, is_result=node is not y.grad_fn)
+            made = Recomputed(recompute, (source,), y._version, is_result=node is not y.grad_fn)
         return (y, made) if self.act is None else self.act.run(y, made, run)
 
 
@@ -204,7 +204,7 @@ def _run_synchronized(norm: ActivatedBatchNorm2d, x: Tensor) -> tuple[Tensor, An
     count: Any = norm.num_batches_tracked
     _count_batch(count)
     y = norm._normalize_synchronized(x, norm.running_mean, norm.running_var, momentum)
-    return y, y.grad_fn, getattr(y.grad_fn, "again", None)
+    return y, y.grad_fn, getattr(y.grad_fn, "recompute", None)
 
 
 class _NormFromStatistics(torch.autograd.Function):

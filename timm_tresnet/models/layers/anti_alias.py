@@ -73,7 +73,7 @@ def _blur_in_steps(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> tup
     return padded, _conv2d(padded, kernel, None, stride, 0, dilation, kernel.shape[0])
 
 
-def _blur_again(x: Tensor, kernel: Tensor, stride: int, dilation: int, dtype: torch.dtype) -> Tensor:
+def _recompute_blur(x: Tensor, kernel: Tensor, stride: int, dilation: int, dtype: torch.dtype) -> Tensor:
     """blur_pool in a dtype: that of its output under autocast, which converts both."""
     kernel = _fit_kernel(x, kernel, dilation).to(dtype)
     return _conv2d(_pad(x.to(dtype), dilation), kernel, None, stride, 0, dilation, kernel.shape[0])
@@ -167,7 +167,7 @@ class ShapeOnly:
     def __init__(self, tensor: Tensor) -> None:
         self.shape, self.stride, self.dtype, self.device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
-    def take(self) -> Tensor:
+    def materialize(self) -> Tensor:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
@@ -178,24 +178,24 @@ class Blur(Operation):
     Args:
         module: the layer.
         function: returns the padded input and the output.
-        again: computes the output from the input again, in a dtype.
+        recompute: computes the output from the input again, in a dtype.
     """
 
     function: Callable[[Tensor], tuple[Tensor, Tensor]]
-    again: Callable[..., Tensor]
+    recompute: Callable[..., Tensor]
 
     def run(self, x: Tensor, source: Source, run: Run) -> Result:
         padded, y = self.function(x)
         node: Any = y.grad_fn
         if node is None:
             return y, None
-        discard(node._raw_saved_input, ShapeOnly, ShapeOnly.take)
+        discard(node._raw_saved_input, ShapeOnly, ShapeOnly.materialize)
         saved = getattr(padded.grad_fn, "_raw_saved_self", None)
         if saved is not None:
-            discard(saved, ShapeOnly, ShapeOnly.take)
+            discard(saved, ShapeOnly, ShapeOnly.materialize)
         if source is None or BLUR not in run.repeats:
             return y, Stored(y)
-        return y, Recomputed(functools.partial(self.again, dtype=y.dtype), (source,))
+        return y, Recomputed(functools.partial(self.recompute, dtype=y.dtype), (source,))
 
 
 @reads(BlurPool2d)
@@ -204,7 +204,7 @@ def _read_blur(blur: BlurPool2d) -> list[Operation]:
     if type(kernel) is not Tensor or kernel.requires_grad or not are_constants((stride, dilation)):
         return [call(blur)]
     arguments: dict[str, Any] = {"kernel": kernel, "stride": stride, "dilation": dilation}
-    return [Blur(blur, functools.partial(_blur_in_steps, **arguments), functools.partial(_blur_again, **arguments))]
+    return [Blur(blur, functools.partial(_blur_in_steps, **arguments), functools.partial(_recompute_blur, **arguments))]
 
 
 _POOL: dict[str, Any] = {"kernel_size": 2, "stride": 2, "padding": 0, "ceil_mode": True, "count_include_pad": False}
@@ -220,8 +220,8 @@ def _read_pool(pool: nn.AvgPool2d) -> list[Operation]:
     constants = {name: getattr(pool, name) for name in _POOL}
     if not are_constants(constants.values()) or pool.divisor_override is not None:
         return [call(pool)]
-    again = functools.partial(F.avg_pool2d, **constants)
-    return [Map(pool, _pool_fast if constants == _POOL else again, again)]
+    average = functools.partial(F.avg_pool2d, **constants)
+    return [Map(pool, _pool_fast if constants == _POOL else average, average)]
 
 
 def _pool_fast(x: Tensor) -> Tensor:

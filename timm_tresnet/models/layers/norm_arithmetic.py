@@ -10,7 +10,7 @@ from torch import Tensor
 
 _native_batch_norm, _leaky_relu_ = torch.native_batch_norm, F.leaky_relu_
 
-_neutral: dict[tuple[torch.Size, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}  # of as many channels
+_neutral: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}  # of as many channels
 
 
 def make_normalization(
@@ -96,7 +96,7 @@ def _apply(
 
 
 def _neutral_statistics(scale: Tensor) -> tuple[Tensor, Tensor]:
-    key = scale.shape, scale.dtype, scale.device
+    key = len(scale), scale.dtype, scale.device
     statistics = _neutral.get(key)
     if statistics is None:
         statistics = torch.zeros_like(scale), torch.ones_like(scale)
@@ -138,7 +138,7 @@ def run_norm(
         check_values(x)
     # What torch.batch_norm calls, for the statistics that torch.batch_norm does not return.
     y, mean, rstd, _, _ = torch._batch_norm_impl_index(
-        x, weight, bias, running_mean, running_var, use_batch, momentum, eps, torch.backends.cudnn.enabled
+        x, weight, bias, running_mean, running_var, use_batch, momentum, eps, x.is_cuda and torch.backends.cudnn.enabled
     )
     node = y.grad_fn
     if slope is not None:

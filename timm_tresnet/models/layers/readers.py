@@ -116,11 +116,11 @@ class Map(Operation):
     Args:
         module: the layer.
         function: computes the output.
-        again: computes it again, with the constants of the forward.
+        recompute: computes it again, with the constants of the forward.
     """
 
     function: Callable[[Tensor], Tensor]
-    again: Callable[[Tensor], Tensor]
+    recompute: Callable[[Tensor], Tensor]
 
     def run(self, x: Tensor, source: Source, run: Run) -> Result:
         y = self.function(x)
@@ -132,7 +132,7 @@ class Map(Operation):
         saved = getattr(node, "_raw_saved_self", None)
         if saved is not None and type(source) is Recomputed:
             discard(saved, source.pack)
-        return y, Recomputed(self.again, (source,), y._version, is_result=hasattr(node, "_raw_saved_result"))
+        return y, Recomputed(self.recompute, (source,), y._version, is_result=hasattr(node, "_raw_saved_result"))
 
 
 def read_activation(act: nn.Module | None) -> Operation | None:

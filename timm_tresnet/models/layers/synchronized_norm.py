@@ -60,8 +60,8 @@ class SynchronizedNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, var, count)
         ctx.eps, ctx.process_group = eps, process_group
         scale, shift = make_affine(mean, (var + eps).rsqrt(), weight, bias)
-        ctx.again = functools.partial(scale_and_shift, scale=scale, shift=shift)  # computes the output again
-        return ctx.again(x)
+        ctx.recompute = functools.partial(scale_and_shift, scale=scale, shift=shift)  # computes the output again
+        return ctx.recompute(x)
 
     @staticmethod
     @once_differentiable
