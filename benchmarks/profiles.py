@@ -1,5 +1,6 @@
 """Where the time of a network goes, by PyTorch's profiler."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,14 @@ from timm_tresnet.bench.measuring import run_profiler
 from timm_tresnet.utils.tables import format_markdown
 
 _LONGEST = 100  # characters of a name
+_COMPILED = re.compile(r"graph_\d+_cpp_")  # the compiler's kernels on a CPU
+_CONVOLUTION = re.compile(r"aten::\w*convolution")
 
 
 def profile(run: Callable[[], object], title: str, device: str, repeats: int = 10, kernels: bool = False) -> str:
     """Milliseconds of a run on the device, and the operations that take the most of them, as a Markdown table.
+
+    Where the compiler's kernels on a CPU are among them, two sums come first.
 
     Args:
         run: what to profile.
@@ -41,6 +46,11 @@ def profile(run: Callable[[], object], title: str, device: str, repeats: int = 1
         times[event.key[:_LONGEST]] += getattr(event, own) / 1e3 / repeats  # us to ms
     total = sum(times.values())
     slowest = sorted(times.items(), key=lambda item: -item[1])[:10]
+    compiled = {key: time_ms for key, time_ms in times.items() if _COMPILED.match(key)}
+    if compiled:
+        slowest.insert(0, (f"all {len(compiled)} kinds of the compiler's kernels", sum(compiled.values())))
+        convolutions = sum(time_ms for key, time_ms in times.items() if _CONVOLUTION.match(key))
+        slowest.insert(0, ("all convolutions, forward and backward", convolutions))
     rows = [[key, f"{time_ms:.2f}", f"{time_ms / total:.1%}"] for key, time_ms in slowest]
     return format_markdown([title, f"ms of {total:.1f}", "share"], rows)
 

@@ -249,6 +249,8 @@ def profile_network(row: str, network: nn.Module, settings: argparse.Namespace) 
     images, labels = _make_batch(settings.time_batch_size, settings)
     title = f"{row}, batch {settings.time_batch_size}"
     kernels = row.startswith(COMPILED)
+    if kernels and settings.device == "cpu":
+        torch._inductor.config.cpp.enable_kernel_profile = True  # else they are one event
     return profile(lambda: _step(network, images, labels, settings), title, settings.device, 3, kernels)
 
 

@@ -180,6 +180,20 @@ def test_profile_on_a_gpu_counts_operations_or_kernels(monkeypatch, kernels, nam
     assert [row.split("|")[1].strip() for row in rows] == names
 
 
+def test_profile_of_a_compiled_step_on_a_cpu_adds_up_its_kernels(monkeypatch):
+    profiles = load_script("benchmarks/profiles.py")
+    times = {"aten::convolution_backward": 6000, "aten::mkldnn_convolution": 3000, "aten::copy_": 400}
+    times |= {f"graph_0_cpp_fused_add_{index}": 100 for index in range(6)}
+    averages = [SimpleNamespace(key=key, self_cpu_time_total=time) for key, time in times.items()]
+    profiler = contextlib.nullcontext(SimpleNamespace(key_averages=lambda: averages))
+    monkeypatch.setattr(profiles, "run_profiler", lambda **kwargs: profiler)
+    heading, _, *rows = profiles.profile(lambda: None, "a step", "cpu", 1).splitlines()
+    assert heading == "| a step | ms of 10.0 | share |"
+    assert rows[0] == "| all convolutions, forward and backward | 9.00 | 90.0% |"
+    assert rows[1] == "| all 6 kinds of the compiler's kernels | 0.60 | 6.0% |"
+    assert rows[2].startswith("| aten::convolution_backward | 6.00")
+
+
 def test_an_existing_file_is_not_overwritten(training_memory, tmp_path, capsys):
     results = tmp_path / "results.json"
     results.write_text("precious")
