@@ -347,11 +347,11 @@ CLAIMS: dict[str, list[tuple[str, Callable[[], tuple[Any, ...]]]]] = {  # page -
         ),
         ("{} in inference and {} in training", lambda: (_range("inference_ratios"), _range("train_ratios"))),
         (
-            "of 10 images a class it is {:.2f} % right, with the warm-up {:.2f} %, the last weights {:.2f} %",
+            "150 steps: {:.2f} % without the warm-up, {:.2f} % with it, {:.2f} % with the last weights",
             lambda: (_average(10, "no_warmup"), _average(10, "warmup"), _average(10, "warmup", "top1_last")),
         ),
         (
-            "after the 750 of 50 images a class {:.2f} %, {:.2f} % and {:.2f} %",
+            "750 steps: {:.2f} % without the warm-up, {:.2f} % with it, {:.2f} % with the last weights",
             lambda: (_average(50, "no_warmup"), _average(50, "warmup"), _average(50, "warmup", "top1_last")),
         ),
     ],
