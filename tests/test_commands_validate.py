@@ -22,7 +22,7 @@ from timm_tresnet.weights.catalogue import load_catalogue
 from timm_tresnet.weights.labels import label_lookup, make_notes
 
 THRESHOLDS = [0.4, 0.5, 0.6]
-DOCS = Path(__file__).parents[1] / "docs" / "tagging.md"
+DOCS = Path(__file__).parents[1] / "docs" / "taggers.md"
 
 
 @pytest.fixture(scope="module")
@@ -236,5 +236,5 @@ def test_the_page_has_a_command_for_every_public_tagger():
     for name, public in load_catalogue().items():
         if public.multi_label and public.metric:
             (file,) = public.files
-            assert file in page, f"docs/tagging.md has no command for {name}"
+            assert file in page, f"docs/taggers.md has no command for {name}"
             assert f"{public.metric.value:g}" in page

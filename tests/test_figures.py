@@ -196,7 +196,7 @@ def test_ratios_of_larger_variants_are_what_the_files_say():
 
 
 def test_scores_of_taggers_are_what_the_file_says():
-    (table,) = (table for table in read_tables(ROOT / "docs" / "tagging.md") if table.header[0] == "head, loss")
+    (table,) = (table for table in read_tables(ROOT / "docs" / "heads.md") if table.header[0] == "head, loss")
     heads = {"ML-Decoder": "ml_decoder", "linear": "linear"}
     losses = {"asymmetric loss": "asl", "binary cross-entropy": "bce"}
     (name,) = table.files
@@ -381,7 +381,7 @@ def test_ingredients_are_as_many_as_the_table_has_arguments():
     names = [name for row in table.rows for name in re.findall(r"`(\w+)`", row[0])]
     assert len(names) == len(set(names)) == 21
     assert set(names) <= set(inspect.signature(TResNet).parameters)
-    (heads,) = (table for table in read_tables(ROOT / "docs" / "tagging.md") if table.header[0] == "`head`")
+    (heads,) = (table for table in read_tables(ROOT / "docs" / "heads.md") if table.header[0] == "`head`")
     assert len(heads.rows) == 4
 
 
