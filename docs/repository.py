@@ -66,10 +66,19 @@ def _show_picture(match: re.Match[str]) -> str:
     return f"![{match[2]}](../benchmarks/results/{Path(match[1].split()[0]).stem}.svg)"
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Wrap each word of code in tables, so that docs/site.css can keep it whole, hyphens and slashes included."""
+    return re.sub(r"<t([dh])\b.*?</t\1>", lambda cell: re.sub(r"<code>(.+?)</code>", _wrap_words, cell[0]), html)
+
+
+def _wrap_words(code: re.Match[str]) -> str:
+    return "<code>" + re.sub(r"[^ ]+", r"<span>\g<0></span>", code[1]) + "</code>"
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Show the pictures, and lead links between docs/ and the rest to where the pages are on the site."""
     markdown = _PICTURE.sub(_show_picture, markdown)
-    if page.file.src_uri == "README.md":
+    if "/" not in page.file.src_uri and Path(page.file.abs_src_path).parent != Path(config.docs_dir):
         return markdown.replace("](docs/", "](")
     if Path(page.file.abs_src_path).parent == Path(config.docs_dir):
         return re.sub(r"\]\(\.\./", "](", markdown)
