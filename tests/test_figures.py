@@ -315,7 +315,7 @@ CLAIMS: dict[str, list[tuple[str, Callable[[], tuple[Any, ...]]]]] = {  # page -
             lambda: (statistics.median(find_row("inference_float16_h100.json", "compiled")["ratios"]),),
         ),
         (
-            "int8 runs at {:.2f}x of timm's own float32 on a Xeon with AMX, at {:.2f}x on a CPU without int8 instructions",
+            "int8 runs at {:.2f}x of timm's own float32 on a Xeon with AMX, at {:.2f}x on a CPU without int8",
             lambda: tuple(
                 statistics.median(find_row(f"inference_{cpu}.json", "openvino, int8", batch_size=8)["ratios"])
                 for cpu in ("xeon_1", "epyc_2")

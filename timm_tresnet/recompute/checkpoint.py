@@ -1,4 +1,4 @@
-"""torch.utils.checkpoint for blocks that have no program, so that no batch counts twice."""
+"""torch.utils.checkpoint for blocks without a program; running statistics count each batch once."""
 
 import threading
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from timm_tresnet.recompute.saved import watch
 
 
 def run_checkpointed(block: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Call a block, by call, that backward runs again; once only, where that does not work."""
+    """Run a block, through call, that backward runs again; as plain PyTorch where checkpoints do not work."""
     hooks_work = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]  # PyTorch's stubs lack it
     if not hooks_work or find_transform() is not None or not can_run_again(block):
         return call(x)

@@ -1,8 +1,8 @@
-"""What the compiler stores for backward: the policy, told to `torch.compile`.
+"""The policy for `torch.compile`: which tensors the compiler stores for backward.
 
-The compiler sees forward and backward as one graph, and keeps to `torch.utils.checkpoint` with a policy (selective
-checkpointing): of a *region*, a few blocks in order, it stores the input and the outputs of the operators that the
-policy names, and recomputes the rest, without hooks. Regions end where eager mode stores an output.
+The compiler sees forward and backward as one graph and follows `torch.utils.checkpoint` with a policy (selective
+checkpointing). Of a *region*, a few consecutive blocks, it stores the input and the outputs of the operators in the
+policy. It recomputes everything else, without hooks. Regions end where eager mode stores an output.
 """
 
 import functools
@@ -31,7 +31,7 @@ _in_region = False  # while the compiler traces one
 
 
 def is_in_region() -> bool:
-    """Whether the compiler is tracing a region, where nothing may work in place but on running statistics."""
+    """Whether the compiler is tracing a region, where only running statistics may change in place."""
     return _in_region and torch.compiler.is_compiling()
 
 

@@ -1,4 +1,4 @@
-"""What backward recomputes: one table for eager mode and for the compiler.
+"""The operations that backward recomputes: one table for eager mode and for the compiler.
 
 Norms, activations, gates' products, sums and pools are always recomputed from what is stored, except where the
 setting is "none". Statistics, gates and random masks are always stored; they are small.
@@ -13,8 +13,8 @@ blur                                              stored         stored        r
 convolution on a single pixel (gate)              stored         stored        stored
 ================================================  =============  ============  ==================
 
-An expansion ends a bottleneck. A wider one is on the shortcut into TResNet-M's first bottleneck: it makes much of
-little, so the compiler recomputes it with "activations"; with "expansions" a step would peak higher without it.
+An expansion ends a bottleneck. A wider one is on the shortcut into TResNet-M's first bottleneck. Its output is many
+times its input, so the compiler recomputes it with "activations"; with "expansions" a step would peak higher.
 """
 
 import math

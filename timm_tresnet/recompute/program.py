@@ -1,7 +1,7 @@
 """Read a module into a program of operations, or say why not.
 
-Layers describe themselves: their files register a reader for exactly their class; `models/layers/readers.py` has those
-of PyTorch's and timm's. A program is read again in each forward, so edits of the modules in between need no care.
+The file of each layer registers a reader for exactly its class; `models/layers/readers.py` has those of PyTorch's and
+timm's layers. Every forward reads the program anew, so it notices all edits of modules.
 """
 
 import functools

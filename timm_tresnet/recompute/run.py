@@ -20,12 +20,12 @@ _add, _relu_ = torch.add, torch.relu_
 
 
 class Run:
-    """State of one forward; repeats are the kinds of operations that run again in backward (`policy.py`)."""
+    """State of one forward; repeats are the kinds of operations that backward recomputes (`policy.py`)."""
 
     def __init__(self, repeats: frozenset[str]) -> None:
         self.repeats = repeats
-        self.closed = False  # by user code that has opened a mode, or returned no plain tensor
-        self.uses_weights = False  # of a convolution that backward runs again
+        self.closed = False  # whether user code has opened a mode, or has returned no plain tensor
+        self.uses_weights = False  # whether backward recomputes a convolution
         self.source: Source = None  # of the feature map between two programs
         self._output: Tensor | None = None  # the feature map
 
@@ -39,18 +39,18 @@ class Run:
         return source
 
     def leave(self, y: Tensor, source: Source) -> None:
-        """Make y, with its source, the feature map."""
+        """Set the feature map and its source."""
         self._output, self.source = y, source
 
     def recheck(self, y: object) -> None:
-        """Close the run if user code, which has returned y, makes the rest ineligible."""
+        """Close the run if nothing may be recomputed after user code, which has returned y."""
         if not is_plain(y) or find_obstacle() is not None:
             self.closed = True
 
 
 @dataclass(slots=True, eq=False)
 class Operation:
-    """One step of a program. Its module computes all of it where nothing may be recomputed."""
+    """One step of a program. Its module computes the same, for where nothing may be recomputed."""
 
     is_repeatable: ClassVar[bool] = True  # whether its output can be recomputed from its input
     is_user_defined: ClassVar[bool] = False  # whether user code sees its input and output
@@ -62,12 +62,12 @@ class Operation:
 
 
 class Call(Operation):
-    """A module without a reader, called as it is. What it has saved is stored, but for its input.
+    """A module without a reader, called as it is. All that it saves is stored, except its input.
 
     Args:
         is_user_defined: whether user code sees its input and output; then the input is stored too.
-        is_saved: whether autograd saves its output anyway, so that storing it costs nothing.
-        is_repeatable: whether storing it does under grad checkpointing too, as for an activation.
+        is_saved: whether autograd saves its output anyway, so that storing it costs no memory.
+        is_repeatable: whether storing its output suffices under grad checkpointing too, as for an activation.
     """
 
     def __init__(
@@ -94,12 +94,13 @@ class Call(Operation):
 
 
 class Program(NamedTuple):
-    """What a block does.
+    """The operations of a block.
 
     Args:
-        operations: from its input to its output, or to the sum.
-        shortcut: those of the other term of the sum; None if there is no sum.
-        act: the activation of the sum, which ends the block; behind are its operations, None for a ReLU.
+        operations: those from the input to the output, or to the sum.
+        shortcut: those of the sum's other term; None if there is no sum.
+        act: the activation of the sum.
+        behind: the activation's operations; None for a ReLU.
     """
 
     operations: Sequence[Operation]
@@ -117,7 +118,7 @@ class Program(NamedTuple):
 
 
 def run_program(program: Program, x: Tensor, run: Run, stored: bool = False) -> Tensor:
-    """Run a program; stored says whether its output stays for backward."""
+    """Run the program of a block on its input; stored says whether the output is stored for backward."""
     operations, shortcut, act, behind = program
     source = run.enter(x, program.exposes_input())
     if shortcut is None or act is None:  # no sum

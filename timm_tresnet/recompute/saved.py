@@ -1,4 +1,4 @@
-"""What stands for a saved tensor: the tensor itself, or how it is recomputed."""
+"""Sources of saved tensors: the tensor itself, or the function and inputs that recompute it."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,7 +17,7 @@ _REFUSALS = ("Calling register_hooks on a saved tensor", "Trying to backward thr
 
 
 class Stored:
-    """A tensor as it is, with the version it must still have when it is used."""
+    """A tensor, and the version that it must still have in backward."""
 
     __slots__ = ("tensor", "version")
 
@@ -38,15 +38,15 @@ class Stored:
 
 
 class Recomputed:
-    """A tensor as the function and the inputs that make it.
+    """A tensor as the function and the inputs that compute it.
 
-    Consumers in one backward pass share the value, up to the last of them or to the end of the pass: not every one
-    runs where not every gradient is wanted.
+    All consumers in one backward pass share the value. It is freed after the last of them, or at the end of the pass,
+    as some do not run if not every gradient is asked for.
 
     Args:
-        function: makes the tensor from inputs.
-        inputs: of the function.
-        version: of the tensor, once made.
+        function: computes the tensor from inputs.
+        inputs: sources of the function's arguments.
+        version: version of the tensor after forward has computed it.
         is_result: whether the tensor's own node has saved it, see `discard_result`.
     """
 
@@ -107,7 +107,7 @@ Source = Stored | Recomputed | None  # of a tensor; None: it must stay where aut
 
 
 def discard_result(y: Tensor, source: Source) -> None:
-    """Discard y where its own node has saved it, now that what comes next is known not to be user code."""
+    """Discard y from the node that has computed it. The next operation must not be user code, which may edit y."""
     if type(source) is Recomputed and source.is_result:
         source.is_result = False
         node: Any = y.grad_fn
@@ -115,7 +115,7 @@ def discard_result(y: Tensor, source: Source) -> None:
 
 
 def unpack(packed: Stored | Recomputed) -> Tensor:
-    """Unpack hook, outside of grad mode and autocast, which the forward has decided."""
+    """Unpack hook. Recomputes without grad mode and autocast; the dtypes are those of forward."""
     if not _is_grad_enabled() and not _is_autocast_enabled():  # as in nearly every backward
         return packed.materialize()
     source = packed
@@ -126,16 +126,16 @@ def unpack(packed: Stored | Recomputed) -> Tensor:
 
 
 def discard(saved: Any, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor] = unpack) -> None:
-    """Put hooks on what an autograd node has saved, unless it has saved nothing, or has other hooks."""
+    """Put hooks on a tensor that an autograd node has saved, unless it has saved none or other hooks are there."""
     try:
         saved.register_hooks(pack, unpack)
     except RuntimeError as error:
-        if not str(error).startswith(_REFUSALS):  # whatever else is raised meanwhile, as by a signal handler
+        if not str(error).startswith(_REFUSALS):  # such as an error that a signal handler raises meanwhile
             raise
 
 
 def watch(weights: Iterable[Tensor]) -> None:
-    """Have a step of any optimizer raise the version of weights; a fused one does not by itself."""
+    """Raise the version of weights after each step of an optimizer; fused optimizers do not do so themselves."""
     for weight in weights:
         _watched[weight] = None
     if not _handles:

@@ -1,4 +1,4 @@
-"""Modules whose weights FSDP2 gathers before their forward and their backward, by hooks, and frees after either."""
+"""Modules whose weights FSDP2 gathers, by hooks, before forward and backward, and frees afterwards."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from timm_tresnet.recompute.saved import Recomputed, Source, Stored
 
 @dataclass(slots=True, eq=False)
 class Sharded(Operation):
-    """A module whose operations, which read returns once the weights are there, run between its hooks."""
+    """A module whose operations run between its hooks; read returns them once the weights are gathered."""
 
     read: Callable[[], list[Operation]]
 

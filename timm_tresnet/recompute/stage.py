@@ -1,4 +1,4 @@
-"""Blocks in order: settings, and the loop that runs their programs."""
+"""A sequence of blocks: its settings, and the loop that runs the blocks' programs."""
 
 import functools
 from collections.abc import Callable
@@ -30,7 +30,7 @@ observers: list[Callable[[nn.Module, str | None], None]] = []
 
 
 class Body(nn.Sequential):
-    """Modules in order, most of whose saved tensors backward recomputes."""
+    """A sequence of modules. Backward recomputes most tensors that autograd would save in them."""
 
     def __init__(self, *modules: Any) -> None:
         super().__init__(*modules)
@@ -56,7 +56,7 @@ class Body(nn.Sequential):
         if torch.compiler.is_compiling():
             return self._forward_compiled(x)
         reason = self._find_obstacle(x)
-        if reason is None:  # where the compiler has given up on this function, it must not compile what is called in it
+        if reason is None:  # if the compiler has given up on this function, it must not compile the functions in it
             run_all = torch.compiler.disable(self._run_all) if _get_compiler() else self._run_all
             return run_all(x, Run(frozenset()))
         if reason:
@@ -68,7 +68,7 @@ class Body(nn.Sequential):
         return x
 
     def _find_obstacle(self, x: Any) -> str | None:
-        """Why nothing is recomputed; empty if nobody has asked for it."""
+        """Why nothing is recomputed; None if something is, empty if recomputation is off."""
         if self.recompute == "none" or not torch.is_grad_enabled() or torch.jit.is_tracing():
             return ""
         if isinstance(x, torch.fx.Proxy):  # a body's graph may call stages, which recompute
@@ -108,7 +108,7 @@ class Body(nn.Sequential):
         return x
 
     def _run_program(self, module: nn.Module, x: Tensor, run: Run, stored: bool, inside: bool) -> Tensor:
-        """Run a module by its program, or plainly; inside says whether its hooks are run by the caller."""
+        """Run a module by its program, or as plain PyTorch; inside says whether the caller runs its hooks."""
         call: Callable[[Tensor], Tensor] = module.forward if inside else module
         if run.closed:
             reason = "user code before it has opened a mode or hooks, or has returned no plain tensor"
@@ -146,7 +146,7 @@ class Body(nn.Sequential):
 
     @torch.compiler.assume_constant_result
     def _watch_weights(self) -> None:
-        """Watch the weights, once, when the compiler traces this: its regions use them again in backward."""
+        """Watch the weights, once, while the compiler traces this: backward of its regions uses them again."""
         watch(self.parameters())
 
     def _list_steps(self) -> list[Step]:
@@ -163,7 +163,7 @@ class Body(nn.Sequential):
 
 
 class Stage(Body):
-    """Residual blocks in order; with grad_checkpointing on, every second one stores its output and all run again."""
+    """A sequence of residual blocks. With grad_checkpointing, every second one stores its output and all run again."""
 
     def stores_output(self, position: int) -> bool:
         return keeps_output(position, len(self._modules), self.grad_checkpointing)
