@@ -195,7 +195,7 @@ def open_again(path, made_by=MADE_BY, resume=True, processes=1):
 def test_nothing_is_overwritten(suffix, tmp_path):
     path = classify_all(tmp_path / f"tags{suffix}")
     for there in (path, path.with_name(f"{path.name}.json")):
-        with pytest.raises(FileExistsError, match=f"{there.name} exists already; go on with it by --resume"):
+        with pytest.raises(FileExistsError, match=f"{there.name} already exists; continue it with --resume"):
             open_again(path, resume=False)
         there.unlink()
     open_again(path, resume=False)
@@ -204,7 +204,7 @@ def test_nothing_is_overwritten(suffix, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("weights_sha256", "b", 'made otherwise, by weights_sha256 "a", now "b"; name a new file'),
+        ("weights_sha256", "b", 'made with other settings: weights_sha256 "a", now "b"; name a new file'),
         ("threshold", 0.5, "threshold null, now 0.5"),
         ("preprocessing", {"input_size": (3, 9, 9)}, "input_size"),
         ("fast_jpeg", True, "fast_jpeg null, now true"),
@@ -223,7 +223,7 @@ def test_a_file_of_which_nobody_says_what_made_it_is_refused(content, tmp_path):
     path = classify_all(tmp_path / "tags.jsonl")
     note = path.with_name("tags.jsonl.json")
     note.unlink() if content is None else note.write_text(content)
-    with pytest.raises(ValueError, match=r"tags\.jsonl\.json, which says what made .* is needed"):
+    with pytest.raises(ValueError, match=r"to resume .*tags\.jsonl, its settings file .*tags\.jsonl\.json is needed"):
         open_again(path)
 
 
@@ -240,7 +240,7 @@ def test_a_damaged_file_is_named(suffix, tmp_path):
 def test_parts_of_another_number_of_processes_are_named(tmp_path):
     classify(tmp_path / "tags.jsonl", 0, 2)
     for processes in (1, 3):
-        with pytest.raises(ValueError, match=r"tags\.0-of-2\.jsonl is there, a part by another number of processes"):
+        with pytest.raises(ValueError, match=r"tags\.0-of-2\.jsonl was written with another number of processes"):
             open_again(tmp_path / "tags.jsonl", processes=processes)
 
 
@@ -265,7 +265,7 @@ def test_what_is_no_file_is_refused(tmp_path):
     for make in (Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/full"), lambda path: path.symlink_to("no")):
         path = tmp_path / "tags.jsonl"
         make(path)
-        with pytest.raises(ValueError, match="is no file to go on with"):
+        with pytest.raises(ValueError, match="is not a regular file and cannot be resumed"):
             open_again(path)
         path.rmdir() if path.is_dir() else path.unlink()
 

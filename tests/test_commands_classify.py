@@ -187,7 +187,7 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_image(value, tmp
     assert captured.out == ""
     names, skipped = captured.err.splitlines()
     assert names == "timm-tresnet: class names: none known, so classes are numbered"
-    assert skipped == f"timm-tresnet: skipped {SAMPLES / 'cat.jpg'}: the network's logits for it are not finite"
+    assert skipped == f"timm-tresnet: skipped {SAMPLES / 'cat.jpg'}: the network's logits for this image are not finite"
 
 
 def test_networks_for_grey_images_classify_measure_and_export(tmp_path, capsys):
@@ -473,7 +473,7 @@ def test_other_weights_and_options_do_not_go_on_with_an_output(words, message, c
 def test_an_output_that_exists_is_not_overwritten(collection, tmp_path, capsys):
     path = classify_collection(collection, tmp_path / "tags.jsonl")
     classify_collection(collection, path, status=2)
-    assert "tags.jsonl exists already; go on with it by --resume, or name a new file" in capsys.readouterr().err
+    assert "tags.jsonl already exists; continue it with --resume, or name a new file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Collections of images: read by several processes, classified, written as they go."""
+"""Classify large collections of images: parallel reading, batched prediction, resumable output."""

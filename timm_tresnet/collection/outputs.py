@@ -1,8 +1,8 @@
-"""Files of results that are written batch by batch, and gone on with after a stop.
+"""Results files that are written batch by batch and can be resumed.
 
-A `.jsonl` or `.csv` file is written as it goes. Several processes write a part each, and so does one that makes a
-`.parquet` file, which is nothing before its end is written; `join_parts` makes one file of them. Beside the file,
-FILE.json says what made it.
+A `.jsonl` or `.csv` file is appended to. With several processes, each process writes a part; a `.parquet` file, which
+is unreadable until its footer is written, is first written as parts too. `join_parts` joins the parts. FILE.json,
+beside the results, records the settings that produced them.
 """
 
 import contextlib
@@ -24,36 +24,36 @@ from timm_tresnet.utils.images import printable
 
 try:
     import fcntl
-except ImportError:  # Windows, where two that write to one file at once are on their own
+except ImportError:  # Windows; there, concurrent writers are not detected
     fcntl = None  # type: ignore[assignment]
 
 FORMATS = (".jsonl", ".csv", ".parquet")
 _COLUMNS = ("image", "labels", "probabilities", "error")
 _SEPARATOR = ";"
-_ROW_GROUP = 4096  # rows of a .parquet file that are in memory at once
+_ROW_GROUP = 4096  # rows of a .parquet file held in memory at once
 _BLOCK = 2**16  # bytes
-_MADE_BY = "made_by"  # what has to be the same for others to be added
+_MADE_BY = "made_by"  # settings that must be equal when a run is resumed
 _Row = dict[str, Any]
 
 
 class Output:
-    """A file of results, or one of the parts that become it.
+    """A results file, or this process's part of it.
 
     Args:
-        path: the file, in one of `FORMATS`.
-        made_by: what results depend on, by its name, as JSON has it.
-        about: what else FILE.json says.
-        resume: go on with what is there.
-        process: that this is, of several that write to the same file.
-        processes: how many these are.
+        path: the file; its suffix is one of `FORMATS`.
+        made_by: name and JSON value of each setting that the results depend on.
+        about: further content of FILE.json.
+        resume: continue an existing file.
+        process: number of this process, from 0.
+        processes: number of processes that write to the file.
 
     Attributes:
-        done: how often each image is in the file or a part already.
-        errors: how many of these have an error.
+        done: how many results each image already has in the file and its parts.
+        errors: how many of those results are errors.
 
     Raises:
-        FileExistsError: if the file exists, and resume is not set.
-        ValueError: if path is in no format, or what is there was made otherwise, or is damaged.
+        FileExistsError: if the file exists and resume is not set.
+        ValueError: if the suffix is unknown, or the existing file is damaged or was made with other settings.
         OSError: if a file cannot be written.
     """
 
@@ -85,7 +85,7 @@ class Output:
 
     @property
     def note(self) -> Path:
-        """The file that says what made this one."""
+        """FILE.json, which records the settings that produced the results."""
         return self.path.with_name(f"{self.path.name}.json")
 
     def _check_there(self, resume: bool) -> None:
@@ -93,7 +93,7 @@ class Output:
         others = sorted(set(self.path.parent.glob(pattern)) - set(self._parts))
         if others:
             raise ValueError(
-                f"{printable(others[0])} is there, a part by another number of processes; go on with as many, or "
+                f"{printable(others[0])} was written with another number of processes; resume with that number, or "
                 "remove the parts"
             )
         there = [path for path in (self.path, *self._parts) if os.path.lexists(path)]
@@ -101,16 +101,16 @@ class Output:
             return
         if not resume:
             raise FileExistsError(
-                f"{printable([*there, self.note][0])} exists already; go on with it by --resume, or name a new file"
+                f"{printable([*there, self.note][0])} already exists; continue it with --resume, or name a new file"
             )
         odd = [path for path in there if not path.is_file()]
         if odd:
-            raise ValueError(f"{printable(odd[0])} is no file to go on with")
+            raise ValueError(f"{printable(odd[0])} is not a regular file and cannot be resumed")
         try:
             noted = dict(json.loads(self.note.read_text(encoding="utf-8"))[_MADE_BY])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{printable(self.note)}, which says what made {printable(self.path)}, is needed to go on with that: "
+                f"to resume {printable(self.path)}, its settings file {printable(self.note)} is needed: "
                 f"{summarise(error)}"
             ) from error
         differing = [
@@ -119,12 +119,15 @@ class Output:
             if noted.get(name) != value
         ]
         if differing:
-            raise ValueError(f"{printable(self.path)} was made otherwise, by {'; '.join(differing)}; name a new file")
+            raise ValueError(
+                f"{printable(self.path)} was made with other settings: {'; '.join(differing)}; name a new file"
+            )
 
     def prepare(self) -> None:
-        """Say what makes the file, if nothing does yet: one process, before any of them opens it.
+        """Write FILE.json if it is missing, and remove parts that were already joined into the file.
 
-        Parts that are in the file already, since a process was killed before it removed them, are removed.
+        Such parts are left when a process is killed before it removes them. One process calls this before any process
+        opens the file.
         """
         if not self.note.exists():
             with whole(self.note) as unfinished:
@@ -140,7 +143,7 @@ class Output:
                     path.unlink()
 
     def __enter__(self) -> "Output":
-        """Open what this process writes, cut off a line that a killed one has not ended, and read what is done."""
+        """Open this process's file or part, cut off an unfinished last line, and read which images are done."""
         self._descriptor = os.open(self._written, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             _lock(self._descriptor, self._written)
@@ -166,12 +169,15 @@ class Output:
             self.errors += has_error
 
     def make_filter(self) -> Callable[[Path], bool]:
-        """What says of each file in turn whether it is done; of files that are named alike, the first ones are."""
+        """Return a function that says of each file in turn whether it is done.
+
+        Where several files have the same printed name, the first ones count as done.
+        """
         left = self.done.copy()
 
         def is_done(path: Path) -> bool:
             name = printable(path)
-            if left[name] < 1:  # which adds nothing to a Counter
+            if left[name] < 1:  # reading a Counter adds no key
                 return False
             left[name] -= 1
             return True
@@ -179,10 +185,10 @@ class Output:
         return is_done
 
     def write(self, rows: Sequence[_Row]) -> None:
-        """Add results, a line each, all of them or none.
+        """Append results, one a line: all of them or, if writing fails, none.
 
         Raises:
-            OSError: if there is no room for them, say.
+            OSError: if they cannot be written; a full disk, for example.
         """
         if self._written.suffix == ".csv":
             self._append(_format_csv(map(_to_cells, rows)))
@@ -202,13 +208,13 @@ class Output:
             raise
 
     def join_parts(self, batch_size: int) -> None:
-        """Make one file of all parts, and remove them: one process, when all have left their part.
+        """Join all parts into the file and remove them. One process calls this after all have closed their parts.
 
         Args:
-            batch_size: with which files were dealt out, so that rows are in the order of the files.
+            batch_size: images in a batch; batches were dealt out in turn, so rows end up in the order of the images.
 
         Raises:
-            OSError: if it cannot be written.
+            OSError: if the file cannot be written.
             ValueError: if a part is missing.
         """
         if self._is_whole:
@@ -216,15 +222,15 @@ class Output:
         missing = [path for path in self._parts if not path.exists()]
         if missing:
             raise ValueError(
-                f"{printable(missing[0])} is not on this machine, so that the parts stay as they are; bring them "
-                "together and run the same command with --resume"
+                f"{printable(missing[0])} is not on this machine, so the parts were not joined; copy all parts to one "
+                "machine and run the same command with --resume"
             )
         with contextlib.ExitStack() as stack, whole(self.path) as unfinished:
             files = [stack.enter_context(path.open("rb")) for path in self._parts]
             if self.path.suffix == ".csv":
                 for file in files:
                     file.readline()
-            lines = _take_turns(files, batch_size)
+            lines = _interleave(files, batch_size)
             if self.path.suffix == ".parquet":
                 _write_parquet(unfinished, itertools.chain(_read_parquet(self.path), map(json.loads, lines)))
             else:
@@ -250,7 +256,7 @@ def _lock(descriptor: int, path: Path) -> None:
 
 
 def _cut(file: BinaryIO) -> None:
-    """Cut off what is behind the last whole line."""
+    """Cut off an unfinished last line."""
     size = end = file.seek(0, os.SEEK_END)
     while end:
         start = max(0, end - _BLOCK)
@@ -263,8 +269,8 @@ def _cut(file: BinaryIO) -> None:
         file.truncate(end)
 
 
-def _take_turns(files: Sequence[Iterable[bytes]], count: int) -> Iterator[bytes]:
-    """As many lines of each file in turn, until all are at their end."""
+def _interleave(files: Sequence[Iterable[bytes]], count: int) -> Iterator[bytes]:
+    """Yield count lines of each file in turn until all files end."""
     left = [iter(file) for file in files]
     while left:
         taken = [list(itertools.islice(lines, count)) for lines in left]
@@ -273,7 +279,7 @@ def _take_turns(files: Sequence[Iterable[bytes]], count: int) -> Iterator[bytes]
 
 
 def _to_cells(row: _Row) -> list[str]:
-    """Cells as `train-tagger` and `validate` read them."""
+    """Cells of a CSV row; `train-tagger` and `validate` read this form."""
     found = row.get("predictions", ())
     labels = [entry["label"] for entry in found]
     if any(_SEPARATOR in label or label.startswith("[") for label in labels):
@@ -290,7 +296,7 @@ def _format_csv(rows: Iterable[Sequence[str]]) -> bytes:
 
 
 def _read_names(path: Path) -> Iterator[tuple[str, bool]]:
-    """Names of the images in a file of results, and whether they have errors."""
+    """Yield the image name of each result, and whether the result is an error."""
     if path.suffix == ".parquet":
         for row in _read_parquet(path, ["image", "error"]):
             yield row["image"], row["error"] is not None
@@ -321,7 +327,7 @@ def _import_pyarrow() -> Any:
 
 
 def _read_parquet(path: Path, columns: list[str] | None = None) -> Iterator[_Row]:
-    """Rows of a file of results; none if it does not exist."""
+    """Yield the rows of a results file; none if the file does not exist."""
     if not path.exists():
         return
     pyarrow = _import_pyarrow()

@@ -1,4 +1,4 @@
-"""What a network says about image files, one batch after the other."""
+"""Predictions for image files, batch by batch."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ from timm_tresnet.utils.images import printable
 from timm_tresnet.weights.labels import is_multi_label, label_lookup, read_thresholds
 from timm_tresnet.weights.preprocessing import resolve_preprocessing
 
-THRESHOLD = 0.5  # of labels that have none of their own
+THRESHOLD = 0.5  # for labels without a threshold of their own
 Result = dict[str, Any]
 
 
@@ -26,19 +26,19 @@ class Settings:
     """How a collection is classified.
 
     Args:
-        top_k: how many classes to report for each image.
-        threshold: of a network whose images have any number of labels, every label at least this probable is reported;
-            None for what the weights' config says for each label, or 0.5.
-        as_stored: read images as timm's scripts do.
-        fast_jpeg: decode large JPEG files smaller, see `timm_tresnet.collection.reading.ImageFiles`.
-        device: where the network runs, as the next three see `timm_tresnet.deployment.running.Runner`.
-        amp: what it computes in where autocast allows it, such as "bfloat16"; None for float32.
-        channels_last: keep images and weights with their channels last in memory.
+        top_k: number of classes to report for each image.
+        threshold: for a multi-label network, the least probability of a reported label; None for the thresholds in the
+            weights' config, or 0.5 without those.
+        as_stored: read images as timm's scripts do, see `timm_tresnet.utils.images.read_image`.
+        fast_jpeg: decode large JPEG files at reduced size, see `timm_tresnet.collection.reading.ImageFiles`.
+        device: device of the network; for this and the next three see `timm_tresnet.deployment.running.Runner`.
+        amp: dtype of autocast, such as "bfloat16"; None for float32.
+        channels_last: use the channels-last memory format for images and weights.
         compiled: fold and compile the network.
-        batch_size: images that it sees at once.
-        workers: processes that read files; 0 for none but this one.
-        process: that this is, of several that share the files.
-        processes: how many these are.
+        batch_size: images in a batch.
+        workers: processes that read files; 0 to read in this process.
+        process: number of this process, from 0.
+        processes: number of processes that share the files.
     """
 
     top_k: int = 3
@@ -55,12 +55,12 @@ class Settings:
     processes: int = 1
 
     def describe(self) -> dict[str, Any]:
-        """What changes results by more than rounding, as JSON has it."""
+        """Return the settings that change results by more than rounding, as JSON values."""
         names = ("top_k", "threshold", "as_stored", "fast_jpeg", "amp")
         return {**{name: getattr(self, name) for name in names}, "device": self.device.partition(":")[0]}
 
     def plan(self, paths: Iterable[Path], is_done: Callable[[Path], bool]) -> Iterator[list[File]]:
-        """Batches of this process, see `timm_tresnet.collection.reading.plan_batches`."""
+        """Yield the batches of this process, see `timm_tresnet.collection.reading.plan_batches`."""
         return plan_batches(paths, self.batch_size, is_done, self.process, self.processes)
 
 
@@ -71,12 +71,12 @@ def classify_files(
 
     Args:
         network: a model from `timm.create_model`, in eval mode, or a `timm_tresnet.ExportedModel`.
-        paths: the files; only those of a few batches are held.
-        settings: how.
-        is_done: whether the result of a file is not wanted; is asked once for each.
+        paths: the files; consumed a few batches ahead.
+        settings: how to classify them.
+        is_done: whether a file already has its result; called once for each file.
 
     Yields:
-        For each batch, what `classify_batches` does.
+        The results of each batch, see `classify_batches`.
     """
     amp = getattr(torch, settings.amp) if settings.amp else None
     compile_for = settings.batch_size if settings.compiled else None
@@ -96,16 +96,16 @@ def classify_batches(
     """Classify batches of image files as they come.
 
     Args:
-        network: whose pretrained config says what its classes are called, and whether an image can have several.
-        run: gives its logits for pixels.
-        batches: of `timm_tresnet.collection.reading.read_batches`.
-        top_k: see `Settings`, as for threshold.
-        threshold: likewise.
+        network: its pretrained config names the classes and says whether it is multi-label.
+        run: computes logits (N, classes) from pixels.
+        batches: from `timm_tresnet.collection.reading.read_batches`.
+        top_k: see `Settings`.
+        threshold: see `Settings`.
 
     Yields:
-        For each batch, and each of its files whose result is wanted, path and a dict with "image" and either
-        "predictions", a list of dicts with "label", "index" and "probability", most probable first, or, where the file
-        cannot be read or the logits are not finite, "error".
+        For each batch, a list of (path, result), one for each wanted file. A result is a dict with "image" and either
+        "predictions", a list of dicts with "label", "index" and "probability", most probable first, or "error", if the
+        file cannot be read or its logits are not finite.
     """
     describe = label_lookup(network)
     choose: Callable[[Tensor], list[list[tuple[int, float]]]]
@@ -130,14 +130,14 @@ def classify_batches(
                         for index, probability in pairs
                     ]
                 else:
-                    result["error"] = "the network's logits for it are not finite"
+                    result["error"] = "the network's logits for this image are not finite"
             if file.wanted:
                 results.append((file.path, result))
         yield results
 
 
 def choose_thresholds(network: Any, threshold: float | None) -> list[float]:
-    """For each label the probability from which on an image has it."""
+    """Return the threshold of each label: the least probability with which an image has it."""
     own = read_thresholds(network.pretrained_cfg, network.num_classes)
     if threshold is None and own is not None:
         return own
@@ -145,14 +145,14 @@ def choose_thresholds(network: Any, threshold: float | None) -> list[float]:
 
 
 def _choose_top(logits: Tensor, count: int) -> list[list[tuple[int, float]]]:
-    """For each image index and probability of the most probable classes, of which one is right."""
+    """Return index and probability of the most probable classes of each image (single-label: softmax)."""
     top = logits.softmax(-1).topk(min(count, logits.shape[-1]))
     columns = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return [list(zip(indices, values, strict=True)) for indices, values in columns]
 
 
 def _choose_probable(logits: Tensor, thresholds: Sequence[float]) -> list[list[tuple[int, float]]]:
-    """For each image index and probability of every label that is probable enough, most probable first."""
+    """Return index and probability of the labels at or above their thresholds, most probable first (sigmoid)."""
     probabilities, indices = logits.sigmoid().sort(descending=True)
     rows = zip(indices.tolist(), probabilities.tolist(), strict=True)
     return [
@@ -162,11 +162,11 @@ def _choose_probable(logits: Tensor, thresholds: Sequence[float]) -> list[list[t
 
 
 def fingerprint(network: Any, files: Iterable[Path] = ()) -> dict[str, Any]:
-    """What the results of a network depend on, as JSON has it: hashes of weights and labels, and the preprocessing.
+    """Return what a network's results depend on, as JSON values: hashes of weights and labels, and the preprocessing.
 
     Args:
         network: a module, or a `timm_tresnet.ExportedModel`.
-        files: of the latter.
+        files: the files of an `ExportedModel`; hashed in place of a state dict.
     """
     weights = hashlib.sha256()
     for path in files:

@@ -1,4 +1,4 @@
-"""Image files in batches, read ahead by other processes."""
+"""Read image files in batches, ahead of the network, in worker processes."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from timm_tresnet.utils.images import read_image
 
-_REDUCED = 2  # times what the network wants, at least, of JPEG files that are decoded smaller; as Pillow's thumbnails
+_REDUCED = 2  # a reduced JPEG has at least this many times the network's side; Pillow's thumbnail() does the same
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,10 @@ class File:
     """A file of a batch.
 
     Args:
-        path: where it is.
-        wanted: whether its result is; else it is there to make the batch what it was when the others were classified.
-        error: why it cannot be read; None if it can.
+        path: the file.
+        wanted: whether its result is needed. A file that is not wanted only keeps the batch the same as in the run that
+            is resumed.
+        error: why the file cannot be read; None if it can.
     """
 
     path: Path
@@ -34,7 +35,12 @@ class File:
 
 @dataclass(frozen=True)
 class Batch:
-    """Files and, (N, in_chans, H, W) in 8 bits, the pixels of those that can be read; None if there are none."""
+    """A batch of files.
+
+    Args:
+        files: all files of the batch.
+        pixels: of the N readable files, (N, in_chans, H, W), uint8; None if no file is readable.
+    """
 
     files: list[File]
     pixels: Tensor | None
@@ -47,10 +53,17 @@ def plan_batches(
     process: int = 0,
     processes: int = 1,
 ) -> Iterator[list[File]]:
-    """Batches of files, of those of a process among several, without what is done.
+    """Yield this process's batches of files, without batches that are done.
 
-    Files are together in a batch whatever is done and however many processes there are, since a network's outputs can
-    depend on the batch in their last digits. So a batch of which only some files are done is read as a whole.
+    The last digits of a network's outputs can depend on the batch. So the same files are in a batch whatever is done
+    and however many processes there are, and a batch that is partly done is read in full.
+
+    Args:
+        paths: all files.
+        size: files in a batch.
+        is_done: whether a file already has its result; called once for each file.
+        process: number of this process, from 0.
+        processes: number of processes; batches are dealt out in turn.
     """
     paths = iter(paths)
     for number in itertools.count():
@@ -62,12 +75,12 @@ def plan_batches(
 
 
 class ImageFiles(Dataset):
-    """Pixels of files, prepared for a network but for their normalisation.
+    """Pixels of image files, resized and cropped for a network but not normalised.
 
     Args:
-        config: of timm's transform, `timm_tresnet.weights.preprocessing.resolve_preprocessing`.
-        as_stored: read images as timm's scripts do.
-        fast_jpeg: decode JPEG files smaller where they have more than twice the pixels that the network wants.
+        config: data config of timm, from `timm_tresnet.weights.preprocessing.resolve_preprocessing`.
+        as_stored: read images as timm's scripts do, see `timm_tresnet.utils.images.read_image`.
+        fast_jpeg: decode JPEG files at reduced size where a side is more than twice what the network needs.
     """
 
     def __init__(self, config: dict[str, Any], as_stored: bool = False, fast_jpeg: bool = False) -> None:
@@ -85,12 +98,12 @@ class ImageFiles(Dataset):
 
 
 def read_batches(images: ImageFiles, plan: Iterable[list[File]], workers: int) -> DataLoader:
-    """Batches of a plan, in its order.
+    """Read the batches of a plan, in order.
 
     Args:
-        images: reads a file.
-        plan: the batches; is asked for one when a worker is free.
-        workers: processes that read; 0 for none but this one.
+        images: reads and transforms a file.
+        plan: the batches; consumed as workers become free.
+        workers: processes that read files; 0 to read in this process.
     """
     return DataLoader(images, batch_sampler=plan, num_workers=workers, collate_fn=_collate)
 

@@ -1,4 +1,4 @@
-"""Tags of an image in a text file beside it, as trainers of diffusion models take them."""
+"""Tags in a text file beside each image, the format that trainers of diffusion models read."""
 
 import os
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-_WORD = re.compile(r"[^\W_]{2}")  # what emoticons such as ^_^ and o_o lack
+_WORD = re.compile(r"[^\W_]{2}")  # two letters or digits in a row; emoticons such as ^_^ and o_o have none
 
 
 @dataclass(frozen=True)
@@ -14,10 +14,10 @@ class Sidecars:
     """Writes photo.txt beside photo.jpg.
 
     Args:
-        replace_underscores: write spaces for underscores, but in emoticons.
-        escape_parentheses: write a backslash before parentheses, which user interfaces take for weights otherwise.
-        prefix: what comes before the tags, as if it were one of them.
-        overwrite: replace files that are there already.
+        replace_underscores: write spaces for underscores, except in emoticons.
+        escape_parentheses: write a backslash before parentheses, which prompts otherwise read as emphasis.
+        prefix: text before the tags, separated like a tag.
+        overwrite: replace existing text files.
     """
 
     replace_underscores: bool = False
@@ -26,34 +26,34 @@ class Sidecars:
     overwrite: bool = False
 
     def is_done(self, image: Path) -> bool:
-        """Whether nothing is to be written for an image."""
+        """Whether the image's text file exists and is not to be overwritten."""
         return not self.overwrite and os.path.lexists(image.with_suffix(".txt"))
 
     def write(self, image: Path, tags: Iterable[str]) -> bool:
-        """Write a file whole or not at all.
+        """Write the image's text file, complete or not at all.
 
         Returns:
-            False if one is there already and stays as it is.
+            Whether the file was written; False if it exists and is not to be overwritten.
 
         Raises:
-            OSError: if it cannot be written.
+            OSError: if the file cannot be written.
         """
         path = image.with_suffix(".txt")
         unfinished = path.with_name(f".{path.name}.partial")
-        unfinished.unlink(missing_ok=True)  # what a killed process has left, or a link that leads elsewhere
+        unfinished.unlink(missing_ok=True)  # left by a killed process, or a link to another place
         if self.is_done(image):
             return False
         try:
             with unfinished.open("x", encoding="utf-8") as file:
                 file.write(self.format(tags) + "\n")
-            return self._place(unfinished, path)
+            return self._rename(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
 
-    def _place(self, unfinished: Path, path: Path) -> bool:
+    def _rename(self, unfinished: Path, path: Path) -> bool:
         if not self.overwrite:
             try:
-                os.link(unfinished, path)  # unlike a renamed file, never takes the place of one that has come to exist
+                os.link(unfinished, path)  # unlike a rename, fails if the file has come to exist
                 return True
             except FileExistsError:
                 return False
@@ -64,7 +64,7 @@ class Sidecars:
         return True
 
     def format(self, tags: Iterable[str]) -> str:
-        """Tags with commas between them."""
+        """Return the prefix and the tags, separated by commas."""
         first = [self.prefix.rstrip(", ")] if self.prefix.rstrip(", ") else []
         return ", ".join([*first, *map(self._format_tag, tags)])
 
