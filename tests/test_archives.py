@@ -77,14 +77,17 @@ def in_zip(content):
 BOMBS = {  # how the file is made, and what is said of it
     "deflated_record": (deflated, r"its records claim \d+ bytes, more than 4 times the \d+ of the file"),
     "overlapping_records": (overlapping, r"its records claim \d+ bytes"),
-    "records_of_one_name": (twice, "two records of one name"),
+    "records_of_one_name": (twice, "two records have the same name"),
     "archive_behind_another": (behind_another, "damaged"),
     "npz": (arrays, "its records claim"),
-    "zeros_out_of_a_number": (pickled(GLOBAL), "its pickle makes a bytearray"),
-    "zeros_out_of_a_number_in_python_2": (pickled(GLOBAL.replace(b"builtins", b"__builtin__")), "makes a bytearray"),
-    "zeros_out_of_a_number_in_a_zip": (in_zip(GLOBAL), "its pickle makes a bytearray"),
+    "zeros_out_of_a_number": (pickled(GLOBAL), "its pickle creates a bytearray"),
+    "zeros_out_of_a_number_in_python_2": (pickled(GLOBAL.replace(b"builtins", b"__builtin__")), "creates a bytearray"),
+    "zeros_out_of_a_number_in_a_zip": (in_zip(GLOBAL), "its pickle creates a bytearray"),
     "many_lists": (pickled(b"\x80\x02" + b"]" * 1000 + b"."), "more than 900 operations"),
-    "number_of_an_object": (pickled(b"\x80\x02}r" + struct.pack("<I", 2**20) + b"."), "claims 1048576 objects after 2"),
+    "number_of_an_object": (
+        pickled(b"\x80\x02}r" + struct.pack("<I", 2**20) + b"."),
+        "declares 1048576 objects after 2",
+    ),
     "name_that_one_reader_alone_reads": (pickled(b"\x80\x02c\xc3\xa9\nx\n" + GLOBAL[2:]), "damaged or foreign"),
 }
 
@@ -115,7 +118,7 @@ def test_header_of_safetensors_is_bounded(length, tmp_path):
     with path.open("wb") as file:
         file.write(struct.pack("<Q", length) + b"{")
         file.truncate(2**25)  # sparse
-    with pytest.raises(ValueError, match=f"its header claims {length} bytes, where at most {2**24} can be"):
+    with pytest.raises(ValueError, match=f"its header declares {length} bytes, at most {2**24} are possible"):
         check_claims(path)
 
 

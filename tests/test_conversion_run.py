@@ -403,7 +403,7 @@ def test_a_class_map_is_bounded(tmp_path):
     map = tmp_path / "map.pkl"
     file, _, _ = train(tmp_path / "run", class_map=str(map))
     map.write_bytes(b"\x80\x02}r" + struct.pack("<I", 2**31) + b".")
-    assert any("claims 2147483648 objects after 2 operations" in note for note in convert_checkpoint(file).notes)
+    assert any("declares 2147483648 objects after 2 operations" in note for note in convert_checkpoint(file).notes)
     with map.open("wb") as content:
         content.truncate(2**24 + 1)  # sparse
     assert any("needs to be at most 16777216 bytes long" in note for note in convert_checkpoint(file).notes)

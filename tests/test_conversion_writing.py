@@ -90,7 +90,7 @@ sys.stderr = sys.stdout
 assert main(sys.argv[1:]) == 1
 """
     printed = run_child(code, "convert", "a.pth", "--output", "folder")
-    assert printed.splitlines()[-1] == "timm-tresnet: the file would be larger than files may be"
+    assert printed.splitlines()[-1] == "timm-tresnet: the file would exceed the largest possible file size"
     assert "Traceback" not in printed
     assert os.listdir(tmp_path) == ["a.pth"]
 

@@ -108,7 +108,7 @@ def come_second(path):
 
 
 def test_a_rival_that_came_meanwhile_is_kept_and_so_is_what_was_made(path):
-    with pytest.raises(FileExistsError, match="came to exist meanwhile") as caught:
+    with pytest.raises(FileExistsError, match="was created meanwhile") as caught:
         come_second(path)
     assert path.read_text() == "the rival's"
     (left,) = (entry for entry in path.parent.iterdir() if entry != path)

@@ -196,7 +196,7 @@ UNREADABLE = {  # how a file gets that way, and what is said of it
     "spider": (save_spider, "not an image in"),
     "eps": (lambda path: save(path, format="EPS"), "not an image in"),
     "pdf": (lambda path: save(path, format="PDF"), "not an image in"),
-    "bomb_of_100_megapixels": (lambda path: bomb(path, 10_000), "more than the 89 megapixels"),
+    "bomb_of_100_megapixels": (lambda path: bomb(path, 10_000), "more than 89 megapixels"),
     "bomb_of_10_000_megapixels": (lambda path: bomb(path, 100_000), "exceeds limit"),
     "needle": (lambda path: save(path, blank("red", size=(101, 1)), format="PNG"), "101x1 pixels, one side is over"),
     "integers": (lambda path: save(path, GREY.convert("I"), format="TIFF"), "mode I"),

@@ -20,7 +20,7 @@ def test_results_that_would_overwrite_others_are_left_beside_them(tmp_path):
     path = tmp_path / "new" / "results.json"
     write_results({"rows": [1]}, path)
     assert path.read_text() == '{\n  "rows": [\n    1\n  ]\n}\n'
-    with pytest.raises(FileExistsError, match="came to exist meanwhile and is left as it is; what was made is in"):
+    with pytest.raises(FileExistsError, match="was created meanwhile and is not overwritten; the new result is in"):
         write_results({"rows": [2]}, path)
     assert json.loads(path.read_text()) == {"rows": [1]}
     (left,) = set(path.parent.iterdir()) - {path}

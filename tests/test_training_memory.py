@@ -200,7 +200,7 @@ def test_an_existing_file_is_not_overwritten(training_memory, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         training_memory.main(["--json", str(results)])
     assert "never overwritten" in capsys.readouterr().err
-    with pytest.raises(FileExistsError, match="what was made is in"):  # it came while measuring
+    with pytest.raises(FileExistsError, match="the new result is in"):  # it came while measuring
         training_memory.write_results({}, results)
     assert results.read_text() == "precious"
 

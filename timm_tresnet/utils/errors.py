@@ -1,4 +1,4 @@
-"""What foreign code says when it fails, in our sentences."""
+"""Turn other packages' exceptions into one-line messages."""
 
 import errno
 import os
@@ -7,21 +7,24 @@ from typing import Any
 from timm_tresnet.utils.terminal import escape
 
 _SHOWN = 600  # characters
-_REASONS = {  # of errors of the operating system, with the name of the file
+_REASONS = {  # messages for errors of the operating system; {} is the file's name
     errno.ENOENT: "there is no {}",
-    errno.EACCES: "{} may not be used: permission denied",
-    errno.EPERM: "{} may not be used: the operation is not permitted",
-    errno.EISDIR: "{} is a folder, where a file is needed",
-    errno.ENOTDIR: "{} is no folder, or lies in what is none",
-    errno.EROFS: "{} lies on a disk that can only be read",
+    errno.EACCES: "{} cannot be accessed: permission denied",
+    errno.EPERM: "{} cannot be accessed: the operation is not permitted",
+    errno.EISDIR: "{} is a folder, a file is needed",
+    errno.ENOTDIR: "{} is not a folder, or a parent of it is not",
+    errno.EROFS: "{} is on a read-only disk",
     errno.ENOSPC: "the disk is full, no room for {}",
-    errno.EDQUOT: "the quota of the disk is used up, no room for {}",
-    errno.EFBIG: "{} would be larger than files may be",
+    errno.EDQUOT: "the disk quota is used up, no room for {}",
+    errno.EFBIG: "{} would exceed the largest possible file size",
 }
 
 
 def summarise(error: BaseException) -> str:
-    """What an error says, in one line of bounded length; behind its type unless that is one that explains itself."""
+    """Return an error's message in one line of bounded length.
+
+    The type's name precedes the message, except for types whose messages usually explain themselves.
+    """
     text = escape(" ".join((_explain(error) or str(error)).split()))
     if not text or not isinstance(error, ImportError | OSError | RuntimeError | ValueError):
         text = ": ".join(filter(None, (type(error).__name__, text)))
@@ -29,7 +32,7 @@ def summarise(error: BaseException) -> str:
 
 
 def _explain(error: BaseException) -> str | None:
-    """A sentence in place of "[Errno 2] ..."; None for errors that the operating system did not raise."""
+    """Return a sentence in place of "[Errno 2] ..."; None if the error did not come from the operating system."""
     if not isinstance(error, OSError) or error.errno is None or not error.strerror:
         return None
     reason = _REASONS.get(error.errno)

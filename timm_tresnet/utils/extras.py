@@ -1,6 +1,6 @@
-"""How to install what the package alone does not bring."""
+"""Installation hints for optional dependencies."""
 
 
 def how_to_install(*extras: str) -> str:
-    """How to install extras: from a clone, since no index has the package yet."""
+    """Return how to install extras: from a clone, because the package is not on an index yet."""
     return f"in the clone of timm-tresnet, run pip install '.[{','.join(extras)}]'"

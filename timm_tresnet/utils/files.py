@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Read files of bounded size; write files and folders atomically."""
 
 import contextlib
 import glob
@@ -12,24 +12,24 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows, where two that write to one place at once are on their own
+except ImportError:  # Windows; there, concurrent writers are not kept apart
     fcntl = None  # type: ignore[assignment]
 
 _UNFINISHED = ".partial"
-_REPLACED = ".replaced"  # what had the name before
+_REPLACED = ".replaced"  # the earlier file or folder, until the new one has its name
 
 
 def read_bounded(path: Path, most: int, called: str | None = None) -> bytes:
-    """What a file holds, if it is one, and no larger than it may be.
+    """Return the content of a regular file of bounded size.
 
     Args:
         path: the file.
-        most: how many bytes it may have.
-        called: how messages name it; None for its path.
+        most: largest size, in bytes.
+        called: name of the file in messages; None for its path.
 
     Raises:
-        OSError: if there is no such file, or it may not be read.
-        ValueError: if it is not a file (a pipe would keep us waiting), or too large.
+        OSError: if the file does not exist or may not be read.
+        ValueError: if it is too large, or not a regular file. Reading a pipe would block.
     """
     called = called or str(path)
     status = path.stat()
@@ -43,22 +43,22 @@ def read_bounded(path: Path, most: int, called: str | None = None) -> bytes:
 
 @contextmanager
 def whole(path: Path, overwrite: bool = True) -> Iterator[Path]:
-    """Have a file or folder written under another name, and renamed to its own when it is complete.
+    """Write a file or folder under a temporary name; rename it to path when the block ends without an error.
 
-    What is written is in a hidden folder beside path, `.NAME-….partial`. When the block ends without an error, all that
-    is in it takes its place beside path, path itself last; until then nothing is there. Of two that end at once, the
-    files of one are there. A process that is killed leaves the hidden folder, which the next one removes; if it
-    was about to replace a folder, or a file and what belongs to it, nothing may be left under the name.
+    The temporary name is in a hidden folder beside path, `.NAME-….partial`. At the end of the block, everything in that
+    folder is moved beside path, path itself last. If two processes finish together, all files are from one of them.
+    A killed process leaves its hidden folder; the next call removes it. A process killed while it replaces a folder, or
+    a file with companion files, may leave nothing under the name.
 
     Args:
         path: the final name.
-        overwrite: replace a file or folder of that name; an empty folder is replaced in any case.
+        overwrite: replace an existing file or folder; an empty folder is always replaced.
 
     Yields:
-        Where to write. Files that belong to it can be written beside it.
+        The path to write to. Companion files can be written beside it.
 
     Raises:
-        FileExistsError: if path has come to exist and overwrite is not set; says where the complete one is.
+        FileExistsError: if path has come to exist and overwrite is not set; the message names the complete result.
     """
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,20 +69,20 @@ def whole(path: Path, overwrite: bool = True) -> Iterator[Path]:
                 dir=path.parent, prefix=f".{path.name}-", suffix=_UNFINISHED, ignore_cleanup_errors=True
             )
             folder = Path(stack.enter_context(made))
-            stack.enter_context(_alone(folder))  # while it is used
+            stack.enter_context(_alone(folder))  # marks the folder as in use
         yield folder / path.name
         with _alone(path.parent):
             if not overwrite and path.exists() and not _is_empty_folder(path):
                 left = folder.with_suffix(".complete")
                 os.replace(folder / path.name, left)
                 raise FileExistsError(
-                    f"{path} came to exist meanwhile and is left as it is; what was made is in {left}"
+                    f"{path} was created meanwhile and is not overwritten; the new result is in {left}"
                 )
             _place(folder, path)
 
 
 def _place(folder: Path, path: Path) -> None:
-    """Give what is in a folder its final place; what belongs to path never stands beside another's."""
+    """Move a folder's entries beside path, path last; companion files never appear beside an older path."""
     others = [entry for entry in folder.iterdir() if entry.name != path.name]
     replaced = folder / _REPLACED
     if path.is_dir() or (others and path.exists()):
@@ -102,7 +102,10 @@ def _is_empty_folder(path: Path) -> bool:
 
 @contextmanager
 def _alone(folder: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold a folder's lock, which ends with the process; False if another has it or the file system has no locks."""
+    """Hold a lock on a folder, at most until the process ends.
+
+    Yields whether the lock is held: False if another process holds it, or the file system has no locks.
+    """
     with contextlib.ExitStack() as stack:
         held = False
         with contextlib.suppress(OSError, AttributeError):
@@ -114,7 +117,7 @@ def _alone(folder: Path, wait: bool = True) -> Iterator[bool]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what killed processes have left, which is what nobody holds."""
+    """Remove hidden folders of killed processes: those that no process holds a lock on."""
     for left in path.parent.glob(f".{glob.escape(path.name)}-*{_UNFINISHED}"):
         with _alone(left, wait=False) as abandoned:
             if abandoned:

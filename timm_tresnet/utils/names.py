@@ -1,11 +1,11 @@
-"""Names that were typed, and those that were meant."""
+"""Suggest the known names closest to a mistyped one."""
 
 import difflib
 from collections.abc import Iterable
 
 
 def suggest(typed: str, known: Iterable[str], most: int = 1) -> str:
-    """A question about the closest names, to be put behind a sentence; "" if none is close."""
+    """Return "; did you mean ...?" with the closest names, to append to a message; "" if none is close."""
     close = difflib.get_close_matches(typed.lower(), list(known), n=most)
     if not close:
         return ""

@@ -1,4 +1,4 @@
-"""What a JSON file may say, as a table of kinds: read and checked as a whole before anything else sees it."""
+"""Read a JSON file and check it against a table of value kinds, before anything uses it."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -18,8 +18,8 @@ class Kind:
     """A kind of value.
 
     Args:
-        words: what it is, as it stands behind "to be".
-        fits: whether a value of a JSON file is one.
+        words: description of the kind; in messages it follows "to be".
+        fits: whether a value from a JSON file is of this kind.
     """
 
     words: str
@@ -39,9 +39,9 @@ class Table:
     """A JSON object.
 
     Args:
-        fields: kinds of its fields, which can be tables themselves, by name.
-        required: those that it must have.
-        others: why other names are refused, as it stands behind the name and a comma; None if they do not matter.
+        fields: the kind of each field by name; a field can be a table itself.
+        required: names of the required fields.
+        others: why other names are refused; in messages it follows the name and a comma. None to allow other names.
     """
 
     fields: Mapping[str, "Kind | Table"]
@@ -50,7 +50,7 @@ class Table:
 
 
 def show(value: Any) -> str:
-    """A value as JSON has it, short enough for a message."""
+    """Return a value as JSON, shortened for a message."""
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, list | tuple) and any(isinstance(each, dict | list) for each in value):
@@ -60,12 +60,12 @@ def show(value: Any) -> str:
 
 
 def integer(least: int, most: int) -> Kind:
-    """Integers of a range."""
+    """Integers from least to most."""
     return Kind(f"an integer from {least} to {most}", lambda value: type(value) is int and least <= value <= most)
 
 
 def number(least: float, most: float, above: bool = False) -> Kind:
-    """Finite numbers of a range, whose lower end is not in it if above."""
+    """Finite numbers from least to most; if above is set, without least itself."""
     words = f"a number above {least} and up to {most}" if above else f"a number from {least} to {most}"
     return Kind(
         words,
@@ -74,7 +74,7 @@ def number(least: float, most: float, above: bool = False) -> Kind:
 
 
 def choice(*choices: str | int | bool | None) -> Kind:
-    """A few values; 1 is not true."""
+    """One of the given values; the type must match too, so 1 is not true."""
     words = ", ".join(map(show, choices))
     return Kind(
         f"one of {words}" if len(choices) > 1 else words,
@@ -83,7 +83,7 @@ def choice(*choices: str | int | bool | None) -> Kind:
 
 
 def list_of(kind: Kind, least: int, most: int) -> Kind:
-    """Lists whose every entry is of a kind."""
+    """Lists with least to most entries, each of a kind."""
     count = f"{least}" if least == most else f"{least} to {most}"
     return Kind(
         f"a list of {count}, each {kind.words}",
@@ -92,7 +92,7 @@ def list_of(kind: Kind, least: int, most: int) -> Kind:
 
 
 def map_of(kind: Kind) -> Kind:
-    """Objects whose every value is of a kind."""
+    """Objects whose values are all of a kind."""
     return Kind(
         f"an object, each value {kind.words}",
         lambda value: isinstance(value, dict) and all(TEXT.fits(key) and kind.fits(value[key]) for key in value),
@@ -108,12 +108,12 @@ FLAG = choice(True, False)
 
 
 def find_fault(value: Any, kind: Kind | Table, name: str = "") -> str | None:
-    """What is wrong with a value, as it stands behind the name of its file; None if nothing is.
+    """Return what is wrong with a value; None if it is valid. The message follows the name of the file.
 
     Args:
-        value: what the file holds, or a part of it.
-        kind: what it is to be.
-        name: of that part.
+        value: content of the file, or a part of it.
+        kind: the kind that it must have.
+        name: name of that part; "" for the whole content.
     """
     if isinstance(kind, Kind):
         return None if kind.fits(value) else f"needs {name or 'its content'} to be {kind.words}, got {show(value)}"
@@ -138,14 +138,14 @@ def read_json(path: Path, called: str | None = None) -> Any:
 
     Args:
         path: the file.
-        called: how messages name it; None for its path.
+        called: name of the file in messages; None for its path.
 
     Returns:
-        What it holds.
+        The decoded content.
 
     Raises:
-        OSError: if there is no such file, or it may not be read.
-        ValueError: if it is not a file, too large, or not JSON in UTF-8.
+        OSError: if the file does not exist or may not be read.
+        ValueError: if it is not a regular file, too large, or not JSON in UTF-8.
     """
     content = read_bounded(path, LARGEST_FILE, called)
     try:

@@ -1,21 +1,21 @@
-"""Tables in text, whose rows may end early; no line end behind them."""
+"""Text tables. Rows may have fewer cells than there are columns; the text has no final newline."""
 
 import itertools
 import math
 from collections.abc import Sequence
 
-_EIGHTHS = " ▏▎▍▌▋▊▉█"  # of a character, filled from the left
+_EIGHTHS = " ▏▎▍▌▋▊▉█"  # characters filled from the left by 0 to 8 eighths
 
 
 def format_markdown(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in Markdown."""
+    """Return a Markdown table."""
     lines = [titles, ["---"] * len(titles), *([*row, *[""] * (len(titles) - len(row))] for row in rows)]
     cells = ([" ".join(str(cell).splitlines()).replace("|", r"\|") for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def format_columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows with their columns aligned."""
+    """Return rows with aligned columns."""
     widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows
@@ -23,15 +23,15 @@ def format_columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 def format_bar(share: float, width: int, encoding: str | None = None) -> str:
-    """A bar as long as a share of width characters.
+    """Return a bar whose length shows a share.
 
     Args:
         share: from 0 to 1.
-        width: of the whole, in characters.
-        encoding: what the bar has to be written in; where that has no block characters, it is of "#". None: any.
+        width: length of a full bar, in characters.
+        encoding: encoding of the output; "#" is used if it has no block characters. None for UTF-8.
 
     Returns:
-        At most width characters; what is more than nothing is shown.
+        At most width characters; a share above 0 gives at least one.
     """
     eighths = math.ceil(share * width * 8)
     whole, rest = divmod(eighths, 8)

@@ -1,17 +1,17 @@
-"""What a terminal is shown of strangers' text: names of tensors, labels and files, and what errors quote of them."""
+"""Escape untrusted text for terminals: names of tensors, labels and files, and error messages that quote them."""
 
 import unicodedata
 
 _OBEYED = {"Cc", "Cs", "Zl", "Zp"}  # control characters, halves of surrogate pairs, separators of lines and paragraphs
-_TURNING = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}  # change the order in which others are shown
+_TURNING = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}  # change the display order of text
 
 
 def escape(text: str, lines: bool = False) -> str:
-    r"""Text in which what a terminal obeys is written as Python writes it, such as `\\x1b`.
+    r"""Return text with control characters as Python escapes, such as `\\x1b`.
 
     Args:
-        text: of anybody.
-        lines: whether line ends stay.
+        text: untrusted text.
+        lines: whether newlines stay as they are.
     """
     if text.isascii() and text.isprintable():
         return text
