@@ -62,7 +62,7 @@ def test_a_training_learns_and_ends_with_a_folder_that_timm_and_the_commands_tak
     assert train(data, output, "--epochs", "4", *EASY) == 0
     printed = capsys.readouterr().out
     first, second, third, *_ = printed.splitlines()
-    assert first == "42 images to train on, 60 held out, 3 labels; 4 epochs of 5 batches of 8"
+    assert first == "42 training images, 60 held out, 3 labels; 4 epochs of 5 batches of 8"
     assert second.startswith("test_tresnet with 0.")
     assert second.endswith(" M parameters, from random weights, at 32x32 pixels")
     assert third.startswith("adam, learning rate 0.005, cosine; 32-true on cpu; checkpoints go into ")
@@ -111,7 +111,7 @@ def test_a_finished_training_is_said_to_be_so_and_left_alone(data, trained, caps
     before = {path: path.read_bytes() for path in trained.iterdir()}
     assert train(data, trained, "--epochs", "4", *EASY, "--resume") == 0
     printed = capsys.readouterr().out
-    assert printed == f"{trained} is already finished, with these settings; --overwrite begins anew\n"
+    assert printed == f"{trained} is already finished with these settings; train again with --overwrite\n"
     assert {path: path.read_bytes() for path in trained.iterdir()} == before
     assert train(data, trained, "--epochs", "5", *EASY, "--resume") == 2
     assert "other epochs (4, now 5)" in capsys.readouterr().err
@@ -148,9 +148,9 @@ def test_images_that_cannot_be_read_are_named(tmp_path, capsys):
     (folder / "train" / "10" / "x.webp").write_bytes(b"")
     assert train(folder, tmp_path / "out", "--epochs", "1", *EASY) == 0
     printed = capsys.readouterr().out
-    assert f"skipped 1 images to train on that cannot be read: {damaged[0]}" in printed
-    assert f"skipped 1 images to measure with that cannot be read: {damaged[1]}" in printed
-    assert f"{folder / 'train'}: left out 1 .webp files, which timm's reader passes over" in printed
+    assert f"skipped 1 unreadable training images: {damaged[0]}" in printed
+    assert f"skipped 1 unreadable validation images: {damaged[1]}" in printed
+    assert f"{folder / 'train'}: left out 1 .webp files, which timm's reader skips" in printed
 
 
 def test_without_packages_it_says_what_to_install(monkeypatch, tmp_path, capsys):
@@ -163,7 +163,7 @@ def test_without_packages_it_says_what_to_install(monkeypatch, tmp_path, capsys)
     ("words", "message"),
     [
         (["--model", "test_tresnett"], "there is no model test_tresnett; did you mean test_tresnet"),
-        (["--aa", "nonsense"], "timm makes no augmentation of --aa nonsense"),
+        (["--aa", "nonsense"], "timm cannot make the augmentation --aa nonsense"),
         (["--val", "nowhere"], "nowhere needs to be a folder with a folder for each class"),
     ],
 )

@@ -118,7 +118,7 @@ def test_what_is_missing_is_said_and_counted(tagger, images, tmp_path, capsys):
     found = json.loads((tmp_path / "x.json").read_text())
     assert (found["images"], found["measured_labels"], found["unknown_labels"]) == (3, 2, ["yak", "zebra"])
     run("--model", tagger[0], _write(path, "file,labels\n0/0.png,yak\n"), status=2)
-    assert "none of the labels yak is among the 3 of the network, " in capsys.readouterr().err
+    assert "none of the labels yak is among the network's 3 labels, " in capsys.readouterr().err
 
 
 def _write(path, text):

@@ -104,7 +104,7 @@ def test_unknown_labels_are_an_error_or_left_out(folder):
     path = write(folder / "x.csv", "file,labels\na.jpg,cat;emu\nb.jpg,emu\n")
     with pytest.raises(ValueError, match="not among the 2 known ones: emu; .*--skip-unknown"):
         read(path, names=("dog", "cat"))
-    left_out = {"labels that are unknown": 1, "images without labels": 1}
+    left_out = {"unknown labels": 1, "images without labels": 1}
     assert read(path, names=("dog", "cat"), skip_unknown=True) == ({"a.jpg": ("cat",)}, ("dog", "cat"), left_out)
 
 
@@ -130,7 +130,7 @@ def test_coco_is_numbered_as_pycocotools_numbers_it(folder, capsys):
 
 def test_coco_annotations_of_nothing_are_an_error_or_counted(folder):
     path = write(folder / "x.json", coco([(7, "a.jpg")], [(7, 3), (8, 3), (7, 4)]))
-    with pytest.raises(ValueError, match=r"needs annotations\[1\].image_id to be the id of one of the others, got 8"):
+    with pytest.raises(ValueError, match=r"needs annotations\[1\].image_id to be the id of an entry of images, got 8"):
         read(path)
     assert read(path, skip_unknown=True)[::2] == (
         {"a.jpg": ("cat",)},
@@ -145,8 +145,8 @@ def test_coco_annotations_of_nothing_are_an_error_or_counted(folder):
         ('{"images": []}', "x.json needs annotations, which is missing; COCO's annotations have"),
         ('{"images": [{"id": 1}], "annotations": [], "categories": []}', r"images\[0\].file_name, which is missing"),
         ("{", "x.json is not JSON"),
-        (coco([(1, "a.jpg"), (1, "b.jpg")]), "an id twice"),
-        (coco([(1, "a.jpg")], categories=[(1, "cat"), (2, "cat")]), "labels that differ, got twice: cat"),
+        (coco([(1, "a.jpg"), (1, "b.jpg")]), "two images or two categories with the same id"),
+        (coco([(1, "a.jpg")], categories=[(1, "cat"), (2, "cat")]), "each label once, got more than once: cat"),
         (coco([(1, "a.jpg")], categories=[]), "has no labels"),
         (coco([(1, "a.jpg")], [(1, 1)], [(1, "\x1b[31m")]), "without control characters"),
         (coco([]), "has no images"),
@@ -183,7 +183,7 @@ def test_a_column_can_be_named(folder):
 
 
 def test_a_folder_without_metadata_says_where_some_is(folder):
-    with pytest.raises(ValueError, match=r"needs to hold a metadata.jsonl, as .* of the Hub do, or a .txt"):
+    with pytest.raises(ValueError, match=r"needs to contain metadata.jsonl, as .* of the Hub do, or a .txt"):
         read(folder)
     write(folder / "sub" / "metadata.jsonl", "")
     with pytest.raises(ValueError, match="there is one in sub"):
@@ -197,7 +197,7 @@ def test_a_folder_without_metadata_says_where_some_is(folder):
         ("x.csv", "", "needs a first line that names its columns"),
         ("x.csv", "a.jpg,cat\n", "needs a first line that names its columns, one of them file or file_name"),
         ("x.csv", "file,labels\na.jpg,cat,dog\n", "has 3 cells in line 2, and 2 in its first; put a cell"),
-        ("x.csv", 'file,labels\na.jpg,"cat\n', "is no CSV"),
+        ("x.csv", 'file,labels\na.jpg,"cat\n', "is not valid CSV"),
         ("x.csv", "file,labels\na.jpg,[1\n", "is not JSON"),
         ("x.csv", "file,labels\n", "has no labels"),
         ("x.jsonl", '{"file_name": 3}', r"file_name to be text .*\(line 1\)"),
@@ -220,7 +220,7 @@ def test_text_that_is_not_utf_8_is_refused(folder):
 
 def test_names_come_one_a_line(folder):
     assert read_names(write(folder / "names.txt", "dog\n\n cat \n")) == ("dog", "cat")
-    with pytest.raises(ValueError, match="names.txt needs labels that differ, got twice: dog"):
+    with pytest.raises(ValueError, match="names.txt needs each label once, got more than once: dog"):
         read_names(write(folder / "names.txt", "dog\ndog\n"))
 
 
@@ -310,7 +310,7 @@ def test_tabs_and_lists_of_pandas_are_read(folder):
 
 def test_a_column_for_each_label_is_read_in_order(folder):
     path = write(folder / "x.csv", "filename, Dog, Cat,size\na.jpg,1,0,8\nb.jpg,0,1.0,9\nc.jpg,0,0,9\n")
-    left_out = {"images without labels": 1, "columns that are not of 0 and 1": 1}
+    left_out = {"images without labels": 1, "columns with values other than 0 and 1": 1}
     assert read(path) == ({"a.jpg": ("Dog",), "b.jpg": ("Cat",)}, ("Dog", "Cat"), left_out)
     assert read(path, names=("Cat",), keep_empty=True)[0]["a.jpg"] == ()
 
@@ -337,7 +337,7 @@ def test_labels_that_were_looked_for_in_vain_are_known_and_others_are_not(folder
     assert read(path)[:2] == (images, ("/m/1", "/m/2", "/m/3"))
     write(path, "\n".join([*lines, "a,v,/m/1,0"]))  # two people, two answers
     images["a.jpg"] = ((), ("/m/2",))
-    assert read(path)[::2] == (images, {"labels that an image has and lacks": 1})
+    assert read(path)[::2] == (images, {"labels both present and absent": 1})
     with pytest.raises(ValueError, match='needs each confidence to be 0 or 1, got "0.7"'):
         read(write(path, "\n".join([*lines, "b,m,/m/1,0.7"])))
     with_all = "ImageID,LabelName,Confidence\na,/m/1,1\nb,/m/2,1\n"
@@ -383,7 +383,7 @@ def test_numbers_of_a_hub_data_set_have_the_names_of_its_card(folder, kind, plac
     path.unlink()
     path = write(folder / "sub" / "metadata.csv", "file_name,labels\na.jpg,1\n")
     assert read(folder / "sub")[:2] == ({"a.jpg": ("cat",)}, ("dog", "cat", "emu"))
-    with pytest.raises(ValueError, match="are no number of one of the 3 names: 3"):
+    with pytest.raises(ValueError, match="has class numbers beyond the 3 names: 3"):
         read(write(path, "file_name,labels\na.jpg,3\n"))
 
 
@@ -392,7 +392,7 @@ def test_a_card_that_does_not_help_leaves_numbers_or_says_why(folder, card):
     write(folder / "README.md", card)
     write(folder / "metadata.jsonl", '{"file_name": "a.jpg", "labels": [10, 9]}')
     if ": :" in card:
-        with pytest.raises(ValueError, match="has a card beside it, .*README.md, that cannot be read"):
+        with pytest.raises(ValueError, match="has a dataset card, .*README.md, that cannot be read"):
             read(folder)
     else:
         assert read(folder)[1] == ("9", "10")  # by their value
@@ -467,7 +467,7 @@ def test_class_folders_are_those_that_timms_scripts_measure(folder):
     found, names, left_out = read(folder, class_folders=True)
     assert found == {"val/cat/b.jpg": ("cat",), "val/dog/c.jpg": ("dog",)}
     assert names == ("cat", "dog")
-    assert left_out == {".gif files, which timm's reader passes over": 1}
+    assert left_out == {".gif files, which timm's reader skips": 1}
 
 
 def test_class_folders_are_one_label_an_image_where_they_are_asked_for(folder):
@@ -479,8 +479,8 @@ def test_class_folders_are_one_label_an_image_where_they_are_asked_for(folder):
     found, names, left_out = read(folder, class_folders=True)
     assert found == labels
     assert names == ("deep", "sub", "sub9", "sub10")  # as timm sorts them
-    assert left_out == {"images that are in no folder": 3}
-    with pytest.raises(ValueError, match="needs to hold a metadata.jsonl"):
+    assert left_out == {"images outside class folders": 3}
+    with pytest.raises(ValueError, match="needs to contain metadata.jsonl"):
         read(folder)
 
 
@@ -503,7 +503,7 @@ def test_numbers_come_one_a_label(folder):
         ("cat,1\ndog,-1\n", "needs a number from 0 on in line 2"),
         ("cat,1\ndog,nan\n", "needs a number from 0 on in line 2"),
         ("cat\n", "needs two columns, got 1 cells in line 1"),
-        ('cat,"1', "n.csv is no CSV"),
+        ('cat,"1', "n.csv is not valid CSV"),
     ):
         with pytest.raises(ValueError, match=message):
             read_numbers(write(path, text), ("cat", "dog"))
@@ -582,14 +582,14 @@ WHOLE = {  # file, text, options, and all that is said, with {path} and {folder}
         "x.json",
         coco([(1, "a.jpg")], [(1, 5)]),
         {},
-        "{path} needs annotations[0].category_id to be the id of one of the others, got 5; --skip-unknown leaves such "
-        "annotations out",
+        "{path} needs annotations[0].category_id to be the id of an entry of categories, got 5; leave such annotations "
+        "out with --skip-unknown",
     ),
     "ids_twice": (
         "x.json",
         coco([(1, "a.jpg"), (1, "b.jpg")]),
         {},
-        "{path} has an id twice among its images or its categories",
+        "{path} has two images or two categories with the same id",
     ),
     "cells": (
         "x.csv",
@@ -622,8 +622,8 @@ WHOLE = {  # file, text, options, and all that is said, with {path} and {folder}
         "x.csv",
         "file,label,confidence\na.jpg,cat,0.7\n",
         {},
-        '{path} needs each confidence to be 0 or 1, got "0.7"; leave out labels that nobody checked, or '
-        "rename the column",
+        '{path} needs each confidence to be 0 or 1, got "0.7"; leave out unverified labels, or rename '
+        "the column",
     ),
     "separator": (
         "x.csv",
@@ -659,13 +659,13 @@ WHOLE = {  # file, text, options, and all that is said, with {path} and {folder}
         "x.csv",
         "file,labels\na.jpg,cat;emu\n",
         {"names": ("cat",)},
-        "{path} has labels that are not among the 1 known ones: emu; add them, or leave them out with --skip-unknown",
+        "{path} has labels that are not among the 1 known labels: emu; add them, or leave them out with --skip-unknown",
     ),
     "too_large_a_number": (
         "x.csv",
         "file,labels\na.jpg,1;0\n",
         {"names": ("cat",)},
-        "{path} has labels that are no number of one of the 1 names: 1",
+        "{path} has class numbers beyond the 1 names: 1",
     ),
     "missing_file": (
         "x.csv",
@@ -679,15 +679,14 @@ WHOLE = {  # file, text, options, and all that is said, with {path} and {folder}
         "x.csv",
         "file,labels\na.jpg,\nb.jpg,emu\n",
         {"names": ("cat",), "skip_unknown": True},
-        "{path} has no images to train on or to measure with but 1 labels that are unknown, 2 images without labels",
+        "{path} has no usable images; left out 1 unknown labels, 2 images without labels",
     ),
     "outside": (
         "x.csv",
         "file,labels\n../a.jpg,cat\n",
         {},
-        "{path} names 1 files outside {folder}, by absolute paths, .. or links: ../a.jpg; if you trust it, "
-        "take them with "
-        "--outside",
+        "{path} names 1 files outside {folder}, by absolute paths, .. or links: ../a.jpg; if you trust the "
+        "annotations, allow these files with --outside",
     ),
     "other_form": (
         "x.yaml",
@@ -701,7 +700,7 @@ WHOLE = {  # file, text, options, and all that is said, with {path} and {folder}
         ".",
         None,
         {},
-        "{path} needs to hold a metadata.jsonl, as dataset folders of the Hub do, or a .txt with labels "
+        "{path} needs to contain metadata.jsonl, as dataset folders of the Hub do, or a .txt with labels "
         "beside each image",
     ),
 }
@@ -718,7 +717,7 @@ def test_what_is_wrong_is_said_in_whole_sentences(folder, name, text, options, m
 def test_what_is_left_out_is_said_in_a_whole_sentence(folder):
     path = write(folder / "x.csv", "file,labels\na.jpg,cat\nb.jpg,emu\n")
     found = read_annotations(path, ReadingOptions(names=("cat",), skip_unknown=True))
-    assert describe_left_out(found) == f"{path}: left out 1 labels that are unknown, 1 images without labels"
+    assert describe_left_out(found) == f"{path}: left out 1 unknown labels, 1 images without labels"
 
 
 def test_an_image_that_was_searched_for_nothing_may_say_so_or_not(folder):

@@ -63,15 +63,15 @@ def test_a_share_of_each_class_is_held_out_by_the_seed_alone(tmp_path):
 def test_a_class_with_a_single_image_cannot_be_held_out(tmp_path):
     annotations, _ = read_folders(write_classes(tmp_path, 1))
     with pytest.raises(
-        ValueError, match="has a single image of '2', too few to hold one out; give others to measure with by --val"
+        ValueError, match="has a single image of '2', too few to hold one out; give validation images with --val"
     ):
         hold_out_of_each(annotations, 0.1, seed=0)
 
 
-def test_images_that_timm_passes_over_are_counted_by_format(tmp_path):
+def test_images_that_timm_skips_are_counted_by_format(tmp_path):
     folder = write_classes(tmp_path, 1)
     for name in ("2/a.webp", "10/b.WEBP", "2/c.bmp"):
         (folder / name).touch()
     annotations, _ = read_folders(folder)
-    passed_over = "files, which timm's reader passes over"
-    assert annotations.left_out == {f".webp {passed_over}": 2, f".bmp {passed_over}": 1}
+    skipped = "files, which timm's reader skips"
+    assert annotations.left_out == {f".webp {skipped}": 2, f".bmp {skipped}": 1}

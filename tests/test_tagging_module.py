@@ -141,7 +141,7 @@ def test_nothing_that_can_be_read_is_an_error(monkeypatch):
     monkeypatch.setattr(tagger, "_gather", lambda values: values)
     part = {"index": torch.tensor([0]), "readable": torch.tensor([True]), "target": torch.ones(1, 3)}
     tagger._measured = [part | {"network": torch.rand(1, 3), "average": torch.rand(1, 3)}]
-    with pytest.raises(ValueError, match="none of the images to train on can be read"):
+    with pytest.raises(ValueError, match="none of the training images can be read"):
         tagger.on_validation_epoch_end()
 
 

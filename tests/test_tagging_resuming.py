@@ -98,12 +98,12 @@ FOREIGN = {  # what is done to the checkpoint, and what is said of it
     "odd_epoch": (put("epoch", value=torch.ones(2)), "needs epoch to be an integer from 0 to 1"),
     "loops": (put(*CURRENT, value={}), "has loops.fit_loop.epoch_progress.current of another training"),
     "count": (put(*CURRENT, "completed", value=-5), "to be a number from 0, got -5"),
-    "other_epochs": (put(*CURRENT, "processed", value=2), "needs 1 epochs in its loops, got 2"),
-    "other_optimizer": (put("optimizer_states", value=[{}]), "cannot go on with"),
+    "other_epochs": (put(*CURRENT, "processed", value=2), "needs its loops to have processed 1 epochs, got 2"),
+    "other_optimizer": (put("optimizer_states", value=[{}]), "cannot resume from"),
     "two_optimizers": (lambda checkpoint: checkpoint["optimizer_states"].append({}), "needs optimizer_states to be"),
-    "moments": (put("optimizer_states", 0, "state", 0, "exp_avg", value=torch.ones(5)), "cannot go on with"),
-    "schedule": (put("lr_schedulers", value=[{"last_epoch": "x"}]), "cannot go on with"),
-    "version": (put("pytorch-lightning_version", value="\x1b[2J"), "cannot go on with"),
+    "moments": (put("optimizer_states", 0, "state", 0, "exp_avg", value=torch.ones(5)), "cannot resume from"),
+    "schedule": (put("lr_schedulers", value=[{"last_epoch": "x"}]), "cannot resume from"),
+    "version": (put("pytorch-lightning_version", value="\x1b[2J"), "cannot resume from"),
 }
 
 
@@ -131,7 +131,7 @@ FILES = {
 @pytest.mark.parametrize("make", FILES.values(), ids=FILES)
 def test_file_that_is_no_checkpoint_is_refused_in_one_sentence(make, resume, capsys):
     assert resume(make) == 2
-    said = r"timm-tresnet: cannot train: \S*last.ckpt is no checkpoint of this training: [^\n]+\n"
+    said = r"timm-tresnet: cannot train: \S*last.ckpt is not a checkpoint of this training: [^\n]+\n"
     assert re.fullmatch(said, capsys.readouterr().err)
 
 
@@ -144,5 +144,5 @@ def test_checkpoint_names_no_file_that_is_removed(resume, tmp_path, capsys):
         state |= {"dirpath": f"{tmp_path}/tagger.training", "best_model_path": outside, "kth_best_model_path": outside}
 
     assert resume(changed(name_another)) == 0
-    assert "going on with " in capsys.readouterr().out
+    assert "resuming from " in capsys.readouterr().out
     assert (tmp_path / "thesis.txt").read_text() == "precious"

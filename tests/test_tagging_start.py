@@ -95,8 +95,8 @@ def test_random_weights_depend_on_the_seed_alone():
         ("resnet18", {}, True, "it is no TResNet"),
         ("test_tresnet", {"heads": 3}, False, "cannot make the network test_tresnet with {'heads': 3}.*heads"),
         ("test_tresnet", {"head": "linaer"}, True, "cannot make the network .*linaer"),
-        ("test_tresnet", {"in_chans": 4}, False, "takes 4 channels, images are read in 3"),
-        ("test_tresnet", {"width_factor": 0.5}, True, "the body differs from that of the weights"),
+        ("test_tresnet", {"in_chans": 4}, False, "needs images with 4 channels; training reads images with 3"),
+        ("test_tresnet", {"width_factor": 0.5}, True, "the weights need a network with the same body"),
         ("tresnet_s", {}, True, "tresnet_s"),
     ],
 )

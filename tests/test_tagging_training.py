@@ -128,7 +128,7 @@ def test_partial_labels_are_trained_in_the_two_steps_of_the_paper(train, data, t
     words = ["--images", str(data[0].parent), "--other-names", str(names), "--epochs", "1"]
     assert train(tmp_path / "first", *words, annotations=partial) == 0
     printed = capsys.readouterr().out
-    assert "66.7% of all labels of all images are known; --unknown ignore" in printed
+    assert "66.7% of all labels of all images are known, others --unknown ignore" in printed
     prior = tmp_path / "first.training" / "prior.csv"
     rows = dict(line.rsplit(",", 1) for line in prior.read_text(encoding="utf-8").splitlines())
     assert rows.pop("label") == "prior"
@@ -157,7 +157,7 @@ def test_a_run_that_is_killed_and_resumed_gives_the_same_bits(train, script, dat
     monkeypatch.delenv("KILL_AT")
     capsys.readouterr()
     assert train(killed, *words, "--resume") == 0
-    assert "going on with " in capsys.readouterr().out
+    assert "resuming from " in capsys.readouterr().out
     first, second = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", killed))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -170,7 +170,8 @@ def test_a_run_interrupted_before_its_first_checkpoint_begins_again(train, scrip
     words = ["train-tagger", data[0], "--val", data[1], "--output", tmp_path / "tagger", *WORDS, "--epochs", "1"]
     process = run_processes(script, *words, check=False)
     assert process.returncode == 1
-    assert process.stdout.endswith("\ninterrupted; --resume goes on after the last whole epoch\n")  # behind the summary
+    # The last line, after Lightning's summary
+    assert process.stdout.endswith("\ninterrupted; continue after the last finished epoch with --resume\n")
     assert "Traceback" not in process.stderr
     assert train(tmp_path / "tagger", "--epochs", "1", "--resume") == 0
 
@@ -195,12 +196,12 @@ def test_resuming_with_other_settings_or_data_is_refused(train, data, tmp_path, 
     (output / "model.safetensors").unlink()
     assert train(output, "--epochs", "2", "--lr", "0.01", "--resume") == 2
     error = capsys.readouterr().err
-    assert "other epochs (1, now 2), lr (0.0001, now 0.01); resume it with what it was begun with" in error
+    assert "other epochs (1, now 2), lr (0.0001, now 0.01); resume it with the settings and data" in error
     changed = write_images(tmp_path / "other", 20)
     assert train(output, "--epochs", "1", "--resume", annotations=changed) == 2
     assert "other training images" in capsys.readouterr().err
     assert train(output, "--epochs", "1") == 2
-    assert "go on with it by --resume, or begin anew with --overwrite" in capsys.readouterr().err
+    assert "resume it with --resume, or start again with --overwrite" in capsys.readouterr().err
     assert train(output, "--epochs", "1", "--resume") == 0  # nothing is left to train: written again
     assert output.exists()
 
@@ -251,14 +252,14 @@ def test_a_checkpoint_from_elsewhere_that_wants_to_run_code_is_refused(train, tm
     (tmp_path / "tagger.training" / "last.ckpt").write_bytes(pickle.dumps(Harm(), protocol=2))
     assert train(output, "--epochs", "1", "--resume") == 2
     assert not (tmp_path / "harm").exists()
-    assert "last.ckpt is no checkpoint of this training: " in capsys.readouterr().err
+    assert "last.ckpt is not a checkpoint of this training: " in capsys.readouterr().err
 
 
 def test_images_that_cannot_be_read_are_counted_and_the_rest_is_trained(train, tmp_path, capsys):
     annotations = write_images(tmp_path / "images", 24)
     (tmp_path / "images" / "0" / "0.png").write_bytes(b"damaged")
     assert train(tmp_path / "tagger", "--epochs", "1", annotations=annotations) == 0
-    assert "skipped 1 images to train on that cannot be read: " in capsys.readouterr().out
+    assert "skipped 1 unreadable training images: " in capsys.readouterr().out
 
 
 def test_only_images_that_cannot_be_read_are_an_error(train, tmp_path, capsys):
@@ -266,7 +267,7 @@ def test_only_images_that_cannot_be_read_are_an_error(train, tmp_path, capsys):
     for path in (tmp_path / "images").glob("*/*.png"):
         path.write_bytes(b"damaged")
     assert train(tmp_path / "tagger", "--epochs", "1", annotations=annotations) == 2
-    assert "none of the images to train on can be read" in capsys.readouterr().err
+    assert "none of the training images can be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", [2, 9], ids=["fewer_than_a_batch", "one_left_over"])
@@ -292,7 +293,7 @@ def test_one_label_trains_and_holds_out_by_itself(tmp_path, capsys):
     words = ["--labels", str(tmp_path / "labels.txt"), "--skip-unknown", "--keep-empty", "--held-out", "0.3"]
     command = ["train-tagger", str(annotations), "--output", str(tmp_path / "tagger"), *WORDS, *words, "--epochs", "1"]
     assert cli.main(command) == 0
-    assert "left out 2 labels that are unknown" in capsys.readouterr().out
+    assert "left out 2 unknown labels" in capsys.readouterr().out
     card = (tmp_path / "tagger" / "README.md").read_text()
     assert "14 images of" in card
     assert "6 images of" in card
@@ -300,7 +301,7 @@ def test_one_label_trains_and_holds_out_by_itself(tmp_path, capsys):
 
 def test_a_loss_that_is_not_finite_ends_the_training(train, tmp_path, capsys):
     assert train(tmp_path / "tagger", "--epochs", "2", "--opt", "sgd", "--lr", "1e30") == 2
-    assert "the loss is not finite in epoch 1; try a lower --lr" in capsys.readouterr().err
+    assert "the loss is not finite in epoch 1; use a lower --lr" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

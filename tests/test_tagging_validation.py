@@ -55,7 +55,7 @@ def test_logits_that_are_not_finite_are_an_error(images):
 
 def test_nothing_to_measure_is_an_error(images):
     outputs = validation.Outputs(torch.rand(2, 3), torch.tensor([[1, -1, 0], [-1, -1, 0]]), ())
-    with pytest.raises(ValueError, match="no label can be measured"):
+    with pytest.raises(ValueError, match="validation needs a label that some images have"):
         validation.measure(Named(["a", "b", "c"]), outputs, 3, True)
 
 

@@ -1,5 +1,5 @@
-"""From annotated images to a network that tags others: what `timm-tresnet train-tagger` puts together.
+"""Train and validate taggers on annotated images: the code behind `timm-tresnet train-tagger` and `validate`.
 
-Training needs the extra `tagging`: the loop is Lightning's, transforms are torchvision's; optimizers, schedules, the
-moving average and the asymmetric loss are timm's. Measuring (`timm-tresnet validate`) needs nothing but timm.
+Training needs the extra `tagging`: the loop is from Lightning, the transforms are from torchvision; optimizers,
+schedules, the moving average and the asymmetric loss are from timm. Validation needs only timm.
 """

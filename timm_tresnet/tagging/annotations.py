@@ -1,4 +1,4 @@
-"""Which labels each image has, put together from what people write down."""
+"""Read annotations: which labels each image has, from any of the forms in `timm_tresnet.tagging.forms`."""
 
 import csv
 import math
@@ -33,8 +33,8 @@ class Example:
 
     Args:
         path: the file.
-        labels: that it has.
-        absent: labels that it is known to lack; None for all others.
+        labels: the labels that the image has.
+        absent: labels that the image is known to lack; None if it lacks all other labels.
     """
 
     path: Path
@@ -44,13 +44,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Annotations:
-    """What a file of annotations says.
+    """The content of an annotations file.
 
     Args:
-        called: how messages name the file.
+        called: name of the file in messages.
         examples: its images, each once.
-        names: its labels, in the order in which a network is to have them.
-        left_out: how many of what was left out, by what it was.
+        names: its labels, in the order of a network's outputs.
+        left_out: number of items left out, by their description.
     """
 
     called: str
@@ -60,27 +60,27 @@ class Annotations:
 
     @property
     def partial(self) -> bool:
-        """Whether some images have labels of which nobody knows whether they are there."""
+        """Whether some labels of some images are unknown: neither present nor absent."""
         return any(example.absent is not None for example in self.examples)
 
 
 def read_annotations(path: Path, reading: ReadingOptions = _USUAL) -> Annotations:
     """Read annotations in any form of `timm_tresnet.tagging.forms`.
 
-    COCO's labels are its categories by ascending id, as ASL and ML-Decoder number them; those of columns and of a
-    dataset card are in their order; others are sorted by name. What rows say about the same file is put together; where
-    they say that a label is there and that it is not, nobody knows.
+    COCO's categories are ordered by ascending id, as ASL and ML-Decoder number them. Columns and the labels of a
+    dataset card keep their order. All other labels are sorted by name. Rows about the same file are merged; a label
+    that is both present and absent becomes unknown.
 
     Args:
         path: the file or folder.
         reading: how to read it.
 
     Returns:
-        The images and labels. Images of which nothing is known are left out and counted unless they are to be kept.
+        The images and labels. Images without any known label are left out and counted, unless `keep_empty` is set.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is in no known form, holds no images, or names files or labels that do not exist.
+        ValueError: if the form is unknown, there are no images, or files or labels are named that do not exist.
     """
     read, path = choose_reader(path, reading.class_folders)
     called = printable(path)
@@ -102,22 +102,22 @@ def read_annotations(path: Path, reading: ReadingOptions = _USUAL) -> Annotation
         unknown = {label for each in images.values() for label in each.named if label not in known}
         if unknown and not reading.skip_unknown:
             raise ValueError(
-                f"has labels that are not among the {len(names)} known ones: {name_some(sorted(unknown))}; add them, "
-                "or leave them out with --skip-unknown"
+                f"has labels that are not among the {len(names)} known labels: {name_some(sorted(unknown))}; add "
+                "them, or leave them out with --skip-unknown"
             )
-        left_out["labels that are unknown"] += len(unknown)
-        left_out["labels that an image has and lacks"] += sum(each.contradictions for each in images.values())
+        left_out["unknown labels"] += len(unknown)
+        left_out["labels both present and absent"] += sum(each.contradictions for each in images.values())
         examples = [each.make_example(file, known) for file, each in images.items()]
         examples = list(_leave_out(examples, reading, left_out))
         if not examples:
-            raise ValueError(f"has no images to train on or to measure with{_tell(left_out, ' but ')}")
+            raise ValueError(f"has no usable images{_tell(left_out, '; left out ')}")
     except ValueError as error:
         raise ValueError(f"{called} {error}") from error
     return Annotations(called, tuple(examples), tuple(names), +left_out)
 
 
 def describe_left_out(annotations: Annotations) -> str | None:
-    """What was left out of annotations, in a sentence; None if nothing was."""
+    """Return a sentence about what was left out of annotations; None if nothing was."""
     return f"{annotations.called}: left out{_tell(annotations.left_out, ' ')}" if annotations.left_out else None
 
 
@@ -131,7 +131,7 @@ def _check_names(names: Sequence[str]) -> None:
         raise ValueError("has no labels")
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise ValueError(f"needs labels that differ, got twice: {name_some(twice)}")
+        raise ValueError(f"needs each label once, got more than once: {name_some(twice)}")
     odd = [name for name in names if not TEXT.fits(name)]
     if odd:
         raise ValueError(f"needs labels to be {TEXT.words}, got {name_some([show(name) for name in odd])}")
@@ -139,7 +139,7 @@ def _check_names(names: Sequence[str]) -> None:
 
 @dataclass
 class _Gathered:
-    """What all rows say about one image."""
+    """The merged rows of one image."""
 
     labels: set[str] = field(default_factory=set)
     absent: set[str] | None = None
@@ -167,7 +167,7 @@ class _Gathered:
 
 def _gather(rows: Iterable[Row], folder: Path) -> dict[Path, _Gathered]:
     gathered: dict[Path, _Gathered] = {}
-    by_name: dict[str, _Gathered] = {}  # a path is slow to make, and OpenImages has ten rows an image
+    by_name: dict[str, _Gathered] = {}  # creating a Path is slow, and OpenImages has ten rows an image
     for row in rows:
         if row.file not in by_name:
             by_name[row.file] = gathered.setdefault(folder / row.file.strip(), _Gathered())
@@ -176,7 +176,7 @@ def _gather(rows: Iterable[Row], folder: Path) -> dict[Path, _Gathered]:
 
 
 def _add_suffixes(gathered: dict[Path, _Gathered]) -> dict[Path, _Gathered]:
-    """Complete names without the suffix of an image, as OpenImages' ImageID is one, by that of the file that exists."""
+    """Add the suffix of the existing file to names without an image suffix, such as OpenImages' ImageID."""
     usual = [suffix for suffixes in FORMATS.values() for suffix in suffixes]
     completed: dict[Path, _Gathered] = {}
     for path, image in gathered.items():
@@ -184,19 +184,19 @@ def _add_suffixes(gathered: dict[Path, _Gathered]) -> dict[Path, _Gathered]:
             for suffix in usual:
                 if (full := path.with_name(path.name + suffix)).is_file():
                     path = full
-                    usual.insert(0, usual.pop(usual.index(suffix)))  # the others end alike
+                    usual.insert(0, usual.pop(usual.index(suffix)))  # likely the suffix of all
                     break
         completed[path] = image
     return completed
 
 
 def _refuse_outside(names: Sequence[str], folder: Path) -> None:
-    """Refuse images outside the folder: whoever wrote the annotations would choose among all files of this machine."""
+    """Refuse images outside the folder: untrusted annotations could otherwise name any file of this machine."""
     outside = list(dict.fromkeys(names))
     if outside:
         raise ValueError(
             f"names {len(outside)} files outside {printable(folder)}, by absolute paths, .. or links: "
-            f"{name_some(outside)}; if you trust it, take them with --outside"
+            f"{name_some(outside)}; if you trust the annotations, allow these files with --outside"
         )
 
 
@@ -207,7 +207,7 @@ def _leaves(name: str) -> bool:
 
 def _is_elsewhere(path: Path, home: str) -> bool:
     if "\0" in str(path):
-        return False  # it is no file, which is said later
+        return False  # not a file; reported later
     found = os.path.realpath(path)
     return found != home and not found.startswith(home.rstrip(os.sep) + os.sep)
 
@@ -228,11 +228,11 @@ def _leave_out(examples: Sequence[Example], reading: ReadingOptions, left_out: C
 
 
 def read_names(path: Path) -> tuple[str, ...]:
-    """Names of labels in a text file, one a line, in the order in which a network is to have them.
+    """Read label names from a text file, one a line, in the order of a network's outputs.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is not text, has none, or one twice.
+        ValueError: if it is not text, has no names, or has a name twice.
     """
     try:
         names = tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
@@ -243,15 +243,15 @@ def read_names(path: Path) -> tuple[str, ...]:
 
 
 def read_numbers(path: Path, names: Sequence[str]) -> dict[str, float]:
-    """A number for each label: a CSV file of two columns, whose first line may name them.
+    """Read a number for each label from a CSV file with two columns; the first line may be a header.
 
     Args:
         path: the file.
-        names: the labels; others in the file do not matter.
+        names: the labels; further labels in the file are ignored.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is no such file, or lacks a label.
+        ValueError: if the file is malformed or lacks a label.
     """
     numbers: dict[str, float] = {}
     try:
@@ -273,11 +273,11 @@ def read_numbers(path: Path, names: Sequence[str]) -> dict[str, float]:
 
 
 def read_other_names(path: Path) -> dict[str, str]:
-    """Other names of labels: a CSV file of two columns, such as OpenImages' class-descriptions.csv.
+    """Read new names of labels from a CSV file with two columns, such as OpenImages' class-descriptions.csv.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is no such file.
+        ValueError: if the file is malformed.
     """
     try:
         return dict(pair for _, pair in _read_pairs(path))
@@ -286,7 +286,7 @@ def read_other_names(path: Path) -> dict[str, str]:
 
 
 def _read_pairs(path: Path) -> Iterator[tuple[int, tuple[str, str]]]:
-    """Number and both cells of each line."""
+    """Yield the number and the two cells of each line."""
     lines = csv.reader(read_text(path).splitlines(keepends=True), strict=True)
     try:
         for line in filter(None, lines):
@@ -294,4 +294,4 @@ def _read_pairs(path: Path) -> Iterator[tuple[int, tuple[str, str]]]:
                 raise ValueError(f"needs two columns, got {len(line)} cells in line {lines.line_num}")
             yield lines.line_num, (line[0].strip(), line[1].strip())
     except csv.Error as error:
-        raise ValueError(f"is no CSV in line {lines.line_num}: {error}") from error
+        raise ValueError(f"is not valid CSV in line {lines.line_num}: {error}") from error

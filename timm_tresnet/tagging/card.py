@@ -1,4 +1,4 @@
-"""Model cards of taggers: the README.md of the folder that a training ends with."""
+"""Model cards of taggers: README.md of the folder that training writes."""
 
 import math
 import re
@@ -15,7 +15,7 @@ from timm_tresnet.utils.tables import format_markdown
 from timm_tresnet.utils.terminal import escape
 
 _LOSS_PAPER, _HEAD_PAPER = "arXiv:2009.14119", "arXiv:2111.12933"
-_MOST_LABELS = 1000  # rows of the table; a page of the Hub with more is slow
+_MOST_LABELS = 1000  # rows of the table; a longer table makes the Hub's page slow
 
 _TAG = """\
 ```python
@@ -46,22 +46,22 @@ timm-tresnet export {model} --format onnx --output tagger.onnx
 
 @dataclass(frozen=True)
 class Training:
-    """How a tagger was trained, and how good it is.
+    """How a tagger was trained, and its scores.
 
     Args:
-        labels: one for each output.
-        thresholds: from which probability on an image has the label.
-        average_precisions: of each label on the held-out images, from 0 to 1; NaN where none has it.
-        scores: mAP, CF1 and OF1 on them, in percent, at these thresholds.
-        label_counts: how many training images have each label.
-        images: number of images to train on, and of those held out.
-        data: the files of their annotations.
-        settings: of the training.
-        head: of the network.
-        epoch: whose weights these are.
-        averaged: whether they are the moving average.
+        labels: names of the outputs.
+        thresholds: the least probability with which an image has each label.
+        average_precisions: average precision of each label on the held-out images, from 0 to 1; NaN if no image has it.
+        scores: mAP, CF1 and OF1 on the held-out images at these thresholds, in percent.
+        label_counts: number of training images with each label.
+        images: number of training images and of held-out images.
+        data: annotations files of the training and of the held-out images.
+        settings: the training settings.
+        head: name of the network's head.
+        epoch: epoch of the weights.
+        averaged: whether the weights are the moving average.
         image_size: side of the images, in pixels.
-        command: with which it was made, quoted for a shell.
+        command: the command that made the tagger, quoted for a shell.
     """
 
     labels: tuple[str, ...]
@@ -80,7 +80,7 @@ class Training:
 
 
 def make_card(training: Training, architecture: str) -> str:
-    """Write the model card of a tagger: metadata as the Hub reads it, then Markdown."""
+    """Return the model card of a tagger: the Hub's metadata, then Markdown."""
     metadata = ModelCardData(
         library_name="timm",
         pipeline_tag="image-classification",
@@ -105,7 +105,7 @@ def make_card(training: Training, architecture: str) -> str:
         "## Labels",
         _tabulate_labels(training),
         "## Licence",
-        "Not said yet: whoever publishes these weights names it, in the metadata above too.",
+        "Not set yet. Name the licence here and in the metadata above before you publish these weights.",
         "## Citation",
         cite(papers),
     ]
@@ -116,7 +116,7 @@ def _tabulate(training: Training) -> list[tuple[str, object]]:
     size = training.image_size
     return [
         ("labels", len(training.labels)),
-        ("outputs", "one sigmoid a label; an image can have any number of them"),
+        ("outputs", "one sigmoid a label; an image can have any number of labels"),
         ("image", f"RGB, resized to {size} × {size} pixels whatever its shape (bilinear)"),
         *((f"{name} on held-out images", f"{value:.2f} %") for name, value in training.scores.items()),
     ]
@@ -127,21 +127,22 @@ def _explain_training(training: Training) -> str:
     weights = f"Moving average of the weights (decay {training.settings.ema_decay})" if training.averaged else "Weights"
     text = (
         f"{trained} images of {as_code(train_data)}, {held_out} images of {as_code(held_out_data)} held out. {weights} "
-        f"after epoch {training.epoch} of {training.settings.epochs}, the best on the held-out images, on which each "
-        "label's threshold was chosen too, for its best F1; on images that chose nothing, figures will be lower."
+        f"after epoch {training.epoch} of {training.settings.epochs}, the best on the held-out images. Each label's "
+        "threshold was chosen for its best F1 on the same images. Expect lower scores on images that played no part in "
+        "these choices."
     )
     return text + show_command(training.command)
 
 
 def show_command(command: str) -> str:
-    """A command line, quoted for a shell, as code in a section of its own; nothing of none."""
+    """Return a shell command as a Markdown code block; "" if there is no command."""
     words = " ".join(_quote(localise(word)) for word in shlex.split(command))
     return f"\n\n```bash\n{words}\n```" if words else ""
 
 
 def localise(word: str) -> str:
-    """A word of a command line, or a file, whose absolute paths are the names behind them: cards are published."""
-    match: Any = re.match(r"(--[\w-]+=)?(local-dir:)?", word)  # never None: it fits "" too
+    """Reduce an absolute path in a word of a command line to its last name, since cards are published."""
+    match: Any = re.match(r"(--[\w-]+=)?(local-dir:)?", word)  # never None: the pattern matches ""
     path = word[match.end() :]
     for kind in (PurePosixPath, PureWindowsPath):
         if kind(path).is_absolute():
@@ -150,7 +151,7 @@ def localise(word: str) -> str:
 
 
 def _quote(word: str) -> str:
-    """A word for a shell, in one line."""
+    """Quote a word for a shell, in one line."""
     if escape(word) == word:
         return shlex.quote(word)
     return "$'" + escape(word.replace("\\", r"\\").replace("'", r"\'")) + "'"

@@ -1,4 +1,4 @@
-"""Model cards of classifiers: the README.md of the folder that `timm-tresnet train` ends with."""
+"""Model cards of classifiers: README.md of the folder that `timm-tresnet train` writes."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from timm_tresnet.tagging.card import localise, show_command
 from timm_tresnet.tagging.settings import ClassSettings
 from timm_tresnet.utils.tables import format_markdown
 
-_MOST_CLASSES = 1000  # rows of the table; a page of the Hub with more is slow
+_MOST_CLASSES = 1000  # rows of the table; a longer table makes the Hub's page slow
 _COMMANDS = """\
 ```bash
 timm-tresnet classify --model {model} photo.jpg
@@ -23,21 +23,21 @@ timm-tresnet export {model} --format onnx --output classifier.onnx
 
 @dataclass(frozen=True)
 class ClassTraining:
-    """How a classifier was trained, and how good it is.
+    """How a classifier was trained, and its scores.
 
     Args:
-        labels: its classes, one for each output.
-        accuracies: share of the held-out images of each class that it gets right; NaN where there are none.
-        scores: top-1 and top-5 on the held-out images, in percent.
-        label_counts: how many training images each class has.
-        images: number of images to train on, and of those held out.
-        data: names of their folders.
-        settings: of the training.
-        head: of the network.
-        epoch: whose weights these are.
-        averaged: whether they are the moving average.
-        pretrained_cfg: how images are prepared.
-        command: with which it was made.
+        labels: names of the classes, one for each output.
+        accuracies: accuracy on the held-out images of each class, from 0 to 1; NaN if there are none.
+        scores: top-1 and top-5 accuracy on the held-out images, in percent.
+        label_counts: number of training images of each class.
+        images: number of training images and of held-out images.
+        data: folders of the training and of the held-out images.
+        settings: the training settings.
+        head: name of the network's head.
+        epoch: epoch of the weights.
+        averaged: whether the weights are the moving average.
+        pretrained_cfg: timm's pretrained config, with the preprocessing.
+        command: the command that made the classifier, quoted for a shell.
     """
 
     labels: tuple[str, ...]
@@ -55,7 +55,7 @@ class ClassTraining:
 
 
 def make_class_card(training: ClassTraining, architecture: str) -> str:
-    """Write the model card of a classifier: metadata as the Hub reads it, then Markdown."""
+    """Return the model card of a classifier: the Hub's metadata, then Markdown."""
     metadata = ModelCardData(
         library_name="timm", pipeline_tag="image-classification", tags=["image-classification", "timm", "tresnet"]
     )
@@ -76,7 +76,7 @@ def make_class_card(training: ClassTraining, architecture: str) -> str:
         "## Classes",
         _tabulate_classes(training),
         "## Licence",
-        "Not said yet: whoever publishes these weights names it, in the metadata above too.",
+        "Not set yet. Name the licence here and in the metadata above before you publish these weights.",
         "## Citation",
         cite(["arXiv:2111.12933"] if training.head == "ml_decoder" else []),
     ]
@@ -103,8 +103,8 @@ def _explain_training(training: ClassTraining) -> str:
     weights = f"Moving average of the weights (decay {training.settings.ema_decay})" if training.averaged else "Weights"
     text = (
         f"{trained} images of {as_code(train_data)}, {held_out} images of {as_code(held_out_data)} held out. {weights} "
-        f"after epoch {training.epoch} of {training.settings.epochs}, the best on the held-out images; on images that "
-        "chose nothing, figures will be lower."
+        f"after epoch {training.epoch} of {training.settings.epochs}, the best on the held-out images. Expect lower "
+        "scores on images that played no part in this choice."
     )
     return text + show_command(training.command)
 
@@ -114,6 +114,6 @@ def _tabulate_classes(training: ClassTraining) -> str:
         (plain(name), count, "" if math.isnan(accuracy) else f"{accuracy:.1%}")
         for name, count, accuracy in zip(training.labels, training.label_counts, training.accuracies, strict=True)
     ]
-    table = format_markdown(["class", "training images", "right on held-out images"], rows[:_MOST_CLASSES])
+    table = format_markdown(["class", "training images", "accuracy on held-out images"], rows[:_MOST_CLASSES])
     left = len(rows) - _MOST_CLASSES
     return f"{table}\n\nand {left} more, which `config.json` names." if left > 0 else table

@@ -1,4 +1,4 @@
-"""Images and their labels in batches, the same ones in every run with the same seed."""
+"""Batches of labelled images, identical in every run with the same seed."""
 
 import contextlib
 import functools
@@ -19,18 +19,18 @@ from timm_tresnet.utils.images import read_image
 
 
 class LabelledImages(Dataset):
-    """Images with a target for each label: 1 if it is there, 0 if it is absent, -1 where nobody knows.
+    """Images with a target for each label: 1 if present, 0 if absent, -1 if unknown.
 
-    What is drawn for an image depends on the seed, the epoch and the image alone: not on the process or the worker that
-    draws it, nor on what was drawn before. So a run that is resumed sees what it would have seen.
+    Random transforms depend only on the seed, the epoch and the image, not on the process, the worker or earlier draws.
+    So a resumed run sees the same inputs as an uninterrupted one.
 
     Args:
         examples: the images.
         names: the labels, in the order of the network's outputs.
-        transform: from `PIL.Image.Image` to a tensor of one shape.
-        image_size: side of that tensor, or height and width, for the image that stands for one that cannot be read.
-        seed: of what the transform draws.
-        as_stored: read images as timm's scripts do.
+        transform: from `PIL.Image.Image` to a tensor (in_chans, H, W) of fixed size.
+        image_size: side of that tensor, or height and width; an unreadable image is replaced by zeros of this size.
+        seed: seed of random transforms.
+        as_stored: read images as timm's scripts do, see `timm_tresnet.utils.images.read_image`.
         in_chans: channels of the tensor.
     """
 
@@ -60,17 +60,17 @@ class LabelledImages(Dataset):
         return len(self.paths)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """The image of an index in an epoch: "image", "target", "index", and "readable", False where it is all 0."""
+        """Return "image", "target", "index" and "readable" for (epoch, index); an unreadable image is all zeros."""
         epoch, index = key
         with _seeded(mix_seed(self._seed, epoch, index)):
             try:
                 image, readable = self._transform(self._read(self.paths[index])), True
-            except ValueError:  # one bad file must not end a run of days; who trains is told how many there are
+            except ValueError:  # one bad file must not end a run of days; the number is reported
                 image, readable = torch.zeros(self._stand_in_shape), False
         return {"image": image, "target": self.make_target(index), "index": index, "readable": readable}
 
     def make_target(self, index: int) -> Tensor:
-        """1, 0 or -1 for each label of an image."""
+        """Return the target of an image, (labels,): 1, 0 or -1."""
         absent = self._absent[index]
         target = torch.full((self._num_labels,), 0.0 if absent is None else float(UNKNOWN))
         target[absent or []] = 0
@@ -78,7 +78,7 @@ class LabelledImages(Dataset):
         return target
 
     def fingerprint(self) -> str:
-        """A hash of the files' names and what is known of their labels."""
+        """Return a hash of the files' names and their known labels."""
         parts = zip(self.paths, self._labels, self._absent, strict=True)
         content = json.dumps(
             [[str(path), labels] if absent is None else [str(path), labels, absent] for path, labels, absent in parts]
@@ -86,11 +86,11 @@ class LabelledImages(Dataset):
         return hashlib.sha256(content.encode(errors="surrogateescape")).hexdigest()
 
     def count_labels(self) -> Tensor:
-        """How many images have each label."""
+        """Return how many images have each label, (labels,)."""
         return self._count(self._labels)
 
     def count_absent(self) -> Tensor:
-        """How many images are known to lack each label."""
+        """Return how many images are known to lack each label, (labels,)."""
         complete = [labels for labels, absent in zip(self._labels, self._absent, strict=True) if absent is None]
         lacking = len(complete) - self._count(complete)
         return lacking + self._count([absent for absent in self._absent if absent is not None])
@@ -101,7 +101,7 @@ class LabelledImages(Dataset):
 
 
 class EpochSampler(DistributedSampler):
-    """The part of a data set that a process gets in an epoch, as pairs of epoch and index."""
+    """Samples one process's share of a data set, as pairs (epoch, index)."""
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return ((self.epoch, index) for index in super().__iter__())
@@ -109,7 +109,7 @@ class EpochSampler(DistributedSampler):
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Draw from a seed with PyTorch, Python and NumPy, as timm's transforms do, and then go on as before."""
+    """Seed PyTorch, Python and NumPy, which timm's transforms draw from; restore their states afterwards."""
     python, numbers = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -123,9 +123,9 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def mix_seed(*parts: int) -> int:
-    """One seed from several numbers, each of which changes all of it."""
+    """Mix several numbers into one seed; each of them changes the whole seed."""
     mixed = 0
-    for part in parts:  # the multiplier of splitmix64's increment, so that neighbours end far apart
+    for part in parts:  # splitmix64's constant spreads neighbouring numbers
         mixed = ((mixed ^ part) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) % 2**63
     return mixed
 
@@ -133,11 +133,11 @@ def mix_seed(*parts: int) -> int:
 def make_loader(
     images: LabelledImages, batch_size: int, training: bool, workers: int, process: int, processes: int, seed: int
 ) -> DataLoader:
-    """Batches of one of several processes.
+    """Make the loader of one process's batches.
 
-    In training, a last batch that is not full is left out, as timm's loader does: of few images, batch norm learns
-    statistics that are not those of the others. A data set that fills no batch is one batch. In evaluation each process
-    gets as many images as the others, some of them twice.
+    In training, an incomplete last batch is dropped, as in timm's loader: batch norm's statistics of few images would
+    distort the running ones. A data set smaller than a batch is one batch. In evaluation, all processes get the same
+    number of images; some images may come twice.
     """
     share = -(-len(images) // processes)
     return DataLoader(

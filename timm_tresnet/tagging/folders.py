@@ -1,4 +1,4 @@
-"""Images of one class each, in a folder for each class, as timm's scripts take them."""
+"""Images in class folders, the layout that timm's scripts read: each image has one class, its folder."""
 
 import dataclasses
 from collections import Counter
@@ -11,32 +11,33 @@ from timm_tresnet.tagging.annotations import Annotations, Example
 from timm_tresnet.tagging.forms import read_class_folders
 from timm_tresnet.utils.images import printable
 
-_VALIDATION = ("validation", "val", "valid", "eval", "evaluation")  # folders that timm takes for that
+_VALIDATION = ("validation", "val", "valid", "eval", "evaluation")  # names that timm accepts for it
 
 
 def read_folders(folder: Path, val: Path | None = None) -> tuple[Annotations, Annotations | None]:
-    """Read class folders with timm's own reader, so that `validate.py` counts the same images as the same classes.
+    """Read class folders with timm's reader, so that `validate.py` counts the same images and classes.
 
     Args:
-        folder: holds a folder for each class, or a folder `train` that does, with one of `validation`, `val` and
-            so on beside it.
-        val: likewise, of images to measure with; None for those beside `train`.
+        folder: folder with a folder for each class, or with a folder `train` that has them and perhaps a folder
+            `validation` (or `val` and so on) beside it.
+        val: folder of the validation images, with the same layout; None for the validation folder in folder.
 
     Returns:
-        Images to train on, and those to measure with; None if there are none of their own. The classes are those of the
-        first, in timm's order, where numbers in names count as numbers.
+        The training images, and the validation images or None. The classes are those of the training images in timm's
+        order, in which numbers in names are compared as numbers.
 
     Raises:
         OSError: if a folder cannot be read.
-        ValueError: if there are fewer than two classes, images outside of them, or others to measure with.
+        ValueError: if there are fewer than two classes, images outside class folders, or validation images of classes
+            without training images.
     """
     if not folder.is_dir():
         raise ValueError(f"{printable(folder)} needs to be a folder with a folder for each class")
     training = _read(folder, "train")
     if len(training.names) < 2:
         raise ValueError(
-            f"{training.called} needs two class folders or more, got {name_some(list(training.names)) or 'none'}; the "
-            "folder of a data set holds a folder for each class, or `train` and `validation` that do"
+            f"{training.called} needs two class folders or more, got {name_some(list(training.names)) or 'none'}; "
+            "give it a folder for each class, or folders `train` and `validation` with a folder for each class"
         )
     if val is not None and not val.is_dir():
         raise ValueError(f"{printable(val)} needs to be a folder with a folder for each class")
@@ -55,14 +56,15 @@ def _read(root: Path, split: str) -> Annotations:
     outside = [printable(root / row.file) for row in found.rows if not row.labels[0]]
     if outside:
         raise ValueError(
-            f"{printable(folder)} needs every image in the folder of its class, got {name_some(outside)} beside them"
+            f"{printable(folder)} needs every image in the folder of its class, got {name_some(outside)} outside "
+            "class folders"
         )
     examples = tuple(Example(root / row.file, row.labels) for row in found.rows)
     return Annotations(printable(folder), examples, found.names, left_out)
 
 
 def hold_out_of_each(annotations: Annotations, share: float, seed: int) -> tuple[Annotations, Annotations]:
-    """Split images at random into those to train on and a share of each class, at least one, to measure with.
+    """Hold out a random share of each class, at least one image; return the training and the held-out images.
 
     Raises:
         ValueError: if a class has a single image.
@@ -73,8 +75,8 @@ def hold_out_of_each(annotations: Annotations, share: float, seed: int) -> tuple
         members = [index for index, example in enumerate(annotations.examples) if example.labels == (name,)]
         if len(members) < 2:
             raise ValueError(
-                f"{annotations.called} has a single image of {name!r}, too few to hold one out; give others to measure "
-                "with by --val"
+                f"{annotations.called} has a single image of {name!r}, too few to hold one out; give validation images "
+                "with --val"
             )
         order = torch.randperm(len(members), generator=generator).tolist()
         count = min(max(1, round(share * len(members))), len(members) - 1)

@@ -1,4 +1,4 @@
-"""The forms in which people write down the labels of images, each read into rows."""
+"""Read each form of annotations into rows: COCO, CSV, Hub dataset folders, text files beside images, class folders."""
 
 import ast
 import csv
@@ -18,22 +18,22 @@ from timm_tresnet.utils.images import FORMATS, find_images, printable
 from timm_tresnet.utils.schema import TEXT, Kind, Table, find_fault, show
 
 SEPARATOR = ";"
-_PLAIN_SEPARATORS = (";", ",", "|")  # which few labels hold
+_PLAIN_SEPARATORS = (";", ",", "|")  # few labels contain one
 _OTHER_SEPARATORS = (*_PLAIN_SEPARATORS, " ", "/", "+")
 _FILE_COLUMNS: tuple[str, ...] = ("file", "file_name", "filename", "filepath", "path", "image", "image_name")
 _FILE_COLUMNS += ("image_path", "imageid", "image_id")
 _LABEL_COLUMNS = ("labels", "tags", "label", "labelname")
-_CONFIDENCE = "confidence"  # OpenImages: 1 for a label that somebody saw, 0 for one that somebody looked for in vain
+_CONFIDENCE = "confidence"  # OpenImages: 1 for a label that was verified as present, 0 for one verified as absent
 _STATES = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False} | dict.fromkeys(
     ("", "-1", "-1.0", "nan")
 )
 _METADATA = ("metadata.jsonl", "metadata.csv")  # https://huggingface.co/docs/datasets/image_dataset
-_BOX = 5  # numbers in a line of YOLO's: class, centre, size
+_BOX = 5  # numbers in a line of a YOLO file: class, centre (2), size (2)
 
 _ID = Kind("a whole number or text", lambda value: type(value) is int or TEXT.fits(value))
 _LIST = Kind("a list", lambda value: isinstance(value, list))
 _COCO = Table(dict.fromkeys(("images", "annotations", "categories"), _LIST), ("images", "annotations", "categories"))
-_COCO_ENTRIES = {  # https://cocodataset.org/#format-data; area, iscrowd, bbox and so on do not matter here
+_COCO_ENTRIES = {  # https://cocodataset.org/#format-data; area, iscrowd, bbox and so on are ignored
     "images": Table({"id": _ID, "file_name": TEXT, "coco_url": TEXT, "neg_category_ids": _LIST}, ("id",)),
     "annotations": Table({"image_id": _ID, "category_id": _ID}, ("image_id", "category_id")),
     "categories": Table({"id": _ID, "name": TEXT}, ("id", "name")),
@@ -45,17 +45,17 @@ class ReadingOptions:
     """How annotations are read.
 
     Args:
-        images: folder that file names are relative to; None for the one in which the annotations are.
-        separator: between labels in a cell or a text file; None for what is usual in the form.
-        column: of a table, the one with the labels; None for one that is named labels, tags or label.
-        names: the labels that there are, in order; None for those in the file.
+        images: folder that file names are relative to; None for the folder of the annotations.
+        separator: separator of labels in a cell or a text file; None for the form's usual one.
+        column: the column with the labels; None for the one named labels, tags or label.
+        names: the known labels, in order; None for the labels in the file.
         skip_missing: leave out images whose files do not exist.
-        skip_unknown: leave out labels not among names, and COCO's annotations of unknown images and categories.
-        keep_empty: keep images that have none of the labels.
-        file_column: of a table, the one with the names of files; None for one that is named file, image or the like.
-        other_names: by which labels of the annotations are called instead.
-        class_folders: take a folder of folders as images that have their folder's name as their only label.
-        outside: take images outside the folder too: by absolute paths, `..`, or links that lead there.
+        skip_unknown: leave out labels not among names, and COCO annotations of unknown images and categories.
+        keep_empty: keep images without labels.
+        file_column: the column with the file names; None for the one named file, image or similar.
+        other_names: new name of each label that is to be renamed.
+        class_folders: read a folder of folders as class folders: each image has the folder's name as its only label.
+        outside: allow images outside the folder: absolute paths, `..`, and links that lead outside.
     """
 
     images: Path | None = None
@@ -73,12 +73,12 @@ class ReadingOptions:
 
 @dataclass(frozen=True)
 class Row:
-    """What annotations say about an image in one place.
+    """One entry of annotations; an image can have several.
 
     Args:
-        file: name of the image's file, perhaps without its suffix.
-        labels: that the image has.
-        absent: labels that the image is known to lack; None for all others.
+        file: name of the image's file, possibly without its suffix.
+        labels: labels that the image has.
+        absent: labels that the image is known to lack; None if it lacks all other labels.
     """
 
     file: str
@@ -88,12 +88,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a file of annotations says.
+    """The entries of an annotations file.
 
     Args:
         rows: one or several for each image.
         names: the labels, in the form's own order.
-        classes: names of labels that are numbers from 0 on, where the form has a place for them.
+        classes: names of the classes if labels are class numbers from 0 on; None if the form does not name them.
     """
 
     rows: list[Row]
@@ -105,14 +105,14 @@ _Reader = Callable[[Path, ReadingOptions, Counter[str]], Rows]
 
 
 def choose_reader(path: Path, class_folders: bool = False) -> tuple[_Reader, Path]:
-    """What reads annotations, and the file or folder that it reads.
+    """Choose the reader for annotations; return it and the file or folder that it reads.
 
     Args:
-        path: as the user names it.
-        class_folders: whether a folder of folders is one of the forms.
+        path: the file or folder that the user named.
+        class_folders: whether class folders are allowed.
 
     Raises:
-        ValueError: if path is in no known form.
+        ValueError: if the form is unknown.
     """
     readers: dict[str, _Reader] = {
         ".json": _read_coco,
@@ -131,7 +131,7 @@ def choose_reader(path: Path, class_folders: bool = False) -> tuple[_Reader, Pat
             return _read_class_folders, path
         below = sorted(str(each.parent.relative_to(path)) for name in _METADATA for each in path.glob(f"*/{name}"))
         hint = f"; there is one in {name_some(below)}" if below else ", or a .txt with labels beside each image"
-        raise ValueError(f"{printable(path)} needs to hold a {_METADATA[0]}, as dataset folders of the Hub do{hint}")
+        raise ValueError(f"{printable(path)} needs to contain {_METADATA[0]}, as dataset folders of the Hub do{hint}")
     if path.suffix.lower() not in readers:
         raise ValueError(
             f"{printable(path)} needs to be COCO's .json, a .csv of file and labels, or a folder with {_METADATA[0]} "
@@ -141,11 +141,11 @@ def choose_reader(path: Path, class_folders: bool = False) -> tuple[_Reader, Pat
 
 
 def read_text(path: Path) -> str:
-    """Text of a file in UTF-8.
+    """Read a text file in UTF-8.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is not UTF-8; what is missing in front is the file's name.
+        ValueError: if it is not UTF-8. The message follows the file's name.
     """
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -161,7 +161,7 @@ def _parse_json(text: str) -> Any:
 
 
 def _read_coco(path: Path, reading: ReadingOptions, left_out: Counter[str]) -> Rows:
-    """COCO's, and LVIS's, which says for each image what else it was searched for in vain."""
+    """Read COCO or LVIS annotations. LVIS also lists categories that were verified as absent from an image."""
     content = _parse_json(read_text(path))
     fault = find_fault(content, _COCO) or next(filter(None, _find_faulty_entries(content)), None)
     if fault:
@@ -170,7 +170,7 @@ def _read_coco(path: Path, reading: ReadingOptions, left_out: Counter[str]) -> R
     ascending = sorted(content["categories"], key=lambda entry: (isinstance(entry["id"], str), entry["id"]))
     categories = {entry["id"]: entry["name"].strip() for entry in ascending}
     if len(labels) < len(content["images"]) or len(categories) < len(content["categories"]):
-        raise ValueError("has an id twice among its images or its categories")
+        raise ValueError("has two images or two categories with the same id")
     for index, entry in enumerate(content["annotations"]):
         of_image, category = labels.get(entry["image_id"]), categories.get(entry["category_id"])
         if of_image is not None and category is not None:
@@ -180,8 +180,9 @@ def _read_coco(path: Path, reading: ReadingOptions, left_out: Counter[str]) -> R
         else:
             what = "image_id" if of_image is None else "category_id"
             raise ValueError(
-                f"needs annotations[{index}].{what} to be the id of one of the others, got {show(entry[what])}; "
-                "--skip-unknown leaves such annotations out"
+                f"needs annotations[{index}].{what} to be the id of an entry of "
+                f"{'images' if of_image is None else 'categories'}, got {show(entry[what])}; leave such annotations "
+                "out with --skip-unknown"
             )
     partial = any("neg_category_ids" in entry for entry in content["images"])
     rows = [
@@ -209,13 +210,13 @@ def _find_faulty_entries(content: dict[str, list[Any]]) -> Iterator[str | None]:
 
 
 def _name_coco_file(entry: dict[str, Any]) -> str:
-    """LVIS's entries have no file_name; the last two parts of the address are COCO's folder and file."""
+    """Return an image's file name. LVIS has none; the last two parts of its URL are COCO's folder and file."""
     name: str = entry.get("file_name") or "/".join(entry["coco_url"].split("/")[-2:])
     return name
 
 
 def _read_table(path: Path, reading: ReadingOptions, left_out: Counter[str]) -> Rows:
-    """CSV: a column of labels, with or without one of confidences, or a column for each label."""
+    """Read a CSV file: a column of labels, perhaps with a column of confidences, or one column for each label."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     lines = csv.reader(read_text(path).splitlines(keepends=True), delimiter=delimiter, strict=True)
     try:
@@ -230,7 +231,7 @@ def _read_table(path: Path, reading: ReadingOptions, left_out: Counter[str]) -> 
             if line:
                 table.append([cell.strip() for cell in line])
     except csv.Error as error:
-        raise ValueError(f"is no CSV in line {lines.line_num}: {error}") from error
+        raise ValueError(f"is not valid CSV in line {lines.line_num}: {error}") from error
     file = _find_column(header, _FILE_COLUMNS, reading.file_column)
     labels = _find_column(header, _LABEL_COLUMNS, reading.column)
     if file is None:
@@ -268,14 +269,17 @@ def _miss_column(header: Sequence[str], usual: Sequence[str], wanted: str | None
 def _weigh_rows(
     table: Sequence[Sequence[str]], cells: Sequence[tuple[str, ...]], file: int, confidence: int
 ) -> Iterator[Row]:
-    """Rows with a confidence of 0 or 1; if none is 0, nobody said that anything else was looked for."""
+    """Yield rows with a confidence of 1 (present) or 0 (absent).
+
+    Without a 0, the file does not tell unknown labels from absent ones; all others then count as absent.
+    """
     states = []
     for line in table:
         state = _STATES.get(line[confidence].lower())
         if state is None:
             raise ValueError(
-                f"needs each {_CONFIDENCE} to be 0 or 1, got {show(line[confidence])}; leave out labels that nobody "
-                "checked, or rename the column"
+                f"needs each {_CONFIDENCE} to be 0 or 1, got {show(line[confidence])}; leave out unverified labels, or "
+                "rename the column"
             )
         states.append(state)
     partial = not all(states)
@@ -286,9 +290,9 @@ def _weigh_rows(
 def _read_one_hot(
     header: Sequence[str], table: Sequence[Sequence[str]], file: int, reading: ReadingOptions, left_out: Counter[str]
 ) -> Rows | None:
-    """A column of 0 and 1 for each label; -1 or nothing for what nobody checked. None if there are no such columns.
+    """Read columns of 1 (present), 0 (absent) and -1 or an empty cell (unknown); None if there are no such columns.
 
-    Where no cell is 0, what is not 1 is absent: files have 1 and -1 (CelebA), or 1 and nothing.
+    If no cell is 0, -1 and empty cells mean absent: some files have 1 and -1 (CelebA), or 1 and empty cells.
     """
     columns = []
     for index, name in enumerate(header):
@@ -298,7 +302,7 @@ def _read_one_hot(
     if not columns or not table:
         return None
     others = len(header) - 1 - len(columns)
-    left_out["columns that are not of 0 and 1"] += 0 if reading.names else others
+    left_out["columns with values other than 0 and 1"] += 0 if reading.names else others
     states = [{header[index]: _STATES[line[index].lower()] for index in columns} for line in table]
     no_zeros = not any(state is False for line in states for state in line.values())
     complete = no_zeros or not any(state is None for line in states for state in line.values())
@@ -314,10 +318,10 @@ def _read_one_hot(
 
 
 def _split_cells(cells: Sequence[str], separator: str | None, usual: str | None) -> list[tuple[str, ...]]:
-    """Labels in each cell, a JSON list or separated.
+    """Split each cell into labels; a cell is a JSON list, or labels with separators.
 
     Raises:
-        ValueError: if no separator is given and another than the usual one seems to separate labels.
+        ValueError: if no separator is given and labels seem to have another separator than the usual one.
     """
     if separator is None:
         _check_separator(cells, usual)
@@ -325,10 +329,10 @@ def _split_cells(cells: Sequence[str], separator: str | None, usual: str | None)
 
 
 def _check_separator(cells: Sequence[str], usual: str | None) -> None:
-    """Refuse to guess: without the usual separator, labels that are separated otherwise look like one label.
+    """Refuse cells whose separator is unclear; with a wrong separator, several labels would become one.
 
-    A comma or the like is reason enough to ask. A space, which is in many labels, is one only where splitting there
-    gives fewer labels than there would be, as combinations of the same few do.
+    A comma or similar in place of the usual separator is enough to refuse. Many labels contain spaces, so a space
+    counts only if splitting at it gives fewer distinct labels, as it does for combinations of a few labels.
     """
     plain = [cell for cell in cells if not cell.startswith("[")]
     usual_count = sum(usual in cell for cell in plain) if usual else 0
@@ -341,8 +345,8 @@ def _check_separator(cells: Sequence[str], usual: str | None) -> None:
         fewer = len({name for cell in plain for name in _split(cell, other)}) < len(whole)
         if fewer or (seldom and other in _PLAIN_SEPARATORS):
             raise ValueError(
-                f"has labels such as {show(having[0])}: say --separator {other!r} if these are several labels, or "
-                f"--separator {usual or SEPARATOR!r} if it is one"
+                f"has labels such as {show(having[0])}: use --separator {other!r} if these are several labels, or "
+                f"--separator {usual or SEPARATOR!r} if this is one label"
             )
 
 
@@ -354,7 +358,7 @@ def _split(cell: str, separator: str | None) -> tuple[str, ...]:
 
 
 def _parse_list(cell: str) -> Any:
-    """A list as JSON has it, or as Python prints it, which is what pandas writes."""
+    """Parse a list in JSON or Python syntax; pandas writes the latter."""
     try:
         return _parse_json(cell)
     except ValueError:
@@ -368,7 +372,7 @@ def _parse_list(cell: str) -> Any:
 
 
 def _as_names(value: Any, called: str) -> tuple[str, ...]:
-    """Names of labels: text, a number, or a list of these."""
+    """Return label names from a JSON value: text, a number, or a list of these."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(_ID.fits(each) for each in values):
         raise ValueError(f"needs {called} to be a label or a list of labels, each {_ID.words}, got {show(value)}")
@@ -376,7 +380,7 @@ def _as_names(value: Any, called: str) -> tuple[str, ...]:
 
 
 def _read_metadata(path: Path, reading: ReadingOptions, left_out: Counter[str]) -> Rows:
-    """metadata.jsonl of a dataset folder of the Hub; a string is one label unless a separator is given."""
+    """Read metadata.jsonl of a Hub dataset folder; a string is one label unless a separator is given."""
     column, entries = reading.column or "", []
     wanted_file = reading.file_column or "file_name"
     for number, line in enumerate(read_text(path).split("\n"), start=1):
@@ -402,7 +406,7 @@ def _read_metadata(path: Path, reading: ReadingOptions, left_out: Counter[str]) 
 
 
 def _read_classes(path: Path, column: str) -> tuple[str, ...] | None:
-    """Names of a column's numbers, from the card of the dataset folder that metadata is in; None if it has none."""
+    """Read the class names of a column from the card of its dataset folder; None if the card has none."""
     if path.name not in _METADATA:
         return None
     card = next((each for each in (path.with_name("README.md"), path.parents[1] / "README.md") if each.exists()), None)
@@ -411,7 +415,7 @@ def _read_classes(path: Path, column: str) -> tuple[str, ...] | None:
     try:
         described = (metadata_load(card) or {}).get("dataset_info")
     except (ValueError, YAMLError) as error:
-        raise ValueError(f"has a card beside it, {printable(card)}, that cannot be read: {summarise(error)}") from error
+        raise ValueError(f"has a dataset card, {printable(card)}, that cannot be read: {summarise(error)}") from error
     for configuration in described if isinstance(described, list) else [described]:
         for feature in configuration.get("features") or () if isinstance(configuration, dict) else ():
             if isinstance(feature, dict) and feature.get("name") == column:
@@ -422,7 +426,7 @@ def _read_classes(path: Path, column: str) -> tuple[str, ...] | None:
 
 
 def _find_class_label(feature: Any) -> tuple[str, ...] | None:
-    """Names of a feature that is a ClassLabel or a list of them, as `datasets` writes them: {"0": name, ...}."""
+    """Return the class names of a ClassLabel feature, or of a list of them; `datasets` writes {"0": name, ...}."""
     if not isinstance(feature, dict):
         return None
     label = feature.get("class_label")
@@ -436,7 +440,7 @@ def _find_class_label(feature: Any) -> tuple[str, ...] | None:
 
 
 def _read_sidecars(path: Path, reading: ReadingOptions, left_out: Counter[str]) -> Rows:
-    """A .txt beside each image: labels with commas or line ends between them, or YOLO's boxes."""
+    """Read a .txt beside each image: labels separated by commas or newlines, or YOLO boxes."""
     images = list(find_images([path]))
     texts = {image: image.with_suffix(".txt") for image in images}
     left_out["images without a .txt"] += sum(not text.exists() for text in texts.values())
@@ -466,24 +470,24 @@ def _is_share(word: str) -> bool:
 
 
 def _read_class_folders(path: Path, reading: ReadingOptions, left_out: Counter[str]) -> Rows:
-    """A folder for each label, named after it, or a folder `validation` that holds those."""
+    """Read class folders: a folder for each label, or a folder `validation` that contains them."""
     _, found = read_class_folders(path, "validation", left_out)
     rows = [row for row in found.rows if row.labels[0]]
-    left_out["images that are in no folder"] += len(found.rows) - len(rows)
+    left_out["images outside class folders"] += len(found.rows) - len(rows)
     return Rows(rows, tuple(name for name in found.names if name))
 
 
 def read_class_folders(path: Path, split: str, left_out: Counter[str]) -> tuple[Path, Rows]:
-    """Images that have their folder's name as their only label, read by timm, so that its scripts count the same.
+    """Read class folders with timm's reader, so that timm's scripts count the same images and classes.
 
     Args:
-        path: holds a folder for each label, or a folder that does, `validation` or `val`, say.
-        split: which one of those, "train" or "validation", as timm calls it and similar names.
-        left_out: images in formats that timm's reader passes over are counted here.
+        path: folder with a folder for each label, or with a folder such as `validation` or `val` that has them.
+        split: which of those folders, "train" or "validation"; timm accepts similar names.
+        left_out: counts images in formats that timm's reader skips.
 
     Returns:
-        The folder that holds those of the labels, and the rows, whose files are relative to path and whose names are in
-        timm's order, where numbers count as numbers. The label of an image in no folder is "".
+        The folder that contains the class folders, and the rows. Files are relative to path; names are in timm's order,
+        in which numbers are compared as numbers. An image outside class folders has the label "".
 
     Raises:
         ValueError: if there are no images.
@@ -495,30 +499,30 @@ def read_class_folders(path: Path, split: str, left_out: Counter[str]) -> tuple[
     except RuntimeError as error:  # no images
         raise ValueError(f"{printable(path)}: {error}") from error
     root = Path(reader.root)
-    passed_over = {suffix for each in FORMATS.values() for suffix in each} - set(timm.data.get_img_extensions())
+    skipped = {suffix for each in FORMATS.values() for suffix in each} - set(timm.data.get_img_extensions())
     for found in root.rglob("*"):
-        if found.suffix.lower() in passed_over:
-            left_out[f"{found.suffix.lower()} files, which timm's reader passes over"] += 1
+        if found.suffix.lower() in skipped:
+            left_out[f"{found.suffix.lower()} files, which timm's reader skips"] += 1
     names = sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
     rows = [Row(str(Path(file).relative_to(path)), (names[index],)) for file, index in reader.samples]
     return root, Rows(rows, tuple(names))
 
 
 def _collect_names(rows: Iterable[Row]) -> tuple[str, ...]:
-    """Names sorted, numbers by their value."""
+    """Return all label names, sorted; numbers are sorted by value."""
     names = {name for row in rows for name in (*row.labels, *(row.absent or ()))}
     return tuple(sorted(names, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name)))
 
 
 def name_numbers(found: Rows, names: tuple[str, ...] | None) -> Rows:
-    """Put names in the place of labels that are numbers from 0 on.
+    """Replace class numbers from 0 on by class names.
 
     Args:
-        found: in which the labels may be numbers.
-        names: of the labels, in order, for a form without names of its own.
+        found: the rows.
+        names: names of the classes, in order, if the form does not name them; None if unknown.
 
     Returns:
-        The same if its labels are not all numbers, or there are no names for them.
+        The renamed rows; the same rows if not all labels are numbers, or no names are known.
 
     Raises:
         ValueError: if a number is too large.
@@ -528,12 +532,12 @@ def name_numbers(found: Rows, names: tuple[str, ...] | None) -> Rows:
         return found
     beyond = [name for name in found.names if int(name) >= len(listed)]
     if beyond:
-        raise ValueError(f"has labels that are no number of one of the {len(listed)} names: {name_some(beyond)}")
+        raise ValueError(f"has class numbers beyond the {len(listed)} names: {name_some(beyond)}")
     return _rename(found, {name: listed[int(name)] for name in found.names}, tuple(listed))
 
 
 def rename(found: Rows, names: Mapping[str, str]) -> Rows:
-    """Call labels by other names; those that have none keep theirs."""
+    """Rename labels; labels without a new name keep their own."""
     renamed = tuple(dict.fromkeys(names.get(name, name) for name in found.names))
     return _rename(found, {name: names.get(name, name) for name in found.names}, renamed)
 

@@ -1,4 +1,4 @@
-"""Losses of labels that are there, absent, or known to nobody."""
+"""Losses for labels that are present, absent or unknown."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,21 +11,21 @@ from timm_tresnet.tagging.settings import Settings
 
 
 class LabelLoss(nn.Module):
-    """A loss of logits, summed over images and labels, as official training sums it.
+    """Multi-label loss, summed over images and labels as in official training.
 
-    What becomes of labels of which nobody knows whether they are there is one of `settings.UNKNOWNS`. "selective" is
-    that of "Class-aware Selective Loss" (arXiv:2110.10955): they count as absent, with a focusing of their own, but for
-    those that are often there and are probably there, which do not count.
+    `settings.unknown`, one of `settings.UNKNOWNS`, says how unknown labels are treated. "selective" is the
+    "Class-aware Selective Loss" (arXiv:2110.10955): unknown labels count as absent, with a focusing of their own. Those
+    with a high prior and the most probable ones of the batch are ignored.
 
     Args:
-        settings: of the training.
-        pos_weight: how much each label counts where it is there, (labels,); None for 1.
-        prior: how often each label is there, by a network's opinion, (labels,); None if nobody says.
+        settings: the training settings.
+        pos_weight: weight of each label where it is present, (labels,); None for 1.
+        prior: estimated frequency of each label, (labels,), from 0 to 1; None if unknown.
 
     Shape:
         - logits: (N, labels)
-        - targets: (N, labels), 1, 0 or -1
-        - output: a number
+        - targets: (N, labels), 1, 0 or -1 (unknown)
+        - output: ()
     """
 
     pos_weight: Tensor | None
@@ -37,7 +37,7 @@ class LabelLoss(nn.Module):
         self.top_k = settings.unknown_top_k
         self.known_loss = _make_loss(settings, settings.gamma_neg)
         self.unknown_loss = _make_loss(settings, settings.gamma_unknown)
-        # Not persistent: a checkpoint holds what is trained, settings are in its run.json.
+        # Not persistent: settings are in run.json, a checkpoint holds only what is trained.
         self.register_buffer("pos_weight", pos_weight, persistent=False)
         common = None if prior is None else prior > settings.prior_threshold
         self.register_buffer("common", common, persistent=False)
@@ -55,7 +55,7 @@ class LabelLoss(nn.Module):
         return loss.sum()
 
     def _find_probable(self, logits: Tensor, unknown: Tensor) -> Tensor:
-        """Unknown labels that are common, and the most probable ones of all images of the batch together."""
+        """Return a mask of the unknown labels with a high prior, and of the most probable ones in the whole batch."""
         count = min(self.top_k * len(logits), int(unknown.sum()))
         likelihood = logits.detach().masked_fill(~unknown, -torch.inf).flatten()
         probable = torch.zeros_like(likelihood, dtype=torch.bool)
@@ -65,7 +65,7 @@ class LabelLoss(nn.Module):
 
 
 def _make_loss(settings: Settings, gamma_neg: float) -> nn.Module:
-    """The loss of each logit."""
+    """Make the loss function without reduction."""
     if settings.loss == "bce":
         return nn.BCEWithLogitsLoss(reduction="none")
     return AsymmetricLossMultiLabel(
@@ -78,19 +78,19 @@ def _make_loss(settings: Settings, gamma_neg: float) -> nn.Module:
 
 
 def weigh_positives(counts: Tensor, absent: Tensor) -> Tensor:
-    """Weights with which a label counts as much where it is there as where it is absent.
+    """Return weights that balance presence and absence of each label: absent / counts.
 
     Args:
-        counts: images that have each label.
-        absent: images that lack it.
+        counts: number of images with each label, (labels,).
+        absent: number of images without it, (labels,).
 
     Returns:
-        (labels,); 1 for a label that no image has, or all have.
+        (labels,); 1 for a label that no image or every image has.
     """
     weights = absent / counts
     return torch.where((counts > 0) & (absent > 0), weights, torch.ones_like(weights))
 
 
 def order_numbers(numbers: Mapping[str, float] | None, names: Sequence[str]) -> Tensor | None:
-    """Numbers by name as a tensor in the order of names; None for None."""
+    """Return numbers by name as a tensor, (labels,), in the order of names; None for None."""
     return None if numbers is None else torch.tensor([numbers[name] for name in names])

@@ -1,4 +1,4 @@
-"""What Lightning trains: a network, its loss, its moving average, and what is measured after each epoch."""
+"""The LightningModule: a network, its loss, its moving average, and validation after each epoch."""
 
 from typing import Any
 
@@ -13,25 +13,25 @@ from timm_tresnet.tagging.data import mix_seed
 from timm_tresnet.tagging.settings import ClassSettings, Settings, TrainingSettings
 from timm_tresnet.tagging.tasks import make_task
 
-NETWORKS = ("network", "average")  # what is measured: as it is trained, and its moving average
-_LEAST_CYCLE = 10  # steps; PyTorch divides by zero where a fifth of a cycle is one step
+NETWORKS = ("network", "average")  # both are validated: the trained weights and their moving average
+_LEAST_CYCLE = 10  # steps; PyTorch divides by zero if a fifth of a cycle is one step
 
 
 class Tagger(pl.LightningModule):
     """A network in training.
 
-    After each epoch, the network and its moving average see the held-out images, and the better of the two is kept if
-    it is the best so far, as in official training (`validate_multi` in train.py of ASL and ML_Decoder). What is kept is
-    in the checkpoint, so that one file has all.
+    After each epoch, the network and its moving average are validated on the held-out images. The better one is stored
+    if it is the best so far, as in official training (`validate_multi` in train.py of ASL and ML_Decoder). The best
+    weights are part of the checkpoint, so one file has everything.
 
     Args:
-        network: gives logits (N, labels).
-        settings: of the training.
+        network: returns logits (N, labels).
+        settings: the training settings.
         held_out: number of held-out images.
-        loss: of logits and targets, summed over images; None for that of the settings alone.
+        loss: loss of logits and targets, summed over images; None for the loss of the settings.
     """
 
-    network: Any  # has what timm gives a network, such as num_classes
+    network: Any  # has timm's attributes, such as num_classes
     average: ModelEmaV3
     loss: nn.Module
 
@@ -44,29 +44,29 @@ class Tagger(pl.LightningModule):
         self.held_out = held_out
         self.task = make_task(settings)
         self.loss = loss or self.task.make_loss()
-        # Not a submodule: neither DistributedDataParallel nor Lightning's modes and devices are to see it.
-        self._warms_up = isinstance(settings, ClassSettings)  # the average; official training of taggers does not
+        # Not a submodule: DistributedDataParallel and Lightning must not see the average.
+        self._warms_up = isinstance(settings, ClassSettings)  # taggers' official training has no warmup of the average
         self.__dict__["average"] = ModelEmaV3(network, decay=settings.ema_decay, use_warmup=self._warms_up)
         self.best: dict[str, Any] | None = None
         self.history: list[dict[str, Any]] = []
         self.unreadable: set[int] = set()  # indices of training images
-        self.unmeasured: list[int] = []  # of held-out images that could not be read in the last epoch
-        self.stepped = False  # in this process, so that what it was resumed from is known to fit
+        self.unmeasured: list[int] = []  # indices of held-out images that were unreadable in the last epoch
+        self.stepped = False  # whether this process has made a step, which shows that the resumed state fits
         self._averaged_steps = 0
         self._loss_sum, self._loss_count = torch.zeros(()), 0
-        # How probable the network found each label in training, the estimate of arXiv:2110.10955 for how common it is.
+        # Mean predicted probability of each label in training: the prior estimate of arXiv:2110.10955.
         self.predicted_sum, self.predicted_count = torch.zeros(int(network.num_classes)), 0  # type: ignore[arg-type]
         self._predicted = torch.zeros_like(self.predicted_sum)
         self._measured: list[dict[str, Tensor]] = []
 
     def configure_optimizers(self) -> Any:
         settings = self.settings
-        # Adam, and no decay of biases and norms: `add_weight_decay` there, `filter_bias_and_bn` here
+        # Adam without weight decay of biases and norms; official: `add_weight_decay`, timm: `filter_bias_and_bn`
         optimizer = create_optimizer_v2(
             self.network, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, filter_bias_and_bn=True
         )
         steps = int(self.trainer.estimated_stepping_batches)
-        if settings.sched == "onecycle":  # timm has none
+        if settings.sched == "onecycle":  # timm has no such schedule
             scheduler: Any = torch.optim.lr_scheduler.OneCycleLR(
                 optimizer, max_lr=settings.lr, total_steps=max(steps, _LEAST_CYCLE), pct_start=0.2
             )
@@ -96,7 +96,7 @@ class Tagger(pl.LightningModule):
         self._predicted = torch.zeros(self.predicted_sum.shape, device=self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Dropout then depends on the step alone, in a run that is resumed too.
+        # Dropout then depends on the step alone, so a resumed run draws the same masks.
         torch.manual_seed(mix_seed(self.settings.seed, self.current_epoch, batch_idx, self.global_rank))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -114,7 +114,7 @@ class Tagger(pl.LightningModule):
 
     @property
     def mean_loss(self) -> float:
-        """Loss an image, in this epoch so far."""
+        """Mean loss of an image in this epoch so far."""
         return (self._loss_sum / max(1, self._loss_count)).item()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -124,7 +124,7 @@ class Tagger(pl.LightningModule):
             self.average.update(self.network, self.global_step if self._warms_up else None)
 
     def on_validation_start(self) -> None:
-        if self.trainer.world_size > 1:  # running statistics are each process's own; those of the first are kept
+        if self.trainer.world_size > 1:  # running statistics differ between processes; use those of the first
             for network in (self.network, self.average.module):
                 for buffer in network.buffers():
                     torch.distributed.broadcast(buffer, 0)
@@ -146,9 +146,9 @@ class Tagger(pl.LightningModule):
         self.predicted_sum = self.predicted_sum + self._gather(self._predicted[None]).sum(0)
         self.predicted_count += int(loss[1])
         if not loss[1]:
-            raise ValueError("none of the images to train on can be read")
+            raise ValueError("none of the training images can be read")
         row: dict[str, Any] = {"epoch": self.current_epoch + 1, "loss": (loss[0] / loss[1]).item()}
-        first = torch.zeros(self.held_out, dtype=torch.bool)  # of each image; some are measured by two processes
+        first = torch.zeros(self.held_out, dtype=torch.bool)  # some images are validated by two processes; use one
         positions = torch.empty(self.held_out, dtype=torch.long)
         positions[measured["index"]] = torch.arange(len(measured["index"]))
         first[measured["index"]] = True
@@ -167,7 +167,7 @@ class Tagger(pl.LightningModule):
         )
 
     def _gather(self, values: Tensor) -> Tensor:
-        """Rows of all processes, on the CPU."""
+        """Gather the rows of all processes, on the CPU."""
         gathered: Any = self.all_gather(values)
         return (gathered.flatten(0, 1) if gathered.dim() > values.dim() else gathered).cpu()
 

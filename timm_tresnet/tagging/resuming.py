@@ -1,4 +1,4 @@
-"""The checkpoint that a training goes on from: anybody's file, checked as a whole before anything is restored."""
+"""Training checkpoints: written atomically, and checked completely before a training is resumed from one."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,23 +15,23 @@ from timm_tresnet.utils.images import printable
 from timm_tresnet.utils.schema import Kind, Table, choice, find_fault, integer, list_of, number
 from timm_tresnet.utils.terminal import escape
 
-_REAL = Kind("a number", lambda value: type(value) in (int, float))  # nan where no image held out has a label
+_REAL = Kind("a number", lambda value: type(value) in (int, float))  # nan if no held-out image has the label
 _MAPPING = Kind("a dict", lambda value: isinstance(value, dict))
 _COUNT = integer(0, 2**62)
 _PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "epoch", "global_step", "tagging")
 _KINDS = {"global_step": _COUNT, **dict.fromkeys(("optimizer_states", "lr_schedulers"), list_of(_MAPPING, 1, 1))}
-_LEFT_OUT = ("callbacks",)  # where the last one was written, which the next one would remove: it has the same name
+_LEFT_OUT = ("callbacks",)  # names the last checkpoint for removal, but the next one has the same name
 
 
 class CheckpointError(ValueError):
-    """Says why a file is no checkpoint of a training."""
+    """A file is not a checkpoint of this training; the message says why."""
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoints, of which a kill or a full disk leaves the old one or the new one.
+    """Lightning's checkpoints, written atomically: a kill or a full disk leaves the old file or the new one.
 
     Args:
-        find_fault: what is wrong with a checkpoint that is to be gone on with; None if nothing is.
+        find_fault: returns what is wrong with a checkpoint to resume from; None if nothing is.
     """
 
     def __init__(self, find_fault: Callable[[Mapping[str, Any]], str | None]) -> None:
@@ -49,20 +49,20 @@ class WholeCheckpoints(TorchCheckpointIO):
         except ValueError as error:
             fault = str(error)
         if fault:
-            raise CheckpointError(f"{printable(Path(path))} is no checkpoint of this training: {escape(fault)}")
+            raise CheckpointError(f"{printable(Path(path))} is not a checkpoint of this training: {escape(fault)}")
         return {name: part for name, part in checkpoint.items() if name not in _LEFT_OUT}
 
 
 def find_checkpoint_fault(
     checkpoint: Mapping[str, Any], tagger: Tagger, loops: Mapping[str, Any], images: int
 ) -> str | None:
-    """What keeps a training from going on with a checkpoint; None if nothing does.
+    """Return why a training cannot resume from a checkpoint; None if it can.
 
     Args:
-        checkpoint: what the file holds.
-        tagger: the network, as it is when a training begins.
-        loops: state of Lightning's loops then.
-        images: number of images to train on.
+        checkpoint: content of the file.
+        tagger: the module at the start of a training.
+        loops: state of Lightning's loops at the start of a training.
+        images: number of training images.
     """
     epochs = tagger.settings.epochs
     fault = find_fault(checkpoint, Table({**_KINDS, "epoch": integer(0, epochs - 1)}, _PARTS))
@@ -111,7 +111,7 @@ def find_checkpoint_fault(
 
 
 def _find_difference(found: Any, expected: Any, name: str) -> str | None:
-    """Where a value is of another kind than the expected one: other names, lengths, types, shapes, or below 0."""
+    """Return where a value differs in kind from the expected one: names, lengths, types, shapes, or sign."""
     if isinstance(expected, Tensor):
         same = isinstance(found, Tensor) and (found.shape, found.dtype) == (expected.shape, expected.dtype)
         needed = f"{tuple(expected.shape)}, {expected.dtype}"
@@ -124,7 +124,7 @@ def _find_difference(found: Any, expected: Any, name: str) -> str | None:
             missing, unexpected = (
                 name_some(sorted(map(str, names))[:3]) for names in (expected.keys() - found, found.keys() - expected)
             )
-            return f"has {name} of another training: among others missing {missing}, unexpected {unexpected}"
+            return f"has {name} of another training: missing {missing}, unexpected {unexpected}, and perhaps more"
         parts = (_find_difference(found[each], expected[each], f"{name}.{each}") for each in found)
         return next(filter(None, parts), None)
     count = type(expected) in (int, float) and type(found) in (int, float) and found >= 0
@@ -137,4 +137,4 @@ def _find_difference(found: Any, expected: Any, name: str) -> str | None:
 
 def _find_odd_epoch(loops: Mapping[str, Any], done: int) -> str | None:
     processed = loops["fit_loop"]["epoch_progress"]["current"]["processed"]
-    return None if processed == done else f"needs {done} epochs in its loops, got {processed}"
+    return None if processed == done else f"needs its loops to have processed {done} epochs, got {processed}"

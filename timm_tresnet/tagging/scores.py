@@ -1,6 +1,6 @@
-"""How good the tags of images are, and from which probability on a label is one.
+"""Metrics of multi-label predictions, and the choice of thresholds.
 
-Targets are 1 for a label that the image has, 0 for one that it lacks, and -1 where nobody knows, which counts nowhere.
+Targets are 1 for a present label, 0 for an absent one and -1 for an unknown one; unknown labels are never counted.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class Ranking:
-    """Decisions about one label, or several together, from the most probable on; a step for each distinct probability.
+    """Decisions about one or more labels, ranked by probability, with one step for each distinct probability.
 
     Args:
-        thresholds: the probabilities, descending.
-        hits: how many of those at least so probable are right.
-        chosen: how many are at least so probable.
-        positives: how many are right in all.
+        thresholds: the distinct probabilities, descending, (steps,).
+        hits: number of positives with at least this probability, (steps,), float64.
+        chosen: number of decisions with at least this probability, (steps,), float64.
+        positives: number of all positives.
     """
 
     thresholds: Tensor
@@ -37,7 +37,7 @@ class Ranking:
         return self.hits / self.positives
 
     def average_precision(self) -> float:
-        """Sum of precision x gain in recall over the steps, as scikit-learn's; NaN if nothing is right."""
+        """Return the sum over steps of precision x gain in recall, as in scikit-learn; NaN without positives."""
         if not self.positives:
             return float("nan")
         gain = torch.diff(self.recall, prepend=torch.zeros(1, dtype=torch.float64))
@@ -45,36 +45,37 @@ class Ranking:
 
 
 def rank(probabilities: Tensor, targets: Tensor) -> Ranking:
-    """Rank the decisions that are known, in float64.
+    """Rank the known decisions by probability.
 
     Args:
         probabilities: any shape.
-        targets: 0, 1 or -1, the same shape.
+        targets: 1, 0 or -1, the same shape.
     """
     known = targets != UNKNOWN
     descending, order = probabilities[known].sort(descending=True)
     hits = (targets[known][order] == 1).cumsum(0)
-    last = torch.ones_like(descending, dtype=torch.bool)  # of those equally probable, which are decided together
+    last = torch.ones_like(descending, dtype=torch.bool)  # of equal probabilities, which are decided together
     last[:-1] = descending[1:] != descending[:-1]
     chosen = torch.arange(1, len(descending) + 1)
     return Ranking(descending[last], hits[last].double(), chosen[last].double(), int(hits[-1]) if len(hits) else 0)
 
 
 def find_measurable(targets: Tensor) -> Tensor:
-    """Which labels can be measured: some image has it and, unless all images were checked for it, some lacks it.
+    """Return which labels can be measured, bool, (labels,).
 
-    Of labels that people only said yes to, every network would have an average precision of 1. They are left out as
-    in `AP_partial` of Alibaba-MIIL/PartialLabelingCSL.
+    A label needs an image that has it and, unless it is known for all images, one that lacks it. If only presence is
+    annotated, every network would have an average precision of 1. `AP_partial` of Alibaba-MIIL/PartialLabelingCSL
+    leaves out the same labels.
     """
     return (targets == 1).any(0) & ((targets == 0).any(0) | (targets != UNKNOWN).all(0))
 
 
 def average_precisions(probabilities: Tensor, targets: Tensor) -> Tensor:
-    """Average precision of each label, from 0 to 1, in float64; NaN for a label that cannot be measured.
+    """Return the average precision of each label, (labels,), float64, from 0 to 1; NaN if it cannot be measured.
 
     Args:
         probabilities: (N, labels).
-        targets: 0, 1 or -1, (N, labels).
+        targets: 1, 0 or -1, (N, labels).
     """
     values = torch.full((targets.shape[1],), torch.nan, dtype=torch.float64)
     for label in find_measurable(targets).nonzero().flatten().tolist():
@@ -84,12 +85,12 @@ def average_precisions(probabilities: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Decisions:
-    """Right and wrong decisions about each label that can be measured; all (labels,), float64.
+    """Counts of decisions about each measurable label; all (labels,), float64.
 
     Args:
-        hits: images that have the label and got it.
-        chosen: images that got it, among those of which it is known.
-        positives: images that have it.
+        hits: number of images that have the label and for which it was chosen.
+        chosen: number of images for which it was chosen, among those where it is known.
+        positives: number of images that have it.
     """
 
     hits: Tensor
@@ -109,9 +110,9 @@ class Decisions:
         return 2 * self.hits / (self.chosen + self.positives).clamp(min=1)
 
     def score(self) -> dict[str, float]:
-        """Precision, recall and F1 by class and overall, in percent (arXiv:1904.03582, "Evaluation Metrics").
+        """Return precision, recall and F1 per class and overall, in percent (arXiv:1904.03582, "Evaluation Metrics").
 
-        CF1 is the harmonic mean of the labels' mean precision and their mean recall, which is not the mean of their F1.
+        CF1 is the harmonic mean of mean precision and mean recall over labels; it is not the mean of the labels' F1.
         OF1 is the F1 of all decisions together.
         """
         if not len(self.hits):
@@ -131,11 +132,11 @@ class Decisions:
 
 
 def decide(chosen: Tensor, targets: Tensor) -> Decisions:
-    """Count decisions about the labels that can be measured.
+    """Count decisions about the measurable labels.
 
     Args:
-        chosen: which labels an image is said to have, bool, (N, labels).
-        targets: 0, 1 or -1, (N, labels).
+        chosen: which labels were chosen for each image, bool, (N, labels).
+        targets: 1, 0 or -1, (N, labels).
     """
     measurable = find_measurable(targets)
     positive, known = targets == 1, targets != UNKNOWN
@@ -144,21 +145,21 @@ def decide(chosen: Tensor, targets: Tensor) -> Decisions:
 
 
 def choose_top(probabilities: Tensor, count: int) -> Tensor:
-    """The most probable labels of each image, bool, (N, labels)."""
+    """Return a mask of the count most probable labels of each image, bool, (N, labels)."""
     top = probabilities.topk(min(count, probabilities.shape[1]), dim=1).indices
     return torch.zeros_like(probabilities, dtype=torch.bool).scatter_(1, top, True)
 
 
 def score(probabilities: Tensor, targets: Tensor, thresholds: Tensor | float) -> dict[str, float]:
-    """mAP, CF1 and OF1 of labels that can be measured.
+    """Return mAP, CF1 and OF1 of the measurable labels, in percent.
 
     Args:
         probabilities: (N, labels).
-        targets: 0, 1 or -1, (N, labels).
-        thresholds: from which probability on an image has a label, one for each label or one for all; for CF1 and OF1.
+        targets: 1, 0 or -1, (N, labels).
+        thresholds: the least probability of a chosen label, (labels,) or one number for all; used for CF1 and OF1.
 
     Returns:
-        "mAP", the mean of the labels' average precisions, "CF1" and "OF1" in percent; NaN if nothing can be measured.
+        "mAP" (the mean of the labels' average precisions), "CF1" and "OF1"; NaN if no label is measurable.
     """
     by_decision = decide(probabilities >= thresholds, targets).score()
     mean = average_precisions(probabilities, targets).nanmean().item()
@@ -166,15 +167,15 @@ def score(probabilities: Tensor, targets: Tensor, thresholds: Tensor | float) ->
 
 
 def score_ranking(probabilities: Tensor, targets: Tensor) -> dict[str, float]:
-    """The three means of average precision, in percent, of labels that can be measured; NaN if there are none.
+    """Return three means of average precision over the measurable labels, in percent; NaN if there are none.
 
     Args:
         probabilities: (N, labels).
-        targets: 0, 1 or -1, (N, labels).
+        targets: 1, 0 or -1, (N, labels).
 
     Returns:
-        "mAP", the mean over labels (macro); "weighted mAP", each label with the number of images that have it, which
-        Alibaba-MIIL/PartialLabelingCSL calls `map_macro`; "micro AP", of all decisions together.
+        "mAP", the mean over labels (macro); "weighted mAP", weighted by the number of images with each label, which
+        Alibaba-MIIL/PartialLabelingCSL calls `map_macro`; "micro AP", the average precision of all decisions together.
     """
     found = average_precisions(probabilities, targets)
     measurable = ~found.isnan()
@@ -190,15 +191,15 @@ def score_ranking(probabilities: Tensor, targets: Tensor) -> dict[str, float]:
 
 
 def score_top(logits: Tensor, targets: Tensor, counts: Sequence[int] = (1, 5)) -> dict[str, float]:
-    """In how many images a label is among the most probable ones, in percent.
+    """Return top-k accuracy in percent: the share of images with a target among the k most probable labels.
 
     Args:
-        logits: or probabilities, (N, labels).
-        targets: 0 or 1, (N, labels); of several labels, one of them is enough (as in arXiv:2006.07159, "ReaL").
-        counts: how many labels are the most probable ones.
+        logits: logits or probabilities, (N, labels).
+        targets: 1 or 0, (N, labels); one of several targets is enough (arXiv:2006.07159, "ReaL").
+        counts: values of k.
 
     Returns:
-        "top-1" and so on, but for those that are more than there are labels.
+        "top-1" and so on, without those whose k exceeds the number of labels.
     """
     order = logits.topk(min(max(counts), logits.shape[1]), dim=1).indices
     right = targets.gather(1, order) == 1
@@ -210,14 +211,14 @@ def score_top(logits: Tensor, targets: Tensor, counts: Sequence[int] = (1, 5)) -
 
 
 def choose_thresholds(probabilities: Tensor, targets: Tensor) -> list[float]:
-    """For each label the probability from which on saying it gives the best F1 on these images.
+    """Choose each label's threshold for the best F1 on these images.
 
-    It lies halfway between the least probability that is taken and the greatest that is not, so that an engine that
-    rounds differently decides alike. A label that cannot be measured gets the threshold that is best for all together.
+    The threshold is halfway between the least chosen probability and the next lower one, so that engines that round
+    differently make the same decisions. A label that is not measurable gets the best threshold for all labels together.
 
     Args:
         probabilities: (N, labels).
-        targets: 0, 1 or -1, (N, labels), with a 1.
+        targets: 1, 0 or -1, (N, labels); at least one is 1.
 
     Returns:
         A threshold for each label.
@@ -232,6 +233,6 @@ def choose_thresholds(probabilities: Tensor, targets: Tensor) -> list[float]:
 
 def _choose_threshold(ranking: Ranking) -> float:
     f1 = 2 * ranking.hits / (ranking.chosen + ranking.positives)
-    best = len(f1) - 1 - int(f1.flip(0).argmax())  # of equally good ones the lowest
+    best = len(f1) - 1 - int(f1.flip(0).argmax())  # the lowest of equally good ones
     below = ranking.thresholds[best + 1].item() if best + 1 < len(f1) else 0.0
     return (ranking.thresholds[best].item() + below) / 2

@@ -1,4 +1,4 @@
-"""What a training is told."""
+"""Settings of a training."""
 
 import dataclasses
 from typing import Any
@@ -12,27 +12,27 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """How a network is trained, whatever its labels are; the values are those of `Settings`.
+    """Settings shared by taggers and classifiers; the defaults here are those of `Settings`.
 
     Args:
-        model: name of the weights to start from, as `timm_tresnet.weights.loading.load_network` takes it.
+        model: name of the weights to start from, see `timm_tresnet.weights.loading.load_network`.
         from_scratch: start from random weights instead.
         model_args: arguments of the network that differ from those of the weights, such as its head.
-        image_size: side of the images, in pixels; None for that of the weights.
-        epochs: how often each image is seen.
-        batch_size: images in a step, of each process.
-        accumulate: steps whose gradients are added up before the weights change.
-        opt: optimizer, a name that timm knows.
+        image_size: side of the images, in pixels; None for the size of the weights.
+        epochs: number of epochs.
+        batch_size: images in a batch of each process.
+        accumulate: batches whose gradients are added before the weights are updated.
+        opt: name of an optimizer of timm.
         lr: the highest learning rate.
-        weight_decay: of all weights but biases and norms.
-        sched: how the learning rate goes: one of `SCHEDULES`.
-        warmup_epochs: epochs in which it rises, for all but onecycle, which takes the first fifth.
-        ema_decay: of the moving average of the weights, a step.
+        weight_decay: weight decay of all weights except biases and norms.
+        sched: schedule of the learning rate, one of `SCHEDULES`.
+        warmup_epochs: epochs of rising learning rate; ignored by onecycle, whose first fifth is its warmup.
+        ema_decay: decay of the weights' moving average in each step.
         precision: one of `PRECISIONS`; None for 16-mixed with CUDA, else 32-true.
-        channels_last: keep images and weights with their channels last in memory.
-        sync_bn: batch norm over all processes.
-        held_out: share of the training images to measure with, where there are none of their own for that.
-        seed: of all that is drawn.
+        channels_last: use the channels-last memory format for images and weights.
+        sync_bn: use batch statistics of all processes.
+        held_out: share of the training images to hold out, from 0 to 1, if there are no validation images.
+        seed: seed of all random numbers.
     """
 
     model: str = "tresnet_m"
@@ -57,22 +57,22 @@ class TrainingSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(TrainingSettings):
-    """How a tagger is trained; what is not said is as in official training (train.py of ASL and ML_Decoder).
+    """Settings of a tagger; the defaults are those of official training (train.py of ASL and ML_Decoder).
 
     Args:
         loss: one of `LOSSES`.
-        gamma_neg: focusing of the asymmetric loss on labels that an image lacks.
-        gamma_pos: focusing on those that it has.
-        clip: probability up to which a label that an image lacks costs nothing.
-        unknown: what becomes of labels of which nobody knows whether they are there: one of `UNKNOWNS`, to leave them
-            out of the loss, to take them as absent, or to decide by how probable they are.
-        gamma_unknown: focusing on them, where unknown is "selective", as are the next three.
-        unknown_top_k: how many of them, the most probable ones, are left out, an image of the batch on average.
-        prior: how often each label is there, by its name; None if nobody says.
-        prior_threshold: from which on labels are so common that they are left out where nobody knows.
-        pos_weight: how much each label counts where it is there, by its name; "balanced" for as much as where it is
-            absent, None for 1.
-        cutout: side of the square that is painted over, as a share of the image's; 0 for none.
+        gamma_neg: focusing of the asymmetric loss on absent labels.
+        gamma_pos: focusing of the asymmetric loss on present labels.
+        clip: an absent label with at most this probability adds nothing to the loss.
+        unknown: treatment of unknown labels, one of `UNKNOWNS`: leave them out of the loss, treat them as absent, or
+            choose by their probability, see `timm_tresnet.tagging.losses.LabelLoss`.
+        gamma_unknown: focusing on unknown labels. This and the next three are used if unknown is "selective".
+        unknown_top_k: number of the most probable unknown labels that are ignored, on average for each image.
+        prior: estimated frequency of each label by its name, from 0 to 1; None if unknown.
+        prior_threshold: an unknown label with a higher prior is ignored.
+        pos_weight: weight of each label where it is present, by its name; "balanced" to balance presence and absence,
+            None for 1.
+        cutout: side of the Cutout square, as a share of the image's side; 0 for none.
         randaugment: magnitude of RandAugment, up to 30; 0 for none.
     """
 
@@ -92,14 +92,14 @@ class Settings(TrainingSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassSettings(TrainingSettings):
-    """How a network for one class an image is trained; what is not said is as in `recipes/transfer.yaml`.
+    """Settings of a classifier, one class an image; the defaults are those of `recipes/transfer.yaml`.
 
     Args:
         min_lr: the lowest learning rate.
-        smoothing: of the targets.
+        smoothing: label smoothing.
         aa: policy of timm's augmentation, such as v0r or rand-m9-mstd0.5; "" for none.
-        reprob: probability of erasing a part of an image.
-        hflip: probability of mirroring an image.
+        reprob: probability of random erasing.
+        hflip: probability of a horizontal flip.
     """
 
     epochs: int = 50

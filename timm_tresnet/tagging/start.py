@@ -1,4 +1,4 @@
-"""The network that a training starts from."""
+"""Make the network that a training starts from."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,34 +19,34 @@ from timm_tresnet.weights.loading import load_network
 def make_network(
     name: str, model_args: Mapping[str, Any], labels: Sequence[str], pretrained: bool = True, multi_label: bool = True
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Make a network for labels, from weights that may be for other classes or have another head.
+    """Make a network for given labels from weights that may have other classes or another head.
 
-    Whatever of the weights fits is taken: the body and, if the head is of the same kind, what it has in front of its
-    last layer; that too if the weights are for the same labels, and an image can have as many of them.
+    The body's weights are always copied. The head's are copied up to its last layer if the head is of the same class.
+    The last layer is copied too if the weights have the same labels and are equally single-label or multi-label.
 
     Args:
-        name: of the weights, as `timm_tresnet.weights.loading.load_network` takes it.
+        name: name of the weights, see `timm_tresnet.weights.loading.load_network`.
         model_args: arguments of the network that differ from those of the weights.
-        labels: one for each output.
-        pretrained: False to draw the weights.
-        multi_label: whether an image can have any number of them.
+        labels: names of the outputs.
+        pretrained: False for random weights.
+        multi_label: whether an image can have any number of labels.
 
     Returns:
-        The network, and the arguments that make it of its variant: model_args and those that came with the weights.
+        The network, and the arguments that differ from its variant's: model_args and the arguments of the weights.
 
     Raises:
-        ValueError: if there is no such network, it cannot be had or built, or its body differs from the weights'.
+        ValueError: if the network does not exist or cannot be loaded or built, or its body differs from the weights'.
     """
     source = load_network(name) if pretrained else None
     try:
         network: Any = timm.create_model(name, pretrained=False, num_classes=len(labels), **model_args)
-    # What timm and the network raise for arguments and names that are wrong.
+    # timm and the network raise these for wrong names and arguments.
     except (AssertionError, FileNotFoundError, KeyError, RuntimeError, TypeError, ValueError) as error:
         unknown = None if ":" in name else explain_unknown(name)
         reason = unknown or summarise(error)
         raise ValueError(f"cannot make the network {name} with {dict(model_args)}: {reason}") from error
     if network.in_chans != 3:
-        raise ValueError(f"{name} takes {network.in_chans} channels, images are read in 3")
+        raise ValueError(f"{name} needs images with {network.in_chans} channels; training reads images with 3")
     if source is not None:
         _take_weights(network, source, labels, multi_label)
     of_weights = _arguments_of_weights(name)
@@ -62,7 +62,9 @@ def _take_weights(network: nn.Module, source: Any, labels: Sequence[str], multi_
     fits = {key for key in wanted if key in weights and weights[key].shape == wanted[key].shape}
     missing = sorted(wanted.keys() - fits - of_head)
     if missing:
-        raise ValueError(f"the body differs from that of the weights, which do not fit {missing[0]} and others")
+        raise ValueError(
+            f"the weights need a network with the same body, got one in which {missing[0]} and perhaps more differ"
+        )
     if type(source.head) is not type(network.head) or not of_head <= fits:
         fits -= of_head
     network.load_state_dict({key: weights[key] if key in fits else wanted[key] for key in wanted})
@@ -79,13 +81,13 @@ def _arguments_of_weights(name: str) -> dict[str, Any]:
 
 
 def make_pretrained_cfg(network: Any, image_size: int | None, squash: bool = True) -> dict[str, Any]:
-    """What timm's pretrained config says of a network that is trained by this package: how its images are prepared.
+    """Make timm's pretrained config, with the preprocessing, for a network that this package trains.
 
     Args:
         network: from `make_network`.
-        image_size: side of its images, in pixels; None for that of the weights.
-        squash: resize to a square whatever the image's shape, as official training of taggers does; False to prepare
-            images as the weights' are prepared.
+        image_size: side of the images, in pixels; None for the size of the weights.
+        squash: resize images to a square without keeping their shape, as in official training of taggers; False for
+            the preprocessing of the weights.
     """
     start = network.pretrained_cfg
     size = image_size or start["input_size"][-1]

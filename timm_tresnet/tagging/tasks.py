@@ -1,4 +1,4 @@
-"""What differs between images with any number of labels and images of one class: the loss, and what is measured."""
+"""The two tasks, tagging and classification: each has its loss and its metrics."""
 
 from typing import Any, Protocol, cast
 
@@ -10,34 +10,34 @@ from timm_tresnet.tagging.losses import LabelLoss
 from timm_tresnet.tagging.scores import average_precisions, choose_thresholds, score
 from timm_tresnet.tagging.settings import ClassSettings, Settings, TrainingSettings
 
-_THRESHOLD = 0.5  # of CF1 and OF1 during training, as in arXiv:1904.03582
+_THRESHOLD = 0.5  # for CF1 and OF1 during training, as in arXiv:1904.03582
 
 
 class Task(Protocol):
-    """What an image is to be told.
+    """A kind of prediction, with its loss and metrics.
 
     Attributes:
-        figures: names of what is measured, in percent; by the first, the best epoch is chosen.
-        averages: whether a step's loss is the mean of its images', not their sum.
+        figures: names of the metrics, in percent; the first one chooses the best epoch.
+        averages: whether the loss of a batch is the mean over its images, not the sum.
     """
 
     figures: tuple[str, ...]
     averages: bool
 
     def make_loss(self) -> nn.Module:
-        """The loss of logits and targets, each (N, labels), summed over images."""
+        """Make the loss: logits (N, labels) and targets (N, labels) -> (), summed over images."""
         ...
 
     def read(self, logits: Tensor) -> Tensor:
-        """What is measured, (N, labels), of logits."""
+        """Turn logits (N, labels) into the outputs (N, labels) that the metrics are computed from."""
         ...
 
     def score(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
-        """The figures of what was read and its targets."""
+        """Compute the metrics of outputs (N, labels) and targets (N, labels)."""
         ...
 
     def conclude(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
-        """What the best epoch says: its "scores", and more that goes with its weights."""
+        """Return what is stored with the best weights: "scores", and thresholds or accuracies."""
         ...
 
 
@@ -81,7 +81,7 @@ class Classification:
         return nn.CrossEntropyLoss(label_smoothing=self._settings.smoothing, reduction="sum")
 
     def read(self, logits: Tensor) -> Tensor:
-        return logits  # a softmax would make equal what is not
+        return logits  # a softmax could round different values to equal ones
 
     def score(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
         if not len(outputs):
@@ -96,5 +96,5 @@ class Classification:
 
 
 def make_task(settings: TrainingSettings) -> Task:
-    """The task that settings are of."""
+    """Make the task for the settings' class."""
     return Classification(settings) if isinstance(settings, ClassSettings) else Tagging(cast(Settings, settings))

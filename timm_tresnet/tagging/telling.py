@@ -1,4 +1,4 @@
-"""What a training says before it begins and while it runs."""
+"""Lines and the progress bar that a training shows."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,21 +33,21 @@ def tell_start(
     processes: int,
     work: Path,
 ) -> Iterator[str]:
-    """What is about to be trained, on what and how, a line at a time.
+    """Yield lines that describe a training before it starts.
 
     Args:
-        network: that is to be trained.
-        settings: of the training.
-        images: number of images to train on, and of those held out.
+        network: the network to train.
+        settings: the training settings.
+        images: number of training images and of held-out images.
         image_size: side of the images, in pixels.
         device: "auto", "cpu", "cuda" or "mps".
-        processes: number of processes that train.
+        processes: number of training processes.
         work: folder of the checkpoints.
     """
     share = -(-images[0] // processes)
     batch = min(settings.batch_size, share)
     yield (
-        f"{images[0]} images to train on, {images[1]} held out, {network.num_classes} labels; {settings.epochs} epochs "
+        f"{images[0]} training images, {images[1]} held out, {network.num_classes} labels; {settings.epochs} epochs "
         f"of {share // batch} batches of {batch * processes}"
     )
     parameters = sum(parameter.numel() for parameter in network.parameters()) / 1e6
@@ -63,12 +63,12 @@ def tell_start(
 
 
 def choose_device(device: str) -> str:
-    """The kind of device that "auto" stands for here, or the one that is named."""
+    """Return the named device; for "auto", the best one that this machine has."""
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def choose_precision(settings: TrainingSettings, device: str) -> str:
-    """The precision that settings ask for, or else that of official training, which uses autocast on a GPU."""
+    """Return the precision of the settings; by default that of official training, which uses autocast on a GPU."""
     return settings.precision or ("16-mixed" if device == "cuda" else "32-true")

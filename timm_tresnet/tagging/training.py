@@ -1,4 +1,4 @@
-"""A training from annotations to a folder that timm loads."""
+"""Train a network on annotations and write a folder that timm loads."""
 
 import contextlib
 import csv
@@ -50,12 +50,12 @@ PRIOR = "prior.csv"
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFolder:
-    """Where a training writes, and what it finds there.
+    """Where a training writes.
 
     Args:
-        output: the folder that it ends with.
-        resume: go on with a training that was stopped, if there is one.
-        overwrite: replace what an earlier training has left.
+        output: folder of the result.
+        resume: resume an unfinished training, if there is one.
+        overwrite: replace files of an earlier training.
     """
 
     output: Path
@@ -64,22 +64,22 @@ class TrainingFolder:
 
     @property
     def work(self) -> Path:
-        """The folder of checkpoints and logs."""
+        """Folder of checkpoints and logs."""
         return self.output.with_name(self.output.name + ".training")
 
     @property
     def checkpoint(self) -> Path:
-        """All that a training needs to go on, as it was after the last epoch."""
+        """Checkpoint of the last epoch, from which a training resumes."""
         return self.work / _CHECKPOINT
 
 
 def count_processes() -> int:
-    """Number of processes that `torchrun` has started for this training."""
+    """Return the number of processes that `torchrun` started for this training."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first_process() -> bool:
-    """Whether this one writes and speaks."""
+    """Whether this process writes files and prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -97,21 +97,22 @@ def train_network(
     """Train a network on images, and write a folder for `timm.create_model('local-dir:FOLDER', pretrained=True)`.
 
     Args:
-        training: the images to train on.
-        measuring: those to choose the best epoch and the thresholds with; None to hold out some of the first.
-        settings: of the training; `ClassSettings` if each image has one label, its class.
+        training: the training images.
+        measuring: validation images, which choose the best epoch and the thresholds; None to hold out some training
+            images.
+        settings: the training settings; `ClassSettings` if each image has one label, its class.
         place: where to write.
         device: "auto", "cpu", "cuda" or "mps".
-        workers: processes that read images, for each process that trains.
-        command: what the card says it was made with.
-        say: is told, a line at a time, how it goes.
+        workers: processes that read images, for each training process.
+        command: the command to name in the model card; "" for none.
+        say: called with each line of progress.
 
     Returns:
-        The folder.
+        The folder of the result.
 
     Raises:
-        OSError: if something cannot be written.
-        ValueError: if settings, data and what is there already do not go together.
+        OSError: if a file cannot be written.
+        ValueError: if the settings, the data and an existing training do not fit together.
     """
     multi_label = not isinstance(settings, ClassSettings)
     if measuring is None:
@@ -140,11 +141,11 @@ def train_network(
     if process == 0:
         _prepare_place(place, {"settings": dataclasses.asdict(settings), "processes": processes, **_fingerprint(data)})
     if finished:
-        say(f"{printable(place.output)} is already finished, with these settings; --overwrite begins anew")
+        say(f"{printable(place.output)} is already finished with these settings; train again with --overwrite")
         return place.output
     checkpoint = place.checkpoint if place.resume and place.checkpoint.exists() else None
     if checkpoint:
-        say(f"going on with {printable(checkpoint)}")
+        say(f"resuming from {printable(checkpoint)}")
 
     counts, size = (len(data["training"]), len(data["measuring"])), pretrained_cfg["input_size"][-1]
     for line in tell_start(network, settings, counts, size, device, processes, place.work):
@@ -161,7 +162,7 @@ def train_network(
         }
         try:
             trainer.fit(tagger, loaders["training"], loaders["measuring"], ckpt_path=checkpoint, weights_only=True)
-        # What Lightning and PyTorch raise for a part that was not looked at depends on what is in it.
+        # Lightning and PyTorch raise any of these for parts of a checkpoint that were not checked.
         except (
             ArithmeticError,
             AssertionError,
@@ -174,7 +175,7 @@ def train_network(
             if checkpoint is None or tagger.stepped or isinstance(error, CheckpointError):
                 raise
             raise ValueError(
-                f"cannot go on with {printable(checkpoint)}: {summarise(error)}; begin anew with --overwrite"
+                f"cannot resume from {printable(checkpoint)}: {summarise(error)}; start again with --overwrite"
             ) from error
     if process == 0:
         if training.partial:
@@ -187,16 +188,16 @@ def train_network(
 
 
 def hold_out(annotations: Annotations, share: float, seed: int) -> tuple[Annotations, Annotations]:
-    """Split images at random into those to train on and a share, at least one, to measure with.
+    """Hold out a random share of the images, at least one; return the training and the held-out images.
 
     Raises:
-        ValueError: if there are too few images for both.
+        ValueError: if there are too few images.
     """
     count = max(1, round(share * len(annotations.examples)))
     if len(annotations.examples) <= count:
         raise ValueError(
             f"{annotations.called} has {len(annotations.examples)} images, too few to hold {count} of them out; give "
-            "others to measure with by --val"
+            "validation images with --val"
         )
     order = torch.randperm(len(annotations.examples), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out, kept = sorted(order[:count]), sorted(order[count:])
@@ -229,7 +230,7 @@ def _make_data_sets(
         )
     else:
         augmenting = make_class_transform(pretrained_cfg, cast(ClassSettings, settings))
-    # As `timm-tresnet classify` prepares images, so that thresholds are for what it sees
+    # The preprocessing of `timm-tresnet classify`, so that the thresholds fit its inputs
     plain = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg))
     names = training.names
     return {
@@ -242,15 +243,15 @@ def _check_positives(images: LabelledImages) -> None:
     present, absent = images.count_labels(), images.count_absent()
     if not ((present > 0) & ((absent > 0) | (present == len(images)))).any():  # as `find_measurable` has it
         raise ValueError(
-            "the images to measure with have no label that can be measured, of which some are known to have it and, if "
-            "not all were checked, some to lack it; hold out more, or give others by --val"
+            "validation needs a label that some images have and, unless it is known for all images, that some lack; "
+            "got none; hold out more images, or give others with --val"
         )
 
 
 def _tell_known(images: LabelledImages, training: Annotations, settings: Settings) -> str:
     known = int(images.count_labels().sum() + images.count_absent().sum())
     share = known / (len(images) * len(training.names))
-    return f"{training.called}: {share:.1%} of all labels of all images are known; --unknown {settings.unknown}"
+    return f"{training.called}: {share:.1%} of all labels of all images are known, others --unknown {settings.unknown}"
 
 
 def _make_loss(settings: Settings, images: LabelledImages, names: Sequence[str]) -> LabelLoss:
@@ -275,22 +276,22 @@ def _fingerprint(data: dict[str, LabelledImages]) -> dict[str, str]:
 
 
 def _prepare_place(place: TrainingFolder, run: dict[str, Any]) -> None:
-    """Make the folder of checkpoints, or see that what is there is of the same training."""
+    """Make the folder of checkpoints; when resuming, check that it belongs to the same training."""
     note = place.work / _RUN
     before = read_json(note) if note.exists() else None
     if before is not None and place.resume:
         differing = _find_differences(before, run)
         if differing:
             raise ValueError(
-                f"{printable(place.work)} holds a training with other {name_some(differing)}; resume it with what it "
-                "was begun with, or begin anew with --overwrite"
+                f"{printable(place.work)} has a training with other {name_some(differing)}; resume it with the "
+                "settings and data that it was started with, or start again with --overwrite"
             )
         return
     if place.work.exists() and any(place.work.iterdir()):
         if not place.overwrite:
             raise FileExistsError(
-                f"{printable(place.work)} holds a training that was not finished or is kept; go on with it by "
-                "--resume, or begin anew with --overwrite"
+                f"{printable(place.work)} has an earlier training; resume it with --resume, or start again with "
+                "--overwrite"
             )
         shutil.rmtree(place.work)
     place.work.mkdir(parents=True, exist_ok=True)
@@ -299,7 +300,7 @@ def _prepare_place(place: TrainingFolder, run: dict[str, Any]) -> None:
 
 
 def _find_differences(before: Any, now: dict[str, Any]) -> list[str]:
-    """Names of what differs, with both values."""
+    """Return the names of differing settings with both values, and of differing data sets."""
     now = json.loads(json.dumps(now))  # tuples become lists
     before = before if isinstance(before, dict) else {}
     settings = before.get("settings") if isinstance(before.get("settings"), dict) else {}
@@ -313,7 +314,7 @@ def _find_differences(before: Any, now: dict[str, Any]) -> list[str]:
 
 
 class _Teller(Callback):
-    """Says a line after each epoch, and how to go on if one is interrupted."""
+    """Prints a line after each epoch and, after an interrupt, how to resume."""
 
     def __init__(self, epochs: int, say: Callable[[str], None]) -> None:
         self._epochs = epochs
@@ -323,16 +324,16 @@ class _Teller(Callback):
         row, figure = pl_module.history[-1], pl_module.task.figures[0]
         if not math.isfinite(row["loss"]):
             raise ValueError(
-                f"the loss is not finite in epoch {row['epoch']}; try a lower --lr, or --precision 32-true"
+                f"the loss is not finite in epoch {row['epoch']}; use a lower --lr, or --precision 32-true"
             )
         self._say(
-            f"epoch {row['epoch']}/{self._epochs}: loss {row['loss']:.3f}, {figure} {row['network'][figure]:.2f}, of "
-            f"the moving average {row['average'][figure]:.2f}"
+            f"epoch {row['epoch']}/{self._epochs}: loss {row['loss']:.3f}, {figure} {row['network'][figure]:.2f}, "
+            f"moving average {row['average'][figure]:.2f}"
         )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt):
-            self._say("interrupted; --resume goes on after the last whole epoch")
+            self._say("interrupted; continue after the last finished epoch with --resume")
 
 
 def _make_trainer(
@@ -389,21 +390,21 @@ def _make_trainer(
         trainer = make()
         return trainer
     except MisconfigurationException as error:
-        raise ValueError(f"this machine cannot do that: {error}") from error
+        raise ValueError(f"this machine cannot train with these settings: {error}") from error
 
 
-_ADVICE = (  # of Lightning, which does not hold here
+_ADVICE = (  # Lightning's warnings that do not apply here
     "The '.*_dataloader' does not have many workers",
     "The number of training batches",
     "Checkpoint directory .* exists and is not empty",
     "(GPU|MPS) available but not used",
-    ".*LeafSpec.* is deprecated",  # it asks PyTorch in the old way
+    ".*LeafSpec.* is deprecated",  # Lightning uses PyTorch's old name
 )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Lightning's advice."""
+    """Silence Lightning's information and the warnings in `_ADVICE`."""
     logger = logging.getLogger("lightning.pytorch")
     before = logger.level
     logger.setLevel(logging.WARNING)
@@ -464,11 +465,11 @@ def _tell_result(tagger: Tagger, data: dict[str, LabelledImages], output: Path) 
     best: Any = tagger.best  # not None after an epoch
     kind = "the moving average" if best["name"] == "average" else "the weights"
     scores = ", ".join(f"{name} {value:.2f}" for name, value in best["scores"].items())
-    yield f"{printable(output)}: {kind} of epoch {best['epoch']}; on the held-out images {scores}"
+    yield f"{printable(output)}: {kind} of epoch {best['epoch']}; on the held-out images: {scores}"
     if tagger.unreadable:
         shown = name_some(printable(data["training"].paths[index]) for index in sorted(tagger.unreadable))
-        yield f"skipped {len(tagger.unreadable)} images to train on that cannot be read: {shown}"
+        yield f"skipped {len(tagger.unreadable)} unreadable training images: {shown}"
     if tagger.history[-1]["unreadable"]:
         shown = name_some(printable(data["measuring"].paths[index]) for index in sorted(tagger.unmeasured))
-        named = f": {shown}" if shown else ""  # not known where nothing was left to train
-        yield f"skipped {tagger.history[-1]['unreadable']} images to measure with that cannot be read{named}"
+        named = f": {shown}" if shown else ""  # not known if the resumed training had no epoch left
+        yield f"skipped {tagger.history[-1]['unreadable']} unreadable validation images{named}"

@@ -1,4 +1,4 @@
-"""What becomes of an image before the network sees it in training, with torchvision's transforms."""
+"""Transforms of training images: official training's with torchvision, and timm's own."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,17 +12,17 @@ from timm_tresnet.utils.errors import summarise
 
 
 class Cutout(v2.Transform):
-    """Paint over a square of a random colour, of which a part may lie outside ("Cutout", arXiv:1708.04552).
+    """Fill a random square with a random colour; part of the square may lie outside the image (arXiv:1708.04552).
 
-    As official training of multi-label networks does it (`CutoutPIL` in ASL and ML_Decoder, helper_functions.py): on
-    every image, with its centre anywhere. torchvision's RandomErasing keeps the whole square inside.
+    Every image gets a square with its centre anywhere, as in official training of multi-label networks (`CutoutPIL` in
+    helper_functions.py of ASL and ML_Decoder). torchvision's RandomErasing keeps the whole square inside.
 
     Args:
-        share: side of the square, as a share of the image's.
+        share: side of the square, as a share of the image's side, for each of height and width.
 
     Shape:
         - input: image tensors, (..., C, H, W), uint8
-        - output: the same
+        - output: (..., C, H, W), uint8
     """
 
     def __init__(self, share: float) -> None:
@@ -49,17 +49,17 @@ def _draw_range(side: int, share: float) -> tuple[int, int]:
 def make_transform(
     image_size: int, mean: Sequence[float], std: Sequence[float], cutout: float, randaugment: int
 ) -> v2.Compose:
-    """The transform of training: squash, Cutout, RandAugment.
+    """Make a tagger's training transform: squash, Cutout, RandAugment.
 
-    Official training (train.py of ASL and ML_Decoder) has these three in this order, and neither crops nor flips. Its
-    RandAugment is the package `randaugment`, which draws two of 15 operations with a magnitude from 1 to 9 each; here
-    it is torchvision's, two of 14 with one magnitude.
+    Official training (train.py of ASL and ML_Decoder) has these three in this order, without crops or flips. Its
+    RandAugment is the package `randaugment`, which draws two of 15 operations, each with a magnitude from 1 to 9. This
+    one is torchvision's, two of 14 operations with a fixed magnitude.
 
     Args:
-        image_size: side of the images that the network gets, in pixels.
-        mean: of the channels, subtracted from values from 0 to 1.
-        std: of the channels.
-        cutout: share of `Cutout`; 0 for none.
+        image_size: side of the output, in pixels.
+        mean: mean of each channel, for values from 0 to 1.
+        std: standard deviation of each channel, for values from 0 to 1.
+        cutout: side of the `Cutout` square, as a share of the image's side; 0 for none.
         randaugment: magnitude of RandAugment, from 1 to 30; 0 for none.
 
     Returns:
@@ -76,10 +76,10 @@ def make_transform(
 
 
 def make_class_transform(pretrained_cfg: Mapping[str, Any], settings: ClassSettings) -> Callable[[Any], torch.Tensor]:
-    """Make timm's own transform of training, as its `train.py` makes it of `recipes/transfer.yaml`.
+    """Make timm's training transform, the one that `train.py` makes from `recipes/transfer.yaml`.
 
     Raises:
-        ValueError: if timm knows no such augmentation.
+        ValueError: if timm does not know the augmentation policy.
     """
     try:
         return timm.data.create_transform(
@@ -95,4 +95,4 @@ def make_class_transform(pretrained_cfg: Mapping[str, Any], settings: ClassSetti
             re_mode="pixel",
         )
     except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(f"timm makes no augmentation of --aa {settings.aa}: {summarise(error)}") from error
+        raise ValueError(f"timm cannot make the augmentation --aa {settings.aa}: {summarise(error)}") from error

@@ -1,4 +1,4 @@
-"""How good a network is on annotated images."""
+"""Validate a network on annotated images."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,17 +25,17 @@ from timm_tresnet.tagging.scores import (
 from timm_tresnet.weights.labels import label_lookup, list_names, read_thresholds
 from timm_tresnet.weights.preprocessing import resolve_preprocessing
 
-THRESHOLD = 0.5  # of labels that have none of their own
+THRESHOLD = 0.5  # for labels without a threshold of their own
 
 
 @dataclass(frozen=True)
 class Matching:
-    """Which output of a network each label of annotations is.
+    """Which output of a network belongs to each label of annotations.
 
     Args:
-        outputs: by the label's name.
-        unknown: labels that the network lacks.
-        missing: outputs that the annotations lack, which cannot be measured.
+        outputs: index of the output by the label's name.
+        unknown: labels without an output.
+        missing: outputs without a label, which cannot be measured.
     """
 
     outputs: dict[str, int]
@@ -44,17 +44,17 @@ class Matching:
 
 
 def match_labels(names: Sequence[str], network: Any, by_order: bool = False) -> Matching:
-    """Find labels among the outputs of a network: by name, by description, and then whatever the case.
+    """Match labels to a network's outputs: by name, by description, then by description regardless of case.
 
-    Numbers that are no names are those of the outputs.
+    If nothing matches and all labels are numbers, they are indices of outputs.
 
     Args:
-        names: the annotations' labels, in their order.
-        network: whose pretrained config names its outputs, or has the classes of one of ImageNet's sets.
-        by_order: take the labels to be the outputs in order instead, as timm's validate.py takes folders.
+        names: the annotations' labels, in order.
+        network: its pretrained config names the outputs, or its classes are those of an ImageNet subset.
+        by_order: match labels to outputs in order instead, as timm's validate.py does with folders.
 
     Raises:
-        ValueError: if no label is found, or there are not as many as outputs to be taken in order.
+        ValueError: if no label matches or, with by_order, the numbers of labels and outputs differ.
     """
     count, known = network.num_classes, list_names(network)
     if by_order:
@@ -68,8 +68,8 @@ def match_labels(names: Sequence[str], network: Any, by_order: bool = False) -> 
     if not outputs:
         own = [each[-1] for each in known if each]
         raise ValueError(
-            f"none of the labels {name_some(names)} is among the {count} of the network"
-            f"{f', {name_some(own)}' if own else ', which have no names'}; --by-order takes as many as it has in order"
+            f"none of the labels {name_some(names)} is among the network's {count} labels"
+            f"{f', {name_some(own)}' if own else ', which have no names'}; match labels by position with --by-order"
         )
     unknown = tuple(name for name in names if name not in outputs)
     return Matching(outputs, unknown, tuple(sorted(set(range(count)) - set(outputs.values()))))
@@ -89,7 +89,7 @@ def _find_by_name(names: Iterable[str], known: Sequence[tuple[str, ...]]) -> Ite
 
 
 def _index(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """Positions by name, without names that several have."""
+    """Return the index of each name, without names that occur several times."""
     pairs = list(pairs)
     counts = Counter(name for name, _ in pairs)
     return {name: index for name, index in pairs if counts[name] == 1}
@@ -101,12 +101,12 @@ def _fold(name: str) -> str:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a network says about annotated images.
+    """A network's outputs for annotated images.
 
     Args:
-        logits: (N, labels), on the CPU, of images that could be read.
+        logits: (N, labels), on the CPU, of the readable images.
         targets: 1, 0 or -1, (N, labels).
-        unreadable: files of the others.
+        unreadable: the unreadable files.
     """
 
     logits: Tensor
@@ -125,17 +125,17 @@ def run_network(
     as_stored: bool = False,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Outputs:
-    """Run a network on annotated images, prepared as its pretrained config says.
+    """Run a network on annotated images with the preprocessing of its pretrained config.
 
     Args:
         network: a model from `timm.create_model`.
-        annotations: of the images.
-        matching: of their labels and the network's outputs.
-        run: gives its logits, see `timm_tresnet.deployment.running.Runner`.
+        annotations: the images and their labels.
+        matching: matches labels to the network's outputs, from `match_labels`.
+        run: computes logits (N, labels) from pixels, see `timm_tresnet.deployment.running.Runner`.
         batch_size: images in a batch.
-        workers: processes that read images.
-        as_stored: read images as timm's scripts do.
-        advance: is told after each batch how many images that were.
+        workers: processes that read images; 0 to read in this process.
+        as_stored: read images as timm's scripts do, see `timm_tresnet.utils.images.read_image`.
+        advance: called after each batch with its number of images.
 
     Raises:
         ValueError: if no image can be read, or the network's logits are not finite.
@@ -158,7 +158,7 @@ def run_network(
     all_logits, all_targets = torch.cat(logits)[kept], torch.cat(targets)[kept]
     wrong = ~all_logits.isfinite().all(1)
     if wrong.any():
-        raise ValueError(f"the network's logits of {int(wrong.sum())} of {len(wrong)} images are not finite")
+        raise ValueError(f"the network's logits for {int(wrong.sum())} of {len(wrong)} images are not finite")
     all_targets[:, list(matching.missing)] = UNKNOWN
     unreadable = tuple(path for path, good in zip(images.paths, kept.tolist(), strict=True) if not good)
     return Outputs(all_logits, all_targets, unreadable)
@@ -173,26 +173,29 @@ def _number_labels(example: Example, outputs: dict[str, int]) -> Example:
 
 
 def measure(network: Any, outputs: Outputs, top_k: int, multi_label: bool) -> dict[str, Any]:
-    """Figures of a network's outputs.
+    """Compute the metrics of a network's outputs.
 
     Args:
-        network: that gave them.
-        outputs: of `run_network`.
-        top_k: how many labels an image is said to have, for the figures of the most probable ones.
-        multi_label: whether each output has a sigmoid, so that an image can have any number of labels.
+        network: the network, for its thresholds and label names.
+        outputs: from `run_network`.
+        top_k: number of labels chosen for each image in the "top K" decisions.
+        multi_label: whether an image can have any number of labels, each with a sigmoid.
 
     Returns:
-        "images"; "labels" and "measured_labels", how many there are; "scores" in percent; and, where an image can have
-        any number of labels, "decisions", precision, recall and F1 by how labels are chosen, and "per_label", a list
-        of dicts.
+        "images", "labels" and "measured_labels" are counts. "scores" has metrics in percent. For multi-label networks,
+        "decisions" has precision, recall and F1 in percent for each way of choosing labels, and "per_label" is a list
+        with a dict for each measured label.
 
     Raises:
-        ValueError: if nothing can be measured.
+        ValueError: if no label is measurable.
     """
     logits, targets = outputs.logits, outputs.targets
     measurable = find_measurable(targets) if multi_label else (targets == 1).any(0)
     if not measurable.any():
-        raise ValueError("no label can be measured: no image has one, or where it does, none is known to lack it")
+        raise ValueError(
+            "validation needs a label that some images have and, unless it is known for all images, that some lack; "
+            "got none"
+        )
     counts = {"labels": targets.shape[1], "measured_labels": int(measurable.sum())}
     if not multi_label:
         one = (targets == 1).any(1)
@@ -217,7 +220,7 @@ def measure(network: Any, outputs: Outputs, top_k: int, multi_label: bool) -> di
 def _measure_labels(
     network: Any, probabilities: Tensor, targets: Tensor, own: list[float] | None
 ) -> list[dict[str, Any]]:
-    """A dict for each label that can be measured, with decisions at its own threshold."""
+    """Return a dict for each measurable label; its decisions use its own threshold."""
     describe = label_lookup(network)
     thresholds = own or [THRESHOLD] * network.num_classes
     decisions = decide(probabilities >= torch.tensor(thresholds), targets)

@@ -1,4 +1,4 @@
-"""The folder that a training ends with."""
+"""Write the folder of a trained network."""
 
 import json
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from timm_tresnet.utils.files import whole
 from timm_tresnet.weights.labels import make_notes
 from timm_tresnet.weights.loading import load_network
 
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # relative L2 distance of the loaded network's logits
 
 
 @dataclass(frozen=True)
 class Tagged:
-    """A network that tags or classifies images.
+    """A trained tagger or classifier.
 
     Args:
-        architecture: its variant.
-        model_args: arguments that make it of the variant.
-        pretrained_cfg: how its images are prepared, as timm's pretrained config has it.
-        weights: its state dict.
-        training: how it was trained, its labels and how good it is.
+        architecture: name of the variant.
+        model_args: arguments that differ from the variant's.
+        pretrained_cfg: timm's pretrained config, with the preprocessing.
+        weights: the state dict.
+        training: labels, settings and scores of the training.
     """
 
     architecture: str
@@ -38,7 +38,7 @@ class Tagged:
     training: Training | ClassTraining
 
     def config(self) -> dict[str, Any]:
-        """config.json as timm reads it; labels and thresholds reach `pretrained_cfg` of the loaded network."""
+        """Return config.json in timm's form; labels and thresholds reach the loaded network's `pretrained_cfg`."""
         described: dict[str, Any] = {"architecture": self.architecture, "num_classes": len(self.training.labels)}
         if self.model_args:
             described["model_args"] = self.model_args
@@ -48,27 +48,28 @@ class Tagged:
         return {**described, "pretrained_cfg": pretrained_cfg, "label_names": list(self.training.labels)}
 
     def card(self) -> str:
-        """The model card."""
+        """Return the model card."""
         if isinstance(self.training, Training):
             return make_card(self.training, self.architecture)
         return make_class_card(self.training, self.architecture)
 
 
 def write_tagger(tagged: Tagged, folder: Path, network: nn.Module, overwrite: bool = False) -> None:
-    """Write model.safetensors, config.json and README.md, all or nothing.
+    """Write model.safetensors, config.json and README.md: all of them or none.
 
-    Before they get their names, `timm.create_model('local-dir:...')` loads them, and the result is compared.
+    Before the files get their final names, `timm.create_model('local-dir:...')` loads them and its logits are compared
+    with the trained network's.
 
     Args:
-        tagged: what to write.
-        folder: where to; must not exist or be empty.
-        network: of the weights' kind, whose logits the folder must give.
-        overwrite: replace an earlier one.
+        tagged: the trained network.
+        folder: the folder to write; must be missing or empty.
+        network: a network of the same architecture; it gets the weights for the comparison.
+        overwrite: replace the folder of an earlier training.
 
     Raises:
-        FileExistsError: if the folder holds something and overwrite is not set, or something that is no tagger.
-        OSError: if it cannot be written.
-        RuntimeError: if the loaded network computes something else.
+        FileExistsError: if the folder is not empty and overwrite is not set, or it has other files than a training's.
+        OSError: if a file cannot be written.
+        RuntimeError: if the loaded network's logits differ.
     """
     check_free(folder, overwrite)
     with whole(folder, overwrite) as partial:
@@ -79,7 +80,7 @@ def write_tagger(tagged: Tagged, folder: Path, network: nn.Module, overwrite: bo
         (partial / "config.json").write_text(config + "\n", encoding="utf-8")
         (partial / "README.md").write_text(tagged.card(), encoding="utf-8")
         _compare(partial, tagged, network)
-        check_free(folder, overwrite)  # again: this took a while
+        check_free(folder, overwrite)  # again, since writing took a while
 
 
 def _compare(folder: Path, tagged: Tagged, network: nn.Module) -> None:
@@ -89,5 +90,5 @@ def _compare(folder: Path, tagged: Tagged, network: nn.Module) -> None:
         expected = network.cpu().eval()(images)
         found = load_network(f"local-dir:{folder}")(images)
     error = ((found - expected).norm() / expected.norm()).item()
-    if not error <= TOLERANCE:  # nan neither
+    if not error <= TOLERANCE:  # also true for nan
         raise RuntimeError(f"{folder} gives logits that differ from the trained network's by {error:.1e} (relative L2)")
