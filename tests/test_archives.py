@@ -88,7 +88,7 @@ BOMBS = {  # how the file is made, and what is said of it
         pickled(b"\x80\x02}r" + struct.pack("<I", 2**20) + b"."),
         "declares 1048576 objects after 2",
     ),
-    "name_that_one_reader_alone_reads": (pickled(b"\x80\x02c\xc3\xa9\nx\n" + GLOBAL[2:]), "damaged or foreign"),
+    "name_that_one_reader_alone_reads": (pickled(b"\x80\x02c\xc3\xa9\nx\n" + GLOBAL[2:]), "damaged file, or not"),
 }
 
 

@@ -199,7 +199,7 @@ def test_a_file_of_ones_own_is_read(tmp_path):
             r"metric of public weight tresnet_m.tag: missing fields \['value'\], .* \['worth'\]",
         ),
         (('"squash"', '"stretch"'), "crop_mode to be one of center, squash, got 'stretch'"),
-        (('tag = "tag"', 'tag = "other"'), "public weight tresnet_m.tag says that it is tresnet_m.other"),
+        (('tag = "tag"', 'tag = "other"'), "public weight tresnet_m.tag needs the key tresnet_m.other"),
         (("num_classes = 2", "num_classes = "), "Invalid value"),
     ],
     ids=["field", "metric", "choice", "key", "toml"],

@@ -139,7 +139,7 @@ def test_of_several_networks_the_likeliest_is_taken(checkpoint, key):
 @pytest.mark.parametrize("names", [("student", "teacher"), ("ema_1", "ema_2"), ("best", "worst")])
 def test_networks_that_are_as_likely_are_named(names):
     networks = find_networks(make_two(*names))
-    with pytest.raises(ValueError, match=f"holds 2 networks, '{names[0]}', '{names[1]}'; choose one by its key"):
+    with pytest.raises(ValueError, match=f"has 2 networks, '{names[0]}', '{names[1]}'; choose one by its key"):
         choose_network(networks)
     with pytest.raises(ValueError, match=f"one of '{names[0]}', '{names[1]}', got 'mine'"):
         choose_network(networks, "mine")

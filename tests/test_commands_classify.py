@@ -186,7 +186,7 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_image(value, tmp
     captured = capsys.readouterr()
     assert captured.out == ""
     names, skipped = captured.err.splitlines()
-    assert names == "timm-tresnet: class names: none known, so classes are numbered"
+    assert names == "timm-tresnet: class names: no names are known, classes are numbered"
     assert skipped == f"timm-tresnet: skipped {SAMPLES / 'cat.jpg'}: the network's logits for this image are not finite"
 
 

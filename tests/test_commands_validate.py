@@ -211,7 +211,7 @@ def test_accuracy_is_that_of_timms_validate_py_to_the_image(folders, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "resnet50"], "it is no TResNet"),
+        (["--model", "resnet50"], "it is not a TResNet"),
         (
             ["--model", "test_tresnet", "--csv", "x.csv"],
             "--csv and --plot are about taggers; test_tresnet gives an image",

@@ -72,7 +72,7 @@ def test_first_form_of_the_config_is_accepted(tmp_path):
     path.write_text(json.dumps(config))
     assert read_config(path) == config
     path.write_text(json.dumps({**config, "model_args": {}}))
-    with pytest.raises(ValueError, match=r'config.json has "model_args", which is no field of timm'):
+    with pytest.raises(ValueError, match=r'config.json has "model_args", which is not a field of timm'):
         read_config(path)
 
 
@@ -87,7 +87,7 @@ def test_thresholds_in_the_notes_are_checked(tmp_path):
     assert read_config(path) == config
     config["pretrained_cfg"]["notes"] = ["thresholds: [0.5, 2.5]"]
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="config.json has notes that are wrong: needs the note of thresholds to be"):
+    with pytest.raises(ValueError, match="config.json has wrong notes: needs the note of thresholds to be"):
         read_config(path)
 
 
@@ -121,7 +121,7 @@ def test_arguments_that_the_network_has_not_are_named_with_those_that_it_has(tmp
     config = {"architecture": "test_tresnet", "model_args": {"depth": 3}, "pretrained_cfg": {}}
     said = refuse(config, tmp_path / "config.json")
     known = ", ".join(MODEL_ARGS)
-    assert said.endswith(f'has "model_args.depth", which is no argument of TResNet; those are {known}')
+    assert said.endswith(f'has "model_args.depth", which is not one of TResNet's arguments, {known}')
 
 
 def test_numbers_of_classes_that_differ_are_named(tmp_path):

@@ -76,7 +76,7 @@ def test_what_a_public_weight_does_not_say_is_left_out():
 def test_result_of_a_head_that_is_not_converted_is_no_result_of_the_backbone():
     card = make_card(QUERY2LABEL, QUERY2LABEL.architecture, 0)
     assert "model-index" not in card
-    assert "89.2 %, published in SlongLiu/query2labels, README.md; that is with the published head" in card
+    assert "89.2 %, published in SlongLiu/query2labels, README.md; with the published head" in card
     assert "### Classification" not in card
 
 
@@ -102,7 +102,7 @@ def test_weights_without_a_paper_are_those_of_their_code_and_say_their_threshold
     public = CATALOGUE["tresnet_d.ml_danbooru_6_30000"]
     card = make_card(public, public.architecture, 12547)
     assert "`TResnet-D-FLq_ema_6-30000.ckpt` of their authors' [code](https://github.com/7eu7d7/ML-Danbooru)" in card
-    assert "| threshold | an image has the classes with a probability of at least 0.7 |" in card
+    assert "| threshold | an image has each class with a probability of at least 0.7 |" in card
     assert card.count("@misc") == 1
 
 
@@ -114,7 +114,7 @@ def test_preprocessing_is_described_as_the_public_weight_has_it():
 @pytest.mark.parametrize(
     ("crop_mode", "crop_pct", "resized", "said"),
     [
-        ("center", 0.875, (512, 256), "resized until it just covers 256 × 365 pixels, then the central 224 × 320"),
+        ("center", 0.875, (512, 256), "resized to cover 256 × 365 pixels, then the central 224 × 320"),
         ("squash", 1.0, (320, 224), "resized to 224 × 320 pixels whatever its shape"),
     ],
 )

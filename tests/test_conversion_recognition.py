@@ -374,7 +374,7 @@ FEW_NAMES = {  # and what the ten outputs are then called
 def test_outputs_without_a_name_are_numbered_and_the_note_says_how_many_have_one(names, expected, tensors, tmp_path):
     conversion = convert_checkpoint(save_checkpoint({"model": tensors, "idx_to_class": names}, tmp_path / "a.pth"))
     assert conversion.labels == {"label_names": expected}
-    said = f"class names: the checkpoint ({len(names)} for 10 classes, the others are numbered)"
+    said = f"class names: the checkpoint ({len(names)} names for 10 classes, the rest are numbered)"
     assert [note for note in conversion.notes if "class" in note] == [said]
 
 
@@ -437,7 +437,7 @@ def test_architecture_is_that_of_the_tensors_not_of_the_name(tmp_path):
     known = convert_checkpoint(tmp_path / "tresnet_l.pth", public_weight="tresnet_v2_l.ml_decoder_coco_448")
     assert known.pretrained_cfg["input_size"] == (3, 448, 448)
     assert known.labels["label_names"][0] == "person"
-    with pytest.raises(ValueError, match=r"public weight tresnet_l.miil_in1k is for .* the file holds .*tresnet_v2_l"):
+    with pytest.raises(ValueError, match=r"public weight tresnet_l.miil_in1k needs .* the file has .*tresnet_v2_l"):
         convert_checkpoint(tmp_path / "tresnet_l.pth", public_weight="tresnet_l.miil_in1k")
 
 
@@ -504,7 +504,7 @@ def test_norm_weights_follow_the_flag_where_the_names_mislead(tensors, tmp_path)
 
     weight, notes = convert(official, None)
     torch.testing.assert_close(weight, expected + 1e-5, rtol=0, atol=0)
-    assert any("norm_weights='bn' leaves them" in note for note in notes)
+    assert any("norm_weights='bn' keeps the weights" in note for note in notes)
     weight, notes = convert(official, "bn")
     torch.testing.assert_close(weight, expected, rtol=0, atol=0)
     assert not any("norm" in note for note in notes)
@@ -536,7 +536,7 @@ def make_cyclic():
 REFUSED = {
     "resnet": (
         lambda tensors: {"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1)},
-        "no TResNet: neither body.conv1.0.weight nor body.conv1.conv.weight among conv1.weight, fc.weight",
+        "needs a TResNet, with body.conv1.0.weight or body.conv1.conv.weight, got conv1.weight, fc.weight",
     ),
     "empty": (lambda tensors: {}, "no TResNet: .* among nothing"),
     "list": (lambda tensors: list(tensors.values()), "needs a dict of tensors, got list"),
@@ -547,7 +547,7 @@ REFUSED = {
     ),
     "two": (
         lambda tensors: {"student": tensors, "teacher": dict(tensors)},
-        "holds 2 networks, 'student', 'teacher'; choose one by its key",
+        "has 2 networks, 'student', 'teacher'; choose one by its key",
     ),
     "extra": (lambda tensors: {**tensors, "loss.weight": torch.zeros(1)}, "unexpected loss.weight"),
     "truncated": (
@@ -574,11 +574,14 @@ REFUSED = {
         lambda tensors: {**tensors, "body.layer3.99999999.conv1.0.weight": torch.zeros(1)},
         "unexpected body.layer3.99999999.conv1.conv.weight",
     ),
-    "stem": (lambda tensors: {**tensors, "body.conv1.0.weight": torch.zeros(16, 50, 3, 3)}, "fits no stem"),
+    "stem": (
+        lambda tensors: {**tensors, "body.conv1.0.weight": torch.zeros(16, 50, 3, 3)},
+        "needs the shape of a TResNet stem",
+    ),
     "classifier": (lambda tensors: {**tensors, "head.fc.weight": torch.zeros(10)}, "needs 2 or 3 dimensions"),
     "repeated": (
         lambda tensors: {**tensors, "head.fc.weight": torch.zeros(1, 1).expand(10**7, 10**7)},
-        "head.fc.weight of shape .* is larger than what the file holds",
+        "head.fc.weight of shape .* is larger than its data in the file",
     ),
     "sparse": (
         lambda tensors: {**tensors, "head.fc.bias": torch.zeros(10).to_sparse()},

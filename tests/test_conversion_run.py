@@ -149,7 +149,7 @@ def test_arguments_that_no_config_can_say_are_refused(tmp_path):
     args.model_kwargs = {"act_layer": 3}
     save_checkpoint({**torch.load(file, weights_only=False), "args": args}, file)
     with pytest.raises(
-        ValueError, match="cannot convert .*the run's model_kwargs cannot be written: it needs act_layer"
+        ValueError, match="cannot convert .*config.json cannot store the run's model_kwargs: it needs act_layer"
     ):
         convert_checkpoint(file)
 
@@ -171,7 +171,8 @@ def test_the_average_is_taken_where_the_metric_was_its_own(given, key, tmp_path)
     assert conversion.key == key
     torch.testing.assert_close(conversion.state_dict, dict(both[key]), rtol=0, atol=0)
     other = {"state_dict", "state_dict_ema"} - {key}
-    assert any(note.startswith(f"taken: '{key}', not '{''.join(other)}' (--key KEY") for note in conversion.notes)
+    said = f"used '{key}', not '{''.join(other)}'; choose with --key KEY"
+    assert any(note.startswith(said) for note in conversion.notes)
     (other,) = other
     torch.testing.assert_close(convert_checkpoint(file, key=other).state_dict, dict(both[other]), rtol=0, atol=0)
 
@@ -186,7 +187,7 @@ def test_a_folder_of_a_run_stands_for_its_best_checkpoint(tmp_path, capsys):
     for name in ("model_best", "last"):
         for file in tmp_path.glob(f"first/{name}*"):
             file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"first holds none of model_best.pth.tar, last.pth.tar, .*name the"):
+    with pytest.raises(FileNotFoundError, match=r"first has none of model_best.pth.tar, last.pth.tar, .*name the"):
         convert_checkpoint(tmp_path / "first")
 
 
@@ -221,16 +222,16 @@ def test_the_checkpoints_own_args_go_before_those_beside_it(tmp_path):
     shutil.copy(tmp_path / "other" / "args.yaml", file.parent)
     conversion = convert_checkpoint(file)
     assert conversion.pretrained_cfg["input_size"] == (3, 48, 48)
-    assert any("differs; taken from the checkpoint's args: img_size 48, not 96" in note for note in conversion.notes)
+    assert any("differs; used from the checkpoint's args: img_size 48, not 96" in note for note in conversion.notes)
     assert convert_checkpoint(file, args=file.parent / "args.yaml").pretrained_cfg["input_size"] == (3, 96, 96)
 
 
 NO_RUNS = {
     "objects": ("!!python/object/apply:os.mkdir [executed]\n", "is not YAML"),
-    "text": ("just text\n", "is no mapping"),
+    "text": ("just text\n", "is not a mapping"),
     "deep": ("[" * 5000, "is not YAML"),
-    "ultralytics": ("model: yolov8n.pt\nimgsz: 640\n", "names a model that is none of these"),
-    "another_network": ("model: resnet50\n", "it is no TResNet"),
+    "ultralytics": ("model: yolov8n.pt\nimgsz: 640\n", "names an unknown model"),
+    "another_network": ("model: resnet50\n", "it is not a TResNet"),
     "another_run": ("model: tresnet_l\n", 'names the model "tresnet_l", the checkpoint "test_tresnet"'),
     "odd_model": ("model: [test_tresnet]\n", "needs model to be text without control characters"),
     "no_model": ("lr: 0.1\n", "needs model, which is missing"),
@@ -275,16 +276,16 @@ def test_args_of_other_training_code_are_left_out(args, tmp_path):
 
 
 LEFT_OUT = {  # fields of args that cannot be used, and what is said of them
-    "interpolation": ({"interpolation": "random"}, 'needs interpolation to be one of .*"random"; taken instead: "bil'),
-    "crop": ({"crop_pct": 87.5}, r"needs crop_pct to be a number from 0.1 to 2 .*got 87.5; taken instead: 1.0$"),
-    "size": ({"img_size": "large"}, r"needs img_size to be an integer .*; taken instead: \[3, 64, 64\]"),
-    "one_size": ({"input_size": 224}, r"needs input_size to be a list of 3, .*; taken instead: \[3, 48, 48\]"),
-    "tensor": ({"mean": torch.zeros(3)}, r"needs mean .*; taken instead: \[0.0, 0.0, 0.0\]"),
+    "interpolation": ({"interpolation": "random"}, 'needs interpolation to be one of .*"random"; used instead: "bil'),
+    "crop": ({"crop_pct": 87.5}, r"needs crop_pct to be a number from 0.1 to 2 .*got 87.5; used instead: 1.0$"),
+    "size": ({"img_size": "large"}, r"needs img_size to be an integer .*; used instead: \[3, 64, 64\]"),
+    "one_size": ({"input_size": 224}, r"needs input_size to be a list of 3, .*; used instead: \[3, 48, 48\]"),
+    "tensor": ({"mean": torch.zeros(3)}, r"needs mean .*; used instead: \[0.0, 0.0, 0.0\]"),
     "two_numbers": ({"std": [0.5, 0.5]}, r"needs std to have a number for each of 3 channels, got \[0.5, 0.5\]; taken"),
     "grey": ({"std": [0.5], "mean": [0.1, 0.2], "in_chans": 1}, r"needs mean to have a number for each of 1 channels"),
-    "pooling": ({"gp": "mean"}, "needs gp to be one of .*; as if it were not given"),
-    "place": ({"data_dir": "images\n"}, "needs data_dir to be text without control .*; as if it were not given"),
-    "average": ({"model_ema": "yes"}, "needs model_ema to be .*; as if it were not given"),
+    "pooling": ({"gp": "mean"}, "needs gp to be one of .*; it counts as not given"),
+    "place": ({"data_dir": "images\n"}, "needs data_dir to be text without control .*; it counts as not given"),
+    "average": ({"model_ema": "yes"}, "needs model_ema to be .*; it counts as not given"),
 }
 
 
@@ -316,7 +317,7 @@ def test_a_field_of_args_that_cannot_be_used_leaves_nothing_known_where_the_star
     save_checkpoint(content, file)
     shutil.rmtree(start)
     conversion = convert_checkpoint(file)
-    assert any("needs crop_pct" in note and note.endswith("nothing is taken instead") for note in conversion.notes)
+    assert any("needs crop_pct" in note and note.endswith("nothing is used instead") for note in conversion.notes)
     assert conversion.pretrained_cfg["input_size"] == (3, 64, 64)
     assert "crop_pct" not in conversion.pretrained_cfg
 
@@ -327,9 +328,8 @@ def test_a_start_that_is_gone_leaves_what_args_say(start, tmp_path):
     conversion = convert_checkpoint(file)
     assert conversion.pretrained_cfg["input_size"] == (3, 64, 64)
     assert not {"mean", "std", "interpolation", "crop_pct"} & conversion.pretrained_cfg.keys()
-    assert any(
-        "only what the run's args say is known of its start: cannot look up" in note for note in conversion.notes
-    )
+    said = "the run's starting weights are unknown, only its args are used: cannot look up"
+    assert any(said in note for note in conversion.notes)
 
 
 def test_a_start_on_the_hub_is_looked_up_without_its_weights(start, hub, monkeypatch, tmp_path):
@@ -348,7 +348,7 @@ def test_a_start_on_the_hub_is_looked_up_without_its_weights(start, hub, monkeyp
 def test_deprecated_names_and_public_weights_can_be_looked_up():
     assert look_up("tresnet_m_448").pretrained_cfg["input_size"] == (3, 448, 448)
     assert look_up("tresnet_v2_l.miil_stanford_cars_368").model_args["negative_slope"] == 1e-6
-    with pytest.raises(ValueError, match="cannot look up the weights resnet50: it is no TResNet"):
+    with pytest.raises(ValueError, match="cannot look up the weights resnet50: it is not a TResNet"):
         look_up("resnet50")
 
 
@@ -423,23 +423,23 @@ def test_a_class_map_runs_nothing(tmp_path, monkeypatch):
     file, _, _ = train(tmp_path / "run", class_map=str(tmp_path / "map.pkl"))
     conversion = convert_checkpoint(file)
     assert conversion.labels == {}
-    assert any("class map was left out: " in note and "mkdir to be run" in note for note in conversion.notes)
+    assert any("class map was left out: " in note and "code to be run, " in note for note in conversion.notes)
     assert not (tmp_path / "executed").exists()
 
 
 NO_NAMES = {
-    "gone": ({"data_dir": "nowhere"}, "images are in no folders at nowhere; name the classes with --labels FILE"),
-    "not_said": ({}, "images are in no folders at None"),
+    "gone": ({"data_dir": "nowhere"}, "has no class folders at nowhere; name the classes with --labels FILE"),
+    "not_said": ({}, "has no class folders at None"),
     "none": ({"data_dir": "none"}, "were left out: it needs 3 names, one for each class, got 0"),
     "more": ({"data_dir": "many"}, "were left out: it needs 3 names, one for each class, got 4"),
-    "case": ({"data_dir": "case"}, "names that differ in more than case, which timm numbers at random"),
+    "case": ({"data_dir": "case"}, "names that differ only in case, whose order in timm is undefined"),
     "data_set": ({"dataset": "torch/cifar10", "data_dir": "two"}, 'the data set "torch/cifar10" are not read'),
     "no_map": ({"class_map": "gone.txt", "data_dir": "three"}, "the run's class map was left out: "),
     "long_map": (
         {"class_map": "long.txt", "data_dir": "three"},
         "left out: it needs 3 names, one for each class, got 4",
     ),
-    "case_of_few": ({"data_dir": "both"}, "names that differ in more than case, which timm numbers at random"),
+    "case_of_few": ({"data_dir": "both"}, "names that differ only in case, whose order in timm is undefined"),
 }
 
 
@@ -457,7 +457,7 @@ def test_names_that_are_not_there_or_too_many_are_said_to_be(given, fault, tmp_p
     conversion = convert_checkpoint(file)
     assert conversion.labels == {}
     assert any(fault in note for note in conversion.notes), conversion.notes
-    assert any(note.startswith("class names: none known; give some with --labels") for note in conversion.notes)
+    assert any(note.startswith("class names: unknown; give them with --labels") for note in conversion.notes)
 
 
 FEW_NAMES = {  # what a run with six outputs was given, the names, and where they are said to be from
@@ -477,7 +477,7 @@ def test_a_network_with_more_outputs_than_names_keeps_the_names(given, source, t
     file, _, _ = train(tmp_path / "run", num_classes=6, **given)
     words = ["convert", str(file), "--output", "out", *(["--labels", "map.txt"] if "labels" in source else [])]
     assert cli.main(words) == 0
-    said = f"class names: {source} (4 for 6 classes, the others are numbered)"
+    said = f"class names: {source} (4 names for 6 classes, the rest are numbered)"
     assert said in map(str.strip, capsys.readouterr().out.splitlines())
     assert load_folder(tmp_path / "out").pretrained_cfg["label_names"] == [*names, "class 4", "class 5"]
     image = str(next((tmp_path / "four").rglob("*.png")))
@@ -525,7 +525,7 @@ def test_other_weights_lend_their_preprocessing(start, tmp_path, monkeypatch):
     assert [by_name[name] for name in names] == [
         (3, 224, 224), (0.0,) * 3, (1.0,) * 3, "bilinear", 0.9, "center",
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="cannot convert .*cannot look up the weights resnet50: it is no TResNet"):
+    with pytest.raises(ValueError, match="cannot convert .*cannot look up the weights resnet50: it is not a TResNet"):
         convert_checkpoint(bare, like="resnet50")
     unknown = convert_checkpoint(bare, like="tresnet_l.q2l_coco_448").pretrained_cfg  # no source says mean and std
     assert unknown["input_size"] == (3, 448, 448)
@@ -536,7 +536,7 @@ def test_what_is_assumed_stays_assumed_and_is_said(tmp_path, capsys):
     bare = save_checkpoint(timm.create_model("test_tresnet", num_classes=3).state_dict(), tmp_path / "a.pth")
     write_folder(convert_checkpoint(bare, interpolation="bicubic", input_size=48), tmp_path / "folder")
     model = load_folder(tmp_path / "folder")
-    assumed = "assumed, as for test_tresnet: mean (0, 0, 0), std (1, 1, 1), crop_pct 1.0. If you know better"
+    assumed = "assumed, as for test_tresnet: mean (0, 0, 0), std (1, 1, 1), crop_pct 1.0. If you know it"
     timm.models.save_for_hf(model, tmp_path / "again", safe_serialization=True, model_config={"num_classes": 3})
     artifact = tmp_path / "network.pt"
     for folder in ("folder", "again"):
@@ -554,4 +554,4 @@ def test_what_is_assumed_stays_assumed_and_is_said(tmp_path, capsys):
     assert described["preprocessing_assumed"] == ["mean", "std", "crop_pct"]
     write_folder(convert_checkpoint(bare, like="test_tresnet"), tmp_path / "known")
     assert cli.main(["classify", "--model", f"local-dir:{tmp_path / 'known'}", image]) == 0
-    assert capsys.readouterr().err == "timm-tresnet: class names: none known, so classes are numbered\n"
+    assert capsys.readouterr().err == "timm-tresnet: class names: no names are known, classes are numbered\n"

@@ -34,13 +34,13 @@ def test_only_an_earlier_conversion_is_overwritten_and_only_on_demand(conversion
     folder.mkdir()
     write_folder(conversion, folder)  # empty is as good as new
     (folder / "README.md").write_text("mine")
-    with pytest.raises(FileExistsError, match="holds README.md, config.json, model.safetensors; .* or overwrite it"):
+    with pytest.raises(FileExistsError, match="has README.md, config.json, model.safetensors; .* or overwrite it"):
         write_folder(conversion, folder)
     assert (folder / "README.md").read_text() == "mine"
     write_folder(conversion, folder, overwrite=True)
     assert (folder / "README.md").read_text() != "mine"
     (folder / "thesis.tex").touch()
-    with pytest.raises(FileExistsError, match="holds thesis.tex, which no conversion writes"):
+    with pytest.raises(FileExistsError, match="has thesis.tex, which are not overwritten"):
         write_folder(conversion, folder, overwrite=True)
     with pytest.raises(FileExistsError, match="is a file"):
         write_folder(conversion, folder / "thesis.tex")

@@ -210,7 +210,7 @@ def test_another_head_is_new_and_the_body_is_that_of_the_weights(saved, num_clas
             )
         torch.testing.assert_close(model.eval().forward_features(x), features, rtol=0, atol=0)
         assert model(x).shape == (1, num_classes)
-        assert ("The head differs from that of the weights" in caplog.text) == (name != saved)
+        assert ("The head differs from the checkpoint's head" in caplog.text) == (name != saved)
         # What timm then writes down can be loaded again, though it still names the options of the first head.
         timm.models.save_for_hf(model, tmp_path / name, safe_serialization=True)
         again = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).eval()

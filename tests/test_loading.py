@@ -87,13 +87,13 @@ def test_other_commands_check_the_config_too(good, config, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet50", "it is no TResNet; see `timm-tresnet list`"),
-        ("resnet50.a1_in1k", "it is no TResNet"),
+        ("resnet50", "it is not a TResNet; see `timm-tresnet list`"),
+        ("resnet50.a1_in1k", "it is not a TResNet"),
         ("", "there is no model"),
         ("hf-hub:", "hf-hub:OWNER/NAME or local-dir:FOLDER"),
         ("local-dir:", "hf-hub:OWNER/NAME or local-dir:FOLDER"),
         ("file:/etc/passwd", "hf-hub:OWNER/NAME or local-dir:FOLDER"),
-        ("hf-hub:a@", "a revision behind @"),
+        ("hf-hub:a@", "a revision after @"),
         ("hf-hub:a/b/c/d", "Repo id must be"),
         ("hf-hub:../..", "Repo id must"),
         ("hf-hub:a@b@c@d", ""),

@@ -92,7 +92,7 @@ def test_random_weights_depend_on_the_seed_alone():
     [
         ("tresnet_q", {}, True, "cannot load the model tresnet_q"),
         ("tresnet_q", {}, False, "cannot make the network tresnet_q"),
-        ("resnet18", {}, True, "it is no TResNet"),
+        ("resnet18", {}, True, "it is not a TResNet"),
         ("test_tresnet", {"heads": 3}, False, "cannot make the network test_tresnet with {'heads': 3}.*heads"),
         ("test_tresnet", {"head": "linaer"}, True, "cannot make the network .*linaer"),
         ("test_tresnet", {"in_chans": 4}, False, "needs images with 4 channels; training reads images with 3"),

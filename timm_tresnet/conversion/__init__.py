@@ -1,4 +1,4 @@
-"""Any TResNet checkpoint -> a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads."""
+"""Convert any TResNet checkpoint to a folder for `timm.create_model('local-dir:FOLDER', pretrained=True)`."""
 
 from timm_tresnet.conversion.description import Conversion, convert_checkpoint
 from timm_tresnet.conversion.reading import read_checkpoint

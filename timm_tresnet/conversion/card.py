@@ -12,7 +12,7 @@ from timm_tresnet.utils.notes import MULTI_LABEL
 from timm_tresnet.utils.tables import format_markdown
 from timm_tresnet.weights.catalogue import NOTHING_KNOWN, PublicWeight, WeightFacts
 
-PLACEHOLDER = "local-dir:FOLDER"  # stands for the model's name in a card that is not for a repository yet
+PLACEHOLDER = "local-dir:FOLDER"  # model name in a card that has no repository yet
 
 _TRESNET = "arXiv:2003.13630"
 _PAPERS = {  # title, authors and year as arXiv has them
@@ -54,7 +54,7 @@ _PAPERS = {  # title, authors and year as arXiv has them
         2021,
     ),
 }
-_HUB_DATASETS = {"ImageNet-1k": "ILSVRC/imagenet-1k"}  # data sets whose Hub repository is that of their authors
+_HUB_DATASETS = {"ImageNet-1k": "ILSVRC/imagenet-1k"}  # only Hub repositories of a data set's own authors
 
 CLASSIFY = """\
 ```python
@@ -104,7 +104,7 @@ import torch
 model = timm.create_model("{model}", pretrained=True, num_classes=5).train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
-images = torch.rand(4, *model.pretrained_cfg["input_size"])  # a batch of yours
+images = torch.rand(4, *model.pretrained_cfg["input_size"])  # your batch
 labels = torch.tensor([0, 1, 2, 3])
 loss = torch.nn.functional.cross_entropy(model(images), labels)
 loss.backward()
@@ -116,18 +116,17 @@ def make_card(facts: WeightFacts | None, architecture: str, num_classes: int, re
     """Write the model card of converted weights.
 
     Args:
-        facts: what is known about the weights, of which config.json is made too; a `PublicWeight` if they are public
-            ones. What it does not say, the card leaves out.
+        facts: known facts about the weights, a `PublicWeight` for public ones; the card leaves unknown facts out.
         architecture: name of the variant.
         num_classes: outputs of the converted network; 0 if it has no classifier.
-        repo_id: Hub repository, "organisation/name", in which the card will be; None if there is none yet, and the
-            examples then load `PLACEHOLDER`.
+        repo_id: Hub repository of the card, OWNER/NAME; None if there is none yet. The examples then load
+            `PLACEHOLDER`.
 
     Returns:
-        Content of README.md: metadata as the Hub reads it, then Markdown.
+        Content of README.md: the Hub's metadata, then Markdown.
 
     Raises:
-        ValueError: if repo_id does not look like one.
+        ValueError: if repo_id is not of the form OWNER/NAME.
     """
     if repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id, re.ASCII):
         raise ValueError(f"make_card needs repo_id to be OWNER/NAME, got {repo_id!r}")
@@ -145,13 +144,13 @@ def make_card(facts: WeightFacts | None, architecture: str, num_classes: int, re
         licence = f"{plain(public.license)}, as the {official}." if public.license else _UNLICENSED
         sections += ["## Licence", licence]
     elif facts.license:
-        sections += ["## Licence", f"{plain(facts.license)}, as said when the weights were converted."]
+        sections += ["## Licence", f"{plain(facts.license)}, as given at the conversion of the weights."]
     sections += ["## Citation", cite([public.paper] if public and public.paper else [])]
     metadata = _describe(facts, name, num_classes).to_yaml()
     return f"---\n{metadata}\n---\n" + "\n\n".join(sections) + "\n"
 
 
-_UNLICENSED = "Their authors name no licence for these weights; ask them before you use the weights."
+_UNLICENSED = "The authors name no licence for these weights. Ask them before you use the weights."
 
 
 def _describe(facts: WeightFacts, name: str, num_classes: int) -> ModelCardData:
@@ -199,29 +198,29 @@ def _introduce(facts: WeightFacts, architecture: str, num_classes: int) -> str:
         f"{kind}: TResNet ({link(_TRESNET)}), variant {as_code(architecture)}, for timm with the plugin timm-tresnet."
     )
     if public is None:
-        known = f"trained on {plain(facts.dataset)}" if facts.dataset else "whose training is not known"
+        known = f"trained on {plain(facts.dataset)}" if facts.dataset else "of unknown training"
         return f"{text} Converted from a checkpoint {known}."
     files = " or ".join(map(as_code, public.files))
     code = _refer("code", public.code)
     if public.paper:
-        source = f"The weights are those of {link(public.paper)}, converted from {files} of its {code}."
+        source = f"The weights of {link(public.paper)}, converted from {files} of its {code}."
     else:
-        source = f"The weights are {files} of their authors' {code}, converted."
+        source = f"The weights were converted from {files} of their authors' {code}."
     return f"{text} {source}"
 
 
 def _tabulate(facts: WeightFacts, num_classes: int) -> str:
     rows: list[tuple[str, Any]] = [("classes", num_classes)] if num_classes else []
     if facts.multi_label and num_classes:
-        rows.append(("outputs", "one sigmoid a class; an image can have any number of the classes"))
+        rows.append(("outputs", "one sigmoid a class; an image can have any number of classes"))
         if facts.threshold is not None:
-            rows.append(("threshold", f"an image has the classes with a probability of at least {facts.threshold:g}"))
+            rows.append(("threshold", f"an image has each class with a probability of at least {facts.threshold:g}"))
     if facts.input_size:
         rows.append(("image", _describe_preprocessing(facts, facts.input_size)))
     if isinstance(facts, PublicWeight) and facts.metric:
         metric = f"{facts.metric.value} %, published in {plain(facts.metric.published)}"
         if not _has_published_head(facts, num_classes):
-            metric += "; that is with the published head, which is not part of these weights"
+            metric += "; with the published head, which is not part of these weights"
         rows.append((plain(f"{facts.metric.name} on {facts.dataset}"), metric))
     return format_markdown(["", ""], rows) if rows else ""
 
@@ -235,7 +234,7 @@ def _describe_preprocessing(facts: WeightFacts, sides: int | tuple[int, int]) ->
         text = f"RGB, shorter side resized to {int(height / facts.crop_pct)} pixels, then the central {size}"
     elif facts.crop_pct:
         resized = f"{int(height / facts.crop_pct)} × {int(width / facts.crop_pct)}"
-        text = f"RGB, resized until it just covers {resized} pixels, then the central {size}"
+        text = f"RGB, resized to cover {resized} pixels, then the central {size}"
     else:
         text = f"RGB, {size} pixels"
     if facts.interpolation:
@@ -255,7 +254,7 @@ def _explain_use(facts: WeightFacts, num_classes: int, model: str) -> list[str]:
 
 
 def cite(papers: Sequence[str]) -> str:
-    """BibTeX of papers, arXiv:NUMBER, and of TResNet's own behind them."""
+    """Return the BibTeX of papers, arXiv:NUMBER, followed by TResNet's."""
     return "\n\n".join(_format_bibtex(paper) for paper in dict.fromkeys([*papers, _TRESNET]))
 
 
@@ -273,24 +272,24 @@ def _has_published_head(public: PublicWeight, num_classes: int) -> bool:
 
 
 def link(paper: str) -> str:
-    """A paper, arXiv:NUMBER, with its address."""
+    """Return a paper, arXiv:NUMBER, as a Markdown link."""
     return f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})"
 
 
 def _refer(text: str, address: str) -> str:
-    """A link, if the address is one of a page and nothing else."""
+    """Return a Markdown link if the address is a plain https URL, else the address as text."""
     if re.fullmatch(r"https://[\w.~/-]+", address, re.ASCII):
         return f"[{text}]({address})"
     return f"{text} ({plain(address)})"
 
 
 def plain(text: str) -> str:
-    """Text in one line that Markdown and HTML take for nothing else."""
+    """Return text in one line with Markdown and HTML characters escaped."""
     return re.sub(r"([\\`*\[\]<>#~])", r"\\\1", " ".join(text.split()))
 
 
 def as_code(text: str) -> str:
-    """Text in one line, set as code."""
+    """Return text in one line as Markdown code."""
     return f"`{' '.join(text.split()).replace('`', chr(39))}`"
 
 

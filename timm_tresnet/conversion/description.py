@@ -1,4 +1,4 @@
-"""What is known about a checkpoint: from its tensors, from the catalogue, from whoever converts it."""
+"""Convert a checkpoint: combine what its tensors, its training run, the catalogue and the user say about it."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -29,15 +29,15 @@ from timm_tresnet.weights.preprocessing import NAMES
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversion(Recognised):
-    """A checkpoint as timm takes it: what it was recognised to be, and what is known about it.
+    """A converted checkpoint: the recognised network and the known facts about it.
 
     Args:
-        pretrained_cfg: timm's pretrained config, as far as it is known.
-        facts: all that is known about the weights, of which config and card are made.
-        public_weight: what is known about them, if they are public ones.
-        labels: names of the classes as timm's config.json has them; empty if they are not known.
-        notes: what was done that may matter.
-        warnings: what may be wrong with the weights.
+        pretrained_cfg: the known fields of timm's pretrained config.
+        facts: the known facts about the weights, for config and card.
+        public_weight: the catalogue's entry if the weights are public; else None.
+        labels: names of the classes in the form of timm's config.json; empty if unknown.
+        notes: remarks on the conversion for the user.
+        warnings: possible faults of the weights.
     """
 
     pretrained_cfg: dict[str, Any]
@@ -60,36 +60,35 @@ def convert_checkpoint(
     labels: str | Path | None = None,
     **facts: Any,
 ) -> Conversion:
-    """Convert a TResNet checkpoint of any origin; nothing in it is executed.
+    """Convert a TResNet checkpoint of any origin. No code in the file is executed.
 
-    The architecture, the number of classes and the kind of head come from the names and shapes of the tensors. What
-    they cannot tell comes, the first that says something going before the others, from the arguments below; from the
-    run of timm's train.py that wrote the file, as timm's validate.py would take it; from the public weight; or stays
-    open.
+    The architecture, the number of classes and the kind of head come from the names and shapes of the tensors. Facts
+    that tensors do not show come from the first source that has them: the arguments below; the run of timm's train.py
+    that wrote the file, read as timm's validate.py would; the public weight. Otherwise they stay unknown.
 
     Args:
-        path: a file of `torch.save` or safetensors, with weights of the official code (TResNet, ImageNet21K, ASL,
-            ML_Decoder, PartialLabelingCSL, ML-Danbooru, torch_tresnet, timm with In-Place ABN) or of timm; or a
-            folder of a run of train.py, whose model_best.pth.tar is taken.
-        public_weight: name of a public weight; None for the one that has the file's name and fits, "none" for none.
-        norm_weights: "abn" if the norms are In-Place ABN, whose weights become |w| + 1e-5; "bn" if they are to be taken
-            as they are; None for what the layout says: "abn" under the official names, "bn" under timm's.
-        custom: take a network that is none of the variants too.
-        key: which of several networks in the file, such as "state_dict" or "student"; None for the moving average, if
-            the metric of train.py's run was that of the average or there is no run.
+        path: a file of `torch.save` or safetensors with weights of the official code (TResNet, ImageNet21K, ASL,
+            ML_Decoder, PartialLabelingCSL, ML-Danbooru, torch_tresnet, timm with In-Place ABN) or of timm; or the
+            folder of a run of train.py, of which model_best.pth.tar is used.
+        public_weight: name of a public weight; None for the one with the file's name, if it fits; "none" for none.
+        norm_weights: "abn" if the norms are In-Place ABN, whose weights become |w| + 1e-5; "bn" to keep the weights;
+            None to decide by the names: "abn" for the official names, "bn" for timm's.
+        custom: also accept a network that is none of the variants.
+        key: key of the network in the file, such as "state_dict" or "student". None for the network that the run's
+            metric was measured with; without a run, for the moving average.
         args: args.yaml of the run; None for the args in the file, or else args.yaml beside it.
-        like: other weights, whose preprocessing is taken: a folder, or what `timm-tresnet classify --model` takes.
-        labels: names of the classes: a text with one a line, or JSON; None for those in the file, else those of the
-            run: its class map or the folders of its images; else those of the public weight.
+        like: weights with the same preprocessing: a folder, or a name for `timm-tresnet classify --model`.
+        labels: file with the names of the classes: text with one a line, or JSON. None for the first source that has
+            names: the file, the run's class map, the folders of the run's images, the public weight.
         **facts: fields of `timm_tresnet.weights.catalogue.WeightFacts`, such as `input_size=448`; None if unknown.
 
     Returns:
-        The weights and what is known about them.
+        The weights and the known facts about them.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is damaged, wants to run code, is no TResNet, has tensors too few, too many or of a wrong
-            shape, which the message names, or does not fit the public weight; or if args, like or labels are of no use.
+        ValueError: if the file is damaged, needs code to be run, is not a TResNet, has missing, unexpected or misshapen
+            tensors, which the message names, or does not fit the public weight; or if args, like or labels are invalid.
     """
     path = find_checkpoint(Path(path))
     facts |= {name: tuple(facts[name]) for name in ("mean", "std") if facts.get(name) is not None}
@@ -113,12 +112,12 @@ def convert_checkpoint(
         raise ValueError(f"cannot convert {printable(path)}: {escape(str(error))}") from error
     notes = [*faults, *(run.notes if run else ()), *conversion.notes]
     if stand_ins:
-        notes.append(f"not read, nor run: {name_some(stand_ins)}")
+        notes.append(f"not read and not run: {name_some(stand_ins)}")
     return dataclasses.replace(conversion, notes=tuple(notes))
 
 
 def _choose_key(checkpoint: Mapping[str, Any], run: Run | None) -> str | None:
-    """The one of train.py's two networks that the run's metric was measured with; None if there are not both."""
+    """Return the key of the network that the run's metric was measured with; None if the file lacks one of the two."""
     if run and run.average_measured is not None and {"state_dict", "state_dict_ema"} <= checkpoint.keys():
         return "state_dict_ema" if run.average_measured else "state_dict"
     return None
@@ -139,13 +138,13 @@ def _describe(
     of_other = _look_up_facts(like, in_chans).known if like else {}
     known = {**of_run, **of_other, **given.known}
     if public and known.get("dataset", public.dataset) != public.dataset:
-        known["metric"] = None  # it was measured on the other one
+        known["metric"] = None  # it was measured on the public weight's data set
     facts = dataclasses.replace(public or NOTHING_KNOWN, **known)
     _check_facts(facts, in_chans, 1 if found.model_args.get("stem") == "conv7x7" else 4)
     names, source, fault = _name_classes(found, public, run, labels)
     bad = [name for name, tensor in found.state_dict.items() if not torch.isfinite(tensor).all()]
     pretrained_cfg = make_pretrained_cfg(facts, found.num_classes, in_chans)
-    if source and (run or labels):  # else the names are those that came with the weights
+    if source and (run or labels):  # otherwise the names came with the weights
         pretrained_cfg["notes"] = (*pretrained_cfg.get("notes", ()), note_source(source))
     return Conversion(
         **{**vars(found), "model_args": found.model_args | facts.slopes | (public.untold if public else {})},
@@ -166,7 +165,7 @@ def _look_up_facts(like: str, in_chans: int) -> WeightFacts:
 def _choose_public_weight(
     found: Recognised, file_name: str, wanted: str | None
 ) -> tuple[PublicWeight | None, list[str]]:
-    """The public weight that is wanted, or has the file's name; and why those of that name do not fit."""
+    """Return the public weight with the wanted name or the file's name, and why those with the file's name misfit."""
     catalogue = load_catalogue()
     if wanted == "none":
         return None, []
@@ -182,12 +181,12 @@ def _choose_public_weight(
             needed |= {"head": public.head, "num_classes": public.converted_classes}
         if needed.items() <= in_file.items() and not custom:
             return public, []
-        problem = f"the public weight {public.name} is for {needed}, the file holds {in_file}"
+        problem = f"the public weight {public.name} needs {needed}, the file has {in_file}"
         if custom:
             problem += f" with other {', '.join(custom)}"
         if wanted:
             raise ValueError(problem)
-        misfits.append(f"{problem}; it has the file's name, but was not used")
+        misfits.append(f"{problem}; it has the file's name but was not used")
     return None, misfits
 
 
@@ -218,7 +217,7 @@ def _check_facts(facts: WeightFacts, in_chans: int, multiple: int) -> None:
 def _name_classes(
     found: Recognised, public: PublicWeight | None, run: Run | None, labels: Path | None
 ) -> tuple[dict[str, Any], str, str]:
-    """Names of the classes, as timm's config.json has them, where they are from, and why others are not used."""
+    """Return the class names in config.json's form, their source, and why other names are not used."""
     if labels is not None:
         names, fault = order_names(read_labels(labels), found.num_classes)
         if not names:
@@ -242,35 +241,35 @@ def _name_classes(
 def _note(
     found: Recognised, misfits: list[str], facts: WeightFacts, run: Run | None, source: str, fault: str
 ) -> Iterator[str]:
-    """What was done that may matter."""
+    """Yield remarks on the conversion for the user."""
     least = found.least_norm_weight
     if least is not None and least >= 1e-5:
         yield (
-            f"no norm weight is below {least:.2g}, so the In-Place ABN may have been replaced before; the difference "
-            "is 1e-5 in each weight, norm_weights='bn' leaves them as they are"
+            f"no norm weight is below {least:.2g}, so In-Place ABN may have been replaced by batch norm already; then "
+            "each weight is 1e-5 too large, and norm_weights='bn' keeps the weights"
         )
     yield from misfits
     if found.head == "query2label" and not found.num_classes:
-        yield "the Query2Label head was left out: what is converted is the backbone"
+        yield "the Query2Label head was left out; only the backbone is converted"
     if found.head == "query2label" and found.num_classes:
-        yield "Query2Label's attention was taken to have 4 heads, as published, which no tensor tells"
+        yield "Query2Label's attention is assumed to have 4 heads, as published; tensors do not show the number"
     if found.head == "ml_decoder" and not found.num_classes:
         yield (
-            "the word embeddings of the labels are not in the file: the network answers once it has been given some, "
-            "by model.set_label_embeddings(names, vectors)"
+            "the file has no word embeddings of the labels; set them with model.set_label_embeddings(names, vectors) "
+            "before you use the network"
         )
     if found.other_keys:
         why = ""
         if run and run.average_measured is not None and found.key in ("state_dict", "state_dict_ema"):
             measured = "state_dict_ema" if run.average_measured else "state_dict"
-            why = f"; the run's metric was that of {measured}"
-        yield f"taken: {found.key!r}, not {', '.join(map(repr, found.other_keys))} (--key KEY chooses){why}"
+            why = f"; the run's metric was measured with {measured}"
+        yield f"used {found.key!r}, not {', '.join(map(repr, found.other_keys))}; choose with --key KEY{why}"
     if found.left_out:
-        yield f"left out, since it is beside the network: {name_some(found.left_out)}"
+        yield f"left out, not part of the network: {name_some(found.left_out)}"
     if fault:
         yield fault
     if found.num_classes:
-        yield f"class names: {source or 'none known; give some with --labels FILE'}"
+        yield f"class names: {source or 'unknown; give them with --labels FILE'}"
     if found.inplace_abn:
         yield "In-Place ABN weights became batch norm weights, |w| + 1e-5"
     if found.dtypes:
@@ -278,6 +277,6 @@ def _note(
     unknown = [name for name in NAMES if name not in facts.known]
     if unknown:
         yield (
-            f"unknown, and left out: {', '.join(unknown)}; whoever loads it assumes those of {found.architecture}, so "
-            "take another's with --like WEIGHTS, or give what you know"
+            f"unknown and left out: {', '.join(unknown)}; when loaded, the values of {found.architecture} are assumed. "
+            "Copy them from other weights with --like WEIGHTS, or give the ones that you know"
         )

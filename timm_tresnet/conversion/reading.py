@@ -1,4 +1,4 @@
-"""A stranger's file: read without running anything in it."""
+"""Read untrusted checkpoint files without running any code in them."""
 
 import argparse
 import pickle
@@ -21,11 +21,11 @@ from timm_tresnet.utils.terminal import escape
 from timm_tresnet.weights.checkpoint import FoundNetwork
 
 _NAMES_SHOWN, _CHARACTERS_SHOWN = 20, 200
-_MOST_STAND_INS = 200  # files of other training code ask for some ten classes
-# Numbers of 8 and 4 bits mean nothing without the scales that come with them.
+_MOST_STAND_INS = 200  # files of other training code need about ten classes
+# Numbers of 8 and 4 bits are useless without their scales.
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COUNTERS = (*_WEIGHTS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
-# What torch.load raises for a damaged file depends on where the damage is.
+# torch.load raises any of these for a damaged file, depending on where the damage is.
 _UNREADABLE = (
     AssertionError,
     AttributeError,
@@ -43,27 +43,27 @@ _UNREADABLE = (
 
 
 def read_checkpoint(path: Path) -> Mapping[str, Any]:
-    """Read a file of `torch.save` or safetensors without running anything in it.
+    """Read a file of `torch.save` or safetensors without running any code in it.
 
-    Training code stores more than weights: numpy's numbers, settings and logs of its own classes. Empty stand-ins take
-    the place of these; no module is imported, no function called.
+    Training code stores more than weights: numpy numbers, and settings and logs of its own classes. Empty stand-ins
+    replace such objects; no module is imported and no function called.
 
     Args:
         path: the file.
 
     Returns:
-        What the file holds; tensors are on the CPU.
+        Content of the file; tensors are on the CPU.
 
     Raises:
-        OSError: if there is no such file, or it may not be read.
-        ValueError: if it is neither, is damaged, holds no dict, claims more than it holds, or asks for functions of the
-            operating system.
+        OSError: if the file does not exist or may not be read.
+        ValueError: if the file has neither format, is damaged, is not a dict, declares more data than it has, or needs
+            functions of the operating system.
     """
     return open_checkpoint(path)[0]
 
 
 def open_checkpoint(path: Path) -> tuple[Mapping[str, Any], list[str]]:
-    """As `read_checkpoint`; also returns the names of the classes and functions for which there are stand-ins."""
+    """Read a file as `read_checkpoint` does; also return the names of the classes and functions with stand-ins."""
     try:
         found = check_claims(path)
     except ValueError as error:
@@ -78,7 +78,7 @@ def open_checkpoint(path: Path) -> tuple[Mapping[str, Any], list[str]]:
             raise ValueError(f"cannot read {printable(path)}: damaged safetensors file: {summarise(error)}") from error
     else:
         raise ValueError(
-            f"cannot read {printable(path)}: it begins neither like a file of torch.save nor like safetensors"
+            f"cannot read {printable(path)}: needs a file of torch.save or safetensors, got neither"
         )
     if isinstance(checkpoint, _StandIn):
         raise refuse(path, stand_ins)
@@ -88,15 +88,15 @@ def open_checkpoint(path: Path) -> tuple[Mapping[str, Any], list[str]]:
 
 
 def refuse(path: Path, names: Iterable[str]) -> ValueError:
-    """The error about a file whose weights are inside objects of classes that would have to be run."""
+    """Return the error for a file whose weights are inside objects of unknown classes."""
     return ValueError(
-        f"refused to read {printable(path)}: it needs {name_some(names)} to be run, and a file of weights needs no "
-        "code. If you trust it, save its state_dict alone, with the code that wrote it"
+        f"refused to read {printable(path)}: it needs code to be run, {name_some(names)}, and weights need no code. If "
+        "you trust the file, load it with the code that wrote it and save only its state_dict"
     )
 
 
-class _StandIn(list):  # torch appends to no other class
-    """Takes the place of a class or function that a file asks for, and does nothing."""
+class _StandIn(list):  # a list, since torch appends to no other class
+    """Replaces a class or function that a file needs, and does nothing."""
 
     def __new__(cls, *arguments: Any) -> Any:
         return super().__new__(cls)
@@ -114,7 +114,7 @@ class _StandIn(list):  # torch appends to no other class
 
 
 class _DictStandIn(_StandIn):
-    """The same for a subclass of dict, since torch fills none but plain ones."""
+    """Replaces a subclass of dict by a plain dict; torch fills no other dicts."""
 
     def __new__(cls, *arguments: Any) -> Any:
         return {}
@@ -124,7 +124,7 @@ def _load_pickle(path: Path) -> tuple[Any, list[str]]:
     stand_ins: dict[str, type] = {}
     while True:
         try:
-            # timm's train.py stores its arguments. Torch warns of formats that are refused or taken below in any case.
+            # timm's train.py stores its arguments as a Namespace. torch's warnings are about formats handled below.
             with (
                 torch.serialization.safe_globals([argparse.Namespace, *stand_ins.values()]),
                 warnings.catch_warnings(),
@@ -142,14 +142,14 @@ def _load_pickle(path: Path) -> tuple[Any, list[str]]:
             if not name or (name in stand_ins and issubclass(stand_ins[name], kind)):
                 reason = escape(text.strip().partition("\n")[0]) or type(error).__name__
                 raise ValueError(
-                    f"cannot read {printable(path)}: damaged or foreign file of torch.save: {reason}"
+                    f"cannot read {printable(path)}: damaged file, or not written by torch.save: {reason}"
                 ) from error
             module, _, own = name.rpartition(".")
             stand_ins[name] = type(own, (kind,), {"__module__": module or "builtins", "__qualname__": own})
 
 
 def take_tensors(network: FoundNetwork) -> dict[str, Tensor]:
-    """The weights of a network in a checkpoint, each plain numbers that the file holds."""
+    """Return a network's weights, after checking that each is a plain tensor whose data is in the file."""
     tensors = {name: tensor.detach() for name, tensor in network.tensors.items()}
     for name, tensor in tensors.items():
         counter = name.endswith("num_batches_tracked")
@@ -162,15 +162,15 @@ def take_tensors(network: FoundNetwork) -> dict[str, Tensor]:
             )
         if tensor.ndim == 0 and not counter:
             raise ValueError(f"{escape(name)} needs at least one dimension, got a single number")
-        # A few bytes can claim to be a huge tensor that repeats them.
+        # With strides of 0, a few bytes can pose as a huge tensor.
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             shape = tuple(tensor.shape)
-            raise ValueError(f"{escape(name)} of shape {shape} is larger than what the file holds of it")
+            raise ValueError(f"{escape(name)} of shape {shape} is larger than its data in the file")
     return tensors
 
 
 def name_some(names: Iterable[str]) -> str:
-    """Names for an error message, escaped and shortened, the first of them if there are many."""
+    """Return names for a message: escaped, shortened, and only the first ones of many."""
     names = list(names)
     shown = ", ".join(map(_shorten, names[:_NAMES_SHOWN])) or "nothing"
     return f"{shown} and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else shown

@@ -1,4 +1,4 @@
-"""What a checkpoint is, from the names and shapes of its tensors."""
+"""Recognise a checkpoint's architecture, head and classes by the names and shapes of its tensors."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ from timm_tresnet.weights.labels import order_names
 _STEM = "body.conv1.conv.weight"
 _QUERY2LABEL = re.compile(r"(module\.)?(transformer\.|input_proj\.|query_embed\.weight$|fc\.[Wb]$|backbone\.1\.pe$)")
 _DEPTH_SHOWN = 3
-_DIMENSIONS = {  # of what tells a head's arguments
+_DIMENSIONS = {  # allowed dimensions of the tensors that show a head's arguments
     "head.fc.weight": (2, 3),
     "head.fc.bias": (1,),
     "head.embedding.weight": (2,),
@@ -40,25 +40,25 @@ _DIMENSIONS = {  # of what tells a head's arguments
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recognised:
-    """A checkpoint as its tensors show it.
+    """A checkpoint, recognised by its tensors.
 
     Args:
         architecture: name of the variant.
-        model_args: arguments of `TResNet` that are not the variant's own.
+        model_args: arguments of `TResNet` that differ from the variant's.
         state_dict: the weights under this package's names, in single precision.
-        head: kind of head in the file: "linear", "bottleneck", "ml_decoder", "query2label" (left out if there are no
-            classes) or "none".
-        num_classes: classes of that head; 0 for none, also where labels are still to be given to ML-Decoder.
-        layout: names in the file, "official" or "timm".
-        inplace_abn: whether norm weights were taken for In-Place ABN's and became |w| + 1e-5.
-        least_norm_weight: smallest norm weight in the file, where only its names say that they are In-Place ABN's.
-        dtypes: floating-point types in the file other than single precision.
-        class_names: those in the file, as ASL and ML-Decoder have them; empty if it has none that can be used.
-        names_fault: why those in the file cannot be used, or how many outputs they name, if not all; empty if it has
-            none, or one for each.
-        key: of the network in the file, as `weights.checkpoint.choose_network` takes it.
-        other_keys: of the other networks in the file.
-        left_out: names beside the network in the file.
+        head: kind of head in the file: "linear", "bottleneck", "ml_decoder", "query2label" (left out if num_classes is
+            0) or "none".
+        num_classes: classes of that head; 0 for none, and for an ML-Decoder head whose label embeddings are missing.
+        layout: naming scheme of the file, "official" or "timm".
+        inplace_abn: whether norm weights were treated as In-Place ABN's and became |w| + 1e-5.
+        least_norm_weight: smallest norm weight in the file if In-Place ABN was inferred from the names; else None.
+        dtypes: floating-point dtypes in the file other than single precision.
+        class_names: usable class names in the file (ASL and ML-Decoder store them); empty if there are none.
+        names_fault: why class names in the file are unusable or incomplete; empty if there are none, or they are
+            complete.
+        key: key of the network in the file, see `weights.checkpoint.choose_network`.
+        other_keys: keys of the other networks in the file.
+        left_out: names in the file that are not part of the network.
     """
 
     architecture: str
@@ -84,24 +84,26 @@ def recognise(
     key: str | None = None,
     untold: Mapping[str, Any] | None = None,
 ) -> Recognised:
-    """Find out what a checkpoint holds and bring it under this package's names.
+    """Recognise the network in a checkpoint and rename its tensors to this package's names.
 
     Args:
-        checkpoint: what the file holds.
-        norm_weights: "abn" or "bn" for what the norm weights are; None for what the names say.
-        custom: take a network that is none of the variants too.
-        key: of the network in the checkpoint; None for the likeliest, as `choose_network` has it.
-        untold: arguments of the network that its tensors do not tell.
+        checkpoint: content of the file.
+        norm_weights: kind of the norm weights, "abn" or "bn"; None to decide by the names.
+        custom: also accept a network that is none of the variants.
+        key: key of the network in the checkpoint; None for the likeliest one, see `choose_network`.
+        untold: arguments of the network that its tensors do not show.
 
     Returns:
-        The weights and what they are of.
+        The weights and their description.
 
     Raises:
-        ValueError: if they are of no TResNet; the message names what is missing, too much or of a wrong shape.
+        ValueError: if there is no TResNet; the message names missing, unexpected and misshapen tensors.
     """
     networks = find_networks(checkpoint)
     if not networks:
-        raise NoNetwork(f"no TResNet: neither {OFFICIAL_STEM} nor {_STEM} among {name_some(_list_tensors(checkpoint))}")
+        raise NoNetwork(
+            f"needs a TResNet, with {OFFICIAL_STEM} or {_STEM}, got {name_some(_list_tensors(checkpoint))}"
+        )
     network = choose_network(networks, key)
     query2label = from_query2label(network.beside)
     tensors = take_tensors(dataclasses.replace(network, tensors={**network.tensors, **query2label}))
@@ -113,7 +115,7 @@ def recognise(
     if not query2label and any(_QUERY2LABEL.match(name) for name in (*network.others, *weights)):
         head, num_classes, head_args = "query2label", 0, {}
         weights = {name: weight for name, weight in weights.items() if not _QUERY2LABEL.match(name)}
-    if "label_embedding" in head_args and QUERIES not in weights:  # the official code keeps them elsewhere
+    if "label_embedding" in head_args and QUERIES not in weights:  # the official code stores them in another file
         weights[QUERIES] = torch.empty(0, head_args["label_embedding"])
     architecture, model_args = _detect(weights, blurred, custom)
     model_args |= head_args | dict(untold or {})
@@ -142,11 +144,11 @@ def recognise(
 
 
 class NoNetwork(ValueError):
-    """There is no TResNet in a checkpoint."""
+    """A checkpoint contains no TResNet."""
 
 
 def _list_tensors(checkpoint: Any, name: str = "", depth: int = 0) -> list[str]:
-    """Names of the tensors in a checkpoint, for a message."""
+    """Return the names of the tensors in a checkpoint, for a message."""
     if isinstance(checkpoint, Tensor):
         return [name]
     if depth > _DEPTH_SHOWN or not isinstance(checkpoint, Mapping):
@@ -165,7 +167,7 @@ def _rename(tensors: dict[str, Tensor], official: bool, inplace_abn: bool) -> di
 
 
 def _find_blurs(weights: Mapping[str, Tensor]) -> bool:
-    """Whether the strided convolutions are blur-pooled: only then their names have one more level."""
+    """Return whether downsampling is blur-pooled; the names of its convolutions then have one more level."""
     nested = {match[1] for name in weights if (match := re.match(r"(body\..*\.conv\d)\.0\.[01]\.\w+$", name))}
     if not nested:
         return False
@@ -176,19 +178,19 @@ def _find_blurs(weights: Mapping[str, Tensor]) -> bool:
             expected.add(f"{block}.conv{2 if bottleneck else 1}")
     if nested != expected:
         raise ValueError(
-            f"needs a blur behind {name_some(expected)} or behind none, got one behind {name_some(nested)}: missing "
-            f"{name_some(f'{name}.0.0.weight' for name in expected - nested)}, unexpected "
+            f"needs a blur after all of {name_some(expected)} or after none, got one after {name_some(nested)}: "
+            f"missing {name_some(f'{name}.0.0.weight' for name in expected - nested)}, unexpected "
             f"{name_some(f'{name}.0.0.weight' for name in nested - expected)}"
         )
     return True
 
 
 def _detect_head(weights: Mapping[str, Tensor]) -> tuple[str, int, dict[str, Any]]:
-    """Kind of the head, its number of classes, and the network's arguments for it, from names and shapes."""
+    """Return the kind of head, its number of classes and its arguments, by names and shapes."""
     for name, dimensions in _DIMENSIONS.items():
         shape = tuple(weights[name].shape) if name in weights else (1,) * dimensions[0]
-        to_come = name == QUERIES and "head.queries.embed.fc.weight" in weights  # of labels, so there may be none
-        if len(shape) not in dimensions or 0 in shape[to_come:]:
+        may_lack_labels = name == QUERIES and "head.queries.embed.fc.weight" in weights
+        if len(shape) not in dimensions or 0 in shape[may_lack_labels:]:
             raise ValueError(f"{name} needs {' or '.join(map(str, dimensions))} dimensions, got shape {shape}")
     embedding, classifier = weights.get("head.embedding.weight"), weights.get("head.fc.weight")
     if any(name.startswith("head.encoder.") for name in weights):
@@ -225,12 +227,12 @@ def _detect_query2label(weights: Mapping[str, Tensor]) -> tuple[int, dict[str, A
 
 
 def _detect(weights: Mapping[str, Tensor], blurred: bool, custom: bool) -> tuple[str, dict[str, Any]]:
-    """Name of the variant and the arguments in which the network differs from it, from names and shapes."""
+    """Return the variant's name and the arguments that differ from it, by names and shapes."""
     stem = weights[_STEM].shape
     stems: dict[tuple[int, ...], tuple[int, str]] = {(3, 3): (16, "space_to_depth"), (7, 7): (1, "conv7x7")}
     pixels, kind = stems.get(tuple(stem[2:]), (0, ""))
     if not pixels or stem[0] == 0 or stem[1] == 0 or stem[1] % pixels:
-        raise ValueError(f"{_STEM} fits no stem of a TResNet, its shape is {tuple(stem)}")
+        raise ValueError(f"{_STEM} needs the shape of a TResNet stem, got {tuple(stem)}")
     layers, blocks, use_se = [], [], []
     for stage in range(1, 5):
         # Two digits: the deepest published stage has 34 blocks, and a hostile name could ask for any number.
@@ -242,7 +244,7 @@ def _detect(weights: Mapping[str, Tensor], blurred: bool, custom: bool) -> tuple
         blocks.append("bottleneck" if any(match[2].startswith("conv3.") for match in names) else "basic")
         use_se.append(any(match[2].startswith("se.") for match in names))
 
-    act_layer = "frelu" if has_frelu(weights) else "leaky_relu"  # or another one that has no tensors
+    act_layer = "frelu" if has_frelu(weights) else "leaky_relu"  # or another activation without tensors
     found = {"layers": tuple(layers), "planes": stem[0], "block": tuple(blocks)}
     variant = next((name for name in ARCHITECTURES if _outline(name) == found), None)
     model_args: dict[str, Any] = {}
@@ -258,8 +260,8 @@ def _detect(weights: Mapping[str, Tensor], blurred: bool, custom: bool) -> tuple
         variants = "; ".join(f"{name} {_outline(name)}" for name in ARCHITECTURES)
         raise ValueError(
             f"is none of the variants: {found}, use_se={use_se}, aa_layer={blurred}, stem={kind}. The variants are "
-            f"{variants}; all have use_se={[True, True, True, False]}, aa_layer=True, stem=space_to_depth. If tensors "
-            "are missing, the file is incomplete; if the network was made so, convert it as a custom one"
+            f"{variants}; all have use_se={[True, True, True, False]}, aa_layer=True, stem=space_to_depth. Perhaps the "
+            "file is incomplete; if the network is meant to differ, convert it as a custom one"
         )
     own = ARCHITECTURES[variant].get("act_layer") if variant else None
     if (act_layer == "frelu") != (own == "frelu"):
@@ -285,7 +287,7 @@ def _outline(architecture: str) -> dict[str, Any]:
 def _check_fit(
     weights: Mapping[str, Tensor], architecture: str, model_args: dict[str, Any], num_classes: int
 ) -> dict[str, torch.Size]:
-    """Names and shapes of the network, in its order, once the weights are found to have them."""
+    """Check that weights have the network's names and shapes; return these in the network's order."""
     expected = _shapes(json.dumps({**ARCHITECTURES[architecture], **model_args, "num_classes": num_classes}))
     missing, unexpected, misshapen = find_misfits({name: weight.shape for name, weight in weights.items()}, expected)
     if missing or unexpected or misshapen:
@@ -296,15 +298,15 @@ def _check_fit(
     return expected
 
 
-@functools.lru_cache(maxsize=8)  # checkpoints often come in several of a kind
+@functools.lru_cache(maxsize=8)  # several checkpoints of one kind are often converted together
 def _shapes(arguments: str) -> dict[str, torch.Size]:
-    with torch.random.fork_rng(devices=[]):  # a network on the meta device draws its weights, too
+    with torch.random.fork_rng(devices=[]):  # a network on the meta device advances the random state too
         network = TResNet(**json.loads(arguments), device="meta")
     return {name: tensor.shape for name, tensor in network.state_dict().items()}
 
 
 def _copy(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """The weights in single precision, each with its own memory; counters that In-Place ABN lacks are zero."""
+    """Copy the weights in single precision; counters, which In-Place ABN lacks, become zero."""
     state_dict = {}
     for name, shape in shapes.items():
         dtype = torch.int64 if name.endswith("num_batches_tracked") else torch.float32

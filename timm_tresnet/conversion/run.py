@@ -1,4 +1,4 @@
-"""What a run of timm's train.py left beside its weights: arguments, hence how its images are prepared, and classes."""
+"""Read what a run of timm's train.py left beside its weights: its arguments, and so preprocessing and class names."""
 
 import argparse
 import dataclasses
@@ -31,8 +31,8 @@ CHECKPOINTS = (
     "last.pth.tar",
     "model.safetensors",
     "pytorch_model.bin",
-)  # of a folder, best first
-_LARGEST_FILE = 2**20  # bytes; train.py's are 2**13
+)  # files in a run's folder, best first
+_LARGEST_FILE = 2**20  # bytes; train.py's args.yaml has 2**13
 _UNTOLD = (
     "act_layer",
     "negative_slope",
@@ -48,7 +48,7 @@ _SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evalua
 
 _TEXT = TEXT.or_null()
 _ANYTHING = Kind("anything", lambda value: True)
-_ARGS = Table(  # of train.py, but for what only its training is about
+_ARGS = Table(  # train.py's arguments that matter after training
     {
         "num_classes": MODEL_ARGS["num_classes"].or_null(),
         "in_chans": MODEL_ARGS["in_chans"].or_null(),
@@ -61,7 +61,7 @@ _ARGS = Table(  # of train.py, but for what only its training is about
         **dict.fromkeys(("data", "data_dir", "dataset", "train_split", "val_split", "class_map", "input_key"), _TEXT),
     }
 )
-_MODEL = Table({"model": TEXT}, ("model",))  # without which the args are of no use
+_MODEL = Table({"model": TEXT}, ("model",))  # args without a model are useless
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Run:
 
     Args:
         args: its arguments.
-        start: the weights that it started with; None if they cannot be looked up any more.
-        notes: what may matter about where the arguments are from.
+        start: the weights that it started from; None if they are gone.
+        notes: remarks on the source of the arguments, for the user.
     """
 
     args: Mapping[str, Any]
@@ -80,45 +80,45 @@ class Run:
 
     @property
     def model_args(self) -> dict[str, Any]:
-        """Arguments of the network as train.py made it, beyond those of its variant."""
+        """The network's arguments that differ from its variant's."""
         pooling = {"global_pool": self.args["gp"]} if self.args.get("gp") is not None else {}
         given = {name: value for name, value in (self.args.get("model_kwargs") or {}).items() if value is not None}
         return {**(self.start.model_args if self.start else {}), **pooling, **given}
 
     @property
     def untold(self) -> dict[str, Any]:
-        """Those of them that tensors do not tell.
+        """The arguments of `model_args` that tensors do not show.
 
         Raises:
-            ValueError: if one is none that config.json can say.
+            ValueError: if config.json cannot store one of them.
         """
         untold = {name: value for name, value in self.model_args.items() if name in _UNTOLD}
         fault = find_fault(untold, Table(MODEL_ARGS))
         if fault:
-            raise ValueError(f"the run's model_kwargs cannot be written: it {fault}")
+            raise ValueError(f"config.json cannot store the run's model_kwargs: it {fault}")
         return untold
 
     @property
     def custom(self) -> bool:
-        """Whether the run says that its network is none of the variants."""
+        """Whether the run's arguments make a network that is none of the variants."""
         return any(name in self.model_args for name in _STRUCTURE)
 
     @property
     def average_measured(self) -> bool | None:
-        """Whether the run's metric was that of the moving average; None if it kept none.
+        """Whether the run's metric was measured with the moving average; None if the run had no average.
 
-        As in train.py: the average is validated unless there is no validation or it is kept on the CPU.
+        train.py validates the average unless there is no validation or the average is on the CPU.
         """
         if not self.args.get("model_ema"):
             return None
         return bool(self.args.get("val_split", "validation")) and not self.args.get("model_ema_force_cpu")
 
     def facts(self, in_chans: int) -> WeightFacts:
-        """How validate.py, with the run's arguments, prepares images."""
+        """Return the preprocessing that validate.py uses with the run's arguments."""
         return make_facts(self.resolve(), in_chans)
 
     def resolve(self) -> dict[str, Any]:
-        """The data config of validate.py; without what timm assumes if the start is not known."""
+        """Return validate.py's data config; if the start is unknown, without the values that timm assumes."""
         args = {name: self.args.get(name) for name in ("in_chans", "img_size", *PREPROCESSING)}
         start = self.start.pretrained_cfg if self.start else {}
         resolved = timm.data.resolve_data_config(args, start, use_test_size=True)
@@ -129,7 +129,7 @@ class Run:
 
 
 def make_facts(data_config: Mapping[str, Any], in_chans: int) -> WeightFacts:
-    """Facts from a data config of timm's, without what is assumed in it."""
+    """Make facts from a data config of timm, without assumed values."""
     assumed = find_assumed(data_config)
     known = {
         name: data_config[name]
@@ -145,7 +145,7 @@ def make_facts(data_config: Mapping[str, Any], in_chans: int) -> WeightFacts:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The file itself, or the best checkpoint of a run's folder.
+    """Return the file itself or, for a run's folder, its best checkpoint.
 
     Raises:
         FileNotFoundError: if a folder has none.
@@ -154,26 +154,26 @@ def find_checkpoint(path: Path) -> Path:
         return path
     found = next((path / name for name in CHECKPOINTS if (path / name).is_file()), None)
     if found is None:
-        raise FileNotFoundError(f"{path} holds none of {', '.join(CHECKPOINTS)}; name the checkpoint itself")
+        raise FileNotFoundError(f"{path} has none of {', '.join(CHECKPOINTS)}; name the checkpoint itself")
     return found
 
 
 def find_run(checkpoint: Mapping[str, Any], path: Path, args: Path | None = None) -> tuple[Run | None, tuple[str, ...]]:
-    """Find the arguments of the run that wrote a checkpoint: in it, else in args.yaml beside it.
+    """Find the arguments of the run that wrote a checkpoint: in the file, else in args.yaml beside it.
 
-    Those in the file are the run's own; args.yaml is that of the last run that wrote to the folder.
+    The arguments in the file are the run's own. args.yaml is from the last run that wrote to the folder.
 
     Args:
-        checkpoint: what the file holds.
+        checkpoint: content of the file.
         path: the file.
-        args: the run's args.yaml, which then goes first.
+        args: the run's args.yaml, used instead of both; None to search.
 
     Returns:
-        The run and (), or None and why what is there was left out.
+        The run and (); or None and the reasons why arguments that were found are not used.
 
     Raises:
         OSError: if args cannot be read.
-        ValueError: if args are none of train.py's, or the weights that the run started with cannot be looked up.
+        ValueError: if args are not arguments of train.py with a TResNet, or the weights it started from are unknown.
     """
     own = checkpoint.get("args")
     own = vars(own) if isinstance(own, argparse.Namespace) else own
@@ -187,19 +187,19 @@ def find_run(checkpoint: Mapping[str, Any], path: Path, args: Path | None = None
             sources.append((str(beside), _read_args(beside)))
         except (OSError, ValueError) as error:
             notes.append(f"{beside} was left out: {summarise(error)}")
-    for place, (called, found) in enumerate(sources):
+    for position, (called, found) in enumerate(sources):
         fault = _find_fault(found, checkpoint)
         if fault is None:
-            notes = [f"run of train.py: {called}", *notes, *_compare(found, called, sources[place + 1 :])]
+            notes = [f"run of train.py: {called}", *notes, *_compare(found, called, sources[position + 1 :])]
             known, left_out = _choose_known(found)
             start = None
             try:
                 start = look_up(found["model"])
             except ValueError as error:
                 if ":" in found["model"]:  # a folder or repository that is gone
-                    notes.append(f"only what the run's args say is known of its start: {error}")
+                    notes.append(f"the run's starting weights are unknown, only its args are used: {error}")
                 else:
-                    fault = f"names a model that is none of these: {error}"
+                    fault = f"names an unknown model: {error}"
             if fault is None:
                 run = Run(known, start)
                 notes += [
@@ -213,7 +213,7 @@ def find_run(checkpoint: Mapping[str, Any], path: Path, args: Path | None = None
 
 
 def _read_args(path: Path) -> Any:
-    """What an args.yaml says; never objects of classes."""
+    """Read an args.yaml; YAML tags that create objects are refused."""
     content = read_bounded(path, _LARGEST_FILE)
     try:
         return yaml.safe_load(content.decode("utf-8"))
@@ -222,18 +222,18 @@ def _read_args(path: Path) -> Any:
 
 
 def _find_fault(args: Any, checkpoint: Mapping[str, Any]) -> str | None:
-    """Why arguments are none of a run of train.py with a TResNet, as it stands behind "it"."""
+    """Return why arguments are not from a run of train.py with a TResNet; the message follows "it"."""
     if not isinstance(args, Mapping):
-        return "is no mapping"
+        return "is not a mapping"
     fault = find_fault({"model": args["model"]} if "model" in args else {}, _MODEL)
-    arch = checkpoint.get("arch")  # without args, the name of a class
+    arch = checkpoint.get("arch")  # without args, arch is the name of a class
     if not fault and isinstance(arch, str) and arch != args["model"] and (":" in arch or timm.models.is_model(arch)):
         fault = f"names the model {show(args['model'])}, the checkpoint {show(arch)}"
     return fault
 
 
 def _choose_known(args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The arguments that can be used, and what is wrong with each other, as it stands behind "it"."""
+    """Return the usable arguments, and the fault of each unusable one; the fault follows "it"."""
     known, left_out = {"model": args["model"]}, {}
     for name, kind in _ARGS.fields.items():
         if name in args:
@@ -253,23 +253,23 @@ def _choose_known(args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, st
 
 
 def _tell_instead(name: str, run: Run) -> str:
-    """What becomes of the network or its images without an argument, in a few words."""
+    """Return what is used in place of an unusable argument, in a few words."""
     name = "input_size" if name == "img_size" else name
     if name not in PREPROCESSING:
-        return "as if it were not given"
+        return "it counts as not given"
     instead = run.resolve().get(name)
-    return "nothing is taken instead" if instead is None else f"taken instead: {show(instead)}"
+    return "nothing is used instead" if instead is None else f"used instead: {show(instead)}"
 
 
 def _compare(args: Mapping[str, Any], called: str, others: list[tuple[str, Any]]) -> list[str]:
-    """A note on every other source that says something else."""
+    """Return a note on each other source whose arguments differ."""
     notes = []
     for other, found in others:
         if isinstance(found, Mapping):
-            # train.py completes these once it has begun
+            # train.py completes these after it has written args.yaml
             later = {name for name in ("num_classes", "data_dir") if found.get(name) is None}
             own = [name for name in _ARGS.fields if name in found and name not in later]
-            # As parsed, since YAML puts the names of model_kwargs in another order.
+            # Compared as parsed JSON, since YAML reorders the names in model_kwargs.
             differ = [
                 name for name in own if json.loads(_as_json(args.get(name))) != json.loads(_as_json(found.get(name)))
             ]
@@ -277,7 +277,7 @@ def _compare(args: Mapping[str, Any], called: str, others: list[tuple[str, Any]]
                 told = ", ".join(
                     f"{name} {_as_json(args.get(name))}, not {_as_json(found.get(name))}" for name in differ
                 )
-                notes.append(f"{other} differs; taken from {called}: {told}")
+                notes.append(f"{other} differs; used from {called}: {told}")
     return notes
 
 
@@ -286,20 +286,19 @@ def _as_json(value: Any) -> str:
 
 
 def name_classes(run: Run, num_classes: int) -> tuple[tuple[str, ...], str, str]:
-    """Names of the classes that a run was trained on, in the order of its outputs.
+    """Find the class names of a run, in the order of its outputs.
 
-    As timm's readers number them: by the class map, else folders with images in them, by their last name, in natural
-    order.
+    timm's readers number classes by the class map; else by the last names of folders with images, in natural order.
 
     Returns:
-        Names, where they are from, and ""; or no names, "", and why.
+        Names, their source and ""; or (), "" and the reason.
     """
     args = run.args
     kind, _, data_set = (args.get("dataset") or "").lower().rpartition("/")
     root = args.get("data_dir") or args.get("data")
     split = _find_split(Path(root), args.get("train_split") or "train") if root else None
     if kind and (kind, data_set) not in (("torch", "folder"), ("torch", "image_folder")):
-        return (), "", f"the names of the data set {show(args['dataset'])} are not read; name them with --labels FILE"
+        return (), "", f"classes of the data set {show(args['dataset'])} are not read; name them with --labels FILE"
     if args.get("class_map"):
         path = Path(args["class_map"])
         path = split / path if split and not path.is_file() else path
@@ -311,31 +310,31 @@ def name_classes(run: Run, num_classes: int) -> tuple[tuple[str, ...], str, str]
             return (), "", f"the run's class map {path} was left out: it {fault}"
         return names, join_source("the run's class map", fault), ""
     if split is None or not split.is_dir():
-        return (), "", f"the run's images are in no folders at {root}; name the classes with --labels FILE"
+        return (), "", f"the run has no class folders at {root}; name the classes with --labels FILE"
     found = find_folders(split, num_classes, args.get("input_key") or "", torch=bool(kind))
     names, fault = order_names(found, num_classes)
     if names and not kind and len({name.lower() for name in found}) < len(found):
-        names, fault = (), "needs names that differ in more than case, which timm numbers at random"
+        names, fault = (), "has names that differ only in case, whose order in timm is undefined"
     if not names:
         return (), "", f"the run's folders of images, {split}, were left out: it {fault}"
     return names, join_source("folders of the training images", fault), ""
 
 
 def _find_split(root: Path, split: str) -> Path:
-    """The folder of a split, as timm's `create_dataset` looks for it."""
+    """Return the folder of a split, found as in timm's `create_dataset`."""
     name = split.partition("[")[0]
     synonyms = next((names for names in _SPLITS if name in names), ())
     return next((root / each for each in (name, *synonyms) if (root / each).exists()), root)
 
 
 def find_folders(root: Path, most: int, types: str = "", torch: bool = False) -> list[str]:
-    """Classes of a folder of images: the last names of folders that hold some, in the order of their numbers.
+    """Return the classes of a folder of images: the last names of folders with images, in timm's order.
 
     Args:
         root: the folder.
-        most: stops when there are more of them.
-        types: endings of images, with semicolons between them; "" for those that timm takes.
-        torch: as torchvision has them, not timm: the folders inside root, in the order of their letters.
+        most: the search stops if there are more classes.
+        types: suffixes of images, separated by semicolons; "" for timm's own.
+        torch: return torchvision's classes instead: the folders in root, in alphabetical order.
     """
     if torch:
         return sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
@@ -352,10 +351,10 @@ def find_folders(root: Path, most: int, types: str = "", torch: bool = False) ->
 
 
 class _ClassMap(pickle.Unpickler):
-    """Reads plain dicts, texts and numbers."""
+    """Unpickles only dicts, lists, text and numbers."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it needs {module}.{name} to be run")
+        raise pickle.UnpicklingError(f"it needs code to be run, {module}.{name}")
 
 
 def _read_class_map(path: Path) -> Any:
@@ -363,7 +362,7 @@ def _read_class_map(path: Path) -> Any:
         return read_labels(path)
     try:
         return _ClassMap(io.BytesIO(read_plain_pickle(path))).load()
-    # What a damaged pickle raises depends on where the damage is.
+    # A damaged pickle raises any of these, depending on where the damage is.
     except (
         pickle.UnpicklingError,
         EOFError,
@@ -374,4 +373,4 @@ def _read_class_map(path: Path) -> Any:
         OverflowError,
         RecursionError,
     ) as error:
-        raise ValueError(f"{path} is no class map: {summarise(error)}") from error
+        raise ValueError(f"{path} is not a class map: {summarise(error)}") from error

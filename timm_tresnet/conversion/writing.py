@@ -1,4 +1,4 @@
-"""A folder of converted weights, all or nothing."""
+"""Write a folder of converted weights atomically."""
 
 import json
 from collections.abc import Callable
@@ -24,22 +24,22 @@ def write_folder(
     repo_id: str | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write model.safetensors, config.json and README.md, all or nothing.
+    """Write model.safetensors, config.json and README.md: all of them or none.
 
-    They are written into a hidden folder beside the final one, which is then renamed, as
-    `timm_tresnet.utils.files.whole` does.
+    They are written to a hidden folder beside the final one, which is then renamed, see
+    `timm_tresnet.utils.files.whole`.
 
     Args:
-        conversion: what to write.
-        folder: where to; must not exist or be empty.
-        overwrite: replace a folder that holds an earlier conversion.
-        repo_id: Hub repository that the model card is to name.
-        check: is called with the hidden folder before it is renamed, and raises if it is not good enough.
+        conversion: the converted checkpoint.
+        folder: the folder to write; must be missing or empty.
+        overwrite: replace the folder of an earlier conversion.
+        repo_id: Hub repository to name in the model card, OWNER/NAME.
+        check: called with the hidden folder before it is renamed; raises to reject it.
 
     Raises:
-        FileExistsError: if the folder holds something and overwrite is not set, or something that is no conversion.
-        OSError: if it cannot be written.
-        ValueError: if config.json would be one that is refused when it is loaded; names the field.
+        FileExistsError: if the folder is not empty and overwrite is not set, or it has other files than a conversion's.
+        OSError: if a file cannot be written.
+        ValueError: if loading would refuse config.json; the message names the field.
     """
     config = _config(conversion)
     check_config(config)
@@ -54,14 +54,14 @@ def write_folder(
         (partial / "README.md").write_text(card, encoding="utf-8")
         if check is not None:
             check(partial)
-        check_free(folder, overwrite)  # again: this took a while
+        check_free(folder, overwrite)  # again, since writing took a while
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that must not be written.
+    """Refuse a folder that must not be overwritten.
 
     Raises:
-        FileExistsError: if it holds something and overwrite is not set, or something that no conversion writes.
+        FileExistsError: if the folder is not empty and overwrite is not set, or it has other files than a conversion's.
     """
     if not folder.exists():
         return
@@ -69,14 +69,14 @@ def check_free(folder: Path, overwrite: bool) -> None:
     if held is None:
         raise FileExistsError(f"{folder} is a file; name a folder to write to")
     if held and not overwrite:
-        raise FileExistsError(f"{folder} holds {name_some(held)}; name another folder, or overwrite it")
+        raise FileExistsError(f"{folder} has {name_some(held)}; name another folder, or overwrite it")
     foreign = [name for name in held if name not in _FILES]
     if foreign:
-        raise FileExistsError(f"{folder} holds {name_some(foreign)}, which no conversion writes; name another folder")
+        raise FileExistsError(f"{folder} has {name_some(foreign)}, which are not overwritten; name another folder")
 
 
 def _config(conversion: Conversion) -> dict[str, Any]:
-    """config.json as timm reads it."""
+    """Return config.json in timm's form."""
     config: dict[str, Any] = {"architecture": conversion.architecture, "num_classes": conversion.num_classes}
     if conversion.model_args:
         config["model_args"] = conversion.model_args

@@ -1,1 +1,1 @@
-"""What is known of weights: catalogue, configs, labels, names in checkpoints; and the weights in the package."""
+"""Weights: catalogue, configs, labels, checkpoint names, loading; and the weights embedded in the package."""

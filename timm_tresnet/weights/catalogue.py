@@ -1,4 +1,4 @@
-"""What there is to know about a weight, and the public TResNet weights, one row each in catalogue.toml beside this."""
+"""Facts about weights, and the catalogue of public TResNet weights, one table each in catalogue.toml."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from typing import Any
 
 from timm_tresnet.weights.labels import make_notes
 
-TRAINED_ON = "Trained on "  # before the data set in the description of a pretrained config
+TRAINED_ON = "Trained on "  # then the data set, in the description of a pretrained config
 _FILE = importlib.resources.files(__package__) / "catalogue.toml"  # not a Path in a zip application
 
 
@@ -22,9 +22,9 @@ class Metric:
     """A published result.
 
     Args:
-        name: what was measured, such as "top-1 accuracy" or "mAP".
-        value: in percent.
-        published: where, as repository and file.
+        name: the metric, such as "top-1 accuracy" or "mAP".
+        value: the result, in percent.
+        published: repository and file of the publication.
     """
 
     name: str
@@ -38,31 +38,37 @@ def _field(default: Any = dataclasses.MISSING, **option: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightFacts:
-    """What the tensors of a weight cannot tell; None for what is not known.
+    """Facts about weights that their tensors do not show; None if unknown.
 
-    A field's metadata is its option in `timm-tresnet convert`, as `argparse.ArgumentParser.add_argument` takes it, and
-    says what the field means. The catalogue has to give the fields without a default.
+    A field's metadata has the arguments of `argparse.ArgumentParser.add_argument` for its option in
+    `timm-tresnet convert`; its help describes the field. The catalogue must give the fields without a default.
     """
 
     input_size: int | tuple[int, int] | None = _field(  # height and width, if they differ
         None, help="side of the images", type=int, metavar="PIXELS"
     )
     crop_pct: float | None = _field(
-        None, help="side of the crop over the resized image's", type=float, metavar="FRACTION"
+        None, help="side of the crop over the side of the resized image", type=float, metavar="FRACTION"
     )
     crop_mode: str | None = _field(None, help="crop the centre, or resize to a square", choices=("center", "squash"))
     interpolation: str | None = _field(choices=("nearest", "bilinear", "bicubic", "lanczos"))
-    mean: tuple[float, ...] | None = _field(None, help="of each channel", nargs="+", type=float, metavar="M")
-    std: tuple[float, ...] | None = _field(None, help="of each channel", nargs="+", type=float, metavar="S")
-    negative_slope: float | None = _field(None, help="of the activations in the blocks", type=float, metavar="SLOPE")
-    stem_negative_slope: float | None = _field(None, help="of the activation in the stem", type=float, metavar="SLOPE")
-    license: str | None = _field(None, help="as the Hub names it, such as apache-2.0", metavar="NAME")
-    dataset: str | None = _field(help="what the weights were trained on", metavar="NAME")
+    mean: tuple[float, ...] | None = _field(None, help="mean of each channel", nargs="+", type=float, metavar="M")
+    std: tuple[float, ...] | None = _field(
+        None, help="standard deviation of each channel", nargs="+", type=float, metavar="S"
+    )
+    negative_slope: float | None = _field(
+        None, help="negative slope of the blocks' activations", type=float, metavar="SLOPE"
+    )
+    stem_negative_slope: float | None = _field(
+        None, help="negative slope of the stem's activation", type=float, metavar="SLOPE"
+    )
+    license: str | None = _field(None, help="the Hub's name of the licence, such as apache-2.0", metavar="NAME")
+    dataset: str | None = _field(help="data set of the training", metavar="NAME")
     multi_label: bool | None = _field(
-        False, help="an image has any number of the classes", action=BooleanOptionalAction
+        False, help="an image can have any number of classes", action=BooleanOptionalAction
     )
     threshold: float | None = _field(
-        None, help="of a multi-label network: probability from which on an image has a class", type=float, metavar="P"
+        None, help="least probability of a class, for a multi-label network", type=float, metavar="P"
     )
 
     @property
@@ -73,7 +79,7 @@ class WeightFacts:
 
     @property
     def slopes(self) -> dict[str, float]:
-        """Slopes that are not the defaults, as arguments of `TResNet`."""
+        """The known slopes, as arguments of `TResNet`."""
         return {name: slope for name, slope in self.known.items() if name in ("negative_slope", "stem_negative_slope")}
 
 
@@ -82,23 +88,23 @@ NOTHING_KNOWN = WeightFacts(**dict.fromkeys(field.name for field in dataclasses.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PublicWeight(WeightFacts):
-    """What is known about a public weight; None for what no source says.
+    """Facts about a public weight; None for what no source says.
 
     Args:
         architecture: name of the variant in this package.
         tag: tag of the pretrained config; `architecture.tag` is the public weight's name.
-        files: names under which the weights were published.
-        num_classes: how many classes the published head has.
-        metric: the published result of these weights.
-        paper: "arXiv:" and its number; None if there is none.
+        files: names of the published files.
+        num_classes: number of classes of the published head.
+        metric: the published result.
+        paper: "arXiv:NUMBER"; None if there is none.
         code: address of the official code.
-        head: that of the network (`models.heads`); "unknown" for whatever is in the file.
-        num_groups: groups of an ML-Decoder head, if not as many as it has by itself.
-        decoder_embedding: width of an ML-Decoder head, likewise.
-        learn_queries: whether its queries were trained.
-        pretraining: data set of the training before that on `dataset`.
+        head: name of the head (`models.heads`); "unknown" if it must be read from the file.
+        num_groups: groups of an ML-Decoder head; None for the default.
+        decoder_embedding: width of an ML-Decoder head; None for the default.
+        learn_queries: whether the queries of an ML-Decoder head were trained.
+        pretraining: data set of an earlier training.
         labels: name of the list of classes, such as "imagenet-1k" or "coco".
-        hf_hub_id: Hub repository that holds the weights.
+        hf_hub_id: Hub repository of the weights.
     """
 
     architecture: str
@@ -118,17 +124,17 @@ class PublicWeight(WeightFacts):
 
     @property
     def name(self) -> str:
-        """Key of the public weight, `architecture.tag`."""
+        """Name of the public weight, `architecture.tag`."""
         return f"{self.architecture}.{self.tag}"
 
     @property
     def converted_classes(self) -> int:
-        """Classes of the registered network: none if the head is of another kind or not known."""
+        """Number of classes of the registered network; 0 if the head is unknown."""
         return 0 if self.head == "unknown" else self.num_classes or 0
 
     @property
     def network_arguments(self) -> dict[str, Any]:
-        """Arguments of the network that hold the weight, beyond those of its variant."""
+        """The network's arguments that differ from its variant's."""
         head = {"head": self.head} if self.head in ("bottleneck", "ml_decoder", "query2label") else {}
         options = {"num_groups": self.num_groups, "decoder_embedding": self.decoder_embedding}
         given = {name: value for name, value in options.items() if value}
@@ -136,20 +142,20 @@ class PublicWeight(WeightFacts):
 
     @property
     def untold(self) -> dict[str, Any]:
-        """Those of them that tensors do not tell, slopes aside."""
+        """The arguments in `network_arguments` that tensors do not show, except slopes."""
         return {"learn_queries": True} if self.learn_queries else {}
 
 
 def make_pretrained_cfg(facts: WeightFacts, num_classes: int, in_chans: int = 3) -> dict[str, Any]:
-    """Say what is known about a weight as timm's pretrained config does.
+    """Make timm's pretrained config from known facts.
 
     Args:
-        facts: what is known; of a public weight also its tag and source.
+        facts: the known facts; for a `PublicWeight`, tag and source are included.
         num_classes: outputs of the network; 0 for a backbone.
         in_chans: channels of the image.
 
     Returns:
-        Fields of timm's `PretrainedCfg`; what is not known is left out.
+        Fields of timm's `PretrainedCfg`, without unknown ones.
     """
     names = ("crop_pct", "crop_mode", "interpolation", "mean", "std", "license")
     config: dict[str, Any] = {name: facts.known[name] for name in names if name in facts.known}
@@ -178,13 +184,13 @@ def load_catalogue(path: Traversable = _FILE) -> Mapping[str, PublicWeight]:
     """Read the public weights.
 
     Args:
-        path: a TOML file with one table for each public weight; by default that of the package.
+        path: a TOML file with one table for each public weight; by default the package's own.
 
     Returns:
         Public weights by name, `architecture.tag`; read-only.
 
     Raises:
-        ValueError: if a public weight lacks a field, has one too many or a wrong value; the message names them.
+        ValueError: if a public weight has a missing or unknown field, or a wrong value; the message names them.
     """
     tables = tomllib.loads(path.read_text(encoding="utf-8"))
     return MappingProxyType({name: _parse(name, table) for name, table in tables.items()})
@@ -204,7 +210,7 @@ def _parse(name: str, table: dict[str, Any]) -> PublicWeight:
     metric = Metric(**table["metric"]) if "metric" in table else None
     public = PublicWeight(**{**table, **lists, "metric": metric})
     if public.name != name:
-        raise ValueError(f"public weight {name} says that it is {public.name}; its key is architecture.tag")
+        raise ValueError(f"public weight {name} needs the key {public.name}, its architecture.tag")
     return public
 
 

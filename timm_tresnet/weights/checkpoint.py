@@ -1,4 +1,4 @@
-"""Weights under the official names, and stems for other numbers of channels, as a TResNet takes them."""
+"""Find the weights of a TResNet in a checkpoint, rename official tensors, and adapt stems to other channels."""
 
 import dataclasses
 import logging
@@ -26,16 +26,16 @@ _WRAPPER = re.compile(rf"(?:^|(?<=\.)){_WRAPPERS}")
 _PREFIX = re.compile(
     rf"(?P<prefix>(?:.*\.)?)body\.{_WRAPPERS}*conv1\.{_WRAPPERS}*(?:0|conv)\.{_WRAPPERS}*weight$", re.DOTALL
 )
-_MOST_CONTAINERS = 100_000  # that are looked into; states of optimizers have thousands
-# Of several networks in a file, a moving average is the one that was evaluated; teachers and the like are another one.
+_MOST_CONTAINERS = 100_000  # dicts and lists that are searched; an optimizer's state has thousands
+# Of several networks in a file, the moving average is usually the evaluated one.
 _AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|avg|averaged?)(?:[._]|$)", re.IGNORECASE)
 _PLAIN = {"", "state", "dict", "model", "models", "module", "net", "network", "params", "weights", "timm", "backbone"}
 
-# `conv1.0.weight`: convolution, `conv1.1.weight`: In-Place ABN; with a blur behind them `conv1.0.0.weight`,
-# `conv1.0.1.weight`; in a shortcut `downsample.0.0.weight` or, behind an average pool, `downsample.1.0.weight`.
+# `conv1.0.weight`: convolution, `conv1.1.weight`: In-Place ABN; before a blur `conv1.0.0.weight`, `conv1.0.1.weight`;
+# in a shortcut `downsample.0.0.weight` or, after an average pool, `downsample.1.0.weight`.
 _OFFICIAL_CONV = re.compile(r"(?P<layer>\bconv\d)(?:\.0)?\.(?P<part>[01])\.(?P<tensor>\w+)$")
 _OFFICIAL_SHORTCUT = re.compile(r"(?P<layer>\bdownsample\.[01])\.(?P<part>[01])\.(?P<tensor>\w+)$")
-# FReLU of 7eu7d7/ML-Danbooru: `conv1.2.…` behind the norm, `relu.…` behind the sum.
+# FReLU of 7eu7d7/ML-Danbooru: `conv1.2.…` after the norm, `relu.…` after the sum.
 _OFFICIAL_FRELU = re.compile(
     r"(?:(?P<layer>\bconv\d)(?:\.0)?\.2|\brelu)\.depthwise_conv_bn\.(?P<part>[01])\.(?P<tensor>\w+)$"
 )
@@ -62,7 +62,7 @@ _OFFICIAL_PROJECTION = "head.decoder.layers.0.multihead_attn.in_proj_"  # of que
 _XFORMERS_PROJECTION = "head.decoder.layers.0.multihead_attn.in_proj_container.{}_proj.{}"
 
 
-# Query2Label's layers and what is around them
+# Query2Label's layers, and the tensors outside them
 _QUERY2LABEL_LAYER = re.compile(r"transformer\.(?P<coder>en|de)coder\.layers\.(?P<index>\d)\.(?P<rest>.*)", re.DOTALL)
 _ATTENTION = "attn.qkv."
 _QUERY2LABEL_PARTS = {
@@ -89,17 +89,17 @@ _QUERY2LABEL = {
 def checkpoint_filter_fn(
     state_dict: Mapping[str, Any], model: nn.Module, other_head: bool = False
 ) -> dict[str, Tensor]:
-    """Make a checkpoint loadable into model: ours and timm's names as they are, the official ones translated.
+    """Turn a checkpoint into a state dict for model; official names are translated, timm's and ours stay.
 
-    A checkpoint of the official code has its tensors under `model` or `state_dict`, maybe each behind `module.`, and
-    In-Place ABN in place of batch norm, whose effective weight is |w| + 1e-5 (official code,
+    A checkpoint of the official code has its tensors under `model` or `state_dict`, perhaps with the prefix `module.`.
+    It has In-Place ABN in place of batch norm, with the effective weight |w| + 1e-5 (official code,
     `InplacABN_to_ABN`). A stem for another number of channels is adapted, see `adapt_stem`.
 
     Args:
         state_dict: the checkpoint.
-        model: the TResNet that is to load it.
-        other_head: model was asked to have another head than the checkpoint's. What does not fit stays as it was drawn:
-            only the classifier if the rest of the head fits, else all of it.
+        model: the TResNet that will load the result.
+        other_head: whether the user chose another head than the checkpoint's. Then the classifier, or the whole head if
+            more of it does not fit, keeps its random weights.
 
     Returns:
         Tensors under the names of model.
@@ -119,7 +119,7 @@ def checkpoint_filter_fn(
 
 
 def _fit_other_head(state_dict: dict[str, Tensor], head: nn.Module) -> dict[str, Tensor]:
-    """Put what head was drawn with in place of what does not fit it, and say so."""
+    """Replace tensors that do not fit the head by the head's own random ones, and log their names."""
     own = head.state_dict(prefix=_HEAD)
     in_file = {name: tensor for name, tensor in state_dict.items() if name.startswith(_HEAD)}
     misfits = {
@@ -133,18 +133,22 @@ def _fit_other_head(state_dict: dict[str, Tensor], head: nn.Module) -> dict[str,
     else:
         new, in_file = own, {}
     if new:
-        _logger.info("The head differs from that of the weights, so these are new: %s", escape(", ".join(sorted(new))))
+        names = escape(", ".join(sorted(new)))
+        _logger.info("The head differs from the checkpoint's head; these tensors keep their random values: %s", names)
     body = {name: tensor for name, tensor in state_dict.items() if not name.startswith(_HEAD)}
     return {**body, **in_file, **new}
 
 
 def _fit_queries(state_dict: dict[str, Tensor], head: MLDecoderHead) -> None:
-    """Leave out queries for other classes, as timm does with the classifier, which of labels is the same for all."""
+    """Drop queries for another number of classes, as timm does with a classifier.
+
+    With label embeddings, the last layer is shared by all labels and fits any number of classes, so it is copied here.
+    """
     queries, bias = state_dict[QUERIES], state_dict.get("head.fc.bias", torch.empty(0))
     classes = queries.shape[0] if head.label_embedding else bias.numel()
     if head.num_classes and head.num_classes != classes:
         del state_dict[QUERIES]
-    if head.label_embedding:  # timm takes the last layer out of the state dict if the number of classes differs
+    if head.label_embedding:  # timm removes the last layer from the state dict if the number of classes differs
         own = head.state_dict(prefix=_HEAD)
         for name in ("head.fc.weight", "head.fc.bias"):
             if name in state_dict and state_dict[name].shape == own[name].shape:
@@ -156,10 +160,10 @@ class FoundNetwork:
     """The weights of a TResNet in a checkpoint.
 
     Args:
-        key: names that lead to them, joined by dots, such as "state_dict_ema"; "" if the checkpoint is the weights.
-        tensors: by name, without prefix and wrappers.
-        others: what is beside them and is not theirs.
-        beside: tensors among the others, by name, without wrappers.
+        key: path of the weights, joined by dots, such as "state_dict_ema"; "" if the checkpoint is the weights.
+        tensors: the network's tensors by name, without prefix and wrappers.
+        others: names beside them that are not part of the network.
+        beside: the tensors among the others by name, without wrappers.
     """
 
     key: str
@@ -169,16 +173,16 @@ class FoundNetwork:
 
 
 def find_networks(checkpoint: Any) -> list[FoundNetwork]:
-    """Find the weights of TResNets, wherever training code has put them.
+    """Find the weights of all TResNets in a checkpoint.
 
-    A network is where a stem is: in the checkpoint itself or in dicts and lists inside it, under any names, with any
-    prefix, such as `model.` or `module.`. `torch.compile`, DDP and FSDP put names in the middle, too.
+    A network is found by its stem's weight: in the checkpoint itself or in nested dicts and lists, with any prefix such
+    as `model.` or `module.`. Name parts that `torch.compile`, DDP and FSDP insert are removed.
 
     Args:
-        checkpoint: what the file holds.
+        checkpoint: content of the file.
 
     Raises:
-        ValueError: if two names are the same without their wrappers.
+        ValueError: if two names are equal without their wrappers.
     """
     found: list[FoundNetwork] = []
     seen: set[int] = set()
@@ -207,12 +211,12 @@ def _find_in(key: str, holder: Mapping[Any, Any]) -> Iterator[FoundNetwork]:
             if name.startswith(prefix) and not name.startswith(deeper):
                 plain = _WRAPPER.sub("", name.removeprefix(prefix))
                 if plain in own:
-                    raise ValueError(f"the checkpoint holds two tensors for {plain}, one of them as {name}")
+                    raise ValueError(f"the checkpoint has two tensors for {plain}, one of them as {name}")
                 own[plain] = tensor
         others = [str(name) for name in holder if name not in tensors or not name.startswith(prefix)]
         twice = sorted(name for name in others if name in own)
         if twice and "" not in prefixes:
-            raise ValueError(f"the checkpoint holds two tensors for {', '.join(twice)}: with and without {prefix!r}")
+            raise ValueError(f"the checkpoint has two tensors for {', '.join(twice)}: with and without {prefix!r}")
         names = [key, _WRAPPER.sub("", prefix).rstrip(".")]
         beside = {_WRAPPER.sub("", name): tensors[name] for name in tensors if not name.startswith(prefix)}
         yield FoundNetwork(".".join(filter(None, names)), own, tuple(others), beside)
@@ -223,22 +227,22 @@ def choose_network(networks: Sequence[FoundNetwork], key: str | None = None) -> 
 
     Args:
         networks: from `find_networks`, at least one.
-        key: the key of the one that is wanted; None for a moving average before the weights that it averages, and for
-            these before networks with other names, such as a teacher.
+        key: key of the network; None for the likeliest. A moving average is likelier than the weights that it averages;
+            these are likelier than networks with other names, such as a teacher.
 
     Raises:
-        ValueError: if there is none with this key, or several are as likely; the message names them.
+        ValueError: if no network has this key, or several are equally likely; the message names them.
     """
     keys = ", ".join(repr(network.key) for network in networks)
     if key is not None:
         named = [network for network in networks if network.key == key]
         if not named:
-            raise ValueError(f"needs a key of a network in the file, one of {keys}, got {key!r}")
+            raise ValueError(f"needs the key of a network in the file, one of {keys}, got {key!r}")
         return named[0]
     ranks = [_rank(network.key) for network in networks]
     likely = [network for network, rank in zip(networks, ranks, strict=True) if rank == min(ranks)]
     if len(likely) > 1:
-        raise ValueError(f"holds {len(networks)} networks, {keys}; choose one by its key (--key in the command)")
+        raise ValueError(f"has {len(networks)} networks, {keys}; choose one by its key (--key in the command)")
     return likely[0]
 
 
@@ -249,38 +253,38 @@ def _rank(key: str) -> int:
 
 
 def unwrap(checkpoint: Mapping[str, Any], key: str | None = None) -> dict[str, Any]:
-    """Take the weights of a TResNet out of what training code wraps around them.
+    """Return the weights of a TResNet from a checkpoint of training code.
 
     Args:
-        checkpoint: what the file holds.
-        key: as `choose_network` takes it.
+        checkpoint: content of the file.
+        key: key of the network, see `choose_network`.
 
     Returns:
-        The weights, without prefix and wrappers; the checkpoint as it is, if there is no TResNet in it.
+        The weights, without prefix and wrappers; the unchanged checkpoint if it contains no TResNet.
 
     Raises:
-        ValueError: as `find_networks` and `choose_network` do.
+        ValueError: as in `find_networks` and `choose_network`.
     """
     networks = find_networks(checkpoint)
     return choose_network(networks, key).tensors if networks else dict(checkpoint)
 
 
 def has_frelu(names: Iterable[str]) -> bool:
-    """Whether a network has FReLU, from the names of its tensors."""
+    """Return whether a network has FReLU, by the names of its tensors."""
     return any(_FRELU.search(name) for name in names)
 
 
 def from_official(state_dict: Mapping[str, Tensor], inplace_abn: bool | None = None) -> dict[str, Tensor]:
-    """Translate names and In-Place-ABN weights of the official code into those of a TResNet with batch norm.
+    """Translate names and In-Place-ABN weights of the official code to a TResNet with batch norm.
 
     Args:
         state_dict: tensors under the official names, without wrapper and prefix.
-        inplace_abn: norms are In-Place ABN; False if they were replaced by plain ones, which have the same names; None
-            for what the names say: plain ones where there is FReLU (7eu7d7/ML-Danbooru,
-            src_files/models/tresnet/tresnet_f.py, commit bd0e61e).
+        inplace_abn: whether the norms are In-Place ABN; batch norms in their place have the same names. None to decide
+            by the names: networks with FReLU have batch norms (7eu7d7/ML-Danbooru,
+            src_files/models/tresnet/tresnet_f.py, commit bd0e61e), others In-Place ABN.
 
     Returns:
-        The same tensors under our names; In-Place-ABN weights are |w| + 1e-5 in single precision or better, constant
+        The same tensors under our names. In-Place-ABN weights become |w| + 1e-5 in single precision or better; constant
         blur kernels are left out.
 
     Raises:
@@ -301,16 +305,16 @@ def from_official(state_dict: Mapping[str, Tensor], inplace_abn: bool | None = N
             layer = f"{match['layer']}." if match["layer"] else ""
             name = f"{name[: match.start()]}{layer}act.funnel.{_PARTS[match['part']]}.{match['tensor']}"
         if name in converted:
-            raise ValueError(f"the checkpoint holds two tensors for {name}")
+            raise ValueError(f"the checkpoint has two tensors for {name}")
         converted[name] = tensor
     return converted
 
 
 def rename_head(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Translate the official names of the heads; every other name stays.
+    """Translate the official names of the heads; all other names stay.
 
-    The projection of ML-Decoder's attention, which is in three parts where that is xformers', becomes one for its
-    queries and one for its keys and values, and its layer for all labels that of a `torch.nn.Linear`.
+    ML-Decoder's attention has one projection, or three with xformers; it becomes one for queries and one for keys and
+    values. The classifier that all labels share becomes the weight of a `torch.nn.Linear`.
 
     Raises:
         ValueError: if two tensors would get the same name.
@@ -329,20 +333,20 @@ def rename_head(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             parts = {f"head.queries.proj.{kind}": query, f"head.decoder.kv.{kind}": key_value}
         twice = parts.keys() & renamed.keys()
         if twice:
-            raise ValueError(f"the checkpoint holds two tensors for {', '.join(twice)}")
+            raise ValueError(f"the checkpoint has two tensors for {', '.join(twice)}")
         renamed |= parts
     return renamed
 
 
 def from_query2label(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Translate the names of Query2Label's transformer, which is beside the network (SlongLiu/query2labels, 55eb050).
+    """Translate the names of Query2Label's transformer, stored beside the network (SlongLiu/query2labels, 55eb050).
 
     Args:
         state_dict: tensors under the official names, without wrapper.
 
     Returns:
-        The same tensors under our names, behind "head."; nothing if they are of a transformer with other layers than
-        one of an encoder and two of a decoder without self-attention, the published ones.
+        The same tensors under our names, with the prefix "head."; empty unless the transformer has the published
+        layers: one encoder layer, and two decoder layers without self-attention.
     """
     converted: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
@@ -368,7 +372,7 @@ def from_query2label(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _join_projections(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put the three projections of xformers' attention into one, as PyTorch's has it."""
+    """Join the three projections of xformers' attention into PyTorch's single one."""
     joined = dict(state_dict)
     for kind in ("weight", "bias"):
         names = [_XFORMERS_PROJECTION.format(each, kind) for each in "qkv"]
@@ -382,7 +386,7 @@ def _join_projections(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def batch_norm_weight(weight: Tensor) -> Tensor:
-    """Effective weight of In-Place ABN, |w| + 1e-5, in single precision or better: half loses the 1e-5."""
+    """Return In-Place ABN's effective weight, |w| + 1e-5, in single precision or better; half would lose the 1e-5."""
     return weight.to(torch.promote_types(weight.dtype, torch.float32)).abs() + 1e-5
 
 
@@ -393,11 +397,10 @@ def find_misfits(
 
     Args:
         shapes: shape of each tensor by its name.
-        expected: those of the network.
+        expected: shape of each of the network's tensors by its name.
 
     Returns:
-        Names that are missing, where counters of batches may be; names that are unexpected; names with a wrong shape,
-        which is named.
+        Missing names, without `num_batches_tracked`; unexpected names; names with a wrong shape, each with its shapes.
     """
     missing = [name for name in expected if name not in shapes and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in shapes if name not in expected]
@@ -412,17 +415,18 @@ def find_misfits(
 def adapt_stem(weight: Tensor, in_channels: int) -> Tensor:
     """Adapt the first convolution of a pretrained network to images with another number of channels.
 
-    A single channel takes the sum over the old ones, which is right for grey images. More channels repeat the old ones
-    in turn, scaled so that the activations keep their size. Both happen within each pixel of a space-to-depth patch.
+    For one channel, the weights are summed over the old channels, which is exact for grey images. For more channels,
+    the old ones are repeated in turn and scaled so that activations keep their size. Both are done for each pixel of a
+    space-to-depth patch.
 
     Args:
         weight: weight of the convolution, (out_channels, pixels * old image channels, height, width); pixels is 16 for
-            the 3x3 convolution behind SpaceToDepth and 1 for the 7x7 convolution.
+            the 3x3 convolution after SpaceToDepth and 1 for the 7x7 convolution.
         in_channels: pixels * new image channels.
 
     Returns:
         (out_channels, in_channels, height, width), single precision or better; the same tensor if the number of
-        channels is right already.
+        channels already fits.
     """
     if weight.shape[1] == in_channels:
         return weight

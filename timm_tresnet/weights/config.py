@@ -1,4 +1,4 @@
-"""config.json of a folder or Hub repository: what a TResNet's may say, checked before timm builds from it."""
+"""Check a TResNet's config.json, from a folder or Hub repository, before timm builds a network from it."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ _SIZE = list_of(integer(1, 4096), 3, 3)
 _TEXTS = TEXT.or_else(list_of(TEXT, 0, 1000))
 _BLOCK = choice("basic", "bottleneck")
 
-MODEL_ARGS: dict[str, Kind] = {  # arguments of `TResNet`, but for its device and dtype
+MODEL_ARGS: dict[str, Kind] = {  # arguments of `TResNet`, without device and dtype
     "layers": list_of(integer(1, 200), 4, 4),
     "in_chans": _CHANNELS,
     "num_classes": _CLASSES,
@@ -38,7 +38,7 @@ MODEL_ARGS: dict[str, Kind] = {  # arguments of `TResNet`, but for its device an
     "stem": choice("space_to_depth", "conv7x7"),
     "use_se": FLAG.or_else(list_of(FLAG, 4, 4)),
     "aa_layer": choice("blur", "", True, False),
-    "act_layer": TEXT,  # any that timm knows; `TResNet` says so
+    "act_layer": TEXT,  # `TResNet` checks the name
     "negative_slope": _SLOPE,
     "stem_negative_slope": _SLOPE,
     "norm_layer": choice(
@@ -67,11 +67,11 @@ PREPROCESSING: dict[str, Kind] = {  # as `timm.data.create_transform` takes it
     "interpolation": choice("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
     "mean": list_of(number(-10_000, 10_000), 1, 1024),
     "std": list_of(number(0, 10_000, above=True), 1, 1024),
-    "crop_pct": number(0.1, 2),  # a tiny one has the image resized to a huge one first; above 1, it gets a black frame
+    "crop_pct": number(0.1, 2),  # a tiny value makes a huge image; above 1, the image gets a black border
     "crop_mode": choice("center", "squash", "border"),
 }
 
-_ELSEWHERE = Kind("null or left out, since weights come from beside it", lambda value: value is None or value == "")
+_ELSEWHERE = Kind("null or left out, since weights are beside the config", lambda value: value is None or value == "")
 PRETRAINED_CFG: dict[str, Kind] = {  # fields of timm's `PretrainedCfg`
     **dict.fromkeys(("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"), _ELSEWHERE),
     "custom_load": choice(False, None, ""),
@@ -95,23 +95,23 @@ PRETRAINED_CFG: dict[str, Kind] = {  # fields of timm's `PretrainedCfg`
 }  # fmt: skip
 
 _LABELS = {name: PRETRAINED_CFG[name] for name in ("label_names", "label_descriptions")}
-_NO_FIELD = "which is no field of timm's pretrained config"
+_NO_FIELD = "which is not a field of timm's pretrained config"
 
 
 def read_config(path: Path, called: str | None = None) -> dict[str, Any]:
-    """Read the config.json of a TResNet, and check every field's type and range.
+    """Read the config.json of a TResNet and check every field's type and range.
 
     Args:
         path: the file.
-        called: how messages name it; None for its path.
+        called: name of the file in messages; None for its path.
 
     Returns:
-        What it holds.
+        The content.
 
     Raises:
-        OSError: if there is no such file, or it may not be read.
-        ValueError: if it is not JSON, or not what timm builds a TResNet from; names the first field that is wrong, what
-            it needs to be and what it is.
+        OSError: if the file does not exist or may not be read.
+        ValueError: if it is not JSON, or timm could not build a TResNet from it. The message names the first wrong
+            field, the value that it needs and the value that it has.
     """
     called = called or str(path)
     config = read_json(path, called)
@@ -120,7 +120,7 @@ def read_config(path: Path, called: str | None = None) -> dict[str, Any]:
 
 
 def check_config(config: Any, called: str = NAME) -> None:
-    """Check every field of what a config.json holds or is to hold.
+    """Check every field of the content of a config.json.
 
     Raises:
         ValueError: as in `read_config`.
@@ -142,7 +142,7 @@ def _choose_table(config: Any) -> Table:
         {
             "architecture": architecture,
             "num_classes": _CLASSES,
-            "model_args": Table(MODEL_ARGS, (), f"which is no argument of TResNet; those are {', '.join(MODEL_ARGS)}"),
+            "model_args": Table(MODEL_ARGS, (), f"which is not one of TResNet's arguments, {', '.join(MODEL_ARGS)}"),
             "pretrained_cfg": Table(PRETRAINED_CFG, (), _NO_FIELD),
             **_LABELS,
         },
@@ -151,7 +151,7 @@ def _choose_table(config: Any) -> Table:
 
 
 def _find_contradiction(config: dict[str, Any]) -> str | None:
-    """What is wrong about fields that are right each by itself, as in `find_fault`."""
+    """Return the fault of fields that contradict each other, see `find_fault`; None if there is none."""
     pretrained_cfg, arguments = config.get("pretrained_cfg", config), config.get("model_args", {})
     classes = config.get("num_classes", pretrained_cfg.get("num_classes", 1000))
     if arguments.get("num_classes", classes) != classes:  # timm then draws a random classifier
@@ -161,10 +161,10 @@ def _find_contradiction(config: dict[str, Any]) -> str | None:
     try:
         read_thresholds(pretrained_cfg, classes)
     except ValueError as error:
-        return f"has notes that are wrong: {error}"
+        return f"has wrong notes: {error}"
     in_chans = arguments.get("in_chans", (pretrained_cfg.get("input_size") or [3])[0])
     for name in ("mean", "std"):
         values = pretrained_cfg.get(name)
-        if values is not None and len(values) not in (1, 3, in_chans):  # timm leaves 3 of whatever the network takes
+        if values is not None and len(values) not in (1, 3, in_chans):  # timm accepts 3 for any number of channels
             return f"needs pretrained_cfg.{name} to have a number for each of {in_chans} channels, got {len(values)}"
     return None

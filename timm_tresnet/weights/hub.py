@@ -1,4 +1,4 @@
-"""Whether the Hugging Face Hub can be reached, before its client tries for 23 seconds a file."""
+"""Check that the Hugging Face Hub is reachable; its client would retry for 23 seconds a file."""
 
 import functools
 import socket
@@ -11,24 +11,24 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-_PATIENCE_S = 5.0  # in all, to find the server's address and to connect
+_PATIENCE_S = 5.0  # in total, for the name lookup and the connection
 
 
 def require_hub(
     repo_id: str, *filenames: str, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> None:
-    """Refuse a file that is not in the cache where the Hub's server cannot be reached.
+    """Raise an error if a file is not in the cache and the Hub's server cannot be reached.
 
-    Nothing is asked of the server. With a proxy, or in offline mode, the client is left to find out.
+    A connection is opened, but no request is sent. With a proxy or in offline mode, nothing is checked.
 
     Args:
         repo_id: repository, OWNER/NAME.
-        *filenames: of files in it, any of which will do.
+        *filenames: files of the repository; one of them in the cache is enough.
         revision: a branch, tag or commit; None for the main branch.
-        cache_dir: where the client keeps what it has downloaded; None for its own place.
+        cache_dir: the client's cache folder; None for its default.
 
     Raises:
-        LocalEntryNotFoundError: says why the server cannot be reached.
+        LocalEntryNotFoundError: if the server cannot be reached; the message says why.
     """
     find = functools.partial(
         huggingface_hub.try_to_load_from_cache, repo_id, cache_dir=cache_dir, revision=revision or "main"
@@ -47,17 +47,17 @@ def require_hub(
 
 
 def _find_obstacle(host: str, port: int) -> str | None:
-    """Why a server cannot be connected to; None if it can."""
+    """Return why a connection to a server fails; None if it succeeds."""
     found: list[str | None] = []
 
     def connect() -> None:
         try:
             socket.create_connection((host, port), timeout=_PATIENCE_S).close()
             found.append(None)
-        except OSError as error:  # unknown names among them
+        except OSError as error:  # includes unknown names
             found.append(error.strerror or str(error))
 
-    # In a thread, since looking up a name cannot be given a limit.
+    # In a thread, since a name lookup has no timeout.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(_PATIENCE_S)

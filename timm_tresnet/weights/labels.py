@@ -1,4 +1,4 @@
-"""What the classes of weights are called, in the order of their outputs, and whether an image can have several."""
+"""Names of classes in the order of a network's outputs, multi-label flags and thresholds."""
 
 import json
 from collections import Counter
@@ -23,7 +23,7 @@ toothbrush
 """
 
 # PASCAL VOC's 20 classes in the order of its development kit (VOCinit.m), which is alphabetical. ASL published no code
-# for VOC: where a checkpoint has its own `idx_to_class`, that goes first.
+# for VOC; a checkpoint's own `idx_to_class` takes precedence.
 _VOC = """
 aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, motorbike, person,
 pottedplant, sheep, sofa, train, tvmonitor
@@ -35,16 +35,16 @@ LABEL_SETS = (*_IMAGENET_SUBSETS, *_LISTS)
 
 
 def label_config(labels: str) -> dict[str, Any]:
-    """Name the classes of a label set as timm's config.json does.
+    """Return the class names of a label set in the form of timm's config.json.
 
-    ImageNet's classes are WordNet synsets, which timm lists (`timm.data.ImageNetInfo`).
+    ImageNet's classes are WordNet synsets, listed by timm (`timm.data.ImageNetInfo`).
 
     Args:
         labels: one of `LABEL_SETS`.
 
     Returns:
-        "label_names", a list with one name for each output of the network, and, where names are identifiers,
-        "label_descriptions", a dict from name to words.
+        "label_names", a list with a name for each output, and, if names are identifiers, "label_descriptions", a dict
+        from name to description.
 
     Raises:
         ValueError: if labels is not one of `LABEL_SETS`.
@@ -63,12 +63,15 @@ def label_config(labels: str) -> dict[str, Any]:
 
 
 def label_lookup(model: Any) -> Callable[[int], str]:
-    """Names of the classes: from the weights' config, else from timm's lists for ImageNet, else numbers."""
+    """Return a function from output index to class name.
+
+    Names come from the weights' config, else from timm's lists for ImageNet; else classes are numbered.
+    """
     return _find_labels(model)[0]
 
 
 def describe_labels(model: Any) -> str:
-    """Where the names that `label_lookup` gives are from, in a few words; "" if the weights' config just has them."""
+    """Return the source of `label_lookup`'s names in a few words; "" if the weights' config has names without one."""
     return _find_labels(model)[1]
 
 
@@ -82,38 +85,37 @@ def _find_labels(model: Any) -> tuple[Callable[[int], str], str]:
         said = [note for note in read_notes(config) if note.startswith(NAMED_BY)]
         source = f"{said[0].removeprefix(NAMED_BY)}, in the weights' config" if said else ""
         return (lambda index: descriptions.get(names[index], names[index])), source
-    fault = f"the weights' config has {len(names)} for {model.num_classes} classes; " if names else ""
+    fault = f"the weights' config has {len(names)} names for {model.num_classes} classes; " if names else ""
     subset = infer_imagenet_subset(model)
     if subset:
         return ImageNetInfo(
             subset
         ).index_to_description, f"{fault}timm's list for {model.num_classes} classes, {subset}"
-    return (lambda index: f"class {index}"), f"{fault}none known, so classes are numbered"
+    return (lambda index: f"class {index}"), f"{fault}no names are known, classes are numbered"
 
 
 def note_source(source: str) -> str:
-    """A note of the pretrained config that says where the names of the classes are from."""
+    """Return a note for the pretrained config with the source of the class names."""
     return NAMED_BY + source
 
 
 def join_source(source: str, gap: str) -> str:
-    """Where names of classes are from, and how many classes they name, if not all."""
+    """Return the source of class names with the gap, how many classes have names, if there is one."""
     return f"{source} ({gap})" if gap else source
 
 
 def order_names(in_file: Any, num_classes: int) -> tuple[tuple[str, ...], str]:
-    """Names of the classes in the order of their outputs, or why there are none.
+    """Return class names in the order of the outputs, or the reason why there are none.
 
     Outputs without a name are called "class 10" and so on.
 
     Args:
-        in_file: a list of names; or a dict from numbers of outputs, which may be text as in JSON, to names; or one from
-            names to numbers.
+        in_file: a list of names, a dict from index to name, or a dict from name to index; indices can be text, as in
+            JSON.
         num_classes: number of outputs.
 
     Returns:
-        Names and "", or how many outputs have one if not all do; or no names and what is wrong, as it stands behind
-        "it".
+        Names, and "" or how many outputs have a name; or () and the fault, which follows "it".
     """
     if not isinstance(in_file, Mapping | list | tuple):
         return (), f"needs a dict or a list of names, got {type(in_file).__name__}"
@@ -121,8 +123,7 @@ def order_names(in_file: Any, num_classes: int) -> tuple[tuple[str, ...], str]:
         return (), f"needs {num_classes} names, one for each class, got {len(in_file)}"
     names: dict[int | None, Any] = dict(enumerate(in_file))
     if isinstance(in_file, Mapping):
-        # The official `infer.py` reads the values in the order in which they were put in, which is the same only where
-        # the keys ascend.
+        # The official `infer.py` uses the order of insertion, which is the same only if the keys ascend.
         for pairs in (in_file.items(), [(index, name) for name, index in in_file.items()]):
             names = {_read_index(index): name for index, name in pairs}
             each_its_own = len(names) == len(in_file) and names.keys() <= set(range(num_classes))
@@ -140,37 +141,37 @@ def order_names(in_file: Any, num_classes: int) -> tuple[tuple[str, ...], str]:
     unnamed = [index for index in range(num_classes) if index not in names]
     word = "class" if {f"class {index}" for index in unnamed}.isdisjoint(names.values()) else "unnamed class"
     complete = tuple(names.get(index, f"{word} {index}") for index in range(num_classes))
-    return complete, f"{len(names)} for {num_classes} classes, the others are numbered" if unnamed else ""
+    return complete, f"{len(names)} names for {num_classes} classes, the rest are numbered" if unnamed else ""
 
 
 def read_labels(path: Path) -> Any:
-    """Names of classes from a file, as `order_names` takes them.
+    """Read class names from a file, for `order_names`.
 
     Args:
-        path: a text with a name on each line, or JSON with a list of names or a dict between names and numbers.
+        path: text with a name on each line, or JSON with a list of names or a dict between names and indices.
 
     Raises:
-        OSError: if there is no such file, or it may not be read.
-        ValueError: if it is not a file, too large, not a text in UTF-8, or not JSON.
+        OSError: if the file does not exist or may not be read.
+        ValueError: if it is not a regular file, too large, not text in UTF-8, or not JSON.
     """
     if path.suffix.lower() == ".json":
         return read_json(path)
     try:
         text = read_bounded(path, LARGEST_FILE).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
     return [line.strip() for line in text.rstrip().split("\n")]
 
 
 def _read_index(key: Any) -> int | None:
-    """Number of an output, from a key that may be one of JSON."""
+    """Return an output's index from a key, which is text in JSON; None if it is not an index."""
     if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10:
         return int(key)
     return key if type(key) is int else None
 
 
 def list_names(model: Any) -> list[tuple[str, ...]]:
-    """All names of each class, an identifier before its description; empty where the weights name none."""
+    """Return all names of each class, identifier before description; () for each class if no names are known."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     config, count = model.pretrained_cfg, model.num_classes
@@ -185,16 +186,17 @@ def list_names(model: Any) -> list[tuple[str, ...]]:
 
 
 def is_multi_label(pretrained_cfg: Mapping[str, Any]) -> bool:
-    """Whether an image can have any number of the classes, each with a sigmoid, as the weights' config says."""
+    """Return whether the weights are multi-label: an image has any number of classes, each with a sigmoid."""
     return MULTI_LABEL in read_notes(pretrained_cfg)
 
 
 def make_notes(multi_label: bool, thresholds: Sequence[float] | float | None = None) -> tuple[str, ...]:
-    """Notes of a pretrained config.
+    """Make notes for a pretrained config.
 
     Args:
-        multi_label: whether an image can have any number of the classes.
-        thresholds: from which probability on an image has each label, or any label; None if nobody says.
+        multi_label: whether an image can have any number of classes.
+        thresholds: the least probability with which an image has each label, a list or one number for all; None if
+            unset.
     """
     notes = [MULTI_LABEL] if multi_label else []
     if thresholds is not None:
@@ -207,14 +209,14 @@ def make_notes(multi_label: bool, thresholds: Sequence[float] | float | None = N
 
 
 def read_thresholds(pretrained_cfg: Mapping[str, Any], num_classes: int) -> list[float] | None:
-    """From which probability on an image has each label, as the weights' config says; None if it does not.
+    """Return the threshold of each label, the least probability with which an image has it; None if unset.
 
     Args:
-        pretrained_cfg: of the network.
-        num_classes: number of labels; thresholds for another number belong to a classifier that has been replaced.
+        pretrained_cfg: timm's pretrained config of the network.
+        num_classes: number of labels; thresholds for another number belong to a replaced classifier and are ignored.
 
     Raises:
-        ValueError: if the note is not one that `make_notes` writes.
+        ValueError: if the note does not have the form that `make_notes` writes.
     """
     for note in read_notes(pretrained_cfg):
         if note.startswith(THRESHOLDS):
@@ -227,7 +229,7 @@ def read_thresholds(pretrained_cfg: Mapping[str, Any], num_classes: int) -> list
                 fault = f"needs the note of thresholds to be JSON: {error}"
             if fault:
                 raise ValueError(fault)
-            if not isinstance(thresholds, list):  # the same for each
+            if not isinstance(thresholds, list):  # one threshold for all labels
                 thresholds = [float(thresholds)] * pretrained_cfg.get("num_classes", num_classes)
             return thresholds if len(thresholds) == num_classes else None
     return None

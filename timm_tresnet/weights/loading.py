@@ -1,4 +1,4 @@
-"""Networks by name, as the commands take them: what a stranger's folder or repository says is checked first."""
+"""Load networks by name; an untrusted folder or repository is validated first."""
 
 import contextlib
 import dataclasses
@@ -22,8 +22,8 @@ from timm_tresnet.weights import config
 from timm_tresnet.weights.catalogue import load_catalogue
 from timm_tresnet.weights.hub import require_hub
 
-_MOST_PARAMETERS = 10**9  # of TResNet-XL: 8e7
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".tar")  # what timm looks for in a folder
+_MOST_PARAMETERS = 10**9  # TResNet-XL has 8e7
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".tar")  # suffixes that timm looks for in a folder
 
 
 def load_network(name: str) -> nn.Module:
@@ -36,7 +36,7 @@ def load_network(name: str) -> nn.Module:
         The network, in eval mode.
 
     Raises:
-        ValueError: if there is no such network, or it cannot be had, read or built; says why in one sentence.
+        ValueError: if the network does not exist, or cannot be downloaded, read or built; the message says why.
     """
     try:
         source, rest = _split(name)
@@ -46,21 +46,21 @@ def load_network(name: str) -> nn.Module:
             _check_name(rest)
         checked = _check_repository(rest) if source == "hf-hub" else name
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"torch\b")  # of odd pickles, which it then refuses or takes
+            warnings.filterwarnings("ignore", module=r"torch\b")  # about odd pickles, which torch then refuses or loads
             return timm.create_model(checked, pretrained=True).eval()
-    # The Hub's client and whatever unpickles a stranger's weights can raise anything.
+    # The Hub's client and the unpickling of untrusted weights can raise anything.
     except Exception as error:
         raise ValueError(f"cannot load the model {name}: {summarise(error)}") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What is known of weights without loading them.
+    """The description of weights that are not loaded.
 
     Args:
         architecture: name of the variant.
-        model_args: arguments of the network that are not the variant's own.
-        pretrained_cfg: timm's, completed where it says nothing, see `preprocessing.fill_preprocessing`.
+        model_args: arguments of the network that differ from the variant's.
+        pretrained_cfg: timm's pretrained config, completed by `preprocessing.fill_preprocessing`.
     """
 
     architecture: str
@@ -69,10 +69,10 @@ class Weights:
 
 
 def look_up(name: str) -> Weights:
-    """Look up weights by a name as `load_network` takes it; of a repository, only config.json is fetched.
+    """Look up weights by name, see `load_network`; from a repository, only config.json is downloaded.
 
     Raises:
-        ValueError: if there are none of this name, or config.json cannot be had or is damaged.
+        ValueError: if no weights have this name, or config.json cannot be downloaded or is damaged.
     """
     try:
         source, rest = _split(name)
@@ -94,17 +94,17 @@ def look_up(name: str) -> Weights:
 
 
 def build_skeleton(name: str, called: str = config.NAME) -> nn.Module:
-    """Build the network of a checked config.json without memory for its parameters, and run it.
+    """Build the network of a checked config.json on the meta device, without memory for parameters, and run it.
 
     Args:
         name: local-dir:FOLDER or hf-hub:OWNER/NAME@REVISION.
-        called: how messages name the config.
+        called: name of the config in messages.
 
     Returns:
         The network, on the meta device.
 
     Raises:
-        ValueError: if no network comes of the config, one that is too large, or one that cannot take its own images.
+        ValueError: if the network cannot be built, is too large, or cannot run on images of its config's size.
     """
     try:
         with torch.device("meta"), torch.no_grad():
@@ -112,26 +112,26 @@ def build_skeleton(name: str, called: str = config.NAME) -> nn.Module:
             parameters = sum(parameter.numel() for parameter in model.parameters())
             if parameters > _MOST_PARAMETERS:
                 raise ValueError(f"it has {parameters:.1e} parameters, more than {_MOST_PARAMETERS:.0e}")
-            # Before 1.0.31 timm leaves the size's first number as it was, whatever in_chans is.
+            # Before 1.0.31, timm does not adapt the size's first number to in_chans.
             logits = model(torch.empty(1, model.in_chans, *model.pretrained_cfg.get("input_size", (3, 224, 224))[1:]))
             if model.num_classes and logits.ndim != 2:
                 raise ValueError("it needs a global_pool to classify images, got ''")
-    # Whatever timm's layers raise for arguments that are right each by itself.
+    # timm's layers raise these for combinations of arguments that are valid on their own.
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{called} describes no network that can be run: {summarise(error)}") from error
+        raise ValueError(f"{called} describes a network that cannot run: {summarise(error)}") from error
     return model
 
 
 def _check_name(name: str) -> None:
     unknown = explain_unknown(name)
     if unknown and timm.models.is_model(name.partition(".")[0]) and name.partition(".")[0] not in ARCHITECTURES:
-        raise ValueError("it is no TResNet; see `timm-tresnet list`, and timm.create_model for other networks")
+        raise ValueError("it is not a TResNet; see `timm-tresnet list`, or timm.create_model for other networks")
     if unknown:
         raise ValueError(unknown)
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Source, "" for the registry, and what to look for there, as timm understands them."""
+    """Split a name into its source, "" for the registry, and the rest, as timm does."""
     source, colon, rest = name.partition(":")
     if not colon:
         return "", name
@@ -142,13 +142,13 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _find_config(source: str, name: str) -> tuple[Path, str, str]:
-    """A folder's or repository's config.json, what to call that very one's weights, and how messages name it."""
+    """Return the path of a config.json, timm's name for exactly these weights, and its name in messages."""
     if source == "local-dir":
         path = Path(name) / config.NAME
         return path, f"local-dir:{name}", str(path)
     repo_id, at, revision = name.partition("@")
     if at and not revision:
-        raise ValueError(f"needs a revision behind @, got {name}")
+        raise ValueError(f"needs a revision after @, got {name}")
     require_hub(repo_id, config.NAME, revision=revision or None)
     path = Path(hf_hub_download(repo_id, config.NAME, revision=revision or None))
     return path, f"hf-hub:{repo_id}@{path.parent.name}", f"{config.NAME} of {repo_id}"
@@ -173,7 +173,7 @@ def _check_file(path: Path) -> None:
 
 
 def _check_repository(name: str) -> str:
-    """Name of the repository at the commit whose config.json was checked, so that timm sees the same one."""
+    """Check a repository; return its name with the checked commit, so that timm loads the same one."""
     path, pinned, called = _find_config("hf-hub", name)
     config.read_config(path, called)
     build_skeleton(pinned, called)
@@ -182,20 +182,20 @@ def _check_repository(name: str) -> str:
 
 
 def _check_hash(repo_id: str, revision: str) -> None:
-    """Compare what was downloaded with the hash by which the Hub calls it, as its client does not."""
+    """Compare the downloaded weights with the Hub's hash, which the Hub's client does not check."""
     try:
         blob = Path(hf_hub_download(repo_id, "model.safetensors", revision=revision)).resolve()
     except EntryNotFoundError:
-        with contextlib.suppress(EntryNotFoundError):  # what timm takes then
+        with contextlib.suppress(EntryNotFoundError):  # timm then loads this file
             _check_file(Path(hf_hub_download(repo_id, "pytorch_model.bin", revision=revision)))
         return
     _check_file(blob)
-    if re.fullmatch(r"[0-9a-f]{64}", blob.name):  # in a cache without links, files have their own names
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name):  # in a cache without links, the file is not named by its hash
         with blob.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != blob.name:
             blob.unlink()
             raise ValueError(
-                f"model.safetensors of {repo_id} needs the SHA-256 {blob.name}, got {found}; it has been removed from "
-                "the cache, try again"
+                f"model.safetensors of {repo_id} needs the SHA-256 {blob.name}, got {found}; it was removed from the "
+                "cache, try again"
             )

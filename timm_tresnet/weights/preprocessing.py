@@ -1,23 +1,23 @@
-"""How images are prepared for weights: what is known, and what is assumed where nobody says."""
+"""Preprocessing of images for weights: known values, and assumed values where none are known."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from timm_tresnet.utils.notes import ASSUMED, read_notes
 
-NAMES = ("input_size", "interpolation", "mean", "std", "crop_pct")  # a crop_mode that nobody names is the centre
+NAMES = ("input_size", "interpolation", "mean", "std", "crop_pct")  # without a crop_mode, timm crops the centre
 
 
 def fill_preprocessing(pretrained_cfg: Mapping[str, Any], own: Any, in_chans: int = 3) -> dict[str, Any]:
-    """Complete a pretrained config by its variant's own preprocessing, and note what is assumed.
+    """Complete a pretrained config with its variant's preprocessing, and note which fields are assumed.
 
-    timm would take ImageNet's mean and std, which no TResNet was trained with. The note stays with the config, so that
-    an assumption never becomes a fact, not even in a folder that timm writes.
+    timm would assume ImageNet's mean and std, which no TResNet was trained with. The note stays in the config, even in
+    a folder that timm writes, so an assumption never becomes a fact.
 
     Args:
-        pretrained_cfg: of a folder or repository.
-        own: that of the variant, a timm `PretrainedCfg`.
-        in_chans: channels of the images that the weights are for.
+        pretrained_cfg: pretrained config of a folder or repository.
+        own: pretrained config of the variant, a timm `PretrainedCfg`.
+        in_chans: channels of the weights' images.
     """
     missing = [name for name in NAMES if pretrained_cfg.get(name) is None]
     if not missing:
@@ -31,22 +31,22 @@ def fill_preprocessing(pretrained_cfg: Mapping[str, Any], own: Any, in_chans: in
 
 
 def note_assumed(notes: Any, names: list[str]) -> tuple[str, ...] | None:
-    """Notes of a pretrained config, with one that says which fields are assumed, if there are any."""
+    """Return notes with one more that lists the assumed fields; unchanged if there are none."""
     notes = (notes,) if isinstance(notes, str) else tuple(notes or ())
     return (*notes, ASSUMED + ", ".join(names)) if names else notes or None
 
 
 def for_channels(values: Sequence[float], in_chans: int) -> tuple[float, ...]:
-    """A mean or std for as many channels: the average for each if it is for another number, as in timm's loaders."""
+    """Return a mean or std for in_chans channels; if the number differs, the average for each, as in timm's loaders."""
     return tuple(values) if len(values) == in_chans else (sum(values) / len(values),) * in_chans
 
 
 def resolve_preprocessing(model: Any, input_size: tuple[int, int] | None = None) -> dict[str, Any]:
-    """Timm's data config of a network, for its number of channels.
+    """Return timm's data config of a network, adapted to its number of channels.
 
     Args:
-        model: with `pretrained_cfg` and `in_chans`.
-        input_size: height and width of the images; None for those of the config.
+        model: a network with `pretrained_cfg` and `in_chans`.
+        input_size: height and width of the images, in pixels; None for the config's.
     """
     import timm.data
 
@@ -57,22 +57,22 @@ def resolve_preprocessing(model: Any, input_size: tuple[int, int] | None = None)
 
 
 def find_assumed(pretrained_cfg: Mapping[str, Any]) -> list[str]:
-    """Names of the fields that are assumed, not known."""
+    """Return the names of the assumed fields."""
     listed = [note for note in read_notes(pretrained_cfg) if note.startswith(ASSUMED)]
     named = {name for note in listed for name in note.removeprefix(ASSUMED).split(", ")}
     return [name for name in NAMES if name in named]
 
 
 def explain_assumed(model: Any) -> str:
-    """What is assumed about a network's images, in a line for whoever uses it; "" if everything is known."""
+    """Return a line about the assumed preprocessing of a network's images; "" if all of it is known."""
     config = model.pretrained_cfg
     assumed = find_assumed(config)
     if not assumed:
         return ""
     values = ", ".join(f"{name} {_format(config[name])}" for name in assumed)
     return (
-        f"nobody says how images are prepared for these weights; assumed, as for {config.get('architecture')}: "
-        f"{values}. If you know better, convert them again with --like WEIGHTS or --mean, --std, ..."
+        f"the preprocessing of images is unknown for these weights; assumed, as for {config.get('architecture')}: "
+        f"{values}. If you know it, convert the weights again with --like WEIGHTS or --mean, --std, ..."
     )
 
 
