@@ -159,7 +159,7 @@ def test_zero_shot_networks_answer_once_they_have_labels(tmp_path):
     assert any("model.set_label_embeddings(names, vectors)" in note for note in conversion.notes)
     write_folder(conversion, tmp_path / "folder")
     model, x, vectors = load_folder(tmp_path / "folder"), torch.rand(2, 3, 64, 64), torch.randn(7, 300)
-    with pytest.raises(ValueError, match=r"no labels yet; give it some by set_label_embeddings"):
+    with pytest.raises(ValueError, match=r"no labels yet; call set_label_embeddings"):
         model(x)
     model.set_label_embeddings([f"label {index}" for index in range(7)], vectors)
     with torch.no_grad():

@@ -124,8 +124,8 @@ def test_every_head_works_with_and_without_classes_and_pooling(head):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ((3, "foo"), "needs global_pool to name a pooling of timm's, .*got 'foo'"),
-        ((3, 1), "needs global_pool to name a pooling of timm's, .*got 1"),
+        ((3, "foo"), "needs global_pool to be a pooling of timm, .*got 'foo'"),
+        ((3, 1), "needs global_pool to be a pooling of timm, .*got 1"),
         ((-1,), "needs num_classes to be an integer of at least 0, got -1"),
         ((2.5,), "needs num_classes to be an integer of at least 0, got 2.5"),
         ((True,), "needs num_classes to be an integer of at least 0, got True"),

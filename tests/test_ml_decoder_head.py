@@ -166,7 +166,7 @@ def test_folded_queries_are_constants_that_give_the_same_logits(options):
     features = folded.forward_features(x)
     with pytest.raises(ValueError, match="queries are folded, .* call eval"):
         folded.train().forward_head(features)
-    with pytest.raises(ValueError, match="needs queries that are not folded"):
+    with pytest.raises(ValueError, match="cannot be reset once its queries are folded"):
         folded.reset_classifier(3)
     assert folded.num_classes == 7
     with pytest.raises(ValueError, match="not folded"):
@@ -381,7 +381,7 @@ def test_names_of_labels_come_with_their_word_embeddings():
         (["a", "b"], torch.full((2, 5), torch.nan), "finite numbers, got some that are NaN"),
         (["a", "b", "a"], torch.zeros(3, 5), "a name for each label, got a twice"),
         ([], torch.zeros(0, 5), r"got \(0, 5\)"),
-        (["a", 2], torch.zeros(2, 5), "needs names to be texts"),
+        (["a", 2], torch.zeros(2, 5), "needs names to be strings"),
         ("ab", torch.zeros(2, 5), "a list of names, got 'ab'"),
         (None, torch.zeros(2, 5), "a list of names, got None"),
         (["a", "b"], "ab", "vectors as a tensor, an array or a list .*, got str"),
@@ -498,7 +498,7 @@ def test_labels_need_a_network_for_them(options):
 
 def test_a_network_without_labels_says_what_it_needs():
     model = make_network(num_groups=None, label_embedding=5, num_classes=0)
-    with pytest.raises(ValueError, match=r"no labels yet; give it some by set_label_embeddings\(names, vectors\)"):
+    with pytest.raises(ValueError, match=r"no labels yet; call set_label_embeddings\(names, vectors\)"):
         model(torch.rand(1, 3, 64, 64))
     model.set_label_embeddings(["a", "b", "c"], torch.randn(3, 5))
     assert model(torch.rand(1, 3, 64, 64)).shape == (1, 3)

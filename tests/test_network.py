@@ -121,9 +121,9 @@ def test_ingredients_end_up_where_they_belong():
         ({"stem": "s2d"}, "stem to be one of 'space_to_depth', 'conv7x7', got 's2d'"),
         ({"aa_layer": "avg"}, "aa_layer to be one of 'blur', True, False, '', got 'avg'"),
         ({"output_stride": 4}, "output_stride to be one of 32, 16, 8, got 4"),
-        ({"act_layer": "sine"}, "act_layer to name an activation that timm knows, or 'frelu', got 'sine'"),
+        ({"act_layer": "sine"}, "act_layer to be an activation of timm, or 'frelu', got 'sine'"),
         ({"use_se": (True, False)}, "use_se to have one entry"),
-        ({"width_factor": 0.01}, "width_factor that leaves a channel"),
+        ({"width_factor": 0.01}, "width_factor that gives a channel or more"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -1,1 +1,1 @@
-"""The network, its blocks, heads and arguments; layers/ has one file an ingredient."""
+"""The network, its blocks, heads and arguments; layers/ has one file for each ingredient."""

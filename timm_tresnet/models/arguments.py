@@ -1,4 +1,4 @@
-"""What the arguments of the network mean, and the errors that name a wrong one."""
+"""Check and resolve the arguments of the network."""
 
 import functools
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ STRIDES_AND_DILATIONS = {  # by output stride: strides of the stages, dilations 
 
 
 def choose(argument: str, value: Any, choices: dict[Any, Any]) -> Any:
-    """What a value stands for, by a table of all there are."""
+    """Return the entry of a table for an argument's value; an unknown value is a ValueError."""
     if value not in choices:
         names = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"TResNet needs {argument} to be one of {names}, got {value!r}")
@@ -26,23 +26,23 @@ def choose(argument: str, value: Any, choices: dict[Any, Any]) -> Any:
 
 
 def check_classes(num_classes: Any) -> None:
-    """Refuse what is no number of classes."""
+    """Refuse a num_classes that is not an integer of at least 0."""
     if not isinstance(num_classes, Integral) or isinstance(num_classes, bool) or num_classes < 0:
         raise ValueError(f"TResNet needs num_classes to be an integer of at least 0, got {num_classes!r}")
 
 
 def check_pooling(global_pool: Any) -> None:
-    """Refuse what is no pooling of timm's; "" is none."""
+    """Refuse a pooling that timm does not know; "" is no pooling."""
     try:
         SelectAdaptivePool2d(pool_type=global_pool)
     except (AssertionError, AttributeError, TypeError):
         raise ValueError(
-            f"TResNet needs global_pool to name a pooling of timm's, such as 'avg', or '' for none, got {global_pool!r}"
+            f"TResNet needs global_pool to be a pooling of timm, such as 'avg', or '' for none, got {global_pool!r}"
         ) from None
 
 
 def per_stage(argument: str, value: Any) -> list[Any]:
-    """A value for each of the four stages."""
+    """Return a value for each of the four stages."""
     if isinstance(value, str | bool):
         return [value] * 4
     if not isinstance(value, Sequence) or len(value) != 4:
@@ -53,7 +53,7 @@ def per_stage(argument: str, value: Any) -> list[Any]:
 
 
 def resolve_activation(act_layer: LayerType, negative_slope: float) -> LayerType:
-    """An activation by its name or class, "frelu" among them; negative_slope is that of "leaky_relu"."""
+    """Return an activation by its name, including "frelu", or class; negative_slope is for "leaky_relu"."""
     if act_layer == "frelu":
         return FReLU
     if act_layer == "leaky_relu":
@@ -64,24 +64,24 @@ def resolve_activation(act_layer: LayerType, negative_slope: float) -> LayerType
         resolved = None
     if resolved is None:
         raise ValueError(
-            f"TResNet needs act_layer to name an activation that timm knows, or 'frelu', got {act_layer!r}"
+            f"TResNet needs act_layer to be an activation of timm, or 'frelu', got {act_layer!r}"
         )
     return resolved
 
 
 def take_indices(indices: int | list[int] | None, num_features: int) -> list[int]:
-    """Which features are asked for, counted from the front: all for None, the last n for a number n."""
+    """Return indices of features, counted from the front: all for None, the last n for a number n."""
     if indices is None:
         return list(range(num_features))
     taken: list[int] = []
     if isinstance(indices, int):
         if indices < 1 or indices > num_features:
-            raise ValueError(f"TResNet has {num_features} features, cannot take the last {indices}")
+            raise ValueError(f"TResNet has {num_features} features, cannot return the last {indices}")
         for index in range(num_features - indices, num_features):
             taken.append(index)
     else:
         for index in indices:
             if index < -num_features or index >= num_features:
-                raise ValueError(f"TResNet has {num_features} features, cannot take index {index}")
+                raise ValueError(f"TResNet has {num_features} features, got index {index}")
             taken.append(index + num_features if index < 0 else index)
     return taken

@@ -28,19 +28,20 @@ from timm_tresnet.recompute.run import Operation, Program
 
 
 class ResidualBlock(RunsInRegion):
-    """What both blocks have in common: their arguments, the shortcut and the sum.
+    """Base class of both blocks: arguments, shortcut and sum.
 
     Args:
         in_channels: channels of the input.
         planes: channels inside the block; the output has planes * expansion.
         stride: stride of the block, 1 or 2.
-        dilation: dilations before and after the point where the block downsamples. They differ where a stage is
-            dilated instead of strided; stride is then 1.
+        dilation: dilations before and after the point where the block downsamples. They differ in the first block of a
+            stage that is dilated instead of strided; stride is then 1.
         use_se: whether the block has a squeeze-and-excitation.
-        act_layer: activation after every norm but the last; after the sum, ReLU, or FReLU if it is that.
+        act_layer: activation after every norm except the last. After the sum comes FReLU if act_layer is FReLU, else
+            ReLU.
         norm_layer: normalisation after each convolution.
-        anti_alias: whether a blur does the downsampling, instead of a strided convolution.
-        drop_path_rate: probability of dropping the main path of an image in training.
+        anti_alias: whether a blur downsamples, instead of a strided convolution.
+        drop_path_rate: probability of dropping an image's main path in training.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
@@ -82,7 +83,7 @@ class ResidualBlock(RunsInRegion):
             self.act = make_act(planes * self.expansion, **unit_kwargs)
 
     def add(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """The sum that ends the block, and its activation."""
+        """Sum of the main path and the shortcut, and the block's last activation."""
         if not torch.jit.is_scripting():
             if is_in_region():
                 return self._add_in_region(x, shortcut)
@@ -90,7 +91,7 @@ class ResidualBlock(RunsInRegion):
 
     @torch.jit.unused
     def _add_in_region(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """`add`, where nothing may work in place."""
+        """`add` without in-place operations, which regions do not allow."""
         drop = self.drop_path
         if type(drop) is timm.layers.DropPath:
             if self.training and drop.drop_prob > 0:
@@ -109,7 +110,7 @@ class ResidualBlock(RunsInRegion):
         unit: Callable[..., ConvNormAct],
         act_layer: LayerType,
         downsampling: dict[str, Any],  # arguments of the unit that downsamples
-        dilation: int,  # behind that
+        dilation: int,  # after that unit
         se: Callable[[int, int], nn.Module | None],
     ) -> None:
         raise NotImplementedError
@@ -147,7 +148,7 @@ class Bottleneck(ResidualBlock):
 
     def _add_main_path(self, in_channels, planes, unit, act_layer, downsampling, dilation, se) -> None:
         self.conv1 = unit(in_channels, planes, 1, act_layer=act_layer)
-        # As in dilated ResNets, only the downsampling block looks at the finer grid it came from.
+        # As in dilated ResNets, only the downsampling block keeps the smaller dilation of the stage before.
         self.conv2 = unit(planes, planes, 3, act_layer=act_layer, **downsampling)
         self.se = se(planes, max(planes * self.expansion // 8, 64))
         self.conv3 = unit(planes, planes * self.expansion, 1)
@@ -218,7 +219,7 @@ def _describe(module: nn.Module | None) -> str:
 
 
 def _make_blur(channels: int, stride: int, dilation: tuple[int, int], **factory_kwargs: Any) -> BlurPool2d | None:
-    """Blur of a block, None where the block does not downsample."""
+    """Make the blur of a block; None if the block does not downsample."""
     if stride == 1 and dilation[0] == dilation[1]:
         return None
     return BlurPool2d(channels, stride, dilation[0], **factory_kwargs)
@@ -227,7 +228,7 @@ def _make_blur(channels: int, stride: int, dilation: tuple[int, int], **factory_
 def _make_shortcut(
     in_channels: int, out_channels: int, stride: int, dilation: tuple[int, int], **unit_kwargs: Any
 ) -> nn.Module | None:
-    """Shortcut of a block: None for the input itself, or average pool, 1x1 convolution and norm where shapes change."""
+    """Make a block's shortcut: None for identity; average pool, 1x1 convolution and norm if shapes change."""
     layers: list[nn.Module] = []
     if stride > 1:
         layers.append(make_shortcut_pool())

@@ -1,4 +1,4 @@
-"""Which parts of a network are recomputed, which are not and why, and what that stores."""
+"""Explain which parts of a network are recomputed, why others are not, and how much memory each part stores."""
 
 import weakref
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ from timm_tresnet.utils.tables import format_markdown
 
 
 class Part(NamedTuple):
-    """What is stored for the backward of a part of a network.
+    """Memory that a part of a network stores for backward.
 
     Args:
-        name: of the module; that of a stage stands for all of its blocks.
-        reason: why nothing in it is recomputed; None if something is.
-        stored_mb: megabytes an image that the part stores.
-        plain_mb: those that plain PyTorch stores.
+        name: name of the module; a stage includes all of its blocks.
+        reason: why nothing in the part is recomputed; None if something is.
+        stored_mb: megabytes (1e6 bytes) an image that the part stores.
+        plain_mb: megabytes an image that the part stores in plain PyTorch.
     """
 
     name: str
@@ -30,9 +30,9 @@ class Part(NamedTuple):
 
 
 class _Meter(TorchDispatchMode):
-    """Counts bytes that live on, by the module that was running when they were made."""
+    """Counts bytes of live tensors, by the module that was running when they were created."""
 
-    only_looks = True  # so that recomputation goes on
+    only_looks = True  # a mode that observes only; recomputation stays active
 
     def __init__(self, own: list[Tensor]) -> None:
         super().__init__()
@@ -66,12 +66,12 @@ class _Meter(TorchDispatchMode):
 
 
 def explain(network: nn.Module, images: Tensor) -> list[Part]:
-    """Run a network forward twice, as it is and storing everything, and compare what each part stores.
+    """Run a network forward twice, with and without recomputation, and compare the memory that each part stores.
 
-    Running statistics and random numbers are afterwards as before.
+    Running statistics and the random state are restored afterwards.
 
     Args:
-        network: in the mode of interest.
+        network: a TResNet, in the mode to explain.
         images: (N, C, H, W).
     """
     reasons, stored = _measure(network, images)
@@ -86,7 +86,7 @@ def explain(network: nn.Module, images: Tensor) -> list[Part]:
         blocks = [part for part in parts if part.name.startswith(f"{name}.")] if isinstance(module, Stage) else []
         if blocks:
             whole = [part for part in parts if part.name == name or part in blocks]
-            reason = None if any(part.reason is None for part in blocks) else "none of its blocks is"
+            reason = None if any(part.reason is None for part in blocks) else "none of its blocks is recomputed"
             total = Part(name, reason, sum(part.stored_mb for part in whole), sum(part.plain_mb for part in whole))
             parts = [part for part in parts if part.name != name]
             parts.insert(parts.index(blocks[0]), total)
@@ -94,7 +94,7 @@ def explain(network: nn.Module, images: Tensor) -> list[Part]:
 
 
 def format_parts(parts: list[Part]) -> str:
-    """A table of what `explain` returns."""
+    """Format the result of `explain` as a table."""
     rows = [
         [
             part.name,
@@ -108,7 +108,7 @@ def format_parts(parts: list[Part]) -> str:
 
 
 def _measure(network: nn.Module, images: Tensor) -> tuple[dict[nn.Module, str | None], dict[nn.Module | None, int]]:
-    """Reasons and bytes by module."""
+    """Return reasons and stored bytes by module."""
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     meter = _Meter([images, *network.parameters(), *network.buffers()])
     observers.append(meter.enter)
@@ -116,7 +116,7 @@ def _measure(network: nn.Module, images: Tensor) -> tuple[dict[nn.Module, str | 
     try:
         with torch.random.fork_rng(devices), torch.enable_grad(), meter:
             output = network(images)
-        sizes = dict(meter.sizes)  # while the graph of the output lives
+        sizes = dict(meter.sizes)  # while the output's graph is alive
         del output
     finally:
         observers.remove(meter.enter)

@@ -1,4 +1,4 @@
-"""timm's lists of features, with stages that recompute and checkpoint as ever."""
+"""timm's feature extractors, with stages that still recompute and checkpoint."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from timm_tresnet.recompute.stage import Stage
 
 class _Checkpointing(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Have stages run their blocks again in backward; timm's own checkpoints would count every batch twice."""
+        """Turn on the stages' own checkpointing; timm's would update running statistics twice a batch."""
         set_checkpointing(self, enable)
 
 
 def set_checkpointing(network: nn.Module, enable: bool) -> None:
-    """Have all stages of a network run their blocks again in backward, or not."""
+    """Turn the checkpointing of all stages of a network on or off."""
     for module in network.modules():
         if isinstance(module, Stage):
             module.grad_checkpointing = enable
@@ -40,10 +40,10 @@ class FeatureGraph(_Checkpointing, FeatureGraphNet):
 
     Args:
         model: the network.
-        out_indices: which of its features to return.
-        out_map: names of the features; None for those of the modules.
-        output_fmt: "NCHW", the only layout there is.
-        return_dict: whether features come by name instead of as a list.
+        out_indices: indices of the features to return.
+        out_map: names of the features; None for the modules' names.
+        output_fmt: "NCHW", the only supported layout.
+        return_dict: return a dict by name instead of a list.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class FeatureGraph(_Checkpointing, FeatureGraphNet):
         output_fmt: str = "NCHW",
         return_dict: bool = False,
     ) -> None:
-        nn.Module.__init__(self)  # timm's would trace what is in the stages
+        nn.Module.__init__(self)  # timm's constructor would trace into the stages
         self.feature_info = FeatureInfo(model.feature_info, out_indices)
         names = self.feature_info.module_name()
         leaves = {"leaf_modules": [*get_notrace_modules(), Stage], "autowrap_functions": [*get_notrace_functions()]}
@@ -64,7 +64,7 @@ class FeatureGraph(_Checkpointing, FeatureGraphNet):
         self.return_dict = return_dict  # type: ignore[misc]  # final in timm's class, whose constructor this replaces
 
 
-FEATURE_CLASSES = {  # in place of timm's
+FEATURE_CLASSES = {  # replace timm's classes of these names
     "list": FeatureList,
     "dict": FeatureDict,
     "hook": FeatureHook,

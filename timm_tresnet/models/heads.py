@@ -1,4 +1,4 @@
-"""The classifier heads of the network by name, and which of its arguments are about which."""
+"""The classifier heads by name, and the network's arguments that each head uses."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -9,9 +9,10 @@ from torch import nn
 from timm_tresnet.models.arguments import choose
 from timm_tresnet.models.layers import BottleneckHead, LinearHead, MLDecoderHead, Query2LabelHead
 
-_HIDDEN_FEATURES = 512  # of the official bottleneck heads (Alibaba-MIIL/ASL, `TResNet`)
+_HIDDEN_FEATURES = 512  # as in the official bottleneck heads (Alibaba-MIIL/ASL, `TResNet`)
 
-HEADS: dict[str, tuple[Callable[..., nn.Module], dict[str, str]]] = {  # and its names of the network's arguments
+# Name -> class, and the class's names of the network's arguments
+HEADS: dict[str, tuple[Callable[..., nn.Module], dict[str, str]]] = {
     "linear": (LinearHead, {}),
     "bottleneck": (
         functools.partial(BottleneckHead, hidden_features=_HIDDEN_FEATURES),
@@ -27,23 +28,23 @@ HEADS: dict[str, tuple[Callable[..., nn.Module], dict[str, str]]] = {  # and its
     ),
 }
 _FLAGS = {"learn_queries"}
-_OF_GROUPS = {"num_groups", "learn_queries"}  # not of labels
+_OF_GROUPS = {"num_groups", "learn_queries"}  # only without label embeddings
 HEAD_ARGUMENTS = {"head", *(name for _, names in HEADS.values() for name in names)}
 
 
 def choose_head(head: str, **options: int | None) -> Callable[..., nn.Module]:
-    """What makes a head.
+    """Return a function that makes a head.
 
     Args:
-        head: a name in `HEADS`. Before there were names, head_features alone asked for "bottleneck", and still does.
-        **options: the network's arguments for its heads; None, or False for a flag, for the head's own default.
+        head: a name in `HEADS`. For compatibility, "linear" with head_features means "bottleneck".
+        **options: the network's arguments for its heads; None, or False for a flag, for the head's default.
 
     Returns:
-        Takes in_features, num_classes, pool_type, drop_rate, device and dtype.
+        Function of in_features, num_classes, pool_type, drop_rate, device and dtype that returns the head.
 
     Raises:
-        ValueError: if there is no such head, or an option is not positive or is another head's, or groups or learnt
-            queries are asked for together with word embeddings of labels, which take their place.
+        ValueError: if the head is unknown, an option is not positive or belongs to another head, or groups or learnt
+            queries are combined with word embeddings of labels, which replace them.
     """
     if not isinstance(head, str):
         raise ValueError(f"TResNet needs head to be one of {', '.join(map(repr, HEADS))}, got {head!r}")
@@ -65,24 +66,24 @@ def choose_head(head: str, **options: int | None) -> Callable[..., nn.Module]:
         if "label_embedding" in given:
             raise ValueError(
                 f"TResNet needs {name} or label_embedding, not both, got {given[name]} and "
-                f"{given['label_embedding']}: word embeddings of labels take the place of groups"
+                f"{given['label_embedding']}: word embeddings of labels replace groups"
             )
     return functools.partial(kind, **{names[name]: value for name, value in given.items()})
 
 
 def drop_inherited(arguments: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop options of the weights' head that another one does not take, so that they stop nobody from choosing it.
+    """Drop inherited options that the chosen head does not have, so that a user can choose any head.
 
     Args:
-        arguments: those of the weights' network, replaced by what is asked for.
-        source: those of the weights' network.
+        arguments: arguments of the weights' network, updated with the user's.
+        source: arguments of the weights' network.
 
     Returns:
-        Arguments, without options of `source` that the head in them does not take. Word embeddings of labels take the
-        place of groups.
+        Arguments without the options from `source` that their head does not have. With word embeddings of labels,
+        options of groups are dropped too.
     """
     inherited = {name for name in arguments if name in source and arguments[name] == source[name]}
-    head = arguments.get("head")  # by its name alone: nobody chose the default
+    head = arguments.get("head")  # only if it is named: a default was not chosen
     _, taken = HEADS[head] if isinstance(head, str) and head in HEADS else (None, HEAD_ARGUMENTS)
     unneeded = (inherited & HEAD_ARGUMENTS) - {"head", *taken}
     if arguments.get("label_embedding"):
@@ -91,7 +92,7 @@ def drop_inherited(arguments: Mapping[str, Any], source: Mapping[str, Any]) -> d
 
 
 def same_head(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether a network's arguments ask for the same head as another's, with the same options."""
+    """Return whether two networks' arguments give the same head with the same options."""
     return _options(first) == _options(second)
 
 

@@ -1,4 +1,4 @@
-"""The network of arXiv:2003.13630, each of whose ingredients is an argument."""
+"""The network of arXiv:2003.13630, with an argument for each of its ingredients."""
 
 import math
 from collections import Counter, OrderedDict
@@ -27,15 +27,15 @@ from timm_tresnet.recompute.policy import SETTINGS
 from timm_tresnet.recompute.stage import Body, Stage
 from timm_tresnet.utils.notes import MULTI_LABEL, NAMED_BY, THRESHOLDS, drop_notes
 
-_TRANSFORMERS = (MLDecoderHead, Query2LabelHead)  # heads that draw their weights by themselves
+_TRANSFORMERS = (MLDecoderHead, Query2LabelHead)  # heads with an initialisation of their own
 _BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
 class TResNet(nn.Module):
-    """TResNet, a ResNet designed for what GPUs are good at (arXiv:2003.13630).
+    """TResNet, a ResNet designed for high throughput on GPUs (arXiv:2003.13630).
 
-    The defaults are TResNet-M. Every ingredient of the paper is an argument, so that its ablation can be repeated.
-    With the same seed, the paper's variants start from the same weights as timm's built-in ones.
+    The defaults are TResNet-M. Every ingredient of the paper is an argument, so the paper's ablation can be repeated.
+    With the same seed, the paper's variants have the same initial weights as timm's built-in ones.
 
     Args:
         layers: blocks per stage.
@@ -50,29 +50,29 @@ class TResNet(nn.Module):
         use_se: squeeze-and-excitation, for all stages or for each ("Optimized SE Layers").
         aa_layer: "blur" or True for blur-pooled downsampling ("Anti-Alias Downsampling"), False or "" for strided
             convolutions.
-        act_layer: activation after the norms, a name or class that timm knows, while the sum of a block keeps its ReLU;
-            or "frelu", FReLU behind norms and sums, see `timm_tresnet.models.layers.FReLU`.
+        act_layer: activation after the norms, a name or class of timm; the activation after a block's sum stays ReLU.
+            Or "frelu", FReLU after norms and sums, see `timm_tresnet.models.layers.FReLU`.
         negative_slope: slope of "leaky_relu" in the blocks.
         stem_negative_slope: slope of "leaky_relu" in the stem.
-        norm_layer: normalisation, a name or class that timm knows; "frozenbatchnorm2d" for batch norms that keep the
-            weights and statistics they have, which have to come from pretrained weights.
+        norm_layer: normalisation, a name or class of timm; "frozenbatchnorm2d" for batch norms with constant weights
+            and statistics, which must come from pretrained weights.
         output_stride: 32, or 16 or 8 to dilate the last one or two stages instead of striding.
-        global_pool: pooling before the classifier, as `timm.layers.SelectAdaptivePool2d` takes it; "" for none.
-        head: "linear", a linear layer behind the pooling; "bottleneck", two of them, see
-            `timm_tresnet.models.layers.BottleneckHead`; "ml_decoder", attention in place of the pooling, see
-            `timm_tresnet.models.layers.MLDecoderHead`; "query2label", a transformer in its place, see
+        global_pool: pooling before the classifier, a name of `timm.layers.SelectAdaptivePool2d`; "" for none.
+        head: "linear", pooling and a linear layer; "bottleneck", pooling and two linear layers, see
+            `timm_tresnet.models.layers.BottleneckHead`; "ml_decoder", attention instead of pooling, see
+            `timm_tresnet.models.layers.MLDecoderHead`; "query2label", a transformer instead of pooling, see
             `timm_tresnet.models.layers.Query2LabelHead`.
-        head_features: width between the two layers of "bottleneck", which it asks for by itself, None for 512; of
-            "query2label" that inside its small networks, None for 8192.
-        num_groups: groups of classes of "ml_decoder"; None for 100, never more than there are classes.
-        decoder_embedding: width of the decoder of "ml_decoder", a multiple of 8, None for 768; of "query2label", a
-            multiple of 4, None for the channels of the last feature map.
-        label_embedding: width of the word embeddings that "ml_decoder" takes in place of groups, for zero-shot, see
+        head_features: "bottleneck": width between the two layers, None for 512. "query2label": width inside the
+            transformer's MLPs, None for 8192. With "linear", it selects "bottleneck".
+        num_groups: "ml_decoder": number of groups of classes, at most num_classes; None for 100.
+        decoder_embedding: "ml_decoder": width of the decoder, a multiple of 8, None for 768. "query2label": width of
+            the transformer, a multiple of 4, None for the channels of the last feature map.
+        label_embedding: "ml_decoder": width of word embeddings of labels, which replace groups for zero-shot, see
             `set_label_embeddings`; None for groups.
-        learn_queries: train the queries of "ml_decoder" too, as 7eu7d7/ML-Danbooru does; not those of labels.
+        learn_queries: "ml_decoder": train the queries of groups, as in 7eu7d7/ML-Danbooru.
         drop_rate: dropout before the classifier.
-        drop_path_rate: probability of dropping a block, rising linearly from 0 to this over the blocks.
-        recompute: what backward recomputes instead of keeping it in training, see `set_recompute`.
+        drop_path_rate: probability of dropping the last block; it rises linearly from 0 at the first block.
+        recompute: what backward recomputes in training instead of storing it, see `set_recompute`.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
@@ -81,7 +81,7 @@ class TResNet(nn.Module):
         - output: (N, num_classes)
 
     Raises:
-        ValueError: if an argument is not one of the above; in `forward`, if H or W does not fit the stem.
+        ValueError: if an argument has another value than these; in `forward`, if H or W does not fit the stem.
     """
 
     __jit_unused_properties__ = ("grad_checkpointing",)  # TorchScript cannot compile the setter
@@ -131,7 +131,7 @@ class TResNet(nn.Module):
         if v2:
             planes = planes // 8 * 8
         if planes < 1:
-            raise ValueError(f"TResNet needs a width_factor that leaves a channel, got {width_factor} (v2={v2})")
+            raise ValueError(f"TResNet needs a width_factor that gives a channel or more, got {width_factor} (v2={v2})")
         make_head = choose_head(
             head,
             head_features=head_features,
@@ -145,7 +145,7 @@ class TResNet(nn.Module):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.planes = planes
-        # The order of construction is the built-in's, and with it the random numbers each weight draws.
+        # The same order of construction as timm's built-in, so that each weight draws the same random numbers.
         act_layer_of_stem = resolve_activation(act_layer, stem_negative_slope)
         self.body = _make_stem(
             stem, in_chans, planes, act_layer=act_layer_of_stem, norm_layer=norm_layer, **factory_kwargs
@@ -211,10 +211,11 @@ class TResNet(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Draw every parameter and reset every buffer, as the official code does for a new model.
+        """Initialise every parameter and reset every buffer, as the official code does for a new model.
 
-        For a model made on the meta device, after `to_empty()`: convolutions from a normal distribution (He et al.,
-        fan-out, leaky ReLU), classifier from N(0, 0.01), batch norms 1 and 0, but 0 for the last one of each block.
+        For a model made on the meta device, after `to_empty()`. Convolutions: He normal, fan-out, leaky ReLU
+        (arXiv:1502.01852). Classifier: N(0, std 0.01). Batch norms: weight 1, bias 0; the last norm of each block has
+        weight 0.
         """
         for module in self.modules():
             reset: Any = getattr(module, "reset_parameters", None)
@@ -224,21 +225,21 @@ class TResNet(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Regular expressions that group parameters for layer decay, one group a stage (coarse) or a block."""
+        """Return regular expressions that group parameters for layer decay, by stage (coarse) or by block."""
         return {"stem": r"^body\.conv1", "blocks": r"^body\.layer(\d+)" if coarse else r"^body\.layer(\d+)\.(\d+)"}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only every second block's output for backward and run the blocks again there.
+        """Store only every second block's output; backward recomputes the blocks.
 
-        Running statistics are updated once a step all the same. Assigning to `grad_checkpointing` does it too.
+        Running statistics are still updated once a step. Assigning to `grad_checkpointing` does the same.
         """
         self._grad_checkpointing = enable
         set_checkpointing(self, enable)
 
     @property
     def grad_checkpointing(self) -> bool:
-        """Whether blocks run again in backward, see `set_grad_checkpointing`."""
+        """Whether backward recomputes whole blocks, see `set_grad_checkpointing`."""
         return self._grad_checkpointing
 
     @grad_checkpointing.setter
@@ -247,15 +248,15 @@ class TResNet(nn.Module):
 
     @torch.jit.ignore
     def set_recompute(self, setting: str) -> None:
-        """Choose what backward recomputes in training; loss and running statistics are the same with every setting.
+        """Choose what backward recomputes in training; loss and running statistics do not depend on it.
 
         Args:
-            setting: "none" stores what autograd stores; "activations" (the default) stores the convolutions' outputs
-                and recomputes norms, activations, products, sums and pools from them; "expansions" also recomputes the
-                last 1x1 convolution of each bottleneck. See `timm_tresnet.recompute.policy`.
+            setting: "none" stores everything that autograd stores. "activations" (the default) stores the outputs of
+                convolutions and recomputes norms, activations, products, sums and pools. "expansions" also recomputes
+                the last 1x1 convolution of each bottleneck. See `timm_tresnet.recompute.policy`.
 
         Raises:
-            ValueError: if setting is none of these.
+            ValueError: if the setting is unknown.
         """
         choose("recompute", setting, dict.fromkeys(SETTINGS))
         self.recompute = setting
@@ -265,15 +266,15 @@ class TResNet(nn.Module):
 
     @torch.jit.ignore
     def explain_recompute(self, images: Tensor) -> list[Part]:
-        """Print and return which blocks are recomputed in backward, or why not, and what that stores.
+        """Print which blocks are recomputed in backward, why others are not, and the memory that each stores.
 
-        Runs the network forward twice, in the mode it is in; running statistics and random numbers stay as they were.
+        Runs the network forward twice in its present mode. Running statistics and the random state are restored.
 
         Args:
-            images: (N, in_chans, H, W); a few are enough.
+            images: (N, in_chans, H, W); a few images are enough.
 
         Returns:
-            The rows of the table, see `timm_tresnet.models.explanation.Part`.
+            The rows of the printed table, see `timm_tresnet.models.explanation.Part`.
         """
         parts = explain(self, images)
         print(format_parts(parts))
@@ -281,32 +282,28 @@ class TResNet(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The last layer, `head.fc`: of ML-Decoder that of all groups, an identity without classes.
-
-        Of a user-defined head without `fc`, the head itself.
-        """
+        """Return the last layer, `head.fc`; an identity without classes, or a user-defined head that has no `fc`."""
         if isinstance(self.head, MLDecoderHead) and not self.num_classes:
-            return nn.Identity()  # that of labels waits for them
+            return nn.Identity()  # with label embeddings, fc exists before there are labels
         return getattr(self.head, "fc", self.head)
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put in a new classifier, drawn as for a new network, on the device and in the dtype of this one.
+        """Replace the classifier by a new one with random weights, on the network's device and in its dtype.
 
-        The embedding of a bottleneck head stays while the pooling does, the decoder of ML-Decoder always, with new
-        queries. With label_embedding its last layer stays too, as it serves all labels: give it theirs by
-        `set_label_embeddings`. Without pooling, every pixel of the feature map is classified; ML-Decoder needs no
-        pooling. A user-defined head needs a `reset(num_classes, pool_type)`, as timm's heads have it. Names of the old
-        classes leave `pretrained_cfg`.
+        A bottleneck head keeps its embedding unless the pooling changes. ML-Decoder keeps its decoder and gets new
+        queries; with label_embedding it keeps its last layer too, which all labels share, and needs
+        `set_label_embeddings` next. Without pooling, every pixel of the feature map is classified, except by ML-Decoder
+        and Query2Label, which never pool. Names of the old classes are removed from `pretrained_cfg`.
 
         Args:
             num_classes: number of classes; 0 for no classifier.
-            global_pool: pooling before the classifier; None to leave it as it is, "" for none.
+            global_pool: pooling before the classifier; None to keep it, "" for none.
 
         Raises:
-            ValueError: if there is no such pooling or number of classes, or the queries of an ML-Decoder head are
-                folded; nothing has changed then.
-            TypeError: if the head is user-defined and has no `reset`.
+            ValueError: if the pooling or the number of classes is invalid, or the queries of an ML-Decoder head are
+                folded. The network is then unchanged.
+            TypeError: if the head is user-defined and has no method `reset(num_classes, pool_type)`.
         """
         check_classes(num_classes)
         if global_pool is not None:
@@ -318,7 +315,7 @@ class TResNet(nn.Module):
         in_features = getattr(head, "in_features", self.num_features)
         head.in_features = self.num_features  # pruning changes it
         try:
-            with torch.inference_mode(False):  # what is made inside that mode can never be trained with
+            with torch.inference_mode(False):  # tensors from inference mode cannot be trained
                 head.reset(num_classes, pool_type=global_pool)
         except ValueError:
             head.in_features = in_features
@@ -336,15 +333,15 @@ class TResNet(nn.Module):
         if not callable(getattr(self.head, "reset", None)):
             raise TypeError(
                 f"{caller} needs a head with a method reset(num_classes, pool_type), as timm's heads have, got the "
-                f"user-defined {type(self.head).__name__}; assign another one to the network's `head`, for example "
+                f"user-defined {type(self.head).__name__}; assign another head to model.head, for example "
                 "timm_tresnet.models.layers.LinearHead(model.num_features, num_classes)"
             )
 
     def _update_pretrained_cfg(self, *outdated: str, **fields: Any) -> None:
-        """Replace the names of the classes, notes that begin as outdated, and fields, where timm has put a config."""
-        if hasattr(self, "pretrained_cfg"):  # timm puts it there, and the same as default_cfg
+        """Drop class names and notes with an outdated prefix from the pretrained config, if any, and set fields."""
+        if hasattr(self, "pretrained_cfg"):  # set by timm, together with default_cfg
             gone = ("label_names", "label_descriptions")
-            config: Any = getattr(self, "pretrained_cfg")  # noqa: B009  # whose type mypy would infer from below
+            config: Any = getattr(self, "pretrained_cfg")  # noqa: B009  # mypy would infer a wrong type
             kept = {name: value for name, value in config.items() if name not in gone}
             if "notes" in kept:
                 kept["notes"] = drop_notes(kept, *outdated)
@@ -353,17 +350,18 @@ class TResNet(nn.Module):
 
     @torch.jit.ignore
     def set_label_embeddings(self, names: Sequence[str], vectors: Tensor) -> None:
-        """Ask for these labels from now on, seen in training or not; for zero-shot with an ML-Decoder head.
+        """Set the labels of an ML-Decoder head for zero-shot; they need not be labels of the training.
 
-        The names go into `pretrained_cfg`, where `timm-tresnet` looks for them; the vectors into the state dict.
+        The names are stored in `pretrained_cfg`, the vectors in the state dict.
 
         Args:
-            names: of the labels, each a different one.
-            vectors: their word embeddings, (len(names), label_embedding), as a tensor, an array, or a list of these.
+            names: names of the labels, all different.
+            vectors: a word embedding for each label, (len(names), label_embedding): a tensor, an array, or a list of
+                vectors.
 
         Raises:
-            ValueError: if the network has no such head or its queries are folded, names are not different texts, or
-                vectors are not numbers of that shape that are finite in the network's dtype.
+            ValueError: if the head has no label embeddings or its queries are folded, names are not different strings,
+                or vectors have another shape or are not finite in the network's dtype.
         """
         if not isinstance(self.head, MLDecoderHead):
             raise ValueError("set_label_embeddings needs a network with head='ml_decoder' and label_embedding=WIDTH")
@@ -371,7 +369,7 @@ class TResNet(nn.Module):
             raise ValueError(f"set_label_embeddings needs a list of names, got {names!r}")
         names, vectors = list(names), _as_vectors(vectors)
         if not all(isinstance(name, str) for name in names):
-            raise ValueError("set_label_embeddings needs names to be texts, got others among them")
+            raise ValueError("set_label_embeddings needs names to be strings, got other values among them")
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
             raise ValueError(f"set_label_embeddings needs a name for each label, got {', '.join(twice[:5])} twice")
@@ -392,20 +390,20 @@ class TResNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features of the stem and of the stages.
+        """Return the feature maps of the stem and the stages.
 
         Args:
             x: images, (N, in_chans, H, W).
-            indices: which of the five features to return (negative ones count from the end), the last n for a number
-                n, all for None.
-            norm: here for timm's interface; TResNet has no norm after its stages.
-            stop_early: do not run the stages behind the last feature asked for.
-            output_fmt: "NCHW", the only layout there is.
-            intermediates_only: return the features alone.
+            indices: indices among the five features, negative ones from the end; a number n for the last n; None for
+                all.
+            norm: unused, part of timm's interface; TResNet has no norm after its stages.
+            stop_early: skip the stages after the last requested feature.
+            output_fmt: "NCHW", the only supported layout.
+            intermediates_only: return only the list of features.
 
         Returns:
-            The features asked for, each (N, C, H / reduction, W / reduction) with C and reduction as in
-            `feature_info`; unless intermediates_only, a pair of the last feature and those.
+            A pair of the last feature map and the list of requested features, or only the list. Each feature has the
+            shape (N, C, H / reduction, W / reduction), with C and reduction from `feature_info`.
 
         Raises:
             ValueError: if an index is out of range or output_fmt is not "NCHW".
@@ -429,12 +427,12 @@ class TResNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages behind the last feature asked for, and the classifier.
+        """Remove the stages after the last requested feature, and the classifier.
 
         Args:
-            indices: as in `forward_intermediates`.
-            prune_norm: here for timm's interface; TResNet has no norm after its stages.
-            prune_head: drop the classifier and the pooling even if every stage stays.
+            indices: see `forward_intermediates`.
+            prune_norm: unused, part of timm's interface; TResNet has no norm after its stages.
+            prune_head: remove classifier and pooling even if no stage is removed.
 
         Returns:
             The indices, counted from the front.
@@ -463,7 +461,7 @@ class TResNet(nn.Module):
 
 
 def _make_stem(stem: str, in_chans: int, planes: int, **kwargs: Any) -> Body:
-    """What comes before the stages, at a quarter of the image's resolution; kwargs are those of `ConvNormAct`."""
+    """Make the stem; its output has a quarter of the image's resolution. kwargs are those of `ConvNormAct`."""
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     if stem == "space_to_depth":
         modules["s2d"] = SpaceToDepth(block_size=4)
@@ -483,7 +481,7 @@ def _make_stage(
     dilation: tuple[int, int],
     **kwargs: Any,
 ) -> Stage:
-    """A block for each of drop_path_rates, the first of which downsamples; kwargs are those of `ResidualBlock`."""
+    """Make a stage with a block for each of drop_path_rates; the first block downsamples. kwargs: `ResidualBlock`."""
     stage = Stage()
     for rate in drop_path_rates:
         stage.append(block(in_channels, planes, stride, dilation, drop_path_rate=rate, **kwargs))
@@ -492,20 +490,20 @@ def _make_stage(
 
 
 def _as_vectors(vectors: Any) -> Tensor:
-    """Word embeddings as a tensor, from one, an array, or a list of either or of lists of numbers."""
+    """Turn word embeddings, a tensor, an array, or a list of vectors, into a tensor."""
     try:
         if isinstance(vectors, list | tuple):
             return torch.stack([torch.as_tensor(vector) for vector in vectors])
         return torch.as_tensor(vectors)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            "set_label_embeddings needs vectors as a tensor, an array or a list with one of equal width for each "
+            "set_label_embeddings needs vectors as a tensor, an array or a list with a vector of equal width for each "
             f"label, got {type(vectors).__name__}: {str(error).partition(chr(10))[0]}"
         ) from error
 
 
 def _smallest_side(body: nn.Module) -> int:
-    """Smallest H and W, in pixels, whose feature maps every blur of a space-to-depth network can reflect."""
+    """Return the smallest H and W, in pixels, for which every blur's input is large enough to be reflected."""
     blurs = [module for module in body.modules() if isinstance(module, BlurPool2d)]
     side = 4
     while True:

@@ -1,4 +1,4 @@
-"""Batch norm and activation in one module, whose output backward recomputes from its input."""
+"""Batch norm with activation in one module; backward recomputes its output from its input."""
 
 import functools
 import operator
@@ -25,19 +25,19 @@ from timm_tresnet.recompute.saved import Recomputed, Source, discard
 
 @register_notrace_module
 class ActivatedBatchNorm2d(BatchNormAct2d):
-    """timm's batch norm with activation, whose output need not be stored for backward.
+    """timm's batch norm with activation; its output need not be stored for backward.
 
-    In a block, backward recomputes the output from this layer's input and a few numbers a channel. In-Place ABN stores
-    as much ("In-Place Activated BatchNorm", arXiv:1712.02616); this works for weights of any sign and any activation.
-    Everything that timm and PyTorch do to batch norms applies, since this is one.
+    In a block, backward recomputes the output from this layer's input and a few numbers for each channel. In-Place ABN
+    stores as much ("In-Place Activated BatchNorm", arXiv:1712.02616), but needs positive weights and an invertible
+    activation. As a subclass of batch norm, this layer works with everything that timm and PyTorch do to batch norms.
 
     Args:
-        num_features: number of channels.
-        **kwargs: those of `timm.layers.BatchNormAct2d`.
+        num_features: number of channels, C.
+        **kwargs: arguments of `timm.layers.BatchNormAct2d`.
 
     Shape:
-        - input: (N, num_features, H, W)
-        - output: (N, num_features, H, W)
+        - input: (N, C, H, W)
+        - output: (N, C, H, W)
     """
 
     def __init__(self, num_features: int, **kwargs: Any) -> None:
@@ -46,13 +46,13 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
         self.process_group: Any = None
         act: Any = self.act
         if hasattr(act, "inplace") and not isinstance(act, nn.LeakyReLU | nn.ReLU):
-            act.inplace = False  # the others copy their input for backward if they overwrite it
+            act.inplace = False  # in place, other activations would copy their input for backward
 
     @torch.jit.ignore
     def synchronize(self, process_group: Any = None) -> None:
         """Compute batch statistics over all processes from now on, as `torch.nn.SyncBatchNorm` does.
 
-        Unlike that, this works on every device, and backward recomputes its output too.
+        Unlike `SyncBatchNorm`, this works on every device, and its output is recomputed too.
 
         Args:
             process_group: the processes; None for all.
@@ -81,7 +81,7 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
 
     @torch.jit.unused
     def fits_region(self) -> bool:
-        """Whether a region (`timm_tresnet.recompute.compiled`) can hold this norm, so that statistics count once."""
+        """Whether this norm may be in a region (`timm_tresnet.recompute.compiled`), where statistics count once."""
         affine = self.weight is not None and self.bias is not None
         return affine and self.momentum is not None and not self.synchronized and type(self.drop) is nn.Identity
 
@@ -112,7 +112,7 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
     def _forward_in_region(
         self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
     ) -> Tensor:
-        """In training, with operators that give statistics alone, for `timm_tresnet.recompute.compiled` to save."""
+        """Forward with separate operators for the statistics, which `timm_tresnet.recompute.compiled` saves."""
         check_values(x)
         count = x.numel() // x.shape[1]
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -133,7 +133,7 @@ class ActivatedBatchNorm2d(BatchNormAct2d):
 
 def _count_batch(count: Tensor) -> None:
     if not torch.jit.is_scripting():
-        if is_in_region():  # where checkpoint has saved buffers, which then may change as data alone
+        if is_in_region():  # checkpoint has saved the buffers; only their data may change
             count.data.copy_(count + 1)
             return
     count.add_(1)
@@ -141,12 +141,13 @@ def _count_batch(count: Tensor) -> None:
 
 @dataclass(slots=True, eq=False)
 class Norm(Operation):
-    """Batch norm, and the activation behind it, which its layer runs too.
+    """Batch norm and the activation after it.
 
     Args:
         module: the layer.
-        normalize: returns the output, the norm's node, and what computes the output again; None without a node.
-        act: the activation, unless normalize runs it or there is none.
+        normalize: returns the output, the norm's autograd node, and a function that recomputes the output from the
+            input; the function is None without a node.
+        act: the activation; None if there is none, or normalize includes it.
     """
 
     normalize: Callable[[Tensor], tuple[Tensor, Any, Callable[[Tensor], Tensor] | None]]
@@ -170,7 +171,7 @@ _get_fields = operator.itemgetter(
 
 @reads(ActivatedBatchNorm2d)
 def _read(norm: ActivatedBatchNorm2d) -> list[Operation]:
-    """Batch norm with leaky ReLU in one, or with another activation; an unusual one is called."""
+    """Read batch norm and activation; leaky ReLU becomes part of the norm, and an unusual norm is called as a whole."""
     children, parameters, buffers, training, tracks, momentum, eps, synchronized = _get_fields(norm.__dict__)
     weight, bias = parameters.get("weight"), parameters.get("bias")
     mean, var, count = buffers.get("running_mean"), buffers.get("running_var"), buffers.get("num_batches_tracked")
@@ -179,8 +180,8 @@ def _read(norm: ActivatedBatchNorm2d) -> list[Operation]:
         type(mean) is type(var) is type(count) is Tensor
         and (not training or (tracks and type(momentum) in (float, int)))
         and isinstance(eps, int | float)
-        and eps > 0  # else F.batch_norm raises an error
-        and mean.is_contiguous()  # another layout rounds otherwise
+        and eps > 0  # F.batch_norm raises an error otherwise
+        and mean.is_contiguous()  # other layouts round differently
         and var.is_contiguous()
         and (weight is None or (is_plain(weight) and weight.is_contiguous()))
         and (bias is None or (is_plain(bias) and bias.is_contiguous()))
@@ -208,7 +209,11 @@ def _run_synchronized(norm: ActivatedBatchNorm2d, x: Tensor) -> tuple[Tensor, An
 
 
 class _NormFromStatistics(torch.autograd.Function):
-    """Batch norm with statistics of the batch that are known, as the compiler computes it from its operators."""
+    """Batch norm with given batch statistics, as a composition of operators for the compiler.
+
+    y = (x - mean) * rstd * weight + bias; mean and rstd are (C,). Backward is batch norm's own (arXiv:1502.03167,
+    section 3), in which mean and rstd depend on x.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> Tensor:
@@ -216,7 +221,7 @@ class _NormFromStatistics(torch.autograd.Function):
         ctx.eps = eps
         mean, rstd, weight, bias = (each[:, None, None] for each in (mean, rstd, weight, bias))
         y = (x - mean) * rstd * weight + bias
-        # Not always y.to(x.dtype): where that changes nothing, the gradients of PyTorch 2.11's compiler are zero.
+        # Without the condition, a y.to() that changes nothing gives zero gradients in PyTorch 2.11's compiler.
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod

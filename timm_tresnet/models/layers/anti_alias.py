@@ -1,4 +1,4 @@
-"""Anti-aliased downsampling: the blur of the main path, the average pool of the shortcut."""
+"""Anti-aliased downsampling: blur pool in the main path, average pool in the shortcut."""
 
 import functools
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from timm_tresnet.recompute.saved import Recomputed, Source, Stored, discard
 
 @torch.fx.wrap
 def blur_pool(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
-    """Function behind BlurPool2d; a leaf for torch.fx, which cannot trace its check of the size."""
+    """Function of BlurPool2d; a leaf for torch.fx, which cannot trace the check of the size."""
     kernel = _fit_kernel(x, kernel, dilation)
     if not torch.jit.is_scripting():
         x = _pad(x, dilation)
@@ -31,7 +31,7 @@ def blur_pool(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> Tensor:
 
 
 def _fit_kernel(x: Tensor, kernel: Tensor, dilation: int) -> Tensor:
-    """The kernel for the channels and the dtype of x, whose size is checked."""
+    """Check x's size and return the kernel for its channels and dtype."""
     if not torch.jit.is_tracing():  # tracing would freeze the comparisons and warn about them
         if x.shape[2] <= dilation or x.shape[3] <= dilation:
             raise ValueError(
@@ -39,8 +39,8 @@ def _fit_kernel(x: Tensor, kernel: Tensor, dilation: int) -> Tensor:
                 f"got {x.shape[2]}x{x.shape[3]}; give the network larger images"
             )
         if x.shape[1] != kernel.shape[0]:
-            kernel = kernel[: x.shape[1]]  # structured pruning took channels; all have the same taps
-    if kernel.dtype != x.dtype:  # as in FSDP's mixed precision, which casts no buffers; exact, and no node if traced
+            kernel = kernel[: x.shape[1]]  # structured pruning removed channels; all channels have the same taps
+    if kernel.dtype != x.dtype:  # FSDP's mixed precision does not cast buffers; exact, and no node if traced
         kernel = kernel.to(x.dtype)
     return kernel
 
@@ -48,7 +48,7 @@ def _fit_kernel(x: Tensor, kernel: Tensor, dilation: int) -> Tensor:
 @torch.jit.unused
 def _pad(x: Tensor, width: int) -> Tensor:
     if not torch.compiler.is_compiling() and width == 1 and _is_channels_last_on_cuda(x):
-        # PyTorch's kernel would leave the layout, and what follows would too.
+        # PyTorch's kernel would return contiguous layout, and so would all following layers.
         x = torch.cat([x[:, :, 1:2], x, x[:, :, -2:-1]], dim=2)
         return torch.cat([x[:, :, :, 1:2], x, x[:, :, :, -2:-1]], dim=3)
     return F.pad(x, [width, width, width, width], mode="reflect")
@@ -66,7 +66,7 @@ _conv2d = F.conv2d
 
 
 def _blur_in_steps(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> tuple[Tensor, Tensor]:
-    """The padded input and the output of a blur, as `recompute` runs it."""
+    """Return the padded input and the output of a blur, for `timm_tresnet.recompute`."""
     kernel = _fit_kernel(x, kernel, dilation)
     fast = dilation == 1 and _is_channels_last_on_cuda(x)
     padded = _ReflectOnCuda.apply(x) if fast else _pad(x, dilation)
@@ -74,13 +74,13 @@ def _blur_in_steps(x: Tensor, kernel: Tensor, stride: int, dilation: int) -> tup
 
 
 def _recompute_blur(x: Tensor, kernel: Tensor, stride: int, dilation: int, dtype: torch.dtype) -> Tensor:
-    """blur_pool in a dtype: that of its output under autocast, which converts both."""
+    """Recompute blur_pool in its output's dtype; autocast had cast input and kernel to it."""
     kernel = _fit_kernel(x, kernel, dilation).to(dtype)
     return _conv2d(_pad(x.to(dtype), dilation), kernel, None, stride, 0, dilation, kernel.shape[0])
 
 
 class _ReflectOnCuda(torch.autograd.Function):
-    """_pad by one pixel in channels-last layout on CUDA, with a backward that makes fewer copies than autograd's."""
+    """`_pad` by one pixel in channels-last layout on CUDA; its backward makes fewer copies than autograd's."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class _ReflectOnCuda(torch.autograd.Function):
         for dim in (2, 3):
             first, grad_y, last = grad_y.split([1, grad_y.shape[dim] - 2, 1], dim)
             grad_y = grad_y.clone()
-            grad_y.narrow(dim, 1, 1).add_(first)  # what `_pad` copied
+            grad_y.narrow(dim, 1, 1).add_(first)  # gradient of the copied row or column
             grad_y.narrow(dim, -2, 1).add_(last)
         return grad_y
 
@@ -99,16 +99,15 @@ class _ReflectOnCuda(torch.autograd.Function):
 class BlurPool2d(timm.layers.BlurPool2d):
     """timm's blur pool: blur with the 3x3 binomial kernel [1, 2, 1] x [1, 2, 1] / 16, keep every stride-th pixel.
 
-    Follows the stride-1 convolution that stands in for a strided one ("Anti-Alias Downsampling", arXiv:2003.13630;
+    Follows a stride-1 convolution and replaces its stride ("Anti-Alias Downsampling", arXiv:2003.13630;
     arXiv:1904.11486). Borders are reflected.
 
     Args:
-        channels: number of input and output channels, C; pruning may leave fewer.
+        channels: number of input and output channels, C; after pruning, the input may have fewer.
         stride: step between output pixels; 1 keeps the resolution, for dilated stages.
         dilation: step between the kernel's taps, in pixels.
         device: device of the kernel.
-        dtype: dtype of the kernel; its values are exact in every floating-point dtype of PyTorch with 3 significant
-            bits or more.
+        dtype: dtype of the kernel; its values, powers of two, are exact in every floating-point dtype.
 
     Shape:
         - input: (N, C, H, W), H and W larger than dilation
@@ -128,23 +127,23 @@ class BlurPool2d(timm.layers.BlurPool2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # timm's would make a buffer under another name
+        nn.Module.__init__(self)  # timm's constructor would make a buffer under another name
         self.channels = channels
         self.stride = stride
         self.dilation = dilation
-        self.filt_size, self.pad_mode, self.padding = 3, "reflect", [dilation] * 4  # as timm has them, to be read
-        # Not part of the state dict: it is the same for every model, and timm's checkpoints do not hold it.
+        self.filt_size, self.pad_mode, self.padding = 3, "reflect", [dilation] * 4  # timm's attributes
+        # Not part of the state dict: it is the same in every model, and timm's checkpoints do not have it.
         self.register_buffer("kernel", torch.empty(channels, 1, 3, 3, device=device, dtype=dtype), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fill the kernel, as after `to_empty()` on a model made on the meta device."""
+        """Fill the kernel; needed after `to_empty()` on a model made on the meta device."""
         taps = torch.tensor([0.25, 0.5, 0.25], device=self.kernel.device, dtype=self.kernel.dtype)
         with torch.no_grad():
             self.kernel.copy_(taps[:, None] * taps)
 
     def init_non_persistent_buffers(self) -> None:
-        """Fill the kernel; the name under which timm looks for this."""
+        """Fill the kernel; timm calls this name."""
         self.reset_parameters()
 
     @property
@@ -160,7 +159,7 @@ class BlurPool2d(timm.layers.BlurPool2d):
 
 
 class ShapeOnly:
-    """A tensor whose values do not matter: a linear function's backward needs the shape of its input alone."""
+    """Stands for a saved input of a linear function, whose backward needs only its shape."""
 
     __slots__ = ("shape", "stride", "dtype", "device")
 
@@ -173,12 +172,12 @@ class ShapeOnly:
 
 @dataclass(slots=True, eq=False)
 class Blur(Operation):
-    """A blur: a padding and a convolution with constants, of whose inputs backward needs the shapes alone.
+    """A blur: padding and a convolution with a constant kernel; backward needs only the shapes of their inputs.
 
     Args:
         module: the layer.
         function: returns the padded input and the output.
-        recompute: computes the output from the input again, in a dtype.
+        recompute: recomputes the output from the input, in a given dtype.
     """
 
     function: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -211,7 +210,7 @@ _POOL: dict[str, Any] = {"kernel_size": 2, "stride": 2, "padding": 0, "ceil_mode
 
 
 def make_shortcut_pool() -> nn.AvgPool2d:
-    """Average pool 2x2 at stride 2 that counts only pixels inside the image, for the shortcut of a strided stage."""
+    """Make the shortcut's average pool in a strided stage: 2x2, stride 2, counting only pixels inside the image."""
     return nn.AvgPool2d(**_POOL)
 
 
@@ -231,7 +230,7 @@ def _pool_fast(x: Tensor) -> Tensor:
 
 
 class _EvenPool(torch.autograd.Function):
-    """The shortcut's pool with a backward several times faster than PyTorch's on CUDA in channels-last layout."""
+    """The shortcut's average pool; on CUDA in channels-last layout, its backward is several times PyTorch's speed."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
@@ -252,8 +251,8 @@ class _EvenPool(torch.autograd.Function):
 class StrideOneAvgPool2d(nn.Module):
     """Average pool 2x2 at stride 1, for the shortcut of a stage that is dilated instead of strided.
 
-    Where the strided network would keep a pixel, this gives what its `AvgPool2d(2, 2)` gives there, so that pretrained
-    weights keep their meaning. Taps beyond the lower and right border repeat the border, which equals leaving them out.
+    At the pixels that the strided network would keep, the output equals that of its `AvgPool2d(2, 2)`, so pretrained
+    weights stay valid. Taps beyond the lower and right border repeat the border, which equals leaving them out.
 
     Args:
         dilation: step between the two taps of an axis, in pixels.

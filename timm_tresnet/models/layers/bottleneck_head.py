@@ -1,4 +1,4 @@
-"""Classifier head of two linear layers."""
+"""Classifier head with two linear layers."""
 
 import functools
 
@@ -8,24 +8,24 @@ from torch import Tensor, nn
 
 
 class BottleneckHead(nn.Module):
-    """Pool, embed in fewer features, classify; no activation between the two linear layers.
+    """Pooling and two linear layers, embedding and classifier, without an activation between them.
 
-    Saves weights where there are thousands of classes; the official code's `bottleneck_head` (Alibaba-MIIL/ASL).
-    Without pooling every pixel of the feature map is classified.
+    Needs fewer weights for thousands of classes; the official code's `bottleneck_head` (Alibaba-MIIL/ASL). Without
+    pooling, every pixel of the feature map is classified.
 
     Args:
         in_features: number of input channels, C.
         hidden_features: width of the embedding.
-        num_classes: number of classes; 0 to hand out the embedding, or without pooling the input.
-        pool_type: pooling, as `timm.layers.SelectAdaptivePool2d` takes it; "" for none.
+        num_classes: number of classes; 0 to return the embedding, or the input if there is no pooling either.
+        pool_type: pooling, a name of `timm.layers.SelectAdaptivePool2d`; "" for none.
         drop_rate: dropout before the embedding.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
     Shape:
         - input: (N, C, H, W)
-        - output: (N, num_classes); without classes or with pre_logits (N, hidden_features); without pooling the same
-          with height and width, (N, num_classes, H, W)
+        - output: (N, num_classes); (N, hidden_features) without classes or with pre_logits; without pooling also
+          height and width, (N, num_classes, H, W)
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class BottleneckHead(nn.Module):
         self.fc = linear(self.hidden_features, num_classes) if num_classes > 0 else nn.Identity()
 
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
-        """Put in a new classifier; the embedding stays unless its input changes.
+        """Replace the classifier; the embedding is kept unless the number of its inputs changes.
 
         Args:
             num_classes: number of classes; 0 for none.
-            pool_type: pooling; None to leave it as it is, "" for none.
+            pool_type: pooling; None to keep it, "" for none.
         """
         embedding = self.embedding
         pool = self.global_pool

@@ -1,4 +1,4 @@
-"""The unit that TResNet is built from: convolution, batch norm, activation, and where it downsamples, a blur."""
+"""TResNet's basic unit: convolution, batch norm, activation and, where it downsamples, a blur."""
 
 import copy
 import functools
@@ -26,7 +26,7 @@ from timm_tresnet.recompute.policy import CONVOLUTION
 from timm_tresnet.recompute.program import Unreadable, call, read, reads
 from timm_tresnet.recompute.run import Operation
 
-# Affine in eval mode, each known by name: a subclass may compute something else.
+# Affine in eval mode. Only these classes themselves: a subclass may compute something else.
 _FOLDABLE_NORMS = (
     ActivatedBatchNorm2d,
     BatchNormAct2d,
@@ -38,7 +38,7 @@ _FOLDABLE_NORMS = (
 
 
 class FoldedConvNormAct(nn.Module):
-    """Convolution with bias, activation, optional anti-aliasing layer: what `ConvNormAct.fuse` returns.
+    """Convolution with bias, activation and optional anti-aliasing layer; returned by `ConvNormAct.fuse`.
 
     Args:
         conv: convolution with bias.
@@ -62,8 +62,8 @@ class FoldedConvNormAct(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             raise ValueError(
-                "This network's batch norms are folded into its convolutions, which computes what they do in eval "
-                "mode; call eval() before running it, and train the network as it was before folding"
+                "This network's batch norms are folded into its convolutions, so it needs eval mode, got training "
+                "mode; call eval() before running it, and train the network that was not folded"
             )
         x = self.act(self.conv(x))
         return x if self.aa is None else self.aa(x)
@@ -76,8 +76,8 @@ class FoldedConvNormAct(nn.Module):
 class ConvNormAct(RunsInRegion, timm.layers.ConvNormAct):
     """timm's unit: convolution without bias, normalisation, activation, then an optional anti-aliasing layer.
 
-    The norm and its activation are one module, as in "In-Place Activated BatchNorm" (arXiv:1712.02616), unless the
-    activation has norms of its own, as FReLU does: then it is a module `act` behind the norm.
+    The norm and its activation are one module, as in "In-Place Activated BatchNorm" (arXiv:1712.02616). An activation
+    with parameters of its own, FReLU, is a module `act` after the norm.
 
     Args:
         in_channels: number of input channels.
@@ -86,11 +86,11 @@ class ConvNormAct(RunsInRegion, timm.layers.ConvNormAct):
         stride: stride of the convolution.
         dilation: step between the kernel's taps, in pixels.
         groups: groups of channels that the convolution does not mix.
-        act_layer: activation after the norm, as `timm.layers.get_norm_act_layer` takes it, or
+        act_layer: activation after the norm, a name or class for `timm.layers.get_norm_act_layer`, or
             `timm_tresnet.models.layers.FReLU`; None for no activation.
-        norm_layer: normalisation, a name or class; ActivatedBatchNorm2d for "batchnorm2d", FrozenBatchNormAct2d for
-            "frozenbatchnorm2d", anything else as `timm.layers.get_norm_act_layer` takes it.
-        aa: anti-aliasing layer that does the downsampling, after the activation; None for none.
+        norm_layer: normalisation, a name or class for `timm.layers.get_norm_act_layer`. "batchnorm2d" is
+            ActivatedBatchNorm2d and "frozenbatchnorm2d" is FrozenBatchNormAct2d.
+        aa: anti-aliasing layer that downsamples, after the activation; None for none.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
@@ -113,7 +113,7 @@ class ConvNormAct(RunsInRegion, timm.layers.ConvNormAct):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # timm's would make the parts
+        nn.Module.__init__(self)  # timm's constructor would make other parts
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(
             in_channels,
@@ -133,21 +133,21 @@ class ConvNormAct(RunsInRegion, timm.layers.ConvNormAct):
         norm_act: Any
         if norm_layer in ("batchnorm2d", ActivatedBatchNorm2d):
             norm_act = functools.partial(ActivatedBatchNorm2d, act_layer=act_layer)
-        elif norm_layer in ("frozenbatchnorm2d", FrozenBatchNormAct2d):  # which timm has no name for
+        elif norm_layer in ("frozenbatchnorm2d", FrozenBatchNormAct2d):  # timm has no name for it
             norm_act = functools.partial(FrozenBatchNormAct2d, act_layer=act_layer)  # type: ignore[arg-type]  # None is no activation
         else:
             norm_act = get_norm_act_layer(norm_layer, act_layer)
         given = {name: value for name, value in factory_kwargs.items() if value is not None}
-        self.bn = norm_act(out_channels, apply_act=act_layer is not None, **given)  # some norms know no device
+        self.bn = norm_act(out_channels, apply_act=act_layer is not None, **given)  # some norms have no argument device
         is_frozen = isinstance(self.bn, FrozenBatchNormAct2d)
-        if is_frozen:  # timm sets these in freezing, and reads them in unfreezing
+        if is_frozen:  # timm's freezing sets these attributes, and its unfreezing reads them
             self.bn.num_features, self.bn.affine = out_channels, True
         self.act = act
         self.aa = aa
 
     @torch.jit.ignore
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Put in a child, as PyTorch's and timm's `convert_sync_batchnorm` do; ours then synchronises by itself."""
+        """Set a child; given a `SyncBatchNorm` (`convert_sync_batchnorm`), synchronise our own norm instead."""
         norm = self._modules.get(name)
         if isinstance(norm, ActivatedBatchNorm2d) and isinstance(module, nn.SyncBatchNorm):
             norm.synchronize(module.process_group)
@@ -161,16 +161,15 @@ class ConvNormAct(RunsInRegion, timm.layers.ConvNormAct):
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """Fold the batch norm, as it is in eval mode, into a copy of the convolution.
+        """Fold the batch norm of eval mode into a copy of the convolution, computed in double precision.
 
-        The name under which `timm.utils.reparameterize_model` looks for this. timm's scripts call that before they call
-        eval(), so the mode does not matter here; the result refuses to run in training mode. Computed in double
-        precision.
+        `timm.utils.reparameterize_model` calls this name. timm's scripts do so before eval(), so folding works in
+        either mode; the result refuses to run in training mode.
 
         Returns:
-            The folded layer, in the dtype of the convolution's weight. This layer itself if folding would change what
-            it computes: it has another norm than a batch norm with running statistics, another class of convolution, a
-            computed weight, hooks or patched methods.
+            The folded layer, in the dtype of the convolution's weight. The layer itself if it cannot be folded: its
+            norm is not a batch norm with running statistics, its convolution has another class or a computed weight, or
+            it has hooks or patched methods.
         """
         if not self._is_foldable():
             return self
@@ -217,7 +216,7 @@ def _read(unit: ConvNormAct, kind: str = CONVOLUTION) -> list[Operation]:
         operations += read(norm)
     elif norm is None:
         raise Unreadable("it has no norm")
-    else:  # an output without activation is saved by nobody
+    else:  # without activation, no node saves the output
         operations.append(call(norm, is_saved=not isinstance(getattr(norm, "act", nn.Identity()), nn.Identity)))
     if act is not None or not is_absent(unit, "act"):
         operations += read(act)

@@ -1,4 +1,4 @@
-"""FReLU, an activation that looks at a pixel's neighbours."""
+"""FReLU, an activation with a threshold from the neighbouring pixels."""
 
 import copy
 from typing import Any
@@ -18,12 +18,12 @@ _maximum = torch.maximum
 class FReLU(nn.Module):
     """max(x, T(x)), where T is a depthwise 3x3 convolution and a norm ("Funnel Activation", arXiv:2007.11824).
 
-    In place of ReLU's zero, each pixel has a threshold of its own, which its neighbours in the channel set. As in
+    In place of ReLU's zero, each pixel has a threshold computed from its neighbours in the same channel. As in
     7eu7d7/ML-Danbooru, `src_files/models/tresnet/layers/frelu.py`, commit bd0e61e.
 
     Args:
         num_features: number of channels, C.
-        norm_layer: the norm in T, as `ConvNormAct` takes it.
+        norm_layer: the norm in T, see `ConvNormAct`.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
@@ -32,7 +32,7 @@ class FReLU(nn.Module):
         - output: (N, C, H, W)
     """
 
-    needs_channels = True  # what makes an activation asks this, since others are made without arguments
+    needs_channels = True  # read by code that makes activations; others need no arguments
 
     def __init__(
         self,
@@ -51,18 +51,18 @@ class FReLU(nn.Module):
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """Copy whose batch norm is folded into its convolution, where `ConvNormAct.fuse` folds it."""
+        """Return a copy with the batch norm folded into the convolution, see `ConvNormAct.fuse`."""
         folded: Any = copy.deepcopy(self)
         folded.funnel = folded.funnel.fuse()
         return folded
 
 
 class Funnel(Operation):
-    """The larger of a feature map and its funnel, both of which autograd saves for the maximum.
+    """The maximum of a feature map and its funnel; autograd saves both.
 
     Args:
         module: the layer.
-        operations: of the funnel.
+        operations: operations of the funnel.
     """
 
     def __init__(self, module: nn.Module, operations: list[Operation]) -> None:

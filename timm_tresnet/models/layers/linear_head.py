@@ -1,4 +1,4 @@
-"""Classifier head of one linear layer."""
+"""Classifier head with one linear layer."""
 
 from typing import Any
 
@@ -8,30 +8,30 @@ from torch import Tensor
 
 
 class LinearHead(ClassifierHead):
-    """Pool and classify, as timm's head does; without pooling, classify every pixel of the feature map.
+    """timm's classifier head: pooling and a linear layer; without pooling, every pixel is classified.
 
-    Arguments are those of `timm.layers.ClassifierHead`. Its parts can be replaced by user-defined ones: a pooling, or
-    without pooling a convolution as `fc`.
+    Arguments are those of `timm.layers.ClassifierHead`. Its parts can be replaced by user-defined modules: the pooling
+    or, without pooling, `fc` by a convolution.
 
     Shape:
         - input: (N, C, H, W)
-        - output: (N, num_classes); without pooling (N, num_classes, H, W); without classes the pooled input
+        - output: (N, num_classes); without pooling (N, num_classes, H, W); without classes, the pooled input
     """
 
     @torch.jit.ignore
     def reset(self, num_classes: int, pool_type: str | None = None, **kwargs: Any) -> None:
-        """Put in a new classifier, as `timm.layers.ClassifierHead.reset`; a user-defined pooling stays.
+        """Replace the classifier, see `timm.layers.ClassifierHead.reset`; a user-defined pooling is kept.
 
         Args:
             num_classes: number of classes; 0 for none.
-            pool_type: pooling; None to leave it as it is, "" for none.
-            **kwargs: those of `timm.layers.ClassifierHead.reset`.
+            pool_type: pooling; None to keep it, "" for none.
+            **kwargs: further arguments of `timm.layers.ClassifierHead.reset`.
         """
         pool = self.global_pool
         if hasattr(pool, "pool_type"):
             super().reset(num_classes, pool_type, **kwargs)
             return
-        self.global_pool = SelectAdaptivePool2d(pool_type="avg")  # as many features as a user-defined one
+        self.global_pool = SelectAdaptivePool2d(pool_type="avg")  # same number of features as a user-defined pooling
         super().reset(num_classes, pool_type, **kwargs)
         if pool_type is None:
             self.global_pool = pool

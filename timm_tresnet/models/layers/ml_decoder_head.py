@@ -1,4 +1,4 @@
-"""Classifier head whose classes ask for what they need: ML-Decoder (arXiv:2111.12933)."""
+"""ML-Decoder, a classifier head with attention in place of pooling (arXiv:2111.12933)."""
 
 import copy
 import functools
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from timm_tresnet.models.layers.observed import is_observed
 
-_GROUPS = 100  # at most, unless asked for; this and the others as in the official code, `MLDecoder`
+_GROUPS = 100  # default; this and the following as in the official code, `MLDecoder`
 _HEADS = 8
 _HIDDEN_FEATURES = 2048
 _DROPOUT = 0.1
 
 
 class GroupLinear(nn.Module):
-    """A linear layer for each group, which gives the classes of that group ("Group-decoding", arXiv:2111.12933).
+    """A linear layer for each group, which returns the logits of its classes ("Group-decoding", arXiv:2111.12933).
 
-    Groups have ceil(num_classes / num_groups) outputs each, in order; those beyond the last class are cut off.
+    Each group has ceil(num_classes / num_groups) outputs, in order; outputs beyond the last class are cut off.
 
     Args:
         num_groups: number of groups, G.
@@ -54,7 +54,7 @@ class GroupLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight as the official code does, by Glorot's rule for a convolution of the weight's shape."""
+        """Draw the weight as the official code does: Glorot normal, with fans as for a convolution's weight."""
         nn.init.xavier_normal_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -67,27 +67,26 @@ class GroupLinear(nn.Module):
 
 
 class ClassQueries(nn.Module):
-    """What the decoder is asked, once for each group of classes or for each label, and all that depends on it alone.
+    """The decoder's queries, one for each group of classes or for each label, normalised and projected.
 
-    Queries of groups are drawn once and never trained, hence a buffer, unless they are to be learnt, as in
-    7eu7d7/ML-Danbooru (`learn_query` in src_files/ml_decoder/ml_decoder.py, commit bd0e61e). Those of labels are made
-    of word embeddings, by a linear layer and ReLU, so that classes can be asked for that were not trained
-    ("zero-shot"). In training each image has dropout of its own; what is left is added to the query, which in eval mode
-    is so doubled.
+    Queries of groups are random and constant, hence a buffer; or they are trained, as in 7eu7d7/ML-Danbooru
+    (`learn_query` in src_files/ml_decoder/ml_decoder.py, commit bd0e61e). Queries of labels are computed from word
+    embeddings by a linear layer and ReLU, so that new labels can be added without training ("zero-shot"). The query is
+    norm(q + dropout(q)), as in the official code; dropout differs for each image, and in eval mode q is doubled.
 
     Args:
-        num_queries: number of groups or labels, G; 0 for labels that are to come.
+        num_queries: number of groups or labels, G; 0 if the labels are set later.
         embed_dim: width of a query, E.
         label_embedding: width of word embeddings, D; None for queries of groups.
         learned: whether the queries are trained, hence a parameter.
-        dropout: of the queries.
+        dropout: dropout of the queries.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
     Shape:
-        - vectors: queries, (G, E), or word embeddings, (G, D), drawn from N(0, 1)
+        - vectors: queries, (G, E), or word embeddings, (G, D), initially from N(0, 1)
         - input: the number of images, N
-        - output: normalised queries, and these projected for the attention: each (N, G, E), in eval mode (G, E)
+        - output: normalised queries, and the same projected for the attention: each (N, G, E), in eval mode (G, E)
 
     Raises:
         ValueError: in `forward`, if there are no labels.
@@ -131,15 +130,15 @@ class ClassQueries(nn.Module):
 
     @torch.jit.ignore
     def set_vectors(self, vectors: Tensor) -> None:
-        """Put in other vectors, on the device and in the dtype of those that were there."""
-        with torch.inference_mode(False):  # what is made inside that mode can never be trained with
+        """Replace the vectors; device and dtype stay."""
+        with torch.inference_mode(False):  # tensors from inference mode cannot be trained
             vectors = vectors.detach().to(self.vectors, copy=True)
             learned = isinstance(self.vectors, nn.Parameter)
             self.vectors = nn.Parameter(vectors, self.vectors.requires_grad) if learned else vectors
 
     def forward(self, batch_size: int) -> tuple[Tensor, Tensor]:
         if self.vectors.shape[0] == 0:
-            raise ValueError("This network has no labels yet; give it some by set_label_embeddings(names, vectors)")
+            raise ValueError("This network has no labels yet; call set_label_embeddings(names, vectors) first")
         queries = self.embed(self.vectors)
         if self.training:
             queries = queries.expand(batch_size, queries.shape[0], queries.shape[1])
@@ -148,10 +147,9 @@ class ClassQueries(nn.Module):
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """Compute queries once, as in eval mode; with hooks or patched methods, return self.
+        """Compute the queries of eval mode once; with hooks or patched methods, return self.
 
-        The name under which `timm.utils.reparameterize_model` looks for this; the result refuses to run in training
-        mode.
+        `timm.utils.reparameterize_model` calls this name. The result refuses to run in training mode.
         """
         if is_observed(*self.modules()):
             return self
@@ -161,11 +159,11 @@ class ClassQueries(nn.Module):
 
 
 class FoldedQueries(nn.Module):
-    """Constant queries: what `ClassQueries.fuse` returns.
+    """Constant queries; returned by `ClassQueries.fuse`.
 
     Args:
         queries: normalised queries, (G, E).
-        projected: what they ask, (G, E).
+        projected: the queries projected for the attention, (G, E).
 
     Raises:
         ValueError: in `forward`, if in training mode.
@@ -182,8 +180,8 @@ class FoldedQueries(nn.Module):
     def forward(self, batch_size: int) -> tuple[Tensor, Tensor]:
         if self.training:
             raise ValueError(
-                "This network's queries are folded, which computes what they do in eval mode; call eval() before "
-                "running it, and train the network as it was before folding"
+                "This network's queries are folded, so it needs eval mode, got training mode; call eval() before "
+                "running it, and train the network that was not folded"
             )
         return self.queries, self.projected
 
@@ -194,19 +192,19 @@ class FoldedQueries(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Transformer decoder without self-attention: queries look at an image, then each goes through a small network.
+    """Transformer decoder layer without self-attention: cross-attention from queries to an image, then an MLP.
 
     Args:
         embed_dim: width of queries and image, E.
-        num_heads: heads of the attention.
-        hidden_features: width inside the small network.
-        dropout: of the attention, of its output and of the small network.
+        num_heads: attention heads.
+        hidden_features: width inside the MLP.
+        dropout: dropout of the attention, of its output and of the MLP.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
     Shape:
-        - queries, projected: (N, G, E) or (G, E), as `ClassQueries` gives them
-        - memory: the image, (N, L, E)
+        - queries, projected: (N, G, E) or (G, E), from `ClassQueries`
+        - memory: the image's L pixels, (N, L, E)
         - output: (N, G, E)
     """
 
@@ -250,33 +248,33 @@ class DecoderLayer(nn.Module):
         return self.norm3(x + self.mlp(x))
 
     def _split(self, x: Tensor) -> Tensor:
-        """A part for each head of the attention, (N, L, E) -> (N, heads, L, E / heads)."""
+        """Split into attention heads, (N, L, E) -> (N, heads, L, E / heads)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 def _draw_projection(linear: nn.Linear) -> None:
-    """Glorot's rule for the queries', keys' and values' projections as one matrix, (3 * E, E)."""
+    """Draw by Glorot's rule for the joint projection of queries, keys and values, a matrix (3 * E, E)."""
     bound = math.sqrt(6 / (4 * linear.in_features))
     nn.init.uniform_(linear.weight, -bound, bound)
     nn.init.zeros_(linear.bias)
 
 
 class MLDecoderHead(nn.Module):
-    """Classes, in groups, look for themselves in the feature map: ML-Decoder (arXiv:2111.12933).
+    """ML-Decoder: groups of classes attend to the feature map (arXiv:2111.12933).
 
-    A transformer decoder without self-attention in place of global pooling: queries of groups ("group-decoding") attend
-    to the embedded pixels of the last feature map, and a linear layer a group gives the logits of its classes. For
-    zero-shot, there is a query for each label, of its word embedding, and one linear layer for all.
+    A transformer decoder without self-attention replaces global pooling. Queries of groups ("group-decoding") attend to
+    the embedded pixels of the last feature map, and a linear layer for each group returns the logits of its classes.
+    For zero-shot, each label has a query computed from its word embedding, and all labels share one linear layer.
 
     Args:
         in_features: number of input channels, C.
-        num_classes: number of classes; 0 to hand out the mean of what the decoder says of the groups.
-        pool_type: "" to hand out the input as it is where there are no classes, as the other heads do. Nothing else is
-            pooled, whatever it is.
-        num_groups: number of groups, G; None for 100. Never more than there are classes.
+        num_classes: number of classes; 0 to return the mean of the decoder's output over the groups.
+        pool_type: with num_classes 0, "" to return the input unchanged, as other heads do. All other values are the
+            same, since this head does not pool.
+        num_groups: number of groups, G, at most num_classes; None for 100.
         decoder_embedding: width of the decoder, E, a multiple of 8.
         label_embedding: width of word embeddings, D, for zero-shot; None for groups.
-        learn_queries: train the queries of groups too.
+        learn_queries: whether the queries of groups are trained.
         drop_rate: dropout before the last layer.
         dropout: dropout inside the decoder.
         device: device of the parameters.
@@ -284,13 +282,13 @@ class MLDecoderHead(nn.Module):
 
     Shape:
         - input: (N, C, H, W)
-        - output: (N, num_classes); without classes or with pre_logits (N, E); without classes and pooling the input
+        - output: (N, num_classes); (N, E) without classes or with pre_logits; the input without classes and pooling
 
     Raises:
-        ValueError: if an argument is not one of the above.
+        ValueError: if an argument has another value than these.
     """
 
-    __constants__ = ["decodes"]  # so that TorchScript does not look at a decoder that is not there
+    __constants__ = ["decodes"]  # lets TorchScript skip a missing decoder
 
     def __init__(
         self,
@@ -312,7 +310,8 @@ class MLDecoderHead(nn.Module):
                 raise ValueError(f"MLDecoderHead needs {name} to be at least 1 or None, got {value}")
         if learn_queries and label_embedding is not None:
             raise ValueError(
-                "MLDecoderHead needs learn_queries or label_embedding, not both: each label has a query of its own"
+                "MLDecoderHead needs learn_queries or label_embedding, not both: queries of labels are computed from "
+                "their embeddings"
             )
         if decoder_embedding < 1 or decoder_embedding % _HEADS:
             raise ValueError(
@@ -333,7 +332,7 @@ class MLDecoderHead(nn.Module):
         self._build(num_classes, pool_type, device=device, dtype=dtype)
 
     def _build(self, num_classes: int, pool_type: str, **factory_kwargs: Any) -> None:
-        SelectAdaptivePool2d(pool_type=pool_type)  # refuses what is none
+        SelectAdaptivePool2d(pool_type=pool_type)  # refuses an unknown pooling
         width = self.decoder_embedding
         self.num_classes = num_classes
         self.pool_type = pool_type
@@ -344,7 +343,7 @@ class MLDecoderHead(nn.Module):
             return
         if self.label_embedding:
             num_queries = num_classes
-            if not isinstance(self.fc, nn.Linear):  # it serves all labels, so other ones keep it
+            if not isinstance(self.fc, nn.Linear):  # shared by all labels, so it is kept for new ones
                 self.fc = nn.Linear(width, 1, **factory_kwargs)
                 self._draw_classifier()
         else:
@@ -358,7 +357,7 @@ class MLDecoderHead(nn.Module):
                 num_queries, width, self.label_embedding, self.learn_queries, self.dropout, **factory_kwargs
             )
             self.decoder = DecoderLayer(width, dropout=self.dropout, **factory_kwargs)
-        elif num_classes > 0 and isinstance(self.queries, ClassQueries):  # not folded: `reset` asks
+        elif num_classes > 0 and isinstance(self.queries, ClassQueries):  # never folded here, `reset` checks
             self.queries.set_vectors(torch.randn(num_queries, self.queries.vectors.shape[1]))
 
     def _draw_classifier(self) -> None:
@@ -367,7 +366,7 @@ class MLDecoderHead(nn.Module):
             nn.init.zeros_(self.fc.bias)
 
     def draw_weights(self) -> None:
-        """Draw every weight, as for a new head."""
+        """Initialise every weight."""
         for module in self.modules():
             reset: Any = getattr(module, "reset_parameters", None)
             if module is not self and reset is not None:
@@ -378,40 +377,41 @@ class MLDecoderHead(nn.Module):
         self._draw_classifier()
 
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
-        """Put in new queries, unless there are no classes, and for groups a new last layer; the decoder stays.
+        """Replace the queries and, for groups, the last layer; the decoder is kept.
 
-        That of labels serves whatever labels there are, and stays too. All is new after a feature map was handed out.
+        The last layer of labels is shared by all labels and kept too. Without classes, the queries are kept. If the
+        head had no decoder, because it returned its input, everything is new.
 
         Args:
             num_classes: number of classes; 0 for none.
-            pool_type: as above; None to leave it as it is.
+            pool_type: as in the constructor; None to keep it.
 
         Raises:
             ValueError: if the queries are folded.
         """
         if isinstance(self.queries, FoldedQueries):
-            raise ValueError("MLDecoderHead needs queries that are not folded to be reset; reset it before folding")
+            raise ValueError("MLDecoderHead cannot be reset once its queries are folded; reset it before folding")
         self._build(num_classes, self.pool_type if pool_type is None else pool_type)
 
     @torch.jit.ignore
     def set_label_embeddings(self, vectors: Tensor) -> None:
-        """Ask for these labels from now on, for zero-shot; nothing else changes.
+        """Set the labels for zero-shot; nothing else changes.
 
         Args:
             vectors: a word embedding for each label, (num_classes, D).
 
         Raises:
-            ValueError: if the head has groups instead of labels, or its queries are folded, or it hands out the feature
-                map, or vectors are not numbers of that shape that are finite in the dtype of the head.
+            ValueError: if the head has groups instead of labels, its queries are folded, or it has no decoder; or if
+                vectors have another shape or are not finite in the head's dtype.
         """
         if self.label_embedding is not None and not self.decodes:
             raise ValueError(
-                "set_label_embeddings needs a decoder, and this network hands out its feature map; call "
+                "set_label_embeddings needs a decoder, but this network returns its feature map; call "
                 "reset_classifier(1, 'avg') before, or make the network with a global_pool other than ''"
             )
         if not isinstance(self.queries, ClassQueries) or self.label_embedding is None:
             raise ValueError(
-                "set_label_embeddings needs a head that makes queries of word embeddings, not folded; make the network "
+                "set_label_embeddings needs a head with label embeddings that is not folded; make the network "
                 "with head='ml_decoder' and label_embedding=WIDTH"
             )
         if vectors.layout != torch.strided:
@@ -431,7 +431,7 @@ class MLDecoderHead(nn.Module):
         self.num_classes = shape[0]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Without classes, as many queries as the state dict has, such as it is behind `reset(0)`."""
+        """Load a state dict; without classes, the number of queries is taken from it, as after `reset(0)`."""
         vectors = state_dict.get(f"{prefix}queries.vectors")
         if self.num_classes == 0 and isinstance(self.queries, ClassQueries) and vectors is not None:
             if vectors.shape[1:] == self.queries.vectors.shape[1:]:

@@ -1,4 +1,4 @@
-"""Batch norm as an affine map of each channel, whose statistics are known once it has run."""
+"""Recompute batch norm as an affine map of each channel, from the statistics of its forward."""
 
 import functools
 from collections.abc import Callable
@@ -10,23 +10,23 @@ from torch import Tensor
 
 _native_batch_norm, _leaky_relu_ = torch.native_batch_norm, F.leaky_relu_
 
-_neutral: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}  # of as many channels
+_neutral: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}  # by number of channels
 
 
 def make_normalization(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, slope: float | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """Return what computes batch norm, and leaky ReLU, again; edits of the weights do not reach it.
+    """Return a function that recomputes batch norm and leaky ReLU; later edits of the weights do not affect it.
 
-    On the CPU in batch norm's arithmetic, to the last bit; on CUDA in one kernel, at most one rounding from cuDNN's.
+    On the CPU the result is bit-equal to batch norm's. On CUDA it is one kernel, at most one rounding from cuDNN's.
 
     Args:
         x: input of the norm, (N, C, H, W).
-        mean: of each channel, (C,); it must stay as it is.
-        rstd: 1 / sqrt(var + eps) of each channel, (C,); it must stay as it is.
+        mean: mean of each channel, (C,); must not be modified later.
+        rstd: 1 / sqrt(var + eps) of each channel, (C,); must not be modified later.
         weight: (C,), or None for ones.
         bias: (C,), or None for zeros.
-        slope: that of the leaky ReLU, or None for none.
+        slope: negative slope of the leaky ReLU; None for no activation.
     """
     if x.is_cuda:
         return functools.partial(_normalize_on_cuda, mean, rstd, _copy(weight), _copy(bias), slope)
@@ -36,10 +36,10 @@ def make_normalization(
         dtype = torch.promote_types(mean.dtype, torch.float32)
         scale = rstd.to(dtype) if weight is None else rstd.to(dtype) * weight.data.to(dtype)
         shift = torch.zeros_like(scale) if bias is None else bias.data.to(dtype, copy=True)
-        if mean.dtype != dtype:  # half precision, whose kernel has one rounding more
+        if mean.dtype != dtype:  # in half precision, batch norm's kernel rounds once more
             shift -= mean.to(dtype) * scale
             mean = torch.zeros_like(scale)
-    _, ones = _neutral_statistics(scale)  # with them the kernel takes its weight for the scale, and does the rest
+    _, ones = _neutral_statistics(scale)  # var 1 and eps 0 make the kernel's weight the scale
     return functools.partial(_apply, scale, shift, mean, ones, 0.0, slope)
 
 
@@ -52,9 +52,10 @@ def make_inference_normalization(
     bias: Tensor | None,
     slope: float | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """As `make_normalization`, for batch norm with running statistics, with their var instead of rstd.
+    """Return a function as `make_normalization` does, for batch norm with running statistics.
 
-    Its kernel's 1 / sqrt(var + eps) differs in the last bit, so the kernel is called again with the same arguments.
+    Takes var instead of rstd: the kernel's own 1 / sqrt(var + eps) differs in the last bit, so the same kernel is
+    called again.
     """
     if x.is_cuda:
         return make_normalization(x, mean.clone(), 1 / (var + eps).sqrt(), weight, bias, slope)
@@ -62,8 +63,8 @@ def make_inference_normalization(
 
 
 def make_affine(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scale and shift (C,) of each channel that do what batch norm does."""
-    # Single precision or better, and one rounding in the product-sum, as in batch norm's kernel on the CPU.
+    """Return scale and shift, each (C,), with which x * scale + shift equals batch norm."""
+    # In single precision or better, with one rounding in the product-sum, as in batch norm's CPU kernel.
     dtype = torch.promote_types(mean.dtype, torch.float32)
     mean, rstd = mean.to(dtype), rstd.to(dtype)
     scale = rstd.clone() if weight is None else rstd * weight.to(dtype)
@@ -72,8 +73,8 @@ def make_affine(mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor 
 
 
 def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Affine map of each channel, x * scale + shift, by batch norm's own kernel and so in its arithmetic."""
-    if not x.numel():  # which the kernel cannot take
+    """Return x * scale + shift for each channel, computed by batch norm's kernel, so with its rounding."""
+    if not x.numel():  # the kernel refuses an empty input
         return x.clone()
     return _apply(scale, shift, *_neutral_statistics(scale), 0.0, None, x)
 
@@ -100,7 +101,7 @@ def _neutral_statistics(scale: Tensor) -> tuple[Tensor, Tensor]:
     statistics = _neutral.get(key)
     if statistics is None:
         statistics = torch.zeros_like(scale), torch.ones_like(scale)
-        if type(statistics[0]) is Tensor:  # not a fake one, of a mode that will be gone
+        if type(statistics[0]) is Tensor:  # a fake tensor must not outlive its mode
             _neutral[key] = statistics
     return statistics
 
@@ -108,9 +109,9 @@ def _neutral_statistics(scale: Tensor) -> tuple[Tensor, Tensor]:
 def _normalize_on_cuda(
     mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, slope: float | None, x: Tensor
 ) -> Tensor:
-    if not x.numel():  # which the kernel cannot take
+    if not x.numel():  # the kernel refuses an empty input
         return x.clone()
-    y = torch.batch_norm_elemt(x, weight, bias, mean, rstd, 0.0)  # the last one is in rstd already
+    y = torch.batch_norm_elemt(x, weight, bias, mean, rstd, 0.0)  # rstd includes eps already
     return y if slope is None else F.leaky_relu_(y, slope)
 
 
@@ -126,17 +127,17 @@ def run_norm(
     slope: float | None,
     x: Tensor,
 ) -> tuple[Tensor, Any, Callable[[Tensor], Tensor] | None]:
-    """Batch norm, and leaky ReLU in place unless slope is None; count goes up by one.
+    """Run batch norm and, unless slope is None, leaky ReLU in place; increment count.
 
     Returns:
-        The output, the norm's autograd node, and what computes the output from x again; None without a node, or if x
-        is neither contiguous nor channels-last.
+        The output, the norm's autograd node, and a function that recomputes the output from x. The function is None
+        without a node, or if x is neither contiguous nor channels-last.
     """
     if count is not None:
         count.add_(1)
     if use_batch:
         check_values(x)
-    # What torch.batch_norm calls, for the statistics that torch.batch_norm does not return.
+    # torch.batch_norm calls this function, but does not return its statistics.
     y, mean, rstd, _, _ = torch._batch_norm_impl_index(
         x, weight, bias, running_mean, running_var, use_batch, momentum, eps, x.is_cuda and torch.backends.cudnn.enabled
     )
@@ -144,7 +145,7 @@ def run_norm(
     if slope is not None:
         F.leaky_relu_(y, slope)
     dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-    if node is None or not dense:  # the kernel for other layouts adds up in another order
+    if node is None or not dense:  # for other layouts, the kernel sums in another order
         return y, node, None
     if use_batch:
         return y, node, make_normalization(x, mean, rstd, weight, bias, slope)
@@ -152,6 +153,6 @@ def run_norm(
 
 
 def check_values(x: Tensor) -> None:
-    """Refuse a batch that has no variance, as `F.batch_norm` does."""
+    """Refuse a batch with one value a channel, which has no variance, as `F.batch_norm` does."""
     if x.numel() == x.shape[1]:
         raise ValueError(f"Batch norm needs more than one value per channel when training, got {tuple(x.shape)}")

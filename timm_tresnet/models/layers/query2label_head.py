@@ -1,4 +1,4 @@
-"""Classifier head in which each label looks for itself, after the image has looked at itself: Query2Label."""
+"""Query2Label, a transformer as classifier head (arXiv:2107.10834)."""
 
 import functools
 import math
@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from timm.layers import Mlp, SelectAdaptivePool2d
 from torch import Tensor, nn
 
-_HEADS = 4  # this and the others as in the official code's README.md and main_mlc.py
+_HEADS = 4  # this and the following as in the official code's README.md and main_mlc.py
 _HIDDEN_FEATURES = 8192
 _DECODER_LAYERS = 2
 _DROPOUT = 0.1
 
 
 def encode_position(height: int, width: int, channels: int, like: Tensor) -> Tensor:
-    """Sines and cosines of the row, then of the column, of each pixel, as DETR normalises them (arXiv:2005.12872).
+    """Encode each pixel's row, then its column, as sines and cosines, normalised as in DETR (arXiv:2005.12872).
 
     Args:
         height: rows of pixels.
@@ -36,19 +36,19 @@ def encode_position(height: int, width: int, channels: int, like: Tensor) -> Ten
 
 
 def _encode(size: int, periods: Tensor) -> Tensor:
-    """Sines at even places, cosines at odd ones, (size, channels)."""
-    place = torch.arange(1, size + 1, dtype=torch.float32, device=periods.device) / (size + 1e-6) * (2 * math.pi)
-    angles = place[:, None] / periods
+    """Return sines at even channels and cosines at odd ones, (size, channels)."""
+    position = torch.arange(1, size + 1, dtype=torch.float32, device=periods.device) / (size + 1e-6) * (2 * math.pi)
+    angles = position[:, None] / periods
     return torch.stack([angles[:, 0::2].sin(), angles[:, 1::2].cos()], dim=2).flatten(1)
 
 
 class Attention(nn.Module):
-    """Attention whose keys may be other than its values (arXiv:1706.03762, "Multi-Head Attention").
+    """Attention with separate inputs for queries, keys and values (arXiv:1706.03762, "Multi-Head Attention").
 
     Args:
         embed_dim: width, E, a multiple of num_heads.
-        num_heads: heads.
-        dropout: of the attention.
+        num_heads: attention heads.
+        dropout: dropout of the attention.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
@@ -83,20 +83,20 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
-        """A part for each head, (N, L, E) -> (N, heads, L, E / heads)."""
+        """Split into attention heads, (N, L, E) -> (N, heads, L, E / heads)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class AttentionLayer(nn.Module):
-    """Attention and a small network, each added to its input and normalised.
+    """Transformer layer: attention and an MLP, each added to its input and normalised.
 
-    Of an encoder, if x is its own memory; of a decoder without self-attention, if it is not. Positions are added to
-    queries and keys, not to values.
+    An encoder layer if memory is x itself; else a decoder layer without self-attention. Positions are added to queries
+    and keys, not to values.
 
     Args:
         embed_dim: width, E.
-        hidden_features: width inside the small network.
-        dropout: of the attention, of its output and of the small network.
+        hidden_features: width inside the MLP.
+        dropout: dropout of the attention, of its output and of the MLP.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
@@ -196,18 +196,18 @@ class LabelLinear(nn.Module):
 
 
 class Query2LabelHead(nn.Module):
-    """Queries of labels attend to an image that has attended to itself: Query2Label (arXiv:2107.10834).
+    """Query2Label: a query for each label attends to the encoded feature map (arXiv:2107.10834).
 
-    A transformer in place of global pooling: one layer of an encoder, two of a decoder without self-attention, and a
-    linear layer a label, as in SlongLiu/query2labels, lib/models/query2label.py and transformer.py, commit 55eb050.
+    A transformer replaces global pooling: one encoder layer, two decoder layers without self-attention, and a linear
+    layer for each label, as in SlongLiu/query2labels, lib/models/query2label.py and transformer.py, commit 55eb050.
 
     Args:
         in_features: number of input channels, C.
-        num_classes: number of labels, K; 0 to hand out the mean of what the encoder says of the pixels.
-        pool_type: "" to hand out the input as it is where there are no classes, as the other heads do. Nothing else is
-            pooled, whatever it is.
-        decoder_embedding: width of the transformer, E, a multiple of 4; None for C, without a layer before it.
-        hidden_features: width inside the transformer's small networks.
+        num_classes: number of labels, K; 0 to return the mean of the encoder's output over the pixels.
+        pool_type: with num_classes 0, "" to return the input unchanged, as other heads do. All other values are the
+            same, since this head does not pool.
+        decoder_embedding: width of the transformer, E, a multiple of 4; None for C, without an embedding layer.
+        hidden_features: width inside the transformer's MLPs.
         drop_rate: dropout before the last layer.
         dropout: dropout inside the transformer.
         device: device of the parameters.
@@ -215,13 +215,13 @@ class Query2LabelHead(nn.Module):
 
     Shape:
         - input: (N, C, H, W)
-        - output: (N, K); without classes or with pre_logits (N, E); without classes and pooling the input
+        - output: (N, K); (N, E) without classes or with pre_logits; the input without classes and pooling
 
     Raises:
         ValueError: if decoder_embedding is not a multiple of 4.
     """
 
-    __constants__ = ["encodes", "decodes"]  # so that TorchScript does not look at what is not there
+    __constants__ = ["encodes", "decodes"]  # lets TorchScript skip missing parts
 
     def __init__(
         self,
@@ -255,7 +255,7 @@ class Query2LabelHead(nn.Module):
         self._build(num_classes, pool_type, device=device, dtype=dtype)
 
     def _build(self, num_classes: int, pool_type: str, **factory_kwargs: Any) -> None:
-        SelectAdaptivePool2d(pool_type=pool_type)  # refuses what is none
+        SelectAdaptivePool2d(pool_type=pool_type)  # refuses an unknown pooling
         width = self.decoder_embedding
         layer = functools.partial(AttentionLayer, width, self.hidden_features, self.dropout, **factory_kwargs)
         self.num_classes = num_classes
@@ -280,7 +280,7 @@ class Query2LabelHead(nn.Module):
             self.norm = nn.LayerNorm(width, **factory_kwargs)
 
     def draw_weights(self) -> None:
-        """Draw every weight, as for a new head: the transformer's matrices by Glorot's rule, as the official code."""
+        """Initialise every weight; the transformer's matrices by Glorot's rule, as in the official code."""
         for module in self.modules():
             reset: Any = getattr(module, "reset_parameters", None)
             if module is not self and reset is not None:
@@ -291,11 +291,11 @@ class Query2LabelHead(nn.Module):
                     nn.init.xavier_uniform_(parameter)
 
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
-        """Put in new queries and a new last layer; the encoder stays, and the decoder where there are classes.
+        """Replace the queries and the last layer; the encoder is kept, and the decoder unless num_classes is 0.
 
         Args:
             num_classes: number of classes; 0 for none.
-            pool_type: as above; None to leave it as it is.
+            pool_type: as in the constructor; None to keep it.
         """
         self._build(num_classes, self.pool_type if pool_type is None else pool_type)
 

@@ -1,4 +1,4 @@
-"""How convolutions, activations and other layers of PyTorch and timm are recomputed: their operations and readers."""
+"""Operations and readers for convolutions, activations and other layers of PyTorch and timm."""
 
 import functools
 import operator
@@ -23,7 +23,7 @@ _get_convolution = operator.itemgetter("_parameters", "stride", "padding", "dila
 _TENSORS = (Tensor, nn.Parameter)
 _CONV2D = nn.Conv2d if stand_for(nn.Conv2d) else None
 
-# Activations that are pointwise and draw nothing: their function and the names of its constants.
+# Pointwise activations without randomness: function, and names of its constants.
 _ACTIVATIONS: dict[type, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     nn.CELU: (F.celu, ("alpha",)),
     nn.ELU: (F.elu, ("alpha",)),
@@ -47,25 +47,25 @@ _ACTIVATIONS: dict[type, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
 
 
 def are_constants(values: Iterable[Any]) -> bool:
-    """Whether values cannot be edited until backward."""
+    """Return whether values are immutable, so that they cannot change before backward."""
     return all(type(value) in (bool, int, float, str) for value in values)
 
 
 def is_absent(module: nn.Module, name: str) -> bool:
-    """Whether a part that may be None is None, not deleted, and no function either."""
+    """Return whether an optional part is None, as opposed to deleted or replaced by a function."""
     return getattr(module, name, module) is None
 
 
 @dataclass(slots=True, eq=False)
 class Convolution(Operation):
-    """A convolution, whose output is stored unless its kind runs again.
+    """A convolution; its output is stored unless the policy recomputes its kind.
 
     Args:
         module: the layer.
         weight: its weight.
         bias: its bias, or None.
-        settings: its arguments but for input, weight and bias.
-        kind: its row of the table in `timm_tresnet.recompute.policy`.
+        settings: its other arguments: stride, padding, dilation and groups.
+        kind: its kind in `timm_tresnet.recompute.policy`.
     """
 
     weight: Tensor
@@ -93,7 +93,7 @@ def _convolve(settings: tuple[Any, ...], x: Tensor, weight: Tensor) -> Tensor:
 
 
 def read_convolution(conv: nn.Module | None, kind: str = CONVOLUTION) -> Operation:
-    """Read the convolution of a unit; one that is user-defined is called."""
+    """Read the convolution of a unit; a user-defined one is called as a whole."""
     if conv is None:
         raise Unreadable("a module is missing")
     if type(conv) is _CONV2D and is_untouched(conv):
@@ -101,7 +101,7 @@ def read_convolution(conv: nn.Module | None, kind: str = CONVOLUTION) -> Operati
         weight, bias = parameters.get("weight"), parameters.get("bias")
         if type(weight) not in _TENSORS or not (bias is None or type(bias) in _TENSORS):
             return Call(conv, is_user_defined=True)
-        tuples = type(stride) is type(padding) is type(dilation) is tuple  # a list may be edited until backward
+        tuples = type(stride) is type(padding) is type(dilation) is tuple  # a list could change before backward
         if tuples and type(groups) is int and padding_mode == "zeros":
             return Convolution(conv, weight, bias, (stride, padding, dilation, groups), kind)
     elif is_sharded(conv) and original_class(conv) is _CONV2D:
@@ -111,12 +111,12 @@ def read_convolution(conv: nn.Module | None, kind: str = CONVOLUTION) -> Operati
 
 @dataclass(slots=True, eq=False)
 class Map(Operation):
-    """An activation or a pool, whose node has saved its input, its output, or neither.
+    """An activation or a pool; its node saves its input, its output, or neither.
 
     Args:
         module: the layer.
         function: computes the output.
-        recompute: computes it again, with the constants of the forward.
+        recompute: recomputes the output with the constants of the forward.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -136,13 +136,13 @@ class Map(Operation):
 
 
 def read_activation(act: nn.Module | None) -> Operation | None:
-    """Read the activation behind a norm; None for an identity.
+    """Read the activation after a norm; None for an identity.
 
     Raises:
         Unreadable: if it is user-defined.
     """
     if act is None:
-        raise Unreadable("the norm's activation is no module")
+        raise Unreadable("the norm's activation is not a module")
     kind = type(act)
     if kind is nn.Identity and is_untouched(act):
         return None
@@ -157,7 +157,7 @@ def read_activation(act: nn.Module | None) -> Operation | None:
 
 @dataclass(slots=True, eq=False)
 class DropPath(Operation):
-    """Stochastic depth in training: the product with a random mask, which is stored."""
+    """Stochastic depth in training: multiplication by a random mask, which is stored."""
 
     def run(self, x: Tensor, source: Source, run: Run) -> Result:
         mask = self.module(x.new_ones(x.shape[0], *[1] * (x.dim() - 1)))  # drawn as for x

@@ -1,4 +1,4 @@
-"""Which modules run in regions of the compiler (`timm_tresnet.recompute.compiled`), where everything may run twice."""
+"""Which modules may be in regions of the compiler (`timm_tresnet.recompute.compiled`), where code may run twice."""
 
 import torch
 from torch import nn
@@ -8,14 +8,14 @@ from timm_tresnet.recompute.eligibility import is_untouched, is_user_defined
 
 
 class RunsInRegion(nn.Module):
-    """A module that a region can hold, unless something in it draws, counts or overwrites when it runs again.
+    """A module that may be in a region, unless running it twice would draw, count or overwrite twice.
 
-    Hooks of FSDP, which free and gather weights, are among what no region can hold.
+    FSDP's hooks, which free and gather weights, may not be in a region.
     """
 
     @torch.jit.unused
     def fits_region(self) -> bool:
-        """Whether a region can hold this module as it is now."""
+        """Whether this module, in its present state, may be in a region."""
         return not is_user_defined(self, adapters=False) and all(_fits(part) for part in self.modules())
 
 
@@ -31,7 +31,7 @@ def _fits(part: nn.Module) -> bool:
     elif isinstance(part, nn.modules.batchnorm._NormBase):
         return False
     is_norm = isinstance(part, ActivatedBatchNorm2d) or kind == "timm.layers.norm_act"
-    for name, child in part.named_children():  # an activation may overwrite what a norm has returned
+    for name, child in part.named_children():  # in place is allowed only for an activation on its norm's output
         if getattr(child, "inplace", False) and not (
             name == "act" and (is_norm or (type(child) is nn.ReLU and kind.startswith("timm_tresnet.")))
         ):

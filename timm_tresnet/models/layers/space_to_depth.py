@@ -1,4 +1,4 @@
-"""SpaceToDepth, the cheap first step of TResNet's stem."""
+"""SpaceToDepth, the first step of TResNet's stem."""
 
 import torch
 import torch.fx
@@ -11,7 +11,7 @@ from timm_tresnet.recompute.run import Operation
 
 @torch.fx.wrap
 def space_to_depth(x: Tensor, block_size: int, min_size: int) -> Tensor:
-    """Function behind SpaceToDepth; a leaf for torch.fx, which cannot trace its check of the size."""
+    """Function of SpaceToDepth; a leaf for torch.fx, which cannot trace the check of the size."""
     batch, channels, height, width = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
     if not torch.jit.is_tracing():  # tracing would freeze the comparison and warn about it
         if height % block_size or width % block_size or height < min_size or width < min_size:
@@ -33,7 +33,7 @@ class SpaceToDepth(RunsInRegion):
 
     Args:
         block_size: side of a patch, in pixels.
-        min_size: smallest H and W that the network behind this layer can take, in pixels.
+        min_size: smallest H and W that the following layers accept, in pixels.
 
     Shape:
         - input: (N, C, H, W), H and W multiples of block_size and at least min_size

@@ -1,4 +1,4 @@
-"""Squeeze-and-excitation, in the shape that TResNet uses it."""
+"""TResNet's squeeze-and-excitation."""
 
 import functools
 from collections.abc import Callable
@@ -19,9 +19,9 @@ from timm_tresnet.recompute.saved import Recomputed, Source, Stored, discard
 
 
 class SqueezeExcite(timm.layers.SEModule):
-    """timm's squeeze-and-excitation: scale every channel by a gate computed from its mean (arXiv:1709.01507).
+    """timm's squeeze-and-excitation: scale every channel by a gate computed from the channel means (arXiv:1709.01507).
 
-    TResNet places it where it costs least and leaves it out of the last stage ("Optimized SE Layers",
+    TResNet places it where it is cheapest and leaves it out of the last stage ("Optimized SE Layers",
     arXiv:2003.13630).
 
     Args:
@@ -44,7 +44,7 @@ class SqueezeExcite(timm.layers.SEModule):
     ) -> None:
         super().__init__(channels, rd_channels=reduced_channels, device=device, dtype=dtype)
         self.act = nn.ReLU(inplace=True)
-        self.gate = nn.Sigmoid()  # PyTorch's own class, which tools know
+        self.gate = nn.Sigmoid()  # PyTorch's own class, which tools recognise
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self._make_gate(x)
@@ -67,12 +67,12 @@ _mul = torch.mul
 
 @dataclass(slots=True, eq=False)
 class Gate(Operation):
-    """The product with a gate, which is computed from the channel means and stored.
+    """Multiplication by a gate, which is computed from the channel means and stored.
 
     Args:
         module: the layer.
-        function: computes the gate from the input.
-        calls_user_code: whether user code runs in it, which sees the means.
+        function: computes the gate (N, C, 1, 1) from the input (N, C, H, W).
+        calls_user_code: whether function runs user code, which can observe the channel means.
     """
 
     function: Callable[[Tensor], Tensor]

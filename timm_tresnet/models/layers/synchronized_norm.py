@@ -1,4 +1,4 @@
-"""Batch norm over the batches of several processes, of which only the input need be stored for backward."""
+"""Batch norm over the batches of several processes; only its input is stored for backward."""
 
 import functools
 from typing import Any
@@ -13,20 +13,20 @@ from timm_tresnet.models.layers.norm_arithmetic import make_affine, scale_and_sh
 
 @torch.no_grad()
 def reduce_statistics(x: Tensor, process_group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance of each channel over the batches of all processes, which may differ in size.
+    """Compute mean and biased variance of each channel over all processes, whose batches may differ in size.
 
     Args:
         x: this process's batch, (N, C, H, W); N may be 0.
         process_group: the processes; None for all.
 
     Returns:
-        Mean (C,) and variance (C,), in single precision or better, and the number of values a channel, (1,).
+        Mean (C,) and variance (C,) in single precision or better, and the number of values a channel, (1,).
     """
     channels, count = x.shape[1], x.numel() // x.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
     if count:
         var, mean = torch.var_mean(x.to(dtype), dim=(0, 2, 3), correction=0)
-    else:  # which has neither
+    else:  # an empty batch has neither
         var = mean = x.new_zeros(channels, dtype=dtype)
     own = torch.cat([mean, var, mean.new_tensor([count])])
     gathered = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(process_group))]
@@ -60,7 +60,7 @@ class SynchronizedNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, var, count)
         ctx.eps, ctx.process_group = eps, process_group
         scale, shift = make_affine(mean, (var + eps).rsqrt(), weight, bias)
-        ctx.recompute = functools.partial(scale_and_shift, scale=scale, shift=shift)  # computes the output again
+        ctx.recompute = functools.partial(scale_and_shift, scale=scale, shift=shift)  # recomputes the output
         return ctx.recompute(x)
 
     @staticmethod
@@ -69,12 +69,12 @@ class SynchronizedNorm(torch.autograd.Function):
         x, weight, mean, var, count = ctx.saved_tensors
         rstd = (var + ctx.eps).rsqrt()
         gamma = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
-        # With statistics taken as constants, batch norm's own kernel gives this process's sums and the first term.
+        # In eval mode, with constant statistics, batch norm's kernel gives this process's sums and the first term.
         if x.numel():
             grad_x, sum_grad_x_hat, sum_grad = torch.ops.aten.native_batch_norm_backward(
                 grad_y, x, gamma, mean, var, None, None, False, ctx.eps, [True, True, True]
             )
-        else:  # which the kernel cannot take
+        else:  # the kernel refuses an empty input
             grad_x, sum_grad_x_hat, sum_grad = grad_y, torch.zeros_like(mean), torch.zeros_like(mean)
         sums = torch.stack([sum_grad_x_hat, sum_grad])
         torch.distributed.all_reduce(sums, group=ctx.process_group)
