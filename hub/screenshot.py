@@ -29,7 +29,7 @@ def take_screenshot(url: str) -> Image.Image:
             page.goto(url)
             for name in ("cat", "deer"):  # the first of all is slow, which the time on the page would show
                 page.locator("#photograph input[type=file]").set_input_files(SAMPLES / f"{name}.jpg")
-                page.locator("#first-note").get_by_text(f"where “{name}” is").wait_for()
+                page.locator("#first-note").get_by_text(f"map of “{name}”").wait_for()
                 page.locator("#photograph button[aria-label=Clear]").wait_for()
                 if name == "cat":
                     page.locator("#photograph button[aria-label=Clear]").click()

@@ -161,7 +161,7 @@ def wait_for(page, selector, text):
 
 def test_photograph_is_uploaded_classified_and_explained_side_by_side(page, second):
     upload(page, SAMPLES / "cat.jpg")
-    wait_for(page, "#first-note", "where “cat” is, 4×4 cells")
+    wait_for(page, "#first-note", "map of “cat”, 4×4 cells")
     assert EMBEDDED in page.inner_text("#first-note")
     assert page.inner_text("#first-labels").split()[:2] == ["cat", "97%"]
     preview = page.locator("#preview img")
@@ -184,10 +184,10 @@ def test_photograph_is_uploaded_classified_and_explained_side_by_side(page, seco
 
 def test_sample_is_a_click_away_and_other_weights_are_shown_at_once(page):
     page.locator("#samples").get_by_role("button").nth(3).click()
-    wait_for(page, "#first-note", "where “horse” is")
+    wait_for(page, "#first-note", "map of “horse”")
     page.locator("#preview img").wait_for()
     choose(page, "second", EMBEDDED)
-    wait_for(page, "#second-note", "where “horse” is")
+    wait_for(page, "#second-note", "map of “horse”")
     choose(page, "second", "nothing")
     page.locator("#second-column").wait_for(state="hidden")
     assert page.inner_text("#first-labels").startswith("horse")
@@ -209,17 +209,17 @@ def test_bad_upload_is_answered_with_a_message_and_the_next_one_with_its_class(n
     assert "cannot be shown to a network" in page.inner_text("#message")
     page.locator("#first-column").wait_for(state="hidden")
     upload(page, SAMPLES / "airplane.jpg")
-    wait_for(page, "#first-note", "where “airplane” is")
+    wait_for(page, "#first-note", "map of “airplane”")
     assert not page.locator("#message").is_visible()
     assert page.title() == "TResNet"
 
 
 def test_weights_that_cannot_be_had_are_a_message_in_their_column(page):
     upload(page, SAMPLES / "deer.jpg")
-    choose(page, "second", "tresnet_m.miil_in1k")  # on their way at first, then not to be had
+    choose(page, "second", "tresnet_m.miil_in1k")  # loading at first, then a failure
     wait_for(page, "#second-note", "cannot load the model tresnet_m.miil_in1k")
     assert not page.locator("#second-labels").is_visible()
-    wait_for(page, "#first-note", "where “deer” is")
+    wait_for(page, "#first-note", "map of “deer”")
     choose(page, "second", "nothing")
 
 
@@ -229,7 +229,7 @@ def test_file_of_another_kind_is_refused_and_one_in_capitals_is_not(page, tmp_pa
     page.get_by_text("Invalid file type").first.wait_for()
     shutil.copy(SAMPLES / "horse.jpg", tmp_path / "HORSE.JPG")
     upload(page, tmp_path / "HORSE.JPG")
-    wait_for(page, "#first-note", "where “horse” is")
+    wait_for(page, "#first-note", "map of “horse”")
 
 
 def test_browser_and_server_ask_nobody_else(page, demo):
@@ -325,7 +325,7 @@ def test_hub_that_does_not_answer_holds_nobody_else_and_gets_no_login(tmp_path):
         try:
             upload, show = find_function(demo, "state"), find_function(demo, "timer")
             file = {**FILE, "path": demo.upload((SAMPLES / "cat.jpg").read_bytes())}
-            for name, said in (("tresnet_m.miil_in1k", "on their way"), (EMBEDDED, "where “cat” is")) * 2:
+            for name, said in (("tresnet_m.miil_in1k", "are loading"), (EMBEDDED, "map of “cat”")) * 2:
                 session = f"one {name}"
                 assert demo.call(upload, file, session=session)["success"]
                 for _ in range(600):  # the network in the package is on its way for a moment too

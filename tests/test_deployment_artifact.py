@@ -123,7 +123,7 @@ def test_files_of_an_earlier_export_stay_until_the_new_ones_are_checked(format, 
     [
         ("tensorrt", ".onnx", {}, "format to be one of"),
         ("onnx", ".pt", {}, r"ends in \.onnx"),
-        ("torchscript", ".pt", {"calibration": "."}, "int8 for onnx and openvino"),
+        ("torchscript", ".pt", {"calibration": "."}, "needs the format onnx or openvino for int8, got torchscript"),
         ("torch-export", ".pt2", {"image_size": (62, 64)}, "multiples of 4"),
         ("torch-export", ".pt2", {"image_size": (64, 12)}, "at least"),
     ],

@@ -74,10 +74,10 @@ def replace_head(model):
     model.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(model.num_features, 10))
 
 
-PARTS = {  # added after eval(), and how they are named
-    parametrize_stem: "but body.conv1.conv.parametrizations in it",
-    train_a_part: "but body.layer1 in it",
-    replace_head: "but head in it",
+PARTS = {  # added after eval(), and their names
+    parametrize_stem: "body.conv1.conv.parametrizations",
+    train_a_part: "body.layer1",
+    replace_head: "head",
 }
 
 
@@ -85,7 +85,7 @@ PARTS = {  # added after eval(), and how they are named
 def test_parts_in_training_mode_are_named(alter, named, tmp_path):
     model = make_small()
     alter(model)
-    said = rf"needs a network in eval mode; the network is, {named} is in training mode, .*call model.eval\(\) again"
+    said = rf"needs a network in eval mode, got one with {named} in training mode; call model.eval\(\) again"
     with pytest.raises(ValueError, match=f"^fold_batch_norms {said}"):
         fold_batch_norms(model)
     with pytest.raises(ValueError, match=f"^export_model {said}"):

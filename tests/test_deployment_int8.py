@@ -56,7 +56,7 @@ def test_int8_that_is_another_network_is_not_written(tmp_path, crops, embedded):
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         assert relative_error(model(x), embedded(x)) <= 1e-4
-    said = r"same class first as in float32 on \d+\.\d% of 32 images held out, less than 90.0%;.* --min-agreement"
+    said = r"top-1 class as float32 on at least 90.0% of .*, got \d+\.\d% of 32;.* --min-agreement"
     with pytest.raises(RuntimeError, match=said):
         export_model(model, tmp_path / "network.onnx", "onnx", calibration=crops)
     assert [path.name for path in tmp_path.iterdir()] == ["crops"]
@@ -71,7 +71,7 @@ def test_calibration_is_done_in_the_networks_channels(in_chans, crops):
 
 @needs("onnx")
 def test_agreement_is_a_share(tmp_path, embedded):
-    with pytest.raises(ValueError, match="min_agreement to be from 0 to 1, got 90"):
+    with pytest.raises(ValueError, match="min_agreement from 0 to 1, got 90"):
         export_model(embedded, tmp_path / "network.onnx", "onnx", min_agreement=90)
 
 

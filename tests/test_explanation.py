@@ -107,7 +107,7 @@ def test_tags_are_chips_and_classes_are_bars(embedded):
     assert chips == ["&lt;b&gt;1 88%", "&lt;b&gt;0 50%"]  # escaped
     assert re.sub("<[^<]*>", "", below) == "&lt;b&gt;2 12%"
     none = page._draw_labels(explain_image(make_tagger([-1.0, -2.0]), IMAGE))
-    assert "No tag reaches its threshold. The most probable ones:" in none
+    assert "No tag reaches its threshold. The most probable tags:" in none
     assert none.index("&lt;b&gt;0") < none.index("&lt;b&gt;1")
     every = page._draw_labels(explain_image(make_tagger([1.0, 2.0]), IMAGE))
     assert "threshold" not in every

@@ -1,1 +1,1 @@
-"""Networks measured side by side."""
+"""Benchmarks that measure networks side by side."""

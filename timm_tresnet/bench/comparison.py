@@ -1,7 +1,7 @@
-"""Measures networks side by side in one run: speed in training and in inference, memory kept for backward, size.
+"""Measure networks side by side in one run: training and inference speed, memory stored for backward, and size.
 
-Absolute numbers say little about another machine, ratios within a run say more: the networks take turns, A-B-A-B, and
-each time becomes a ratio to the reference's in the same round.
+Ratios within a run transfer to other machines better than absolute numbers. So the networks take turns, A-B-A-B, and
+each time is divided into the reference's time of the same round.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from timm_tresnet.bench.measuring import (
 from timm_tresnet.bench.results import format_spread, start_results, write_results
 from timm_tresnet.utils.tables import format_markdown
 
-REPEATS = {"cpu": 1, "cuda": 4}  # steps in a row, for the CPU to run ahead of a GPU as in training
+REPEATS = {"cpu": 1, "cuda": 4}  # steps in a row; on a GPU, the CPU then runs ahead as in training
 _DEFAULT_GB = 16.0
 _DEFAULT_MAX_BATCH = 8192
 
@@ -42,9 +42,9 @@ class Candidate:
     """A network to measure.
 
     Args:
-        name: as it stands in the results; candidates of one name share the network.
-        make: returns the network: images (N, 3, H, W) to logits (N, 1000).
-        reference: name of the candidate that ratios are taken to: the one of the same image size if there is one.
+        name: name in the results; candidates with the same name share the network.
+        make: makes the network: images (N, 3, H, W) to logits (N, 1000).
+        reference: name of the candidate to divide by; the one with the same image size if there is one.
         image_size: side of the images, in pixels.
     """
 
@@ -63,11 +63,11 @@ class _Bench:
         self.networks: dict[str, tuple[nn.Module, nn.Module, torch.optim.Optimizer]] = {}
 
     def network(self, candidate: Candidate) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
-        """The network, what runs it, and its optimizer."""
+        """Return the network, its runnable form (compiled if requested), and its optimizer."""
         if candidate.name not in self.networks:
             plain = candidate.make().to(self.settings.device).to(memory_format=self.memory_format)
             running: Any = torch.compile(plain, dynamic=False) if self.settings.compile else plain
-            optimizer = torch.optim.SGD(plain.parameters(), lr=0.0, momentum=0.9)  # all the work, and weights stay
+            optimizer = torch.optim.SGD(plain.parameters(), lr=0.0, momentum=0.9)  # same work, constant weights
             self.networks[candidate.name] = plain, running, optimizer
         return self.networks[candidate.name]
 
@@ -75,7 +75,7 @@ class _Bench:
         return make_batch(size, image_size, self.settings.device, self.memory_format)
 
     def train(self, candidate: Candidate, size: int, repeats: int = 1) -> float:
-        """Seconds of a training step, forward, backward, SGD with momentum: the mean of some in a row."""
+        """Return the mean time of repeats training steps in seconds: forward, backward, SGD with momentum."""
         _, running, optimizer = self.network(candidate)
         running.train()
         images, labels = self.batch(size, candidate.image_size)
@@ -87,7 +87,7 @@ class _Bench:
         return (read_clock(self.settings.device) - start) / repeats
 
     def infer(self, candidate: Candidate, size: int, repeats: int = 1) -> float:
-        """Seconds of a forward in eval mode: the mean of some in a row."""
+        """Return the mean time of repeats forwards in eval mode, in seconds."""
         _, running, _ = self.network(candidate)
         running.eval()
         images, _ = self.batch(size, candidate.image_size)
@@ -98,19 +98,19 @@ class _Bench:
             return (read_clock(self.settings.device) - start) / repeats
 
     def memory(self, candidate: Candidate) -> dict[str, Any]:
-        """What a training step keeps, and the largest batch."""
+        """Measure the memory that a training step stores for backward, and the largest batch."""
         plain, running, optimizer = self.network(candidate)
         size = self.settings.batch_size
-        self.train(candidate, size)  # for kernels, and compiled code, to be there
+        self.train(candidate, size)  # warm up kernels and compiled code
         optimizer.zero_grad()
         kept_mb = measure_kept(running, *self.batch(size, candidate.image_size), self.settings.amp) / size / 1e6
         params_m = sum(parameter.numel() for parameter in plain.parameters()) / 1e6
-        if self.settings.max_batch and not self.settings.compile:  # else it would compile for every size tried
+        if self.settings.max_batch and not self.settings.compile:  # it would compile again for every size
             limit = self.settings.memory_gb
             guess = compute_largest_batch(params_m, kept_mb, limit or torch.cuda.mem_get_info()[1] / 1e9)
             step = functools.partial(self.train, candidate)
             largest = find_largest_batch(step, self.settings.max_batch, limit, guess)
-            self.networks.clear()  # each has the memory for itself
+            self.networks.clear()  # each network gets all of the memory
             how = "measured" if limit is None else f"measured in {limit:g} GB"
         else:
             limit = _DEFAULT_GB if self.settings.memory_gb is None else self.settings.memory_gb
@@ -127,12 +127,12 @@ def compare(candidates: Sequence[Candidate], settings: argparse.Namespace) -> tu
         settings: what `timm_tresnet.cli.options.add_comparison_options` adds.
 
     Returns:
-        A dict for each candidate, with the fields that benchmarks/README.md describes, and whether all of it was done:
-        with Ctrl-C, what is complete stays, the rest is None or missing from the lists.
+        A dict for each candidate, with the fields that benchmarks/README.md describes, and whether the run is complete.
+        After Ctrl-C, finished measurements are included; the rest is None or missing from the lists.
     """
     bench = _Bench(settings)
     measures = {"train": bench.train, "inference": bench.infer}
-    seconds: dict[str, list[list[float]]] = {name: [] for name in measures}  # for each round, those of every candidate
+    seconds: dict[str, list[list[float]]] = {name: [] for name in measures}  # by round, then by candidate
     memory: list[dict[str, Any]] = []
     sizes = []
     complete = False
@@ -188,7 +188,7 @@ def _find_reference(candidate: Candidate, candidates: Sequence[Candidate]) -> in
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of `compare` as a Markdown table; speeds are medians, with their ratios' spread."""
+    """Format rows of `compare` as a Markdown table; speeds are medians, with the spread of their ratios."""
     titles = ["", "px", "M params", "GMACs", "M activations", "kept, MB an image", "largest batch"]
     titles += ["training, images/s", "inference, images/s"]
     table = []
@@ -207,12 +207,12 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def check_options(settings: argparse.Namespace) -> None:
-    """Check --device, --amp and --max-batch against each other and the machine, and set the last one's default.
+    """Check --device, --amp and --max-batch against each other and the machine; set the default of --max-batch.
 
-    On CUDA, PyTorch is told to try cuDNN's algorithms and take the fastest.
+    On CUDA, turns on cuDNN's benchmark mode.
 
     Raises:
-        ValueError: if they contradict; says what to do.
+        ValueError: if they contradict each other; the message says what to do.
     """
     if settings.device == "cuda":
         if not torch.cuda.is_available():
@@ -229,13 +229,13 @@ def run_comparison(
     command: str,
     annotate: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {},
 ) -> int:
-    """Measure candidates, print a table and write the results, also those that Ctrl-C leaves.
+    """Measure candidates, print a table and write the results, even partial ones after Ctrl-C.
 
     Args:
-        candidates: as for `compare`.
-        settings: as for `compare`, checked; all but `json` stands in the results.
-        command: that makes these results.
-        annotate: returns more fields for a row.
+        candidates: see `compare`.
+        settings: see `compare`; checked options, all of which except `json` are recorded in the results.
+        command: the command to record in the results.
+        annotate: returns additional fields for a row.
 
     Returns:
         Exit status: 0, or 130 after Ctrl-C.
@@ -248,5 +248,5 @@ def run_comparison(
     if settings.json:
         write_results(results, settings.json)
     if not complete:
-        print("interrupted: these are the measurements that were complete", file=sys.stderr)
+        print("interrupted: only finished measurements are shown", file=sys.stderr)
     return 0 if complete else 130

@@ -1,4 +1,4 @@
-"""Quantities of one network: size, operations, memory kept for backward, the largest batch that fits."""
+"""Measure one network: size, operations, memory stored for backward, and the largest batch that fits."""
 
 import copy
 import gc
@@ -21,46 +21,46 @@ from timm_tresnet.variants import ARCHITECTURES
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 BUILTIN_PREFIX = "built-in:"
 _CLASSES = 1000
-# The built-in takes the same layers, width_factor and v2, and nothing else.
+# timm's built-in TResNet has only these arguments.
 _BUILTIN = {name: row for name, row in ARCHITECTURES.items() if row.keys() <= {"layers", "width_factor", "v2"}}
 
 
 def make_network(name: str, **kwargs: Any) -> nn.Module:
-    """A network with random weights for 1000 classes.
+    """Make a network with random weights for 1000 classes.
 
     Args:
-        name: a name for `timm.create_model`; behind "built-in:", a TResNet as timm itself has it.
-        kwargs: more arguments of the model.
+        name: a name for `timm.create_model`; with the prefix "built-in:", timm's own TResNet.
+        kwargs: further arguments of the model.
 
     Raises:
-        ValueError: if timm knows no such model, or has no such TResNet.
+        ValueError: if timm does not know the model, or has no such TResNet.
     """
     variant = name.removeprefix(BUILTIN_PREFIX)
     if variant != name:
         if variant not in _BUILTIN:
             raise ValueError(
-                f"{name}: built-in models to compare with are {', '.join(_BUILTIN)}, got {variant!r}"
+                f"{name}: a built-in model needs to be one of {', '.join(_BUILTIN)}, got {variant!r}"
                 f"{suggest(variant, _BUILTIN)}"
             )
         return timm.models.tresnet.TResNet(num_classes=_CLASSES, **_BUILTIN[variant], **kwargs)
     if not timm.is_model(name.partition(".")[0]):
         meant = suggest(name, timm.list_models(), most=3)
-        raise ValueError(f"timm knows no model {name!r}{meant or '; `timm.list_models()` names those that it knows'}")
+        raise ValueError(f"timm knows no model {name!r}{meant or '; see timm.list_models()'}")
     try:
         timm.models.get_pretrained_cfg(name)
-    except RuntimeError as error:  # a tag that there is not
+    except RuntimeError as error:  # an unknown tag
         meant = suggest(name, timm.list_models(f"{name.partition('.')[0]}.*", include_tags=True), most=3)
         raise ValueError(f"timm knows no weights {name!r}{meant}") from error
     return timm.create_model(name, num_classes=_CLASSES, **kwargs)
 
 
 def choose_memory_format(channels_last: bool) -> torch.memory_format:
-    """What `--channels-last` stands for, with and without it."""
+    """Return the memory format for `--channels-last`."""
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def read_clock(device: str) -> float:
-    """Seconds, at a moment when the device has done all that it was given."""
+    """Return the time in seconds, after the device has finished all of its work."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -69,7 +69,7 @@ def read_clock(device: str) -> float:
 def make_batch(
     size: int, image_size: int, device: str, memory_format: torch.memory_format = torch.contiguous_format
 ) -> tuple[Tensor, Tensor]:
-    """Seeded images (N, 3, H, W) and labels (N,), made where they are used."""
+    """Make seeded images (N, 3, H, W) and labels (N,) on the device."""
     generator = torch.Generator(device).manual_seed(0)
     images = torch.randn(size, 3, image_size, image_size, generator=generator, device=device)
     labels = torch.randint(0, _CLASSES, (size,), generator=generator, device=device)
@@ -77,19 +77,19 @@ def make_batch(
 
 
 def autocast(device: str, amp: str | None) -> torch.autocast:
-    """Autocast to the dtype that `amp` names, a key of DTYPES, or none."""
+    """Return autocast to a dtype, a key of DTYPES; disabled for None."""
     return torch.autocast(device, dtype=DTYPES[amp] if amp else torch.bfloat16, enabled=amp is not None)
 
 
 def compute_loss(network: nn.Module, images: Tensor, labels: Tensor, amp: str | None = None) -> Tensor:
-    """Loss of a forward, under autocast to the dtype `amp` names, if any."""
+    """Compute the cross-entropy loss of a forward under autocast to amp, a key of DTYPES; None for no autocast."""
     with autocast(images.device.type, amp):
         return F.cross_entropy(network(images).float(), labels)
 
 
 @contextmanager
 def run_profiler(**kwargs: Any) -> Iterator[torch.profiler.profile]:
-    """PyTorch's profiler, without what it logs to stderr when it starts and stops.
+    """PyTorch's profiler, without its log lines on stderr.
 
     Args:
         kwargs: arguments of `torch.profiler.profile`.
@@ -105,10 +105,10 @@ def run_profiler(**kwargs: Any) -> Iterator[torch.profiler.profile]:
 
 
 def measure_kept(network: nn.Module, images: Tensor, labels: Tensor, amp: str | None = None) -> int:
-    """Bytes that a training forward keeps while its loss is held, the loss itself among them.
+    """Return the bytes that a training forward keeps while its loss is alive, including the loss.
 
     Args:
-        network: takes images, returns logits (N, classes); in training mode, and warmed up if it is compiled.
+        network: network from images to logits (N, classes); in training mode, and warmed up if it is compiled.
         images: (N, 3, H, W); the forward gets a copy.
         labels: (N,); the forward gets a copy.
         amp: dtype of autocast, a key of DTYPES; None for no autocast.
@@ -124,21 +124,21 @@ def measure_kept(network: nn.Module, images: Tensor, labels: Tensor, amp: str | 
     with run_profiler(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss = compute_loss(network, images.clone(), labels.clone(), amp)
         gc.collect()
-    del loss  # not before the profile ends: what backward needs must not be freed in it
+    del loss  # only after the profile, so that no freed bytes are counted
     return sum(event.self_cpu_memory_usage for event in profiler.events())
 
 
 def count_flops(network: nn.Module, image_size: int, in_chans: int = 3) -> int:
-    """Floating-point operations for one image; a multiply-add is two. Moves the network to the meta device."""
+    """Count floating-point operations for one image, two for a multiply-add. Moves the network to the meta device."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.to("meta")(torch.empty(1, in_chans, image_size, image_size, device="meta"))
     return counter.get_total_flops()
 
 
 def measure_size(network: nn.Module, image_size: int) -> dict[str, float]:
-    """Millions of parameters, and for one image billions of multiply-adds and millions of activations.
+    """Return millions of parameters and, for one image, billions of multiply-adds and millions of activations.
 
-    Activations are what convolutions and linear layers put out, as in timm's tables.
+    Activations are output values of convolutions and linear layers, as in timm's tables.
     """
     network = copy.deepcopy(network).eval()
     activations = 0
@@ -161,15 +161,15 @@ def measure_size(network: nn.Module, image_size: int) -> dict[str, float]:
 def find_largest_batch(
     step: Callable[[int], object], max_batch: int, memory_gb: float | None = None, guess: int | None = None
 ) -> int:
-    """The largest batch with which `step(batch)` does not run out of a GPU's memory, by bisection, to one percent.
+    """Find the largest batch size whose step fits into the GPU's memory, by bisection, to one percent.
 
-    cuDNN does not try several algorithms meanwhile, which would take minutes for each size.
+    cuDNN's benchmark mode is off meanwhile; it would take minutes for each size.
 
     Args:
-        step: runs with a batch of that size.
-        max_batch: where to end.
-        memory_gb: what PyTorch may allocate, in gigabytes (1e9 bytes); None for what the GPU has.
-        guess: where to begin; every new size takes cuDNN seconds.
+        step: runs a step with the given batch size.
+        max_batch: largest size to try.
+        memory_gb: memory that PyTorch may allocate, in gigabytes (1e9 bytes); None for all of the GPU's.
+        guess: first size to try, since every new size costs cuDNN seconds; None for half of max_batch.
     """
     if memory_gb is not None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gb * 1e9 / torch.cuda.mem_get_info()[1]))
@@ -188,7 +188,7 @@ def find_largest_batch(
                 fails = size
             if guess is None or (fits and fails <= max_batch):
                 size = (fits + fails) // 2
-            else:  # away from the guess, faster and faster
+            else:  # away from the guess in growing steps
                 size = int(fits * (1 + stride)) if fits else int(fails * (1 - stride))
                 stride = min(2 * stride, 0.5)
     finally:
@@ -199,13 +199,14 @@ def find_largest_batch(
 
 
 def compute_largest_batch(params_m: float, kept_mb: float, memory_gb: float) -> int:
-    """Images for which what a training step keeps fits, beside float32 weights, gradients and momentum (12 bytes each).
+    """Estimate the largest batch size from the bytes stored for backward.
 
-    An upper bound: the peak of a step is above what is kept.
+    Float32 weights, gradients and momentum take 12 bytes a parameter besides. The result is an upper bound: a step's
+    peak is above its stored bytes.
 
     Args:
         params_m: millions of parameters.
-        kept_mb: kept for backward, in megabytes (1e6 bytes) an image.
-        memory_gb: the limit, in gigabytes (1e9 bytes).
+        kept_mb: memory stored for backward, in megabytes (1e6 bytes) an image.
+        memory_gb: memory limit, in gigabytes (1e9 bytes).
     """
     return max(0, int((memory_gb * 1e3 - 12 * params_m) / kept_mb))

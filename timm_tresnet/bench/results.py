@@ -1,4 +1,4 @@
-"""What a measurement leaves: a line about where it ran, and a file of results."""
+"""Results of a measurement: the machine's description and a JSON file."""
 
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ from timm_tresnet.utils.files import whole
 
 
 def describe_machine(device: str) -> dict[str, dict[str, Any]]:
-    """Hardware and versions, as they stand in the results."""
+    """Return hardware and versions for the results."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -35,7 +35,7 @@ def describe_machine(device: str) -> dict[str, dict[str, Any]]:
         },
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,  # with the build, which the package's metadata leave out
+            "torch": torch.__version__,  # includes the build, unlike the package's metadata
             "timm": timm.__version__,
             "timm-tresnet": importlib.metadata.version("timm-tresnet"),
         },
@@ -49,14 +49,14 @@ def start_results(
     unrecorded: Sequence[str] = (),
     packages: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Results without rows: what makes them, when and on what; printed too.
+    """Make and print the head of the results: command, date, machine and settings; without rows.
 
     Args:
-        command: that makes these results.
-        device: as for `describe_machine`.
-        settings: every option.
-        unrecorded: options that are left out beside `json`, such as folders of the machine.
-        packages: whose versions are recorded too, where they are installed.
+        command: the command to record.
+        device: see `describe_machine`.
+        settings: all options.
+        unrecorded: options to leave out besides `json`, such as local folders.
+        packages: further packages whose versions are recorded if they are installed.
     """
     machine = describe_machine(device)
     for name in packages:
@@ -71,15 +71,15 @@ def start_results(
 
 
 def format_spread(values: Sequence[float]) -> str:
-    """Median and range of ratios, empty for none."""
+    """Format median and range of ratios; "" for none."""
     return f"{statistics.median(values):.2f}x ({min(values):.2f}-{max(values):.2f})" if values else ""
 
 
 def write_results(results: dict[str, Any], path: Path) -> None:
-    """Write a JSON file that appears whole or not at all.
+    """Write results as a JSON file, atomically.
 
     Raises:
-        FileExistsError: if there is one of that name; says where the results are.
+        FileExistsError: if the file exists; the message says where the results are.
     """
     with whole(path, overwrite=False) as unfinished:
         unfinished.write_text(json.dumps(results, indent=2) + "\n")

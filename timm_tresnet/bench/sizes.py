@@ -1,29 +1,29 @@
-"""Parameters and multiply-adds of a TResNet by arithmetic: no network is built, PyTorch is not imported."""
+"""Compute a TResNet's parameters and multiply-adds by arithmetic, without PyTorch or a network."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-_HEAD_WIDTHS = {"bottleneck": 512, "ml_decoder": 768}  # unless head_features or decoder_embedding says otherwise
+_HEAD_WIDTHS = {"bottleneck": 512, "ml_decoder": 768}  # defaults of head_features and decoder_embedding
 _DECODER_GROUPS, _DECODER_HIDDEN = 100, 2048
 _TRANSFORMER_HIDDEN = 8192
 
 
 class _Count:
-    """Adds up layers."""
+    """Sums parameters and multiply-adds of layers."""
 
     def __init__(self, has_frelu: bool) -> None:
         self.has_frelu = has_frelu
         self.params = self.macs = 0
 
     def conv(self, in_channels: int, out_channels: int, kernel: int, side: int) -> None:
-        """A convolution with a side of its output, and a norm behind it instead of a bias."""
+        """Add a convolution without bias and its norm; side is the output's, in pixels."""
         weights = in_channels * out_channels * kernel**2
         self.params += weights + 2 * out_channels
         self.macs += weights * side**2
 
     def act(self, channels: int, side: int) -> None:
-        """An activation: with FReLU, a depthwise convolution and a norm."""
+        """Add an activation, which with FReLU is a depthwise convolution and a norm."""
         if self.has_frelu:
             self.conv(1, channels, 3, side)
 
@@ -33,19 +33,19 @@ class _Count:
 
 
 def count_size(arguments: Mapping[str, Any], image_size: int, num_classes: int, in_chans: int = 3) -> tuple[int, int]:
-    """Count what a variant has, for one image in eval mode.
+    """Count a variant's parameters and multiply-adds, for one image in eval mode.
 
-    Multiply-adds are those of convolutions, linear layers and attention, as PyTorch's `FlopCounterMode` counts them.
+    Multiply-adds are those of convolutions, linear layers and attention, as in PyTorch's `FlopCounterMode`.
 
     Args:
-        arguments: of `TResNet`: layers, width_factor, v2, block, act_layer, head, head_features, num_groups,
+        arguments: arguments of `TResNet`: layers, width_factor, v2, block, act_layer, head, head_features, num_groups,
             decoder_embedding and learn_queries.
         image_size: side of the image, in pixels; a multiple of 4.
         num_classes: number of classes; 0 for no classifier.
         in_chans: channels of the image.
 
     Returns:
-        Number of parameters, and of multiply-adds.
+        Number of parameters and of multiply-adds.
     """
     count = _Count(arguments.get("act_layer") == "frelu")
     planes = int(64 * arguments.get("width_factor", 1.0))
@@ -71,7 +71,7 @@ def _count_block(
     smaller = math.ceil(side / 2) if halves else side
     out_channels = planes * (4 if bottleneck else 1)
     if halves or in_channels != out_channels:
-        count.conv(in_channels, out_channels, 1, smaller)  # shortcut, behind its pooling
+        count.conv(in_channels, out_channels, 1, smaller)  # shortcut, after its pooling
     if bottleneck:
         count.conv(in_channels, planes, 1, side)
         count.act(planes, side)
@@ -80,7 +80,7 @@ def _count_block(
     if halves:
         count.macs += 9 * planes * smaller**2  # the blur, which has no parameters
     count.conv(planes, out_channels, 1 if bottleneck else 3, smaller)
-    count.act(out_channels, smaller)  # behind the sum
+    count.act(out_channels, smaller)  # after the sum
     if use_se:
         reduced = max(planes // (2 if bottleneck else 4), 64)
         count.linear(planes, reduced)

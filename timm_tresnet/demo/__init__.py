@@ -1,1 +1,1 @@
-"""The page of `timm-tresnet demo`, and what it shows about a photograph."""
+"""The web page of `timm-tresnet demo`, and the explanations that it shows."""

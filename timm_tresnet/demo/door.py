@@ -1,4 +1,4 @@
-"""What a visitor's browser may ask of the demo's server: a short list, whatever else Gradio would answer to."""
+"""Middleware that allows only the requests that the demo's page needs; Gradio alone answers many others."""
 
 import asyncio
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 _API = "/gradio_api"
-_ROUTES = {  # that the page needs; Gradio has others, which fetch addresses, call functions or ask the Hub
+_ROUTES = {  # routes that the page needs; Gradio's other routes fetch URLs, call functions or query the Hub
     "GET": rf"/|/config/?|/(theme\.css|manifest\.json|robots\.txt|favicon\.ico)|/(assets|static|svelte)/[^?]*|"
     rf"/pwa_icon(/\d+)?|{_API}/(theme\.css|startup-events|app_id|login_check/?|info/?|queue/(data|status)|"
     rf"upload_progress|heartbeat/[\w-]+)|{_API}/file=/.*",
@@ -18,8 +18,8 @@ _ROUTES = {  # that the page needs; Gradio has others, which fetch addresses, ca
 _ROUTES["HEAD"] = _ROUTES["GET"]
 _UPLOAD = f"{_API}/upload"
 _LARGEST_JSON = 2**16  # bytes
-_PATIENCE_S = 120  # for the body of a request, however it trickles
-_MOST_KEPT = 2**30  # bytes of uploaded files; the oldest go first
+_PATIENCE_S = 120  # until the whole body of a request has arrived
+_MOST_KEPT = 2**30  # bytes of uploaded files; beyond it, the oldest are removed
 
 _Message = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Message]]
@@ -27,17 +27,17 @@ _Send = Callable[[_Message], Awaitable[None]]
 
 
 class Door:
-    """ASGI middleware that lets in what the demo's page asks for, and nothing else.
+    """ASGI middleware that passes on the requests of the demo's page and refuses all others.
 
-    Files are those that were uploaded: a payload that names an address, which Gradio would fetch, is refused. A body is
-    bounded in its size and in the time that it takes to arrive, the files that are kept in their sum.
+    Files must be uploaded: a payload with a URL, which Gradio would fetch, is refused. A request's body is bounded in
+    size and in time; uploaded files are bounded in total size.
 
     Args:
-        app: Gradio's.
-        largest: bytes of an upload.
-        uploaded: the files that visitors have uploaded.
-        patience_s: for the body of a request.
-        most_kept: bytes of these files.
+        app: Gradio's ASGI app.
+        largest: largest upload, in bytes.
+        uploaded: returns the set of uploaded files.
+        patience_s: time for a request's body to arrive, in seconds.
+        most_kept: largest total size of uploaded files, in bytes.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Door:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
-            return  # the page has no web sockets
+            return  # the page uses no web sockets
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         if not re.fullmatch(_ROUTES.get(scope["method"], "(?!)"), path):
             return await _answer(send, 404, "There is no such page.")
@@ -93,7 +93,7 @@ class Door:
 
 
 class _RefusedError(Exception):
-    """Says why a request is refused."""
+    """A request is refused; status and message are the response."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -101,7 +101,7 @@ class _RefusedError(Exception):
 
 
 class _Body:
-    """A request's body, of bounded size and time."""
+    """A request's body, bounded in size and time."""
 
     def __init__(self, receive: _Receive, largest: int, patience_s: float) -> None:
         self._receive = receive
@@ -111,14 +111,14 @@ class _Body:
         self._complete = False
 
     async def receive(self) -> _Message:
-        """The next message, as ASGI has it."""
-        if self._complete:  # what comes then is that the visitor has gone, however late
+        """Receive the next ASGI message."""
+        if self._complete:  # the next message is the disconnect, which may come at any time
             return await self._receive()
         try:
             async with asyncio.timeout_at(self._end):
                 message = await self._receive()
         except TimeoutError as error:
-            raise _RefusedError(408, "The request takes too long to arrive.") from error
+            raise _RefusedError(408, "The request took too long to arrive.") from error
         self._left -= len(message.get("body", b""))
         if self._left < 0:
             raise _RefusedError(413, f"The request needs to have at most {self._largest} bytes.")
@@ -126,7 +126,7 @@ class _Body:
         return message
 
     async def read(self) -> bytes:
-        """All of it."""
+        """Receive the whole body."""
         parts = []
         while not self._complete:
             parts.append((await self.receive()).get("body", b""))
@@ -134,25 +134,25 @@ class _Body:
 
 
 def _check_event(body: bytes) -> bytes:
-    """An event's JSON, written anew, so that what is checked is what is read; empty if it is."""
+    """Check an event's JSON and return it re-encoded, so that Gradio reads exactly what was checked."""
     if not body:
         return body
     try:
         event = json.loads(body, parse_constant=_refuse_constant)
         for path in _find_addresses(event):
             if not (isinstance(path, str) and os.path.isabs(path)) or path.startswith(("//", "\\\\")):
-                raise _RefusedError(400, "The demo takes files that are uploaded, and fetches none.")
+                raise _RefusedError(400, "The demo needs uploaded files and fetches no URLs.")
         return json.dumps(event).encode()
     except (ValueError, RecursionError) as error:
         raise _RefusedError(400, "The request needs to be JSON.") from error
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _find_addresses(value: Any) -> Iterator[Any]:
-    """Paths of the files in a payload, whose addresses are taken out."""
+    """Yield the paths of files in a payload, and remove their URLs from it."""
     if isinstance(value, dict):
         if "path" in value:
             yield value["path"]

@@ -1,4 +1,4 @@
-"""What a network finds on a photograph, and where: labels and a heat map by Grad-CAM. Needs the extra `demo`."""
+"""Explain a network's prediction for a photograph: labels and a Grad-CAM heat map. Needs the extra `demo`."""
 
 import dataclasses
 import math
@@ -15,30 +15,30 @@ from torch import Tensor, nn
 from timm_tresnet.models.network import TResNet
 from timm_tresnet.weights.labels import is_multi_label, label_lookup, read_thresholds
 
-_LEAST_CELLS = 4  # on a side of the map that is shown; the last stage has fewer for small images
-_SHOWN_PIXELS = 320  # on a side, at least
-_THRESHOLD = 0.5  # of taggers without thresholds of their own
-_MOST_TAGS = 200  # of thousands
-_OPACITY = 0.6  # of the colours where the map is largest
+_LEAST_CELLS = 4  # least side of the heat map, in cells; for small images, the last stage's map is smaller
+_SHOWN_PIXELS = 320  # least side of the picture, in pixels
+_THRESHOLD = 0.5  # for taggers without thresholds of their own
+_MOST_TAGS = 200  # tags to show; taggers can have thousands
+_OPACITY = 0.6  # of the colours at the map's maximum
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What a network finds on a photograph.
+    """A network's prediction for a photograph, with a heat map.
 
     Args:
-        probabilities: of the most probable classes, by their name, most probable first; of a tagger, of all tags that
-            reach their thresholds, then of the most probable of the others.
-        heat_map: what the network was shown of the photograph, coloured where it found the first label.
-        cells: rows and columns of the map that the colours were made of.
-        classify_ms: time of the network.
-        explain_ms: time of Grad-CAM.
-        thresholds: of a tagger, from which probability on an image has a label, by its name; None of other networks.
+        probabilities: probabilities of the most probable classes by name, most probable first; for a tagger, of the
+            tags that reach their thresholds, then of the most probable other tags.
+        heat_map: the network's crop of the photograph, coloured where the first label was found.
+        cells: rows and columns of the heat map.
+        classify_ms: time of the network, in milliseconds.
+        explain_ms: time of Grad-CAM, in milliseconds.
+        thresholds: for a tagger, the threshold of each shown label by name; None for other networks.
     """
 
     @property
     def tags(self) -> dict[str, float]:
-        """Probabilities of the tags that reach their thresholds, most probable first."""
+        """Probability of each tag that reaches its threshold, most probable first."""
         thresholds = self.thresholds or {}
         return {name: value for name, value in self.probabilities.items() if value >= thresholds.get(name, math.inf)}
 
@@ -51,25 +51,25 @@ class Explanation:
 
 
 def explain_image(model: TResNet, image: Image.Image, count: int = 5) -> Explanation:
-    """Classify a photograph and show where the most probable class is.
+    """Classify a photograph and make a heat map of its most probable class.
 
-    The heat map is Grad-CAM (arXiv:1610.02391) of the last stage whose map is at least 4x4.
+    The heat map is Grad-CAM (arXiv:1610.02391) of the last stage whose feature map is at least 4x4.
 
     Args:
         model: a TResNet with classes, in eval mode.
-        image: in mode RGB.
-        count: how many classes, at most; of a tagger, how many tags that do not reach their thresholds.
+        image: the photograph, in mode RGB.
+        count: largest number of classes; for a tagger, of tags below their thresholds.
 
     Returns:
-        The labels, the picture and the times.
+        Labels, heat map and times.
 
     Raises:
-        ValueError: if the network has no classes, does not take RGB, or its logits are not finite.
+        ValueError: if the network has no classes or not 3 channels, or its logits are not finite.
     """
     if model.num_classes == 0 or model.in_chans != 3:
         raise ValueError(
             f"explain_image needs a network with classes for RGB images, got {model.num_classes} classes and "
-            f"{model.in_chans} channels; take another one"
+            f"{model.in_chans} channels; choose another network"
         )
     config = timm.data.resolve_data_config(model=model)
     x = timm.data.create_transform(**config)(image)[None]
@@ -78,7 +78,7 @@ def explain_image(model: TResNet, image: Image.Image, count: int = 5) -> Explana
         logits = model(x)[0]
     classified = time.perf_counter()
     if not logits.isfinite().all():
-        raise ValueError("the network's logits for this photograph are not finite; take other weights")
+        raise ValueError("the network's logits for this photograph are not finite; choose other weights")
     own = None
     if is_multi_label(model.pretrained_cfg):
         own = read_thresholds(model.pretrained_cfg, model.num_classes) or [_THRESHOLD] * model.num_classes
@@ -112,7 +112,7 @@ def _choose_layer(model: TResNet, x: Tensor) -> nn.Module:
 
 
 def _crop(image: Image.Image, config: dict[str, Any]) -> Tensor:
-    """The part of a photograph that the network is shown, with more pixels if those are few: (3, H, W) in [0, 1]."""
+    """Return the network's crop of a photograph, (3, H, W) in [0, 1], enlarged if it is small."""
     channels, height, width = config["input_size"]
     times = math.ceil(_SHOWN_PIXELS / min(height, width))
     plain = {"input_size": (channels, times * height, times * width), "mean": (0.0,) * 3, "std": (1.0,) * 3}

@@ -1,4 +1,4 @@
-"""Networks that are fetched while visitors wait for none of them."""
+"""Load networks in the background, without blocking the page."""
 
 import threading
 import time
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from torch import nn
 
 _PATIENCE_S = 900  # for a download
-_KEPT = 3  # networks at once
+_KEPT = 3  # networks in memory
 
 
 @dataclass
 class _Fetch:
-    """A network that arrives, or has arrived, or why it does not."""
+    """A network that is loading, has loaded, or has failed to load."""
 
     begun: float = field(default_factory=time.monotonic)
     network: nn.Module | None = None
@@ -22,11 +22,11 @@ class _Fetch:
 
 
 class Networks:
-    """Networks by name, each fetched once, in a thread of its own; those that were used last are kept.
+    """Networks by name, each loaded once in a thread of its own; the last used ones stay in memory.
 
     Args:
-        load: makes a network of a name, or raises ValueError.
-        patience_s: for a network, before it is said that it does not arrive; it can still do so.
+        load: loads a network by name, or raises a ValueError.
+        patience_s: seconds until `get` reports that a network has not arrived; loading continues.
     """
 
     def __init__(self, load: Callable[[str], nn.Module], patience_s: float = _PATIENCE_S) -> None:
@@ -36,10 +36,10 @@ class Networks:
         self._lock = threading.Lock()
 
     def get(self, name: str) -> nn.Module | None:
-        """The network, or None while it is on its way. Never waits.
+        """Return the network, or None while it is loading. Never blocks.
 
         Raises:
-            ValueError: if it cannot be had, and the next time it is tried again; or if it takes too long.
+            ValueError: if loading failed (the next call tries again) or takes too long.
         """
         with self._lock:
             fetch = self._fetches.get(name)
@@ -61,9 +61,9 @@ class Networks:
             fetch.error = str(error)
             return
         except BaseException as error:
-            fetch.error = f"{name} cannot be had: {type(error).__name__}"
+            fetch.error = f"{name} cannot be loaded: {type(error).__name__}"
             raise
-        with self._lock:  # in one step, for whoever gets it next
+        with self._lock:  # in one step for concurrent calls of get
             fetch.network = network
             arrived = [name for name, each in self._fetches.items() if each.network is not None]
             for old in arrived[:-_KEPT]:

@@ -1,4 +1,4 @@
-"""The demo, a page of Gradio: drop a photograph, see what networks find on it and where. Needs the extra `demo`."""
+"""The demo, a Gradio page: drop a photograph, compare what networks see in it and where. Needs the extra `demo`."""
 
 import asyncio
 import contextlib
@@ -24,20 +24,20 @@ from timm_tresnet.weights.preprocessing import explain_assumed
 
 _LARGEST_FILE = 20 * 10**6  # bytes
 _LARGEST_PIXELS = 2**28  # bytes of a photograph's pixels in memory: 64 megapixels in colour
-_FORM = 2**14  # bytes around an uploaded file
-_KEPT_S = 3600  # how long a photograph stays on the server, and how often that is looked after
-_WAITING = 20  # events; more are refused
-_PATIENCE_S = 60  # for an event
-_POLL_S = 2  # until weights have arrived
+_FORM = 2**14  # bytes of the form around an uploaded file
+_KEPT_S = 3600  # how long a photograph stays on the server, and the interval of its removal
+_WAITING = 20  # events in the queue; more are refused
+_PATIENCE_S = 60  # for one event
+_POLL_S = 2  # interval of asking for weights that are loading
 _LABELS = 5
 _PREVIEW = (480, 480)  # pixels
-_NARROWEST = 260  # pixels of a column, before it moves below its neighbour
+_NARROWEST = 260  # pixels; a narrower column moves below its neighbour
 _NONE = "nothing"
 
 _ABOUT = """# TResNet, side by side
 Drop a photograph, choose weights, and see what the network finds, where
 ([Grad-CAM](https://arxiv.org/abs/1610.02391)) and how long it takes. The models in the package, called `test_…`, are
-tiny and know a few classes."""
+tiny and know only a few classes."""
 _BAR = (
     '<div style="margin:.35em 0"><div style="display:flex;justify-content:space-between">'
     "<span>{name}</span><span>{probability:.0%}</span></div>"
@@ -53,7 +53,7 @@ _CLOSE = "border:1px solid var(--border-color-primary);opacity:.6"  # below its 
 
 
 def list_weights() -> tuple[list[str], list[str]]:
-    """Names of the weights that load without being converted: in the package, a variant's own first; on the Hub."""
+    """Return names of weights that load without conversion: those in the package, default tags first; on the Hub."""
     look_up: Callable[[str], Any] = timm.models.get_pretrained_cfg
     configs = {name: look_up(name) for name in timm.list_models(module="tresnet", pretrained=True)}
     embedded = [name for name, config in configs.items() if config.file]
@@ -64,17 +64,18 @@ def list_weights() -> tuple[list[str], list[str]]:
 def build_demo(weights: Sequence[str], beside: str | None = None) -> gradio.Blocks:
     """Build the page.
 
-    Strangers' files go through `timm_tresnet.utils.images.read_image`, their choice of weights is one of the list, and
-    nothing is sent elsewhere: no analytics, no fonts of others. No event waits for a download: the page asks again.
+    Uploaded files are read by `timm_tresnet.utils.images.read_image`, and weights can only be chosen from the list.
+    The page sends nothing to third parties: no analytics, no external fonts. No event waits for a download; the page
+    asks again.
 
     Args:
-        weights: names to choose from, as `weights.loading.load_network` takes them; the first is chosen at first.
-        beside: which of them is chosen for the second column; None for none.
+        weights: names to choose from, see `weights.loading.load_network`; the first is preselected.
+        beside: the name preselected for the second column; None for none.
 
     Returns:
-        The page, to be served by `serve_demo`.
+        The page, for `serve_demo`.
     """
-    folders = sorted(SAMPLES.parent.iterdir(), key=lambda folder: folder != SAMPLES)  # of every model in the package
+    folders = sorted(SAMPLES.parent.iterdir(), key=lambda folder: folder != SAMPLES)  # of all models
     samples = [str(path) for path in find_images(folders)]
     keeping = (_KEPT_S, _KEPT_S)
     show = _Shower(Networks(load_network)).show
@@ -101,7 +102,7 @@ def build_demo(weights: Sequence[str], beside: str | None = None) -> gradio.Bloc
                 )
                 message = gradio.Markdown(visible=False, elem_id="message")
             columns = [(choice, *_add_column(name)) for choice, name in ((first, "first"), (second, "second"))]
-        # One at a time: each is short, and has the machine's memory and cores.
+        # One event at a time, so that each has all of the machine's memory and cores.
         settings: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "networks", "concurrency_limit": 1}
         taken = [shown, preview, message]
         photograph.upload(_take, photograph, taken, **settings)
@@ -118,24 +119,24 @@ def build_demo(weights: Sequence[str], beside: str | None = None) -> gradio.Bloc
 
 
 def serve_demo(page: gradio.Blocks, host: str | None = None, port: int | None = None) -> None:
-    """Serve the page until the process is interrupted, and say where.
+    """Print the page's address and serve it until the process is interrupted.
 
-    What visitors cause carries no login of the Hub's: that of this machine is not used while the page is served.
+    While it is served, the Hub login of this machine is disabled, so that visitors cannot use it.
 
     Args:
         page: from `build_demo`.
-        host: address to listen at; None for what GRADIO_SERVER_NAME says, as on a Space, else loopback.
-        port: None for what GRADIO_SERVER_PORT says, else the first free one from 7860 on.
+        host: address to listen on; None for GRADIO_SERVER_NAME (set on a Space), else loopback.
+        port: port to listen on; None for GRADIO_SERVER_PORT, else the first free port from 7860 on.
 
     Raises:
-        OSError: if there is no such address, or the port is taken.
+        OSError: if the address does not exist or the port is in use.
     """
     door = Middleware(Door, largest=_LARGEST_FILE + _FORM, uploaded=lambda: page.upload_file_set)
     with _without_login():
         _, url, _ = page.launch(
             server_name=host,
             server_port=port,
-            theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # nobody fetches it
+            theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # no download
             share=False,
             ssr_mode=False,
             max_file_size=_LARGEST_FILE,
@@ -151,7 +152,7 @@ def serve_demo(page: gradio.Blocks, host: str | None = None, port: int | None = 
 
 @contextlib.contextmanager
 def _without_login() -> Iterator[None]:
-    """Have the Hub's client know no token: neither of the environment nor of a file."""
+    """Hide the Hub's tokens, in the environment and in files, from its client."""
     names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE")
     environment = {name: os.environ.pop(name) for name in names if name in os.environ}
     before = constants.HF_TOKEN_PATH, constants.HF_HUB_DISABLE_IMPLICIT_TOKEN
@@ -177,7 +178,7 @@ def _read(path: str) -> Image.Image:
 
 
 async def _take(path: str | None) -> list[Any]:
-    """What a photograph makes of the state, its picture and the message."""
+    """Return the updates of state, preview and message for a photograph."""
     if path is None:
         return _take_none()
     try:
@@ -194,7 +195,7 @@ def _take_none() -> list[Any]:
 
 
 async def _in_time(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What comes of work in a thread, in time."""
+    """Run work in a thread and return its result, or raise a ValueError if it takes too long."""
     try:
         return await asyncio.wait_for(asyncio.to_thread(work, *arguments), _PATIENCE_S)
     except TimeoutError as error:
@@ -202,20 +203,20 @@ async def _in_time(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class _Shower:
-    """Fills a column of the page."""
+    """Fills a column of the page with an explanation."""
 
     def __init__(self, networks: Networks) -> None:
         self._networks = networks
-        self._working = threading.Lock()  # held by what goes on after its event has ended, too
+        self._working = threading.Lock()  # also held by work that goes on after its event timed out
 
     async def show(self, path: str | None, name: str) -> list[Any]:
-        """What the timer and the parts of the column become."""
+        """Return the updates of the timer and the parts of the column."""
         if path is None or name == _NONE:
             return [gradio.Timer(active=False), gradio.update(visible=False), "", None, ""]
         try:
             network = self._networks.get(name)
             if network is None:
-                return _fill(f"### {name}\nThese weights are on their way; this page looks after them.", waiting=True)
+                return _fill(f"### {name}\nThese weights are loading; the page updates by itself.", waiting=True)
             explanation = await _in_time(self._explain, network, path)
         except ValueError as error:
             return _fill(f"### {name}\n{html.escape(str(error))}")
@@ -242,7 +243,7 @@ def _fill(note: str, explanation: Explanation | None = None, waiting: bool = Fal
 
 
 def _draw_labels(explanation: Explanation) -> str:
-    """Bars of the classes; of a tagger, chips of the tags."""
+    """Return HTML: bars of the classes or, for a tagger, chips of the tags."""
     if explanation.thresholds is not None:
         return _draw_tags(explanation)
     bars = explanation.probabilities.items()
@@ -250,10 +251,10 @@ def _draw_labels(explanation: Explanation) -> str:
 
 
 def _draw_tags(explanation: Explanation) -> str:
-    """Chips of the tags that reach their thresholds, then of those that come closest."""
+    """Return chips of the tags that reach their thresholds, then of the most probable other tags."""
     tags = explanation.tags
     others = {name: value for name, value in explanation.probabilities.items() if name not in tags}
-    said = "Below their thresholds:" if tags else "No tag reaches its threshold. The most probable ones:"
+    said = "Below their thresholds:" if tags else "No tag reaches its threshold. The most probable tags:"
     return f"<div>{_draw_chips(tags, _TAG)}</div>" + (
         f'<div style="margin-top:.8em;font-size:.85em">{said}<br>{_draw_chips(others, _CLOSE)}</div>' if others else ""
     )
@@ -270,6 +271,6 @@ def _describe(name: str, network: Any, explanation: Explanation) -> str:
     assumed = explain_assumed(network)
     return (
         f"### {name}\n{explanation.classify_ms:.0f} ms for the network, {explanation.explain_ms:.0f} ms for the heat "
-        f"map: where “{html.escape(next(iter(explanation.probabilities)))}” is, {rows}×{columns} cells."
+        f"map of “{html.escape(next(iter(explanation.probabilities)))}”, {rows}×{columns} cells."
         + (f"\n\n{html.escape(assumed)}" if assumed else "")
     )

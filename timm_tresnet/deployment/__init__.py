@@ -1,4 +1,4 @@
-"""From a network to the fastest thing that a machine runs: folded, compiled, or an artifact for another engine."""
+"""Deploy a network: fold it, compile it, or export it as an artifact for another engine."""
 
 from timm_tresnet.deployment.artifact import ExportedModel, export_model
 from timm_tresnet.deployment.description import description_path

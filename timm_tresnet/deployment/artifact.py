@@ -1,4 +1,4 @@
-"""A network written for another engine and checked against PyTorch, and how to run what was written."""
+"""Export a network for another engine, check the artifact against PyTorch, and run artifacts."""
 
 import copy
 import importlib.util
@@ -39,40 +39,40 @@ def export_model(
     calibration: str | Path | None = None,
     min_agreement: float = MIN_AGREEMENT,
 ) -> dict[str, Any]:
-    """Write a network as one self-contained artifact, and a JSON file beside it that says how to feed it.
+    """Export a network as a self-contained artifact, with a JSON file beside it that describes its input and output.
 
-    Batch norms are folded as by `fold_batch_norms`. The artifact is run in its engine and compared with the given
-    network, hooks and patched methods included, on random images and on the package's photographs, before the files get
-    their names.
+    Batch norms are folded, see `fold_batch_norms`. Before the files get their final names, the artifact is run in its
+    engine. Its logits are compared with the given network's, including hooks and patched methods, on random images and
+    on the package's photographs.
 
     Args:
         model: a network with a `pretrained_cfg`, in eval mode and float32.
-        output: the artifact, FILE.onnx, FILE.xml (for "openvino", with FILE.bin beside it), FILE.pt2 (for
-            "torch-export") or FILE.pt (for "torchscript"). Files of these names are replaced.
+        output: the artifact: FILE.onnx, FILE.xml (for "openvino", with FILE.bin beside it), FILE.pt2 (for
+            "torch-export") or FILE.pt (for "torchscript"). Existing files are replaced.
         format: one of `FORMATS`.
         batch_size: images in a batch; None for any number.
-        image_size: height and width of the images, in pixels; None for any that the network takes.
-        calibration: folder of images like those that the network will see, to quantise to int8 with, for "onnx" and
-            "openvino". Part of them is held out to compare with float32.
-        min_agreement: on how large a share of the images held out int8 has to put the same class first as the given
-            network.
+        image_size: height and width of the images, in pixels; None for any size that the network accepts.
+        calibration: folder of typical input images for quantising to int8, with "onnx" and "openvino". Some of them are
+            held out for the comparison with float32.
+        min_agreement: for int8, the least share of held-out images with the same top-1 class as the given network, from
+            0 to 1.
 
     Returns:
-        What the JSON file, FILE.onnx.json and so on, says: "input" (name, shape, dtype, and for a dynamic size its
-        multiple and minimum), "output", "preprocessing" as timm means it, "class_names", "multi_label",
-        "label_thresholds", "precision", "check" and versions.
+        The content of the JSON file, FILE.onnx.json and so on: "input" (name, shape, dtype, and the multiple and
+        minimum of a dynamic size), "output", "preprocessing" in timm's terms, "class_names", "multi_label",
+        "label_thresholds", "precision", "check" and "versions".
 
     Raises:
-        ValueError: if an argument is not one of the above, the network does not give `model.num_classes` logits an
-            image, or the folder has too few images.
-        ImportError: if the format needs packages that are not installed (then a ModuleNotFoundError) or broken.
-        RuntimeError: if PyTorch cannot write the network in that format, or the artifact does not compute what the
-            network does; in int8, if it puts the same class first on fewer images than min_agreement says.
+        ValueError: if an argument is invalid, the network does not return `model.num_classes` logits an image, or the
+            folder has too few images.
+        ImportError: if the format needs packages that are not installed (ModuleNotFoundError) or cannot be imported.
+        RuntimeError: if PyTorch cannot write the network in this format, the artifact's logits differ, or int8 agrees
+            on fewer images than min_agreement.
     """
     output = Path(output)
     kind = _check_arguments(model, output, format, image_size, calibration)
     if not 0 <= min_agreement <= 1:
-        raise ValueError(f"export_model needs min_agreement to be from 0 to 1, got {min_agreement}")
+        raise ValueError(f"export_model needs min_agreement from 0 to 1, got {min_agreement}")
     precision = "int8" if calibration else "float32"
     description = _describe(model, format, precision, batch_size, image_size)
     network = model
@@ -85,7 +85,7 @@ def export_model(
         _write(network, kind, unfinished, description)
         exported = ExportedModel(unfinished, kind.engine, report, trust=True)
         report["check"] = {"max_relative_error": _compare(network, exported, description)}
-        del exported  # it may have the files open
+        del exported  # may have the files open
         if images and kind.quantise:  # _check_arguments refuses images for formats without it
             kept = kind.quantise(unfinished, images.calibration_batches())
             report["kept_in_float"] = sorted({name.partition(".se.")[0] + ".se" for name in kept})
@@ -107,12 +107,12 @@ def _check_arguments(
     if output.suffix != kind.suffix:
         raise ValueError(f"export_model needs an output that ends in {kind.suffix} for {format}, got {output}")
     if calibration and not kind.quantise:
-        int8 = " and ".join(name for name, each in FORMATS.items() if each.quantise)
-        raise ValueError(f"export_model quantises to int8 for {int8}, not for {format}")
+        int8 = " or ".join(name for name, each in FORMATS.items() if each.quantise)
+        raise ValueError(f"export_model needs the format {int8} for int8, got {format}")
     if not isinstance(getattr(model, "pretrained_cfg", None), dict) or not hasattr(model, "num_classes"):
         raise ValueError(
             "export_model needs a network as timm.create_model makes it, with pretrained_cfg and num_classes, got "
-            f"{type(model).__name__}; give it the network inside a wrapper (model.module)"
+            f"{type(model).__name__}; pass the network inside a wrapper (model.module)"
         )
     if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
         raise ValueError("export_model needs a network in float32; call float() on it")
@@ -139,9 +139,9 @@ def _check_output(model: nn.Module, description: Description) -> None:
     if classes and logits.shape != (3, classes):
         got = f"{logits.shape[1]} logits an image" if logits.ndim == 2 else f"an output of shape {tuple(logits.shape)}"
         raise ValueError(
-            f"export_model needs {classes} logits an image, as model.num_classes says, got {got}; call "
+            f"export_model needs {classes} logits an image, the model.num_classes, got {got}; call "
             "model.reset_classifier(num_classes) instead of replacing the head or head.fc by hand, or set "
-            "model.num_classes after it"
+            "model.num_classes too"
         )
 
 
@@ -158,7 +158,7 @@ def _write(model: nn.Module, kind: Format, path: Path, description: Description)
 
 
 def _name_user_code(model: nn.Module) -> str:
-    """What in a network is not as it was made, and what to do, for messages."""
+    """Return the user-defined parts of a network and what to do about them, for messages; "" if there are none."""
     own = ("torch", "timm", "timm_tresnet")
     named = [
         f"{name or 'the network'} ({'hooks or patched methods' if is_observed(module) else type(module).__name__})"
@@ -175,11 +175,11 @@ def _name_user_code(model: nn.Module) -> str:
 
 
 def _size_limits(model: nn.Module, kind: Format | None = None) -> tuple[int, int]:
-    """Multiple and minimum of the sides of images, in pixels; with a format, of those that are not fixed in it."""
+    """Return multiple and minimum of an image's sides, in pixels; with a format, those of dynamic sides."""
     for module in model.modules():
         if isinstance(module, SpaceToDepth):
             return module.block_size, max(module.min_size, kind.size_minimum if kind else 0)
-    # torch.export cannot tell for which other sizes max pool, blur and average pool agree
+    # torch.export cannot derive for which other sizes the maps of max pool, blur and average pool fit together
     return (32, 64) if kind else (1, 1)
 
 
@@ -203,7 +203,7 @@ def _describe(
 
 
 def _compare(model: nn.Module, exported: Callable[[Tensor], Tensor], description: Description) -> float:
-    """Largest relative L2 distance of an artifact's logits from PyTorch's, on random images and on photographs."""
+    """Return the largest relative L2 distance of an artifact's logits, on random images and on photographs."""
     channels, height, width = description.preprocessing["input_size"]
     batches = [torch.rand(3, channels, height, width)]
     if not description.shape[2]:
@@ -217,7 +217,7 @@ def _compare(model: nn.Module, exported: Callable[[Tensor], Tensor], description
         with torch.no_grad():
             expected = model(images)
         error = ((exported(images) - expected).norm() / expected.norm()).item()
-        if not error <= TOLERANCE:  # nan neither
+        if not error <= TOLERANCE:  # also true for nan
             raise RuntimeError(
                 f"the exported network's logits differ from the given network's by {error:.1e} (relative L2) on images "
                 f"of {tuple(images.shape)}, more than {TOLERANCE}{_name_user_code(model)}; nothing was written"
@@ -229,9 +229,9 @@ def _compare(model: nn.Module, exported: Callable[[Tensor], Tensor], description
 def _require_agreement(check: dict[str, Any], least: float) -> None:
     if not check["top1_agreement"] >= least:
         raise RuntimeError(
-            f"in int8 the network puts the same class first as in float32 on {check['top1_agreement']:.1%} of "
-            f"{check['held_out_images']} images held out, less than {least:.1%}; calibrate on more images, like those "
-            "that it will see, or take it as it is with --min-agreement (in Python min_agreement); nothing was written"
+            f"int8 needs the same top-1 class as float32 on at least {least:.1%} of the held-out images, got "
+            f"{check['top1_agreement']:.1%} of {check['held_out_images']}; calibrate on more images, similar to the "
+            "network's later input, or lower --min-agreement (in Python min_agreement); nothing was written"
         )
 
 
@@ -242,28 +242,28 @@ def _versions(kind: Format) -> dict[str, str]:
 
 
 class ExportedModel:
-    """What `export_model` wrote, behind the interface of a network; `timm-tresnet classify` runs it.
+    """An artifact from `export_model` with the interface of a network; `timm-tresnet classify` runs it.
 
-    A file for the engine torch can run anything when it is loaded, so it needs trust=True. The others cannot. The first
-    two arguments are also taken in the other order, which was that of version 0.2, with a warning.
+    Loading a file for the engine "torch" can execute code, so it needs trust=True. The other engines execute none. The
+    first two arguments may also come in the order of version 0.2, with a DeprecationWarning.
 
     Args:
         artifact: the file.
-        engine: "torch", "onnx" (ONNX Runtime) or "openvino" (takes .onnx as well).
-        description: what the JSON file beside it says; None to read that.
-        trust: True to load a file that can run anything, as `--trust` of the command.
+        engine: "torch", "onnx" (ONNX Runtime) or "openvino" (which also runs .onnx files).
+        description: content of the JSON file beside it; None to read that file.
+        trust: whether to load a file that can execute code; `--trust` in the command.
 
     Raises:
-        ValueError: if the engine is unknown or does not run the artifact's format, the file is not trusted, or it or
-            its description is damaged.
-        ImportError: if the engine is not installed (then a ModuleNotFoundError) or broken.
+        ValueError: if the engine is unknown or does not run the artifact's format, the file is not trusted, or the file
+            or its description is damaged.
+        ImportError: if the engine is not installed (ModuleNotFoundError) or cannot be imported.
         OSError: if a file is missing.
     """
 
     def __init__(
         self, artifact: str | Path, engine: str, description: dict[str, Any] | None = None, *, trust: bool = False
     ) -> None:
-        if artifact in ENGINES and engine not in ENGINES:  # no artifact has such a name, for want of a suffix
+        if artifact in ENGINES and engine not in ENGINES:  # the old order; an artifact's name has a suffix
             warnings.warn(
                 f"ExportedModel({str(artifact)!r}, FILE) is now ExportedModel(FILE, {str(artifact)!r})",
                 DeprecationWarning,
@@ -281,17 +281,17 @@ class ExportedModel:
             raise ValueError(f"{beside} needs format to be one of {', '.join(FORMATS)}, got {described.format!r}")
         kind = FORMATS[described.format]
         if engine not in kind.load:
-            raise ValueError(f"{artifact} is for the engine {kind.engine}, not for {engine}")
+            raise ValueError(f"{artifact} needs the engine {kind.engine}, got {engine}")
         if artifact.suffix != kind.suffix:
             raise ValueError(
-                f"{artifact} needs to end in {kind.suffix}, since {beside} says that it is {described.format}"
+                f"{artifact} needs to end in {kind.suffix}, since {beside} describes it as {described.format}"
             )
-        if not artifact.is_file():  # a pipe would keep us waiting
-            raise FileNotFoundError(f"no file {artifact}")
+        if not artifact.is_file():  # reading a pipe would block
+            raise FileNotFoundError(f"there is no file {artifact}")
         if ENGINES[engine].runs_code and not trust:
             raise ValueError(
-                f"{artifact} can run anything on this machine when it is loaded ({ENGINES[engine].runs_code}); if you "
-                "trust whoever made it, load it with --trust (in Python trust=True), else ask for an .onnx file"
+                f"{artifact} can execute code when it is loaded ({ENGINES[engine].runs_code}); if you trust its author,"
+                " load it with --trust (in Python trust=True), else ask the author for an .onnx file"
             )
         self.description = description
         self.num_classes, self.in_chans = described.num_classes, described.shape[1]
@@ -314,21 +314,21 @@ class ExportedModel:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits of images, (N, C, H, W) -> (N, num_classes); N is any, the last batch of a fixed size is padded.
+        """Compute logits, (N, C, H, W) -> (N, num_classes), for any N; a fixed-size last batch is padded.
 
         Raises:
-            RuntimeError: if the artifact is not the network that its description says.
+            RuntimeError: if the artifact does not fit its description.
         """
         size = self._batch_size or max(len(images), 1)
         padded = torch.cat([images, images[:1].expand(-len(images) % size, -1, -1, -1)])
         try:
             logits = torch.cat([self._run(batch) for batch in padded.split(size)])[: len(images)]
-        except Exception as error:  # likewise
+        except Exception as error:  # as above
             shape = "x".join(map(str, images.shape))
             raise RuntimeError(f"{self._artifact} cannot be run on images of {shape}: {summarise(error)}") from error
         if self.num_classes and logits.shape != (len(images), self.num_classes):
             raise RuntimeError(
-                f"{self._artifact} needs to give {self.num_classes} logits an image, as its description says, got "
+                f"{self._artifact} needs to return {self.num_classes} logits an image, as described, got "
                 f"an output of shape {tuple(logits.shape)} for {len(images)} images"
             )
         return logits

@@ -1,4 +1,4 @@
-"""What an artifact is and how to feed it, and the JSON file beside it that says so."""
+"""The description of an artifact's input and output, stored in a JSON file beside it."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from timm_tresnet.utils.schema import FLAG, TEXT, Kind, Table, choice, find_fault, integer, list_of, number
 from timm_tresnet.weights.config import PREPROCESSING
 
-AXES = ("batch", "channels", "height", "width")  # of the images; in the file, those that are free
+AXES = ("batch", "channels", "height", "width")  # axes of the images; in the file, a name stands for a dynamic axis
 _SIDE = integer(1, 65536)
 
 
@@ -32,14 +32,14 @@ _TABLE = Table(
         "input": Table(
             {
                 "shape": Kind(
-                    "batch, channels, height and width, each as a number, or free and by its name", _is_shape
+                    "batch, channels, height and width, each a number or, if dynamic, its name", _is_shape
                 ),
                 "size_multiple": _SIDE,
                 "size_minimum": _SIDE,
             },
             ("shape",),
         ),
-        "output": Table({"shape": Kind("a list of a batch and a number of classes", _is_output)}, ("shape",)),
+        "output": Table({"shape": Kind("a list of batch and number of classes", _is_output)}, ("shape",)),
         "preprocessing": Table(PREPROCESSING, tuple(PREPROCESSING)),
         "class_names": list_of(TEXT, 0, 1_000_000),
         "multi_label": FLAG,
@@ -51,26 +51,26 @@ _TABLE = Table(
 
 
 def description_path(artifact: Path) -> Path:
-    """The JSON file that describes an artifact: FILE.onnx.json for FILE.onnx."""
+    """Return the path of an artifact's JSON file: FILE.onnx.json for FILE.onnx."""
     return artifact.with_name(artifact.name + ".json")
 
 
 @dataclass(frozen=True)
 class Description:
-    """What an artifact is and how to feed it.
+    """The description of an artifact's input and output.
 
     Args:
         model: variant and tag of the network.
         format: one of `FORMATS`.
         precision: "float32" or "int8".
-        shape: of a batch of images, (N, C, H, W); None for what is free.
-        size_limits: what free sides are multiples of, and the least that they can be, in pixels.
-        num_classes: logits of an image.
-        preprocessing: of an image file, as timm means it.
-        class_names: one for each logit.
-        multi_label: whether an image can have several of the classes.
-        label_thresholds: from which probability on an image has each class; None where nobody says.
-        preprocessing_assumed: names in preprocessing of what nobody says of the weights, so that it is assumed.
+        shape: shape of a batch of images, (N, C, H, W); None for a dynamic axis.
+        size_limits: multiple and minimum of dynamic sides, in pixels.
+        num_classes: number of logits of an image.
+        preprocessing: preprocessing of an image file, in timm's terms.
+        class_names: a name for each logit.
+        multi_label: whether an image can have several classes.
+        label_thresholds: the least probability with which an image has each class; None if unset.
+        preprocessing_assumed: names of preprocessing fields that are assumed, since the weights' own are unknown.
     """
 
     model: str
@@ -86,7 +86,7 @@ class Description:
     preprocessing_assumed: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """What the file says, but for how the artifact was made and checked."""
+        """Return the content of the JSON file, without the artifact's check and versions."""
         shape = [side or name for side, name in zip(self.shape, AXES, strict=True)]
         image: dict[str, Any] = {"name": "image", "shape": shape, "dtype": "float32"}
         if "height" in shape:
@@ -106,14 +106,14 @@ class Description:
 
     @classmethod
     def from_json(cls, described: Any, called: str = "the description") -> "Description":
-        """The inverse of `to_json`.
+        """Make a description from the content of a JSON file; the inverse of `to_json`.
 
         Args:
-            described: what a file says.
-            called: how messages name it.
+            described: content of the file.
+            called: name of the file in messages.
 
         Raises:
-            ValueError: if a field is missing, or its type or range wrong; names it.
+            ValueError: if a field is missing or has a wrong type or range; the message names it.
         """
         fault = find_fault(described, _TABLE) or _find_contradiction(described)
         if fault:
@@ -124,14 +124,14 @@ class Description:
             shape=tuple(None if side in AXES else side for side in image["shape"]),
             size_limits=(image.get("size_multiple", 1), image.get("size_minimum", 1)),
             num_classes=described["output"]["shape"][1],
-            label_thresholds=described.get("label_thresholds"),  # which older files do not have
-            preprocessing_assumed=described.get("preprocessing_assumed", []),  # nor this
+            label_thresholds=described.get("label_thresholds"),  # missing in older files
+            preprocessing_assumed=described.get("preprocessing_assumed", []),  # missing in older files
             **{name: described[name] for name in as_they_are},
         )
 
 
 def _find_contradiction(described: dict[str, Any]) -> str | None:
-    """What is wrong about fields that are right each by itself, as in `find_fault`."""
+    """Return the fault of fields that contradict each other, see `find_fault`; None if there is none."""
     _, channels, *sides = described["input"]["shape"]
     preprocessing, classes = described["preprocessing"], described["output"]["shape"][1]
     if len(described["class_names"]) != classes:

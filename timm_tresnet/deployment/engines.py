@@ -1,4 +1,4 @@
-"""Formats and engines, as tables: how a network is written, what runs the artifact and how, what that needs."""
+"""Tables of formats and engines: how to write an artifact, how to run it, and the packages that this needs."""
 
 import importlib.util
 import inspect
@@ -17,19 +17,19 @@ from timm_tresnet.deployment.description import AXES, Description
 from timm_tresnet.deployment.int8 import quantise_onnx, quantise_openvino
 from timm_tresnet.utils.extras import how_to_install
 
-OPSET = 18  # the exporter's own; every other is converted from it
+OPSET = 18  # the exporter's native one; it converts to all others
 Run = Callable[[Tensor], Tensor]  # images to logits
 _ONNX = ("onnx", "onnxscript")
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What runs artifacts.
+    """An engine that runs artifacts.
 
     Args:
-        packages: what it needs.
-        extra: the one of pyproject.toml that has them.
-        runs_code: how a file can have it run anything; "" if it cannot.
+        packages: packages that it needs.
+        extra: the extra in pyproject.toml with these packages.
+        runs_code: how loading a file can execute code; "" if it cannot.
     """
 
     packages: tuple[str, ...] = ()
@@ -39,16 +39,16 @@ class Engine:
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of artifact.
+    """A format of artifacts.
 
     Args:
-        suffix: of the file's name.
-        write: writes a folded network that takes images as described.
-        load: for each engine that runs the artifact, what opens it; the first is the one that it is for.
-        packages: what writing needs, beside those of that engine.
-        quantise: makes a written artifact int8, as `quantise_onnx`; None if there is no int8.
-        packages_int8: what that needs more.
-        size_minimum: the least of sides that are not fixed, in pixels, if the network itself takes less.
+        suffix: suffix of the file.
+        write: writes a folded network for the described images.
+        load: function that loads the artifact, by engine; the first engine is the default.
+        packages: packages for writing, in addition to the default engine's.
+        quantise: quantises a written artifact to int8, see `quantise_onnx`; None if int8 is not supported.
+        packages_int8: packages for int8, in addition to these.
+        size_minimum: least dynamic side, in pixels, if larger than the network's own minimum.
     """
 
     suffix: str
@@ -61,12 +61,12 @@ class Format:
 
     @property
     def engine(self) -> str:
-        """The engine that it is for."""
+        """The default engine, the first in `load`."""
         return next(iter(self.load))
 
 
 def require(purpose: str, extra: str, packages: Sequence[str]) -> None:
-    """Import packages, or raise an ImportError that says which is missing or broken and what to do."""
+    """Import packages; if one is missing or broken, raise an ImportError that names it and says what to do."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ModuleNotFoundError(
@@ -83,9 +83,9 @@ def require(purpose: str, extra: str, packages: Sequence[str]) -> None:
 
 
 def _make_example(description: Description) -> tuple[Tensor, dict[int, Any]]:
-    """Images to trace a network with, and what of their shape is free, as in torch.export's dynamic_shapes."""
+    """Make images to trace a network with; return them and their dynamic axes for torch.export."""
     shape, (multiple, minimum) = description.shape, description.size_limits
-    # Not 1: the exporter takes a dimension of 1 for a constant.
+    # Not 1: the exporter treats a dimension of 1 as constant.
     example = torch.rand([side or default for side, default in zip(shape, (2, shape[1] or 3, 64, 96), strict=True)])
     dims: dict[int, Any] = {0: torch.export.Dim("batch")}
     for axis, name in ((2, "rows"), (3, "columns")):
@@ -94,7 +94,7 @@ def _make_example(description: Description) -> tuple[Tensor, dict[int, Any]]:
 
 
 def _bind(model: nn.Module, dims: dict[int, Any]) -> tuple[Any, ...]:
-    """Free dimensions of the image for a network's forward, which may take *args, as that of peft's models does."""
+    """Arrange dynamic axes by the arguments of a network's forward, which is *args in peft's models."""
     parameters = inspect.signature(model.forward).parameters.values()
     takes_any = next(iter(parameters)).kind is inspect.Parameter.VAR_POSITIONAL
     return ((dims,),) if takes_any else (dims,)
@@ -119,15 +119,15 @@ def _write_onnx(model: nn.Module, path: Path, description: Description) -> None:
     for axis, name in enumerate(AXES):
         if axis in dims:
             graph.input[0].type.tensor_type.shape.dim[axis].dim_param = name
-    del graph.value_info[:]  # shapes in terms of the exporter's names
+    del graph.value_info[:]  # has the exporter's names of axes
     weights = {tensor.name for tensor in graph.initializer}
     for node in graph.node:
-        del node.metadata_props[:]  # where in the source code, with this machine's paths
+        del node.metadata_props[:]  # source locations, with this machine's paths
         if node.op_type in ("Conv", "Gemm") and node.input[1] in weights:
-            node.name = node.input[1].rpartition(".")[0]  # the module's, for whoever reads the graph and for int8
+            node.name = node.input[1].rpartition(".")[0]  # the module's name, for readers of the graph and for int8
     custom = {opset.domain for opset in proto.opset_import} - {""}
     if custom:
-        raise RuntimeError(f"the exporter used operators outside ONNX's own, of {', '.join(sorted(custom))}")
+        raise RuntimeError(f"the exporter used operators that are not ONNX's, from {', '.join(sorted(custom))}")
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)
 
@@ -150,7 +150,7 @@ def _write_torchscript(model: nn.Module, path: Path, description: Description) -
     with _quiet_torchscript():
         try:
             program = torch.jit.script(model)
-        except Exception:  # it reads source code, which user-defined code often does not suit
+        except Exception:  # scripting reads source code and fails for much user-defined code
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", torch.jit.TracerWarning)  # the artifact is compared on other shapes
                 program = torch.jit.trace(model, _make_example(description)[0], check_trace=False)
@@ -159,7 +159,7 @@ def _write_torchscript(model: nn.Module, path: Path, description: Description) -
 
 @contextmanager
 def _quiet_torchscript() -> Iterator[None]:
-    with warnings.catch_warnings():  # PyTorch announces its end
+    with warnings.catch_warnings():  # PyTorch warns that TorchScript is deprecated
         warnings.filterwarnings("ignore", message="`torch.jit.* is deprecated")
         yield
 
@@ -167,9 +167,9 @@ def _quiet_torchscript() -> Iterator[None]:
 def _load_onnx(artifact: Path) -> Run:
     import onnxruntime
 
-    # Both engines refuse data outside the folder, by a link too; tests/test_deployment_engines.py holds them to it.
+    # Both engines refuse data outside the folder, even through a link; tests/test_deployment_engines.py checks it.
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # fatal; it prints what it raises
+    options.log_severity_level = 4  # fatal; it would also print the errors that it raises
     session = onnxruntime.InferenceSession(artifact, options, providers=onnxruntime.get_available_providers())
     return lambda images: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
 
@@ -179,12 +179,12 @@ def _load_openvino(artifact: Path) -> Run:
     import openvino.frontend
 
     weights = artifact.with_suffix(".bin")
-    if weights.exists() and not weights.is_file():  # a pipe would keep us waiting
+    if weights.exists() and not weights.is_file():  # reading a pipe would block
         raise ValueError(f"{weights} is not a file")
-    # By itself OpenVINO shows a file to every reader that it has, TensorFlow's among them.
+    # By default, OpenVINO tries all of its readers on a file, TensorFlow's included.
     reader = openvino.frontend.FrontEndManager().load_by_framework("ir" if artifact.suffix == ".xml" else "onnx")
     network = reader.convert(reader.load(str(artifact)))
-    # As exported; by default OpenVINO computes float32 networks in bfloat16 where the CPU is faster at that.
+    # In float32, as exported; by default OpenVINO computes in bfloat16 if the CPU is faster with it.
     compiled = openvino.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
 
@@ -192,7 +192,7 @@ def _load_openvino(artifact: Path) -> Run:
 def _load_torch_export(artifact: Path) -> Run:
     logger = logging.getLogger("torch.export")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # for a damaged file it prints a traceback, before it raises
+    logger.setLevel(logging.ERROR)  # for a damaged file, torch prints a traceback before it raises
     try:
         return torch.export.load(artifact).module()
     finally:
@@ -205,15 +205,15 @@ def _load_torchscript(artifact: Path) -> Run:
 
 
 ENGINES = {
-    # TorchScript is a program, with access to files; torch.export.load unpickles what a .pt2 says is to be unpickled.
-    "torch": Engine(runs_code="TorchScript is a program, and a .pt2 file can hold a pickle"),
+    # TorchScript is a program with access to files; torch.export.load unpickles pickles in a .pt2 file.
+    "torch": Engine(runs_code="TorchScript is a program, and a .pt2 file can contain a pickle"),
     "onnx": Engine(("onnxruntime",), "export"),
     "openvino": Engine(("openvino",), "openvino"),
 }
 FORMATS = {
     "onnx": Format(".onnx", _write_onnx, {"onnx": _load_onnx, "openvino": _load_openvino}, _ONNX, quantise_onnx),
     "openvino": Format(".xml", _write_openvino, {"openvino": _load_openvino}, _ONNX, quantise_openvino, ("nncf",)),
-    # The graph of torch.export holds for last maps of more than one pixel.
+    # torch.export's graph is valid only if the last feature map has more than one pixel.
     "torch-export": Format(".pt2", _write_torch_export, {"torch": _load_torch_export}, size_minimum=36),
     "torchscript": Format(".pt", _write_torchscript, {"torch": _load_torchscript}),
 }

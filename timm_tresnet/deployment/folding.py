@@ -1,4 +1,4 @@
-"""Networks that run faster in PyTorch: batch norms folded into convolutions, and compiled."""
+"""Faster inference in PyTorch: fold batch norms into convolutions, and compile."""
 
 import copy
 import logging
@@ -18,12 +18,11 @@ _logger = logging.getLogger(__name__)
 
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """Copy of a network whose batch norms are folded into its convolutions: the same logits, fewer passes.
+    """Return a copy of a network with batch norms folded into convolutions: the same logits, fewer memory passes.
 
-    What an ML-Decoder head computes of its queries alone becomes constant, too, and so do weights that are computed:
-    pruned ones, and those of `weight_norm`, `spectral_norm` and other parametrizations. A unit that holds user-defined
-    code (hooks, patched methods, another class of convolution, LoRA), or another norm than batch norm, stays as it is;
-    the log names it.
+    An ML-Decoder head's queries become constant too, and so do computed weights: pruned weights, and those of
+    `weight_norm`, `spectral_norm` and other parametrizations. A unit with user-defined code (hooks, patched methods,
+    another class of convolution, LoRA) or another norm than batch norm is not folded; an INFO log line names it.
 
     Args:
         model: a TResNet in eval mode.
@@ -32,17 +31,17 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
         The folded network, for inference only. Its state dict has `conv.bias` in place of `bn`.
 
     Raises:
-        ValueError: if model, or a part of it, is in training mode.
+        ValueError: if model or a part of it is in training mode.
     """
     require_eval(model, "fold_batch_norms")
     return copy_folded(model)
 
 
 def require_eval(model: nn.Module, who: str) -> None:
-    """Refuse a network of which a part is in training mode.
+    """Refuse a network that is in training mode, or has a part in training mode.
 
     Raises:
-        ValueError: names the outermost parts that are.
+        ValueError: names the outermost parts in training mode.
     """
     if model.training:
         raise ValueError(f"{who} needs a network in eval mode, got one in training mode; call model.eval() first")
@@ -54,24 +53,24 @@ def require_eval(model: nn.Module, who: str) -> None:
     if outermost:
         more = f" and {len(outermost) - 5} more" if len(outermost) > 5 else ""
         raise ValueError(
-            f"{who} needs a network in eval mode; the network is, but {', '.join(outermost[:5])}{more} in it is in "
-            "training mode, as what is added or parametrized after model.eval(); call model.eval() again"
+            f"{who} needs a network in eval mode, got one with {', '.join(outermost[:5])}{more} in training mode; call "
+            "model.eval() again after you add or parametrize modules"
         )
 
 
 def copy_folded(model: nn.Module) -> nn.Module:
-    """`fold_batch_norms` of a network that is known to be in eval mode."""
+    """Fold as `fold_batch_norms` does, without the check for eval mode."""
     folded = _copy(model)
     _make_weights_constant(folded)
     reparameterize_model(folded, inplace=True)
     left = [name for name, module in folded.named_modules() if isinstance(module, ConvNormAct)]
     if left:
-        _logger.info("not folded, since user-defined code or another norm is in them: %s", ", ".join(left))
+        _logger.info("not folded, because of user-defined code or another norm: %s", ", ".join(left))
     return folded
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """A copy, of a pruned network too: deepcopy refuses weights that were computed with gradients."""
+    """Copy a network; deepcopy alone refuses a pruned network, whose weights were computed with gradients."""
     computed = (
         value
         for module in model.modules()
@@ -83,7 +82,7 @@ def _copy(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _make_weights_constant(model: nn.Module) -> None:
-    """Replace weights that are computed in each forward by what they are in eval mode."""
+    """Replace weights that are computed in each forward by their values in eval mode."""
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
             _remove_parametrizations(module)
@@ -98,7 +97,10 @@ def _make_weights_constant(model: nn.Module) -> None:
 
 
 def _remove_parametrizations(module: nn.Module) -> None:
-    """As PyTorch's function of this name, which also takes them from the class, and so from what this is a copy of."""
+    """Make parametrized weights plain parameters.
+
+    PyTorch's `remove_parametrizations` would also change the class, which this copy shares with the original.
+    """
     parametrizations: Any = module.parametrizations  # an nn.ModuleDict
     values = {name: getattr(module, name).detach() for name in parametrizations}
     kind = parametrize.type_before_parametrizations(module)
@@ -109,22 +111,22 @@ def _remove_parametrizations(module: nn.Module) -> None:
 
 
 def optimize_for_inference(model: nn.Module, dynamic: bool = False, mode: str | None = None) -> nn.Module:
-    """Fold, lay out and compile a network for the device that it is on.
+    """Fold a network, set its memory format to channels last, and compile it for its device.
 
-    The network is compiled when it first sees an image, which takes a minute on a CPU with few cores: as one graph,
-    unless it has hooks or patched methods. On CUDA with a static shape, the whole network is replayed as a CUDA graph;
-    an output is then overwritten by the next call.
+    The first call compiles the network, which takes a minute on a CPU with few cores. It becomes one graph unless it
+    has hooks or patched methods. On CUDA with a static shape, the network is replayed as a CUDA graph, and the next
+    call overwrites an output.
 
     Args:
-        model: a TResNet in eval mode, on its device and in its dtype (bfloat16 or float16 for speed, where the device
-            has it).
-        dynamic: compile once for all batch and image sizes; without it, again for each shape.
-        mode: mode of `torch.compile`; None for "reduce-overhead", which has CUDA graphs, on CUDA with a static shape
-            and for PyTorch's default elsewhere. "max-autotune" has CUDA graphs too, and first times several kernels
+        model: a TResNet in eval mode, on its final device and in its final dtype (bfloat16 or float16 are faster on
+            devices that support them).
+        dynamic: compile once for all batch and image sizes; False to compile again for each shape.
+        mode: mode of `torch.compile`. None for "reduce-overhead", which uses CUDA graphs, on CUDA with a static shape,
+            and for PyTorch's default otherwise. "max-autotune" uses CUDA graphs too, and first times several kernels
             for each operation, which takes minutes.
 
     Returns:
-        A module that takes and returns what model does, without gradients.
+        A module with the input and output of model, without gradients.
 
     Raises:
         ValueError: as in `fold_batch_norms`.

@@ -1,4 +1,4 @@
-"""Artifacts in int8: images to calibrate and to check with, and quantising with ONNX Runtime and with NNCF."""
+"""Quantise artifacts to int8 with ONNX Runtime and NNCF, and compare them with float32 on held-out images."""
 
 import itertools
 import logging
@@ -16,15 +16,20 @@ from timm_tresnet.utils.images import find_images, read_image
 _CALIBRATION_IMAGES = 300
 _HELD_OUT_IMAGES = 1000
 _BATCH_SIZE = 8
-# Squeeze-and-excitation works on one number a channel: no time to gain, and its gate scales whole channels.
+# Not squeeze-and-excitation: with one number a channel, int8 saves no time, and its gate scales whole channels.
 _ONNX_OPERATORS = ("Conv", "Gemm", "LeakyRelu", "Relu", "Add", "AveragePool", "Pad")
 
 
 class CalibrationImages:
-    """Images of a folder in a seeded order: some to calibrate on, others held out to compare with float32.
+    """Images of a folder in a seeded order, split into calibration images and held-out images.
+
+    Args:
+        folder: the folder.
+        preprocessing: timm's data config.
+        batch_size: fixed size of a batch; None if the network accepts any.
 
     Raises:
-        ValueError: if the folder has too few images that can be read.
+        ValueError: if the folder has too few readable images.
     """
 
     def __init__(self, folder: Path, preprocessing: dict[str, Any], batch_size: int | None) -> None:
@@ -40,8 +45,8 @@ class CalibrationImages:
         self._used = self._skipped = 0
         if any(next(self._read(part), None) is None for part in (self._held_out, self._calibration)):
             raise ValueError(
-                f"int8 needs a folder of images like those that the network will see, a few hundred of them; {folder} "
-                f"has {len(paths)}, and {self._skipped} of those looked at cannot be read"
+                f"int8 needs a folder with a few hundred typical input images, got {folder} with {len(paths)} images, "
+                f"of which {self._skipped} are unreadable so far"
             )
         self._skipped = 0
 
@@ -59,13 +64,13 @@ class CalibrationImages:
             yield torch.stack(batch + batch[:1] * missing)
 
     def calibration_batches(self) -> Iterator[Any]:
-        """Batches to calibrate on, as NumPy arrays."""
+        """Yield calibration batches, (N, C, H, W) NumPy arrays."""
         for batch in self._batches(self._calibration):
             self._used += len(batch)
             yield batch.numpy()
 
     def compare(self, model: nn.Module, exported: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """How often both networks put the same class first, on the images held out."""
+        """Return the share of held-out images with the same top-1 class in both networks, and counts of images."""
         same = total = 0
         for batch in self._batches(self._held_out):
             with torch.no_grad():
@@ -80,7 +85,15 @@ class CalibrationImages:
 
 
 def quantise_onnx(path: Path, batches: Iterator[Any]) -> list[str]:
-    """Quantise an .onnx file in place, calibrated on batches of images (NumPy arrays); names what stays in float."""
+    """Quantise an .onnx file in place.
+
+    Args:
+        path: the file.
+        batches: calibration batches, (N, C, H, W) NumPy arrays.
+
+    Returns:
+        Names of the nodes that stay in float.
+    """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -101,7 +114,7 @@ def quantise_onnx(path: Path, batches: Iterator[Any]) -> list[str]:
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
-        reduce_range=True,  # weights of 7 bits: CPUs without VNNI add products of 8 in 16 bits, which overflow
+        reduce_range=True,  # 7-bit weights: CPUs without VNNI sum products in 16 bits, which 8-bit weights overflow
         op_types_to_quantize=list(_ONNX_OPERATORS),
         nodes_to_exclude=gates,
     )
@@ -110,13 +123,13 @@ def quantise_onnx(path: Path, batches: Iterator[Any]) -> list[str]:
 
 
 def quantise_openvino(path: Path, batches: Iterator[Any]) -> list[str]:
-    """Quantise an .xml file and its weights in place, as `quantise_onnx` does."""
+    """Quantise an .xml file and its weights in place; arguments and result as in `quantise_onnx`."""
     import nncf
     import openvino
 
-    nncf.set_log_level(logging.ERROR)  # else it names every gate that it was told to ignore
+    nncf.set_log_level(logging.ERROR)  # otherwise it lists every ignored gate
     core = openvino.Core()
-    core.set_property({"ENABLE_MMAP": False})  # the weights' file is about to be overwritten
+    core.set_property({"ENABLE_MMAP": False})  # the weights file will be overwritten
     network = core.read_model(path)
     gates = [node.get_friendly_name() for node in network.get_ops() if ".se." in node.get_friendly_name()]
     images = list(batches)

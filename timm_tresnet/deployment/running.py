@@ -1,4 +1,4 @@
-"""Networks run on a device, on images as they are read."""
+"""Run a network on batches of images: device, autocast, memory format, compilation."""
 
 import contextlib
 from typing import Any
@@ -15,13 +15,13 @@ class Runner:
     """Runs a network on images, without gradients.
 
     Args:
-        network: a model from `timm.create_model`, in eval mode, which is moved to the device; or what else gives logits
-            and has a `pretrained_cfg`, such as a `timm_tresnet.ExportedModel`, which stays as it is.
-        device: where it runs.
-        amp: what it computes in where autocast allows it; None for float32.
-        channels_last: keep images and weights with their channels last in memory.
-        compile_for: size of the batches to compile it for by `optimize_for_inference`; smaller ones are filled up. None
-            for not at all.
+        network: a model from `timm.create_model` in eval mode, which is moved to the device; or another callable with a
+            `pretrained_cfg` that returns logits, such as a `timm_tresnet.ExportedModel`.
+        device: device of the images, and of a model.
+        amp: dtype of autocast; None for float32.
+        channels_last: use the channels-last memory format for images and weights.
+        compile_for: batch size to compile for with `optimize_for_inference`; smaller batches are padded. None not to
+            compile.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class Runner:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits of images, (N, C, H, W) -> (N, num_classes), in float32 on the CPU.
+        """Compute logits, (N, C, H, W) -> (N, num_classes), float32 on the CPU.
 
         Args:
-            images: prepared for the network; or pixels of 8 bits, which are scaled to 0 to 1 and normalised here.
+            images: preprocessed images, floating point; or uint8 pixels, which are scaled to 0..1 and normalised here.
         """
         images = images.to(self._device)
         if images.dtype == torch.uint8:
