@@ -121,7 +121,7 @@ def test_arguments_that_the_network_has_not_are_named_with_those_that_it_has(tmp
     config = {"architecture": "test_tresnet", "model_args": {"depth": 3}, "pretrained_cfg": {}}
     said = refuse(config, tmp_path / "config.json")
     known = ", ".join(MODEL_ARGS)
-    assert said.endswith(f'has "model_args.depth", which is not one of TResNet's arguments, {known}')
+    assert said.endswith(f'has "model_args.depth", which is not one of TResNet\'s arguments, {known}')
 
 
 def test_numbers_of_classes_that_differ_are_named(tmp_path):

@@ -14,9 +14,7 @@ def test_unknown_values_are_left_out_and_named(tensors, tmp_path):
     for name in ("input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "license", "notes", "tag"):
         assert name not in conversion.pretrained_cfg
     assert any(
-        note.startswith(
-            "unknown and left out: input_size, interpolation, mean, std, crop_pct; when loaded, the values"
-        )
+        note.startswith("unknown and left out: input_size, interpolation, mean, std, crop_pct; when loaded, the values")
         for note in conversion.notes
     )
 

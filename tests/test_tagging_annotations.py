@@ -622,8 +622,7 @@ WHOLE = {  # file, text, options, and all that is said, with {path} and {folder}
         "x.csv",
         "file,label,confidence\na.jpg,cat,0.7\n",
         {},
-        '{path} needs each confidence to be 0 or 1, got "0.7"; leave out unverified labels, or rename '
-        "the column",
+        '{path} needs each confidence to be 0 or 1, got "0.7"; leave out unverified labels, or rename the column',
     ),
     "separator": (
         "x.csv",

@@ -77,9 +77,7 @@ def open_checkpoint(path: Path) -> tuple[Mapping[str, Any], list[str]]:
         except (SafetensorError, KeyError, OverflowError, RuntimeError, ValueError) as error:
             raise ValueError(f"cannot read {printable(path)}: damaged safetensors file: {summarise(error)}") from error
     else:
-        raise ValueError(
-            f"cannot read {printable(path)}: needs a file of torch.save or safetensors, got neither"
-        )
+        raise ValueError(f"cannot read {printable(path)}: needs a file of torch.save or safetensors, got neither")
     if isinstance(checkpoint, _StandIn):
         raise refuse(path, stand_ins)
     if not isinstance(checkpoint, Mapping):

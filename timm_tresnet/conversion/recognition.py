@@ -101,9 +101,7 @@ def recognise(
     """
     networks = find_networks(checkpoint)
     if not networks:
-        raise NoNetwork(
-            f"needs a TResNet, with {OFFICIAL_STEM} or {_STEM}, got {name_some(_list_tensors(checkpoint))}"
-        )
+        raise NoNetwork(f"needs a TResNet, with {OFFICIAL_STEM} or {_STEM}, got {name_some(_list_tensors(checkpoint))}")
     network = choose_network(networks, key)
     query2label = from_query2label(network.beside)
     tensors = take_tensors(dataclasses.replace(network, tensors={**network.tensors, **query2label}))

@@ -31,9 +31,7 @@ _TABLE = Table(
         "precision": choice("float32", "int8"),
         "input": Table(
             {
-                "shape": Kind(
-                    "batch, channels, height and width, each a number or, if dynamic, its name", _is_shape
-                ),
+                "shape": Kind("batch, channels, height and width, each a number or, if dynamic, its name", _is_shape),
                 "size_multiple": _SIDE,
                 "size_minimum": _SIDE,
             },

@@ -63,9 +63,7 @@ def resolve_activation(act_layer: LayerType, negative_slope: float) -> LayerType
     except KeyError:
         resolved = None
     if resolved is None:
-        raise ValueError(
-            f"TResNet needs act_layer to be an activation of timm, or 'frelu', got {act_layer!r}"
-        )
+        raise ValueError(f"TResNet needs act_layer to be an activation of timm, or 'frelu', got {act_layer!r}")
     return resolved
 
 
