@@ -1,9 +1,9 @@
-"""The paper's ingredients, each one off or exchanged alone: what it costs in speed and in memory.
+"""Ablation of speed and memory: each of the paper's ingredients is switched off or replaced alone.
 
     python benchmarks/ablation.py --json benchmarks/results/ablation.json
 
-Ratios are to the whole network in the same rounds. What an ingredient does for accuracy is not measured here;
-ablation_accuracy.py does that, at a small scale.
+Ratios are to the whole network in the same rounds. Accuracy is not measured here but, at a small scale, in
+ablation_accuracy.py.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from timm_tresnet.cli.options import image_size
 from timm_tresnet.variants import ARCHITECTURES
 
 FULL = "as published"
-# what is changed -> arguments of the model
+# change -> arguments of the model
 VARIATIONS: dict[str, dict[str, Any]] = {
     FULL: {},
     "stem: 7x7 convolution, max pool": {"stem": "conv7x7"},
@@ -38,7 +38,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table and write the results."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(description="What each of TResNet's ingredients costs.")
+    parser = argparse.ArgumentParser(description="Speed and memory of TResNet without each of its ingredients.")
     parser.add_argument("--model", choices=list(ARCHITECTURES), default="tresnet_m")
     parser.add_argument("--image-size", type=image_size, default=224)
     settings = parse_comparison(parser, words)

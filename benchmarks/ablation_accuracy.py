@@ -1,10 +1,11 @@
-"""What the paper's ingredients do for the accuracy of a tiny network on CIFAR-10. This says nothing about ImageNet.
+"""Ablation of the accuracy of a tiny network on CIFAR-10. It says nothing about ImageNet.
 
     python benchmarks/ablation_accuracy.py --scripts pytorch-image-models --data cifar10 --json results.json
 
-timm's unchanged train.py trains `test_tresnet`, with each ingredient off or exchanged alone, on a short schedule, with
-several seeds each; what counts is the accuracy of the last epoch on all test images. CIFAR-10 comes as folders of image
-files, train/CLASS/ and test/CLASS/. The first `--images-per-class` training images of each class, by name, are used.
+timm's unchanged train.py trains `test_tresnet` with each of the paper's ingredients off or replaced alone, on a short
+schedule, with several seeds each. The result is the accuracy of the last epoch on all test images. CIFAR-10 is given as
+folders of image files, train/CLASS/ and test/CLASS/. The first `--images-per-class` training images of each class, by
+name, are used.
 """
 
 import argparse
@@ -24,24 +25,24 @@ from timm_tresnet.bench.results import start_results
 from timm_tresnet.cli.options import at_least, new_file
 from timm_tresnet.utils.tables import format_markdown
 
-# The others compute the same network.
+# Settings of recompute do not change the network.
 ACCURACY_VARIATIONS = {name: kwargs for name, kwargs in VARIATIONS.items() if "recompute" not in kwargs}
 
 
 def select_images(data: Path, images_per_class: int, folder: Path) -> None:
-    """Fill a folder with links to the images that are used: train/CLASS/ and validation/CLASS/.
+    """Fill a folder with links to the used images: train/CLASS/ and validation/CLASS/.
 
     Raises:
-        ValueError: if the data have no such folders, or a class has too few images.
+        ValueError: if the data have no class folders, or a class has too few images.
     """
     for split, source, count in (("train", "train", images_per_class), ("validation", "test", None)):
         classes = sorted(path for path in (data / source).glob("*") if path.is_dir())
         if not classes:
-            raise ValueError(f"--data needs {source}/CLASS/ folders of images, and {data / source} has none")
+            raise ValueError(f"--data needs {source}/CLASS/ folders of images, got none in {data / source}")
         for each in classes:
             images = sorted(path for path in each.iterdir() if path.is_file())
             if count and len(images) < count:
-                raise ValueError(f"{each} has {len(images)} images, and --images-per-class asks for {count}")
+                raise ValueError(f"{each} needs {count} images (--images-per-class), got {len(images)}")
             (folder / split / each.name).mkdir(parents=True)
             for image in images[:count]:
                 (folder / split / each.name / image.name).symlink_to(image.resolve())
@@ -50,7 +51,7 @@ def select_images(data: Path, images_per_class: int, folder: Path) -> None:
 def make_command(
     images: Path, output: Path, kwargs: dict[str, Any], seed: int, settings: argparse.Namespace
 ) -> list[str]:
-    """The command that trains one network with one seed."""
+    """Return the command that trains one network with one seed."""
     words = [*start_command(settings), "--data-dir", str(images)]
     words += ["--model", "test_tresnet", "--num-classes", "10", "--img-size", str(settings.image_size)]
     words += ["--epochs", str(settings.epochs), "--warmup-epochs", "1", "--seed", str(seed), "--output", str(output)]
@@ -66,7 +67,7 @@ def train(command: Sequence[str], output: Path) -> float:
     """Run a command and return the top-1 of its last epoch, in percent.
 
     Raises:
-        RuntimeError: if it fails; with what it said last.
+        RuntimeError: if it fails; the message has the end of its output.
     """
     run_training(command)
     with (output / "run" / "summary.csv").open(newline="") as file:
@@ -74,11 +75,11 @@ def train(command: Sequence[str], output: Path) -> float:
 
 
 def measure(images: Path, settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of the results, one for each seed and variation; every variation has a seed before the next seed comes.
+    """Yield rows of the results, one for each seed and variation; all variations run before the next seed.
 
     Args:
-        images: folder for the images that are used.
-        settings: of the script.
+        images: folder for links to the used images.
+        settings: the script's options.
 
     Raises:
         ValueError: as in `select_images`.
@@ -95,7 +96,7 @@ def measure(images: Path, settings: argparse.Namespace) -> Iterator[dict[str, An
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Mean, standard deviation and range of each variation's seeds, as a Markdown table."""
+    """Format mean, standard deviation and range of each variation's seeds as a Markdown table."""
     table = []
     for name in dict.fromkeys(row["row"] for row in rows):
         values = [row["top1"] for row in rows if row["row"] == name]
@@ -106,7 +107,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="What ingredients do for a tiny network's accuracy on CIFAR-10.")
+    parser = argparse.ArgumentParser(description="Ablation of a tiny network's accuracy on CIFAR-10.")
     add_scripts_option(parser)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="CIFAR-10 as image files")
     parser.add_argument("--rows", nargs="+", choices=list(ACCURACY_VARIATIONS), default=list(ACCURACY_VARIATIONS))
@@ -123,7 +124,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, print a table and write the results, also those that Ctrl-C leaves."""
+    """Train, print a table and write the results, even partial ones after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     settings = _parse(words)
     command = format_command(__file__, words)

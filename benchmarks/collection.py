@@ -1,12 +1,12 @@
-"""How fast `timm-tresnet classify` reads collections beside timm's `inference.py`: small files, and large photographs.
+"""Speed of `timm-tresnet classify` beside timm's `inference.py`, on small files and on large photographs.
 
     python benchmarks/collection.py --scripts pytorch-image-models --data cifar10 --json results.json
 
-Both run `test_tresnet` with its weights on the same files, in turns, as commands in forks of one process that has
-imported what they need: what is timed is all but the imports. The small files are CIFAR-10's test images, as
-hub/r64_cifar10/prepare.py writes them. The photographs are scikit-image's (`pip install scikit-image`), upscaled to 12
-megapixels and saved as JPEG. The script checks that both commands say the same of each file, and measures by how much
-`--fast-jpeg` changes that.
+Both run `test_tresnet` with its weights on the same files, in turns. They are forks of one process that has imported
+everything already, so imports are not timed. The small files are CIFAR-10's test images, written by
+hub/test_tresnet/prepare.py. The photographs are scikit-image's (`pip install scikit-image`), upscaled to 12 megapixels
+and saved as JPEG. The script checks that both commands give the same result for each file, and measures how much
+`--fast-jpeg` changes it.
 """
 
 import argparse
@@ -38,11 +38,11 @@ MODEL = "test_tresnet"
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")  # in scikit-image's wheel
 SIZE = (4000, 3000)
 TIMM, CLASSIFY, FAST = "timm's inference.py", "classify", "classify --fast-jpeg"
-_TOLERANCE = 1e-4  # of probabilities: timm's script normalises images in another order
+_TOLERANCE = 1e-4  # of probabilities; timm's script normalises images in another order
 
 
 def link_small(data: Path, folder: Path, count: int) -> None:
-    """Link small images into a folder, as many of each class.
+    """Link small images into a folder, the same number from each class.
 
     Raises:
         ValueError: if there are too few.
@@ -55,7 +55,7 @@ def link_small(data: Path, folder: Path, count: int) -> None:
 
 
 def write_photographs(folder: Path, count: int) -> None:
-    """Write photographs of 12 megapixels, each another part of one of scikit-image's.
+    """Write photographs of 12 megapixels, different crops of scikit-image's photographs.
 
     Raises:
         ValueError: if scikit-image is not installed.
@@ -72,7 +72,7 @@ def write_photographs(folder: Path, count: int) -> None:
 
 
 def make_words(row: str, files: Path, output: Path, settings: argparse.Namespace) -> list[str]:
-    """The words of a command, its program first."""
+    """Return the words of a command, program first."""
     size, workers = str(settings.batch_size), str(settings.workers)
     if row == TIMM:
         script = [str(settings.scripts / "inference.py"), "--data-dir", str(files), "--model", MODEL, "--pretrained"]
@@ -84,7 +84,7 @@ def make_words(row: str, files: Path, output: Path, settings: argparse.Namespace
 
 
 def time_command(words: Sequence[str], printed: Path) -> tuple[float, float]:
-    """Seconds that a command takes in a fork of this process, and those of all cores together.
+    """Run a command in a fork of this process; return its seconds, and its CPU seconds on all cores.
 
     Raises:
         RuntimeError: if it fails.
@@ -97,7 +97,7 @@ def time_command(words: Sequence[str], printed: Path) -> tuple[float, float]:
             descriptor = os.open(printed, os.O_WRONLY | os.O_CREAT)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
-            sys.stdout = sys.stderr = os.fdopen(descriptor, "w")  # where they were replaced
+            sys.stdout = sys.stderr = os.fdopen(descriptor, "w")  # they may have been replaced
             status = run_command(words)
         except BaseException:
             traceback.print_exc()
@@ -105,7 +105,7 @@ def time_command(words: Sequence[str], printed: Path) -> tuple[float, float]:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    _, status, usage = os.wait4(child, 0)  # with what its own children have used
+    _, status, usage = os.wait4(child, 0)  # includes its own children
     seconds = time.perf_counter() - start
     if status:
         raise RuntimeError(f"{shlex.join(words)} failed: {printed.read_text(errors='replace')[-2000:]}")
@@ -122,7 +122,7 @@ def run_command(words: Sequence[str]) -> int:
 
 
 def read_results(row: str, output: Path) -> dict[str, tuple[int, float]]:
-    """The most probable class of each file, and its probability."""
+    """Read the most probable class of each file and its probability."""
     if row == TIMM:
         with output.with_suffix(".csv").open(newline="") as file:
             return {
@@ -136,10 +136,10 @@ def read_results(row: str, output: Path) -> dict[str, tuple[int, float]]:
 
 
 def compare(expected: dict[str, tuple[int, float]], found: dict[str, tuple[int, float]]) -> tuple[float, float]:
-    """Share of files with the same class, and the largest difference of the probabilities of those.
+    """Return the share of files with the same class, and the largest difference of those files' probabilities.
 
     Raises:
-        RuntimeError: if the files are not the same.
+        RuntimeError: if the files differ.
     """
     if expected.keys() != found.keys():
         raise RuntimeError(f"{len(expected)} files were classified by one command, {len(found)} by the other")
@@ -148,10 +148,10 @@ def compare(expected: dict[str, tuple[int, float]], found: dict[str, tuple[int, 
 
 
 def measure(files: Path, called: str, names: Sequence[str], settings: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the results: commands on the same files, in turns.
+    """Measure the rows of the results: commands on the same files, in turns.
 
     Raises:
-        RuntimeError: if a command fails, or they do not say the same.
+        RuntimeError: if a command fails, or their results differ.
     """
     count = sum(1 for _ in find_images([files]))
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
@@ -175,15 +175,15 @@ def measure(files: Path, called: str, names: Sequence[str], settings: argparse.N
                 **{"row": name, "files": called, "images": count, "agreement": agreement, "difference": difference},
                 "seconds": [seconds for seconds, _ in times[name]],
                 "cpu_s": [cpu_s for _, cpu_s in times[name]],
-                "ratios": [theirs[0] / own[0] for theirs, own in zip(times[TIMM], times[name], strict=True)],
-                "cpu_ratios": [theirs[1] / own[1] for theirs, own in zip(times[TIMM], times[name], strict=True)],
+                "ratios": [timm[0] / own[0] for timm, own in zip(times[TIMM], times[name], strict=True)],
+                "cpu_ratios": [timm[1] / own[1] for timm, own in zip(times[TIMM], times[name], strict=True)],
             }
         )
     return rows
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table; ratios are of images a second, so more is faster."""
+    """Format rows as a Markdown table; ratios are of images a second, so more is faster."""
     return format_markdown(
         ["files", "", "images/s", "ratio", "images a second of CPU", "ratio"],
         [
@@ -204,10 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table and write the results."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(description="classify beside timm's inference.py on collections of images.")
-    parser.add_argument("--scripts", type=Path, required=True, metavar="FOLDER", help="with timm's inference.py")
-    parser.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="CIFAR-10 as prepare.py writes it; none: no small files"
-    )
+    parser.add_argument("--scripts", type=Path, required=True, metavar="FOLDER", help="folder with timm's inference.py")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="CIFAR-10 by prepare.py (default: no small files)")
     parser.add_argument("--small", type=at_least(1), default=2000, metavar="N", help="files (default: %(default)s)")
     parser.add_argument("--photographs", type=at_least(0), default=60, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--rounds", type=at_least(1), default=5, help="(default: %(default)s)")
@@ -215,7 +213,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=at_least(1), default=2)
     parser.add_argument("--json", type=new_file, metavar="FILE", help="file for the results, must not exist yet")
     settings = parser.parse_args(words)
-    if importlib.util.find_spec("pandas") is None:  # timm's script imports it, and so does each fork without this
+    if (
+        importlib.util.find_spec("pandas") is None
+    ):  # timm's script imports pandas; imported here, no fork spends time on it
         parser.error("timm's inference.py needs pandas; pip install pandas")
     importlib.import_module("pandas")
     for module in ("outputs", "predictions", "sidecars"):

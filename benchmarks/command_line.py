@@ -1,4 +1,4 @@
-"""What the scripts of this folder do with their command lines."""
+"""Command lines of the scripts in this folder."""
 
 import argparse
 import shlex
@@ -10,7 +10,7 @@ from timm_tresnet.cli.options import add_comparison_options
 
 
 def parse_comparison(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """Add the options of a comparison to those of a script, parse and check them; a mistake ends the process."""
+    """Add the options of a comparison to a script's options, parse and check them; a mistake ends the process."""
     add_comparison_options(parser)
     settings = parser.parse_args(words)
     check_or_exit(parser, settings)
@@ -18,7 +18,7 @@ def parse_comparison(parser: argparse.ArgumentParser, words: Sequence[str]) -> a
 
 
 def check_or_exit(parser: argparse.ArgumentParser, settings: argparse.Namespace) -> None:
-    """Check options as `check_options` does; a mistake ends the process."""
+    """Check options, see `check_options`; a mistake ends the process."""
     try:
         check_options(settings)
     except ValueError as error:
@@ -26,5 +26,5 @@ def check_or_exit(parser: argparse.ArgumentParser, settings: argparse.Namespace)
 
 
 def format_command(script: str, words: Sequence[str]) -> str:
-    """The command line as it stands in the results, from the script's `__file__` and its arguments."""
+    """Return the command line for the results, from the script's `__file__` and its arguments."""
     return shlex.join(["python", f"benchmarks/{Path(script).name}", *words])

@@ -1,14 +1,15 @@
-"""Whether a blur as two sums, and a gate's mean from the norm's statistics, are worth it: time against what is done.
+"""Two alternatives that move less memory, timed: a blur by sums, and a gate's mean from the norm's statistics.
 
     python benchmarks/fewer_bytes.py --json benchmarks/results/fewer_bytes.json
 
-Each row is a forward and backward of one part, as it is and otherwise, in turns, in one thread of the CPU; time is the
-thread's own. A ratio is the other way's time over that of the part as it is, eager or compiled alike.
+Each row is a forward and backward of one part, in its present form and in the alternative, in turns, in one thread of
+the CPU. Time is the thread's own. A ratio is the alternative's time over the present one's, both eager or both
+compiled.
 
-- blur: reflection and a depthwise 3x3 convolution of stride 2; otherwise two sums of neighbours along each side, the
-  last with stride 2, and a division by 16.
-- mean: batch norm, squeeze-and-excitation, shortcut and activation, as at the end of a basic block; otherwise the mean
-  of the norm's output is computed from the means of its input, which the norm's statistics are computed from too.
+- blur: reflection and a depthwise 3x3 convolution with stride 2. Alternative: two sums of neighbours along each side,
+  the last with stride 2, and a division by 16.
+- mean: batch norm, squeeze-and-excitation, shortcut and activation, as at the end of a basic block. Alternative: the
+  mean of the norm's output is computed from the means of its input, which also give the norm's statistics.
 """
 
 import argparse
@@ -29,11 +30,11 @@ from timm_tresnet.cli.options import at_least, new_file
 from timm_tresnet.models.layers import BlurPool2d, SqueezeExcite
 from timm_tresnet.utils.tables import format_markdown
 
-_REDUCED = 64  # channels between the convolutions of squeeze-and-excitation, in TResNet at least
+_REDUCED = 64  # least number of channels between the convolutions of TResNet's squeeze-and-excitation
 
 
 class SummedBlur(nn.Module):
-    """BlurPool2d of stride 2, by sums of neighbours."""
+    """BlurPool2d with stride 2, computed by sums of neighbours."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, [1, 1, 1, 1], mode="reflect")
@@ -44,7 +45,7 @@ class SummedBlur(nn.Module):
 
 
 class End(nn.Module):
-    """End of a basic block, the shortcut being the input itself."""
+    """End of a basic block whose shortcut is the input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class End(nn.Module):
 
 
 class EndFromStatistics(End):
-    """The same, with statistics of each image, which the norm's and the mean of its output are computed from."""
+    """`End` with the norm's statistics and the mean of its output computed from statistics of each image."""
 
     def forward(self, x: Tensor) -> Tensor:
         var, mean = torch.var_mean(x, (2, 3), correction=0)  # (N, C)
@@ -75,7 +76,7 @@ class EndFromStatistics(End):
 
 
 def make_parts(channels: int) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """Each part as it is, and otherwise with the same weights."""
+    """Make each part and its alternative with the same weights."""
     end = End(channels)
     other = EndFromStatistics(channels)
     other.load_state_dict(end.state_dict())
@@ -83,7 +84,7 @@ def make_parts(channels: int) -> dict[str, tuple[nn.Module, nn.Module]]:
 
 
 def step(part: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Output of a part, and gradient of its input."""
+    """Return the output of a part and the gradient of its input."""
     x = x.detach().requires_grad_()
     y = part(x)
     (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
@@ -91,7 +92,7 @@ def step(part: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def measure(own: nn.Module, other: nn.Module, x: Tensor, rounds: int) -> dict[str, Any]:
-    """Milliseconds of both in each round, ratios, and how far results are apart."""
+    """Return milliseconds of both in each round, ratios, and the relative difference of the results."""
     pairs = zip(step(own, x), step(other, x), strict=True)
     apart = [((actual - expected).norm() / expected.norm()).item() for expected, actual in pairs]
     times: list[list[float]] = [[], []]
@@ -107,13 +108,13 @@ def measure(own: nn.Module, other: nn.Module, x: Tensor, rounds: int) -> dict[st
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table and write the results."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(description="Whether two ways to move less memory are worth it.")
+    parser = argparse.ArgumentParser(description="Time of two alternatives that move less memory.")
     parser.add_argument("--batch-size", type=at_least(1), default=8)
     parser.add_argument("--channels", type=at_least(1), default=64)
     parser.add_argument("--image-size", type=at_least(4), default=56, help="side of the feature map, in pixels")
     parser.add_argument("--rounds", type=at_least(1), default=15)
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--eager-only", action="store_true", help="compile nothing, which takes a minute")
+    parser.add_argument("--eager-only", action="store_true", help="skip the compiled rows, which take a minute")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="file for the results, must not exist yet")
     settings = parser.parse_args(words)
     torch.set_num_threads(1)
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         for row in results["rows"]
     ]
-    print(format_markdown(["", "as it is, ms", "otherwise", "relative difference"], table))
+    print(format_markdown(["", "present, ms", "alternative", "relative difference"], table))
     if settings.json:
         write_results(results, settings.json)
     return 0

@@ -1,18 +1,18 @@
-"""How fast trained networks run: eager, folded, compiled and exported, against timm's built-in and ResNet-50.
+"""Inference speed: eager, folded, compiled and exported networks, against timm's built-in and ResNet-50.
 
     python benchmarks/inference.py --json benchmarks/results/inference.json
 
-- speed: images a second, in rounds over all rows, each also as a ratio to the built-in in its best eager layout,
-  channels-last, in the same round; median (min-max).
-- share: of what a lone 3x3 convolution reaches on this machine in the same precision, in PyTorch, for int8 in ONNX
-  Runtime, the best of a few shapes that occur in the network, measured in the same rounds. A network that only
-  convolved at that rate would have a share of 1.
+- speed: images a second, in rounds over all rows, and the ratio to the built-in in the same round; the built-in runs in
+  its best eager layout, channels-last. Median (min-max).
+- share: share of the rate of a lone 3x3 convolution in the same precision, in PyTorch or, for int8, in ONNX Runtime.
+  The best of a few shapes of the network counts, measured in the same rounds. A network that only convolved at that
+  rate would have a share of 1.
 
-`--profile` prints instead where PyTorch's profiler finds the time of the rows that run in PyTorch.
+With `--profile`, only PyTorch's profile of the rows that run in PyTorch is printed.
 
-Weights are random: speed does not depend on them. Rows whose packages are not installed are left out and named. On CUDA
-(`--device cuda`), rows run in `--dtype`, each time is the mean of a few runs in a row, and the engines outside PyTorch
-are left out.
+Weights are random, since speed does not depend on them. Rows whose packages are not installed are skipped and named. On
+CUDA (`--device cuda`), rows run in `--dtype`, each time is the mean of a few runs in a row, and engines other than
+PyTorch are skipped.
 """
 
 import argparse
@@ -42,15 +42,15 @@ from timm_tresnet.utils.tables import format_markdown
 from timm_tresnet.variants import ARCHITECTURES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CONVOLUTIONS = ((64, 56), (128, 28), (256, 14))  # channels and side of 3x3 convolutions at 224 px, for the peak
+CONVOLUTIONS = ((64, 56), (128, 28), (256, 14))  # channels and side of 3x3 convolutions at 224 px, for the peak rate
 Run = Callable[[Tensor], Any]
 
 
 def make_network(name: str, model: str) -> nn.Module:
-    """A network with random weights, in eval mode.
+    """Make a network with random weights, in eval mode.
 
     Args:
-        name: "resnet50", "built-in" or anything else for ours.
+        name: "resnet50", "built-in", or any other name for this package's TResNet.
         model: variant of TResNet.
     """
     if name == "resnet50":
@@ -58,12 +58,12 @@ def make_network(name: str, model: str) -> nn.Module:
     network = make_builtin(model) if name == BUILTIN else timm.create_model(model, num_classes=1000)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.2, 0.5)  # a new network's zeros would let an engine skip work
+            nn.init.uniform_(module.weight, 0.2, 0.5)  # an engine could skip the zeros of a new network
     return network.eval()
 
 
 def run_eager(network: nn.Module, settings: argparse.Namespace) -> Run:
-    """The network as it is, channels-last unless settings say otherwise."""
+    """Return a function that runs the network unchanged, in channels-last layout unless settings.contiguous."""
     layout = choose_memory_format(not settings.contiguous)
     dtype = DTYPES[settings.dtype]
     network = network.to(device=settings.device, dtype=dtype, memory_format=layout)
@@ -71,21 +71,21 @@ def run_eager(network: nn.Module, settings: argparse.Namespace) -> Run:
 
 
 def run_compiled(network: nn.Module, settings: argparse.Namespace) -> Run:
-    """The network behind `optimize_for_inference`."""
+    """Return a function that runs the network through `optimize_for_inference`."""
     dtype = DTYPES[settings.dtype]
     network = optimize_for_inference(network.to(device=settings.device, dtype=dtype), mode=settings.mode)
     return lambda images: network(images.to(dtype=dtype))
 
 
 def run_exported(network: nn.Module, settings: argparse.Namespace, format: str) -> Run:
-    """The network in ONNX Runtime or OpenVINO, exported for the size of the batch."""
+    """Return the network in ONNX Runtime or OpenVINO, exported for the batch size."""
     size = (settings.image_size, settings.image_size)
     with tempfile.TemporaryDirectory() as folder:
         calibration = _write_noise(Path(folder) / "images", size) if settings.dtype == "int8" else None
         path = Path(folder) / ("network.onnx" if format == "onnx" else "network.xml")
         # The classes of random weights on noise are near ties, so int8 may choose others.
         export_model(network, path, format, settings.batch, size, calibration, min_agreement=0.0)
-        if settings.dtype == "bfloat16":  # OpenVINO's choice, where the CPU has it
+        if settings.dtype == "bfloat16":  # OpenVINO's own choice on CPUs that support it
             return _run_bfloat16(path)
         return ExportedModel(path, format, trust=True)
 
@@ -131,7 +131,7 @@ _IN_PYTORCH = ("eager", "contiguous", "folded", "compiled")
 
 
 def make_row(row: str, settings: argparse.Namespace) -> Run:
-    """What a row runs: images in float32, (N, 3, H, W), to logits."""
+    """Make the function of a row: images (N, 3, H, W), float32, to logits."""
     name, engine, dtype, _ = ROWS[row]
     settings = argparse.Namespace(**vars(settings), contiguous=engine == "contiguous")
     settings.dtype = settings.dtype or dtype
@@ -144,7 +144,7 @@ def make_row(row: str, settings: argparse.Namespace) -> Run:
 
 
 def make_peak(dtype: torch.dtype, channels: int, side: int, batch: int, device: str) -> tuple[Run, float]:
-    """A lone 3x3 convolution, and its floating-point operations."""
+    """Make a lone 3x3 convolution; return it and its number of floating-point operations."""
     factory = {"device": device, "dtype": dtype}
     x = torch.rand(batch, channels, side, side, **factory).contiguous(memory_format=torch.channels_last)
     weight = torch.rand(channels, channels, 3, 3, **factory).contiguous(memory_format=torch.channels_last)
@@ -152,7 +152,7 @@ def make_peak(dtype: torch.dtype, channels: int, side: int, batch: int, device: 
 
 
 def make_int8_peak(channels: int, side: int, batch: int) -> tuple[Run, float]:
-    """A lone quantised 3x3 convolution in ONNX Runtime, and its operations."""
+    """Make a lone quantised 3x3 convolution in ONNX Runtime; return it and its number of operations."""
     import numpy as np
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
@@ -180,7 +180,7 @@ def make_int8_peak(channels: int, side: int, batch: int) -> tuple[Run, float]:
 
 
 def measure_seconds(runs: dict[str, Run], images: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of one run, for each row and round; the rows take turns."""
+    """Measure the seconds of one run for each row and round; the rows take turns."""
     seconds: dict[str, list[float]] = {row: [] for row in runs}
     for turn in range(rounds + 1):
         for row, run in runs.items():
@@ -189,7 +189,7 @@ def measure_seconds(runs: dict[str, Run], images: Tensor, rounds: int) -> dict[s
             for _ in range(repeats):
                 run(images)
             end = read_clock(images.device.type)
-            if turn:  # the first is for warming up and compiling
+            if turn:  # round 0 warms up and compiles
                 seconds[row].append((end - start) / repeats)
         print(f"\rround {turn} of {rounds}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
@@ -197,7 +197,7 @@ def measure_seconds(runs: dict[str, Run], images: Tensor, rounds: int) -> dict[s
 
 
 def measure(settings: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the results for one size of the batch."""
+    """Measure the rows of the results for one batch size."""
     runs = {}
     for row in settings.rows:
         print(f"batch {settings.batch}: preparing {row}", file=sys.stderr)
@@ -245,7 +245,7 @@ def measure(settings: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def profile_row(row: str, settings: argparse.Namespace) -> str:
-    """Where the time of a row goes, as a Markdown table."""
+    """Return the profile of a row as a Markdown table."""
     run = make_row(row, settings)
     images = torch.rand(settings.batch, 3, settings.image_size, settings.image_size, device=settings.device)
     with torch.inference_mode():
@@ -253,12 +253,12 @@ def profile_row(row: str, settings: argparse.Namespace) -> str:
 
 
 def _can_profile(row: str, settings: argparse.Namespace) -> bool:
-    engine = ROWS[row][1]  # compiled code's kernels on a GPU are no operations of PyTorch
+    engine = ROWS[row][1]  # on a GPU, compiled code runs kernels outside PyTorch's operations
     return engine in _IN_PYTORCH and (engine != "compiled" or settings.device == "cpu")
 
 
 def find_largest_batch(settings: argparse.Namespace) -> int:
-    """Largest power of two, up to 4096, whose images every row can take, on a GPU."""
+    """Find the largest batch size for all rows on a GPU, a power of two up to 4096."""
     batch = 1
     while batch < 4096:  # PyTorch counts a tensor's elements in 32 bits in places
         try:
@@ -275,7 +275,7 @@ def find_largest_batch(settings: argparse.Namespace) -> int:
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of the results as a Markdown table."""
+    """Format rows of the results as a Markdown table."""
     table = []
     for row in rows:
         ratios = row.get("ratios")
@@ -293,8 +293,8 @@ def _batch(text: str) -> int | str:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Options from a command line, checked; a mistake ends the process."""
-    parser = argparse.ArgumentParser(description="How fast networks run, eager, folded, compiled and exported.")
+    """Parse and check the options; a mistake ends the process."""
+    parser = argparse.ArgumentParser(description="Inference speed of eager, folded, compiled and exported networks.")
     parser.add_argument("--model", choices=list(ARCHITECTURES), default="tresnet_m")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--image-size", type=int, default=224, help="side of the images, in pixels")
@@ -302,16 +302,16 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "--batch-sizes", nargs="+", type=_batch, default=[8, 1], metavar="N", help='"largest" for a GPU (default: 8 1)'
     )
     parser.add_argument("--rounds", type=at_least(1), default=15)
-    parser.add_argument("--profile", action="store_true", help="print where the time goes, measure nothing else")
+    parser.add_argument("--profile", action="store_true", help="print profiles only")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="for CUDA (default: float16)")
-    parser.add_argument("--mode", help="of torch.compile (default: what optimize_for_inference takes)")
+    parser.add_argument("--mode", help="mode of torch.compile (default: that of optimize_for_inference)")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="file for the results, must not exist yet")
     settings = parser.parse_args(words)
     if settings.profile and settings.json:
-        parser.error("--profile prints a table and has nothing for --json")
+        parser.error("--profile only prints tables; leave out --json")
     if settings.device == "cpu" and (settings.dtype or "largest" in settings.batch_sizes):
-        parser.error("--dtype and the largest batch are for --device cuda; on the CPU each row has its precision")
+        parser.error("--dtype and the largest batch need --device cuda; on the CPU, each row has its own precision")
     if settings.device == "cuda":
         settings.dtype = settings.dtype or "float16"
         settings.rows = [row for row in settings.rows if ROWS[row][1] in _IN_PYTORCH and ROWS[row][2] == "float32"]
@@ -329,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"left out {row}: {', '.join(missing)} not installed", file=sys.stderr)
             settings.rows.remove(row)
     if "openvino, bfloat16" in settings.rows and not _openvino_has_bfloat16():
-        print("left out openvino, bfloat16: OpenVINO would compute in float32 on this CPU", file=sys.stderr)
+        print("left out openvino, bfloat16: OpenVINO computes in float32 on this CPU", file=sys.stderr)
         settings.rows.remove("openvino, bfloat16")
     command = format_command(__file__, words)
     engines = ("onnxruntime", "openvino", "nncf")

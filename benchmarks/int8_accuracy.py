@@ -2,9 +2,9 @@
 
     python benchmarks/int8_accuracy.py --data cifar10 --json results.json
 
-CIFAR-10 comes as folders of image files, train/CLASS/ and test/CLASS/. Each engine's int8 artifact is calibrated on
-training images by `timm_tresnet.export_model`, as `timm-tresnet export --int8 --calibration cifar10/train` does it; all
-test images are then classified by it and by PyTorch in float32.
+CIFAR-10 is given as folders of image files, train/CLASS/ and test/CLASS/. Each engine's int8 artifact is calibrated on
+training images by `timm_tresnet.export_model`, as in `timm-tresnet export --calibration cifar10/train`. It then
+classifies all test images, and so does PyTorch in float32.
 """
 
 import argparse
@@ -30,10 +30,10 @@ BATCH_SIZE = 100
 
 
 def find_test_images(data: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
-    """Test images and the indices of their classes.
+    """Find the test images and the indices of their classes.
 
     Raises:
-        ValueError: if there are none, or their folders are not those of the classes.
+        ValueError: if there are none, or their folders differ from the classes.
     """
     paths = list(find_images([data / "test"])) if (data / "test").is_dir() else []
     found = sorted({path.parent.name for path in paths})
@@ -46,7 +46,7 @@ def find_test_images(data: Path, names: Sequence[str]) -> list[tuple[Path, int]]
 
 
 def measure(settings: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the results: float32, then each engine's int8."""
+    """Measure the rows of the results: float32, then each engine's int8."""
     model = timm.create_model("test_tresnet", pretrained=True).eval()
     test_images = find_test_images(settings.data, model.pretrained_cfg["label_names"])
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +79,7 @@ def measure(settings: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of the results as a Markdown table."""
+    """Format rows of the results as a Markdown table."""
     table = [[row["row"], f"{row['top1']:.2f}", f"{row['agreement']:.2f}"] for row in rows]
     return format_markdown(["", "top-1, %", "same class as float32, %"], table)
 

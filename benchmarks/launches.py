@@ -1,9 +1,9 @@
-"""What recomputation costs where launches set the pace: a step of a narrow network on small images, in one thread.
+"""Overhead of recomputation where launches dominate: a step of a narrow network on small images, in one thread.
 
     python benchmarks/launches.py --json benchmarks/results/launches.json
 
-Tensors are so small that a step's time is that of Python, of autograd and of dispatching. Time is the thread's own
-processor time, the least of all steps, for the networks take turns; ratios are to timm's built-in.
+Tensors are so small that a step's time is spent in Python, autograd and dispatch. Time is the thread's own processor
+time, the least of all steps; the networks take turns. Ratios are to timm's built-in.
 """
 
 import argparse
@@ -25,7 +25,7 @@ MODEL, WIDTH_FACTOR = "tresnet_m", 0.125
 
 
 def make_networks() -> dict[str, nn.Module]:
-    """The built-in, and ours with every setting, in training mode."""
+    """Make the built-in, and ours with every setting, in training mode."""
     networks = {BUILTIN: make_network(BUILTIN_PREFIX + MODEL, width_factor=WIDTH_FACTOR)}
     for setting in ("none", "activations", "expansions"):
         networks[setting] = make_network(MODEL, width_factor=WIDTH_FACTOR, recompute=setting)
@@ -35,7 +35,7 @@ def make_networks() -> dict[str, nn.Module]:
 
 
 def measure_step(network: nn.Module, images: Tensor, amp: str | None = None) -> tuple[float, float]:
-    """Milliseconds of the forward, under autocast to the dtype that amp names, and of the backward."""
+    """Return milliseconds of the forward, under autocast to amp (a key of DTYPES), and of the backward."""
     network.zero_grad()
     start = time.thread_time()
     with torch.autocast("cpu", dtype=DTYPES.get(amp), enabled=amp is not None):
@@ -48,7 +48,7 @@ def measure_step(network: nn.Module, images: Tensor, amp: str | None = None) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table and write the results."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(description="What recomputation costs where launches set the pace.")
+    parser = argparse.ArgumentParser(description="Overhead of recomputation where launches dominate.")
     parser.add_argument("--steps", type=at_least(1), default=40, help="default: %(default)s")
     parser.add_argument("--batch-size", type=at_least(1), default=2, help="default: %(default)s")
     parser.add_argument("--image-size", type=at_least(32), default=32, help="default: %(default)s")

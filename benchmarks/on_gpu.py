@@ -1,20 +1,19 @@
-"""What a GPU is asked first, in a few minutes: its tests, training eager and compiled, memory, inference, profiles.
+"""First measurements on a GPU in a few minutes: tests, training eager and compiled, memory, inference, profiles.
 
     python benchmarks/on_gpu.py --minutes 8 --json benchmarks/results/on_gpu_NAME.json
 
-Rows run in the order of what they are worth, and each is in the file as soon as it is measured. The same command goes
-on where it stopped. A row that fails is there with its reason, and is not run again without `--retry`. A row that
-would not be done in time, going by those that ran, is left for the next run.
+Rows run in the order of their value, and each is written as soon as it is measured. The same command resumes where it
+stopped. A row that fails is recorded with the reason; `--retry` runs it again. A row that would not finish in time,
+estimated from finished rows, is left for the next run.
 
-- tests: `tests/test_gpu.py`, counted.
+- tests: outcomes of `tests/test_gpu.py`.
 - training: kept, peak and step time as in `training_memory.py`, channels-last, by precision and batch: eager, compiled,
-  and compiled with CUDA graphs. Ratios are to timm's built-in, run in turns with the row's network.
+  and compiled with CUDA graphs. Ratios are to timm's built-in, which takes turns with the row's network.
 - largest batch: in 16 GB, eager.
-- inference: as in `inference.py`, compiled by `optimize_for_inference`; max-autotune in a process that is ended when
-  its time is over.
+- inference: as in `inference.py`, compiled by `optimize_for_inference`; max-autotune in a process with a time limit.
 - profile: the kernels of a compiled step.
 
-`--device cpu --tiny` rehearses all of it with a tiny network; what CUDA alone has is left out, with that as the reason.
+`--device cpu --tiny` rehearses everything with a tiny network; rows that need CUDA are recorded as left out.
 """
 
 import argparse
@@ -49,10 +48,10 @@ from timm_tresnet.utils.files import whole
 
 TESTS = Path(__file__).parents[1] / "tests" / "test_gpu.py"
 INFERENCE = Path(__file__).with_name("inference.py")
-NETWORKS = (BUILTIN, "activations", "resnet50", "expansions", "checkpointing")  # the one of ratios first
+NETWORKS = (BUILTIN, "activations", "resnet50", "expansions", "checkpointing")  # the reference first
 STEPS = ("tests", "training", "graphs", "largest batch", "inference", "profile")
-_GUESSES_S = {  # kind of a row -> seconds, as long as none has run
-    "tests": 60,  # less would not be worth starting
+_GUESSES_S = {  # kind of row -> estimated seconds before the first one has run
+    "tests": 60,  # with less time, starting is not worth it
     "eager": 15,
     "compiled": 60,
     "graphs": 60,
@@ -61,17 +60,17 @@ _GUESSES_S = {  # kind of a row -> seconds, as long as none has run
     "max-autotune": 60,
     "profile": 15,
 }
-_LIMITS_S = {"tests": 150, "max-autotune": 180}  # of rows that are processes of their own
-_OUTCOME = re.compile(r"^(\S*::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)  # as pytest -v has it
+_LIMITS_S = {"tests": 150, "max-autotune": 180}  # time limits of rows in processes of their own
+_OUTCOME = re.compile(r"^(\S*::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)  # output of pytest -v
 
 
 class LeftOut(Exception):
-    """Why a row cannot be measured here."""
+    """A row cannot be measured here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Training rows that are compared with each other, whose networks are held together.
+    """Training rows that are compared with each other; their networks are in memory together.
 
     Args:
         mode: "eager", "compiled" or "graphs".
@@ -87,7 +86,7 @@ class Group:
         return f"{self.mode}, {self.amp}, batch {self.batch_size}"
 
     def find_row(self, network: str) -> str:
-        """Name of a network's row in `training_memory.py`."""
+        """Return the name of a network's row in `training_memory.py`."""
         prefix = {"eager": "", "compiled": COMPILED, "graphs": GRAPHS}[self.mode]
         return "-".join(filter(None, [prefix, "" if prefix and network == BUILTIN else network]))
 
@@ -97,10 +96,10 @@ class Job:
     """One row.
 
     Args:
-        name: as it stands in the results.
+        name: name in the results.
         step: one of STEPS.
-        kind: of the rows that take about as long as this one.
-        measure: returns the row's fields; takes the seconds that are left.
+        kind: kind of row; rows of a kind take about the same time.
+        measure: measures and returns the row's fields; its argument is the remaining time in seconds.
     """
 
     name: str
@@ -111,7 +110,7 @@ class Job:
 
 @dataclass
 class Bench:
-    """What rows share: the options, and a group's networks with what was measured of the built-in."""
+    """State that rows share: the options, the present group's networks, and the built-in's memory."""
 
     settings: argparse.Namespace
     group: Group | None = None
@@ -120,7 +119,7 @@ class Bench:
     builtin_failed: bool = False
 
     def enter(self, group: Group | None) -> None:
-        """Let go of another group's networks and compiled code."""
+        """Switch to a group; free another group's networks and compiled code."""
         if group != self.group:
             self.networks.clear()
             self.builtin.clear()
@@ -131,29 +130,31 @@ class Bench:
         torch.cuda.empty_cache()
 
     def parse_training(self, group: Group, *words: str) -> argparse.Namespace:
-        """Options of `training_memory.py` for a group."""
+        """Return options of `training_memory.py` for a group."""
         common = ["--device", self.settings.device, "--model", self.settings.model, "--channels-last"]
         sizes = ["--image-size", str(self.settings.image_size), "--batch-size", str(group.batch_size)]
         sizes += ["--time-batch-size", str(group.batch_size), "--rounds", str(self.settings.rounds)]
         parsed = training_memory.parse([*common, *sizes, *words])
-        # CPUs take minutes for a step in float16, so that a rehearsal's is in float32.
+        # A float16 step takes minutes on a CPU, so rehearsals use float32.
         parsed.amp = None if self.settings.device == "cpu" and group.amp == "float16" else group.amp
         return parsed
 
     def prepare(self, network: str, group: Group, settings: argparse.Namespace) -> dict[str, int | None]:
-        """Have a group's network there, compiled and measured once; returns its memory."""
+        """Make a group's network, compile it and measure its memory."""
         row = group.find_row(network)
         self.networks[network] = training_memory.make_row(row, settings)
         return training_memory.measure_network(row, self.networks[network], settings)
 
     def measure_training(self, network: str, group: Group, left_s: float) -> dict[str, Any]:
-        """Kept, peak and times of a network, with ratios to the built-in."""
+        """Measure kept, peak and times of a network, with ratios to the built-in."""
         if group.mode == "graphs" and self.settings.device == "cpu":
             raise LeftOut("CUDA graphs need --device cuda")
         self.enter(group)
         settings = self.parse_training(group, *self._no_search())
         if not self.builtin and not self.builtin_failed:
-            self.builtin_failed = True  # unless it ends; rows then have no ratios, and do not wait for it again
+            self.builtin_failed = (
+                True  # until it succeeds; after a failure, rows have no ratios and do not try it again
+            )
             self.builtin.update(self.prepare(BUILTIN, group, settings))
             self.builtin_failed = False
         memory = {BUILTIN: self.builtin} if self.builtin else {}
@@ -167,7 +168,7 @@ class Bench:
         return ["--max-batch", "0"] if self.settings.device == "cuda" else []
 
     def measure_largest_batch(self, network: str, group: Group, left_s: float) -> dict[str, Any]:
-        """Largest batch in 16 GB, on a GPU; on the CPU, where all fit, the last one that is tried."""
+        """Measure the largest batch in 16 GB on a GPU; on the CPU, where all fit, a small limit."""
         self.enter(None)
         settings = self.parse_training(group, *(["--memory-gb", "16"] if self.settings.device == "cuda" else []))
         if self.settings.device == "cpu":
@@ -177,7 +178,7 @@ class Bench:
         return {"largest_batch": training_memory.measure_largest_batch(plain, settings, memory["peak"])}
 
     def profile(self, network: str, group: Group, left_s: float) -> dict[str, Any]:
-        """Table of where a training step's time goes."""
+        """Profile a training step."""
         self.enter(group)
         settings = self.parse_training(group, *self._no_search())
         if network not in self.networks:
@@ -190,7 +191,7 @@ class Bench:
         return [*words, "--batch-sizes", str(self.settings.inference_batch_size), "--rows", *rows]
 
     def measure_inference(self, row: str, left_s: float) -> dict[str, Any]:
-        """Images a second of a row of `inference.py`, with ratios to the built-in."""
+        """Measure images a second of a row of `inference.py`, with ratios to the built-in."""
         self.enter(None)
         settings = inference.parse(self.find_inference_words(*dict.fromkeys([BUILTIN, row])))
         settings.batch = self.settings.inference_batch_size
@@ -199,7 +200,7 @@ class Bench:
         return {**measured, "engine": inference.ROWS[row][1]}
 
     def measure_autotuned(self, row: str, left_s: float) -> dict[str, Any]:
-        """The same with max-autotune, in a process that has its time."""
+        """Measure a row of `inference.py` with max-autotune, in a process with a time limit."""
         self.enter(None)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "inference.json"
@@ -209,16 +210,16 @@ class Bench:
 
 
 def run_process(command: Sequence[str], limit_s: float, done: Sequence[int] = (0,)) -> str:
-    """Output of a process, which is ended with all that it started when its time is over.
+    """Run a process and return its output; at its time limit, it is killed with all of its children.
 
     Args:
         command: words of the command line.
-        limit_s: its time, in seconds.
-        done: exit statuses of a process that did what it was asked.
+        limit_s: time limit, in seconds.
+        done: exit statuses that mean success.
 
     Raises:
-        TimeoutError: if its time was over; its second argument is the output until then.
-        ChildProcessError: if it ended with another status; says the last line of its output.
+        TimeoutError: at the time limit; its second argument is the output until then.
+        ChildProcessError: if the process ends with another status; the message has the last line of its output.
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -241,7 +242,7 @@ def run_process(command: Sequence[str], limit_s: float, done: Sequence[int] = (0
 
 
 def run_tests(left_s: float) -> dict[str, Any]:
-    """How many tests passed, failed and were skipped, also of those that were done when the time was over."""
+    """Run the tests and count outcomes, including those of tests finished before the time limit."""
     command = [sys.executable, "-m", "pytest", "-o", "filterwarnings=", "-o", "addopts=", "-v", "-rN", "--tb=short"]
     reason = {}
     try:
@@ -257,7 +258,7 @@ def run_tests(left_s: float) -> dict[str, Any]:
 
 
 def list_jobs(bench: Bench) -> list[Job]:
-    """Every row, in the order of what it is worth."""
+    """List all rows in the order of their value."""
     small, large = bench.settings.batch_sizes
     jobs = [Job("tests", "tests", "tests", run_tests)]
 
@@ -270,7 +271,7 @@ def list_jobs(bench: Bench) -> list[Job]:
 
     def profile(mode: str, amp: str, batch_size: int) -> None:
         group = Group(mode, amp, batch_size)
-        for network in ("activations", BUILTIN):  # behind the group's rows, whose networks are compiled
+        for network in ("activations", BUILTIN):  # after the group's rows, which have compiled these networks
             measure = functools.partial(bench.profile, network, group)
             jobs.append(Job(f"profile of {group}: {network}", "profile", "profile", measure))
 
@@ -298,7 +299,7 @@ def list_jobs(bench: Bench) -> list[Job]:
 
 
 def estimate_s(kind: str, rows: Sequence[dict[str, Any]]) -> float:
-    """Seconds that a row of a kind may take: the longest of those that ran, or a guess."""
+    """Estimate the seconds of a row by its kind: the longest finished one, or a guess."""
     seconds = [row["seconds"] for row in rows if row["kind"] == kind and "reason" not in row]
     return max(seconds, default=_GUESSES_S[kind])
 
@@ -310,14 +311,14 @@ def run_jobs(
     seconds: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[str]:
-    """Run what is not in the results yet, as long as the time is enough; returns the names of what is left.
+    """Run the jobs without results while there is time; return the names of the jobs that are left.
 
     Args:
-        jobs: in the order in which they run.
-        results: `rows` gets one for each; `running` names the one that runs.
-        save: called when the results have changed.
-        seconds: the time for all.
-        clock: in seconds.
+        jobs: all jobs, in order.
+        results: the results; each job adds a row to `rows`, and `running` names the present job.
+        save: called after each change of the results.
+        seconds: time for all jobs.
+        clock: returns the time in seconds.
     """
     end, there, left = clock() + seconds, {row["row"] for row in results["rows"]}, []
     for job in jobs:
@@ -339,7 +340,7 @@ def run_jobs(
             raise
         except LeftOut as error:
             measured = {"reason": str(error)}
-        except (Exception, SystemExit) as error:  # whatever it is, the other rows are worth having
+        except (Exception, SystemExit) as error:  # whatever happens, the other rows are still useful
             measured = {"reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
             print(f"failed: {measured['reason']}", file=sys.stderr, flush=True)
         row |= {"name": measured.pop("row", job.name), "seconds": round(clock() - start, 1), **measured}
@@ -352,15 +353,15 @@ def run_jobs(
 
 
 def resume(path: Path, results: dict[str, Any], retry: bool) -> None:
-    """Take over the rows of a file that the same command left.
+    """Copy the rows of an earlier run of the same command.
 
     Args:
-        path: the file.
-        results: those that begin, whose settings, GPU and versions are compared.
-        retry: leave out rows that failed.
+        path: file of the earlier run.
+        results: the new results; settings, GPU and versions must be equal.
+        retry: drop rows that failed, so that they run again.
 
     Raises:
-        ValueError: if the file is not of this script, or was made with other settings or elsewhere.
+        ValueError: if the file is not from this script, or was made with other settings, versions or GPU.
     """
     earlier = load_results(path)
     kept = ["settings", "versions"]
@@ -369,7 +370,7 @@ def resume(path: Path, results: dict[str, Any], retry: bool) -> None:
         ("gpu", results["hardware"]["gpu"], earlier["hardware"].get("gpu")),
     ]:
         if own != other:
-            raise ValueError(f"{path} was made with {name} {other}, and these are {own}; name another file")
+            raise ValueError(f"{path} was made with {name} {other}, this run has {own}; name another file")
     rows = earlier["rows"]
     if "running" in earlier:
         rows.append({"row": earlier["running"], "step": "", "kind": "", "seconds": 0.0})
@@ -378,7 +379,7 @@ def resume(path: Path, results: dict[str, Any], retry: bool) -> None:
 
 
 def format_report(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of the results as Markdown: a table for each group of training rows, and what else there is."""
+    """Format the results as Markdown: a table for each group of training rows, then the other rows."""
     parts = []
     measured = [{**row, "row": row["name"]} for row in rows if "reason" not in row]
     for row in measured:
@@ -403,20 +404,24 @@ def format_report(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what there is time for, and print tables of all that the file has by then."""
+    """Measure as many rows as there is time for, and print tables of all rows in the file."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(description="What a GPU is asked first, in a few minutes.")
-    parser.add_argument("--minutes", type=at_least(0, float), default=8.0, help="for all rows (default: %(default)g)")
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="file for the results; goes on there")
+    parser = argparse.ArgumentParser(description="First measurements on a GPU in a few minutes.")
+    parser.add_argument(
+        "--minutes", type=at_least(0, float), default=8.0, help="time for all rows (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--json", type=Path, required=True, metavar="FILE", help="file for the results; resumed if it exists"
+    )
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="default: all")
-    parser.add_argument("--retry", action="store_true", help="run rows again that failed")
+    parser.add_argument("--retry", action="store_true", help="run failed rows again")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a tiny network, as a rehearsal")
+    parser.add_argument("--tiny", action="store_true", help="rehearse with a tiny network")
     settings = parser.parse_args(words)
     if settings.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU, and PyTorch finds none; --device cpu --tiny is a rehearsal")
+        parser.error("--device cuda needs a GPU, and PyTorch finds none; rehearse with --device cpu --tiny")
     if settings.device == "cpu" and not settings.tiny:
-        parser.error("--device cpu is for a rehearsal and needs --tiny; training_memory.py measures there")
+        parser.error("--device cpu is only a rehearsal and needs --tiny; to measure on the CPU, use training_memory.py")
     tiny = settings.tiny
     settings.model, settings.image_size = ("test_tresnet", 64) if tiny else ("tresnet_m", 224)
     settings.batch_sizes, settings.inference_batch_size = ((2, 3), 2) if tiny else ((128, 512), 256)
@@ -442,7 +447,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         print(format_report(results["rows"]))
     if left:
-        print("\n".join(["", "Left for the same command again:", *(f"- {name}" for name in left)]))
+        print("\n".join(["", "Left for the next run of the same command:", *(f"- {name}" for name in left)]))
     return 0
 
 

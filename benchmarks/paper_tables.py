@@ -1,11 +1,11 @@
-"""The paper's tables (arXiv:2003.13630) again: TResNet beside the networks that it and its reviewers compare it with.
+"""Measure the paper's tables again (arXiv:2003.13630): TResNet beside the networks that it is compared with.
 
     python benchmarks/paper_tables.py --json benchmarks/results/paper_tables.json
 
-For each network: size, bytes kept for backward, the largest training batch (looked for on CUDA; on a CPU computed from
-kept bytes, and labelled so), and images a second in training (forward, backward, SGD with momentum) and in inference,
-with ratios to ResNet-50 in the same rounds. Networks have random weights: speed and memory do not depend on them. Top-1
-are published ones, for the training that each source describes; nothing is trained here.
+For each network: size, bytes stored for backward, the largest training batch (measured on CUDA; on a CPU computed from
+stored bytes, and labelled so), and images a second in training (forward, backward, SGD with momentum) and in inference,
+with ratios to ResNet-50 in the same rounds. Weights are random, since speed and memory do not depend on them. Top-1 is
+the published one, with each source's training; nothing is trained here.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from timm_tresnet.cli.options import image_size
 _PAPER = "arXiv:2003.13630"
 _TIMM = "timm, results/results-imagenet.csv"
 
-# network -> side of the images where it is not 224 pixels, ImageNet top-1 at that size, who published it
+# network -> side of the images if not 224 pixels, published ImageNet top-1 at that size, source
 PUBLISHED: dict[str, tuple[int | None, float | None, str | None]] = {
     "resnet50": (None, 79.0, _PAPER),
     "resnet50d": (None, 79.3, _PAPER),
@@ -43,7 +43,7 @@ DEFAULT = [name for name in PUBLISHED if name != "test_tresnet"]
 
 
 def annotate(row: dict[str, Any]) -> dict[str, Any]:
-    """The published accuracy of a row, if it was measured at the size that is measured here."""
+    """Return the published accuracy of a row if it is for the same image size."""
     size, top1, source = PUBLISHED[row["row"]]
     if row["image_size"] != (size or 224):
         top1 = source = None
@@ -53,9 +53,9 @@ def annotate(row: dict[str, Any]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table and write the results."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(description="TResNet beside the networks that its paper compares it with.")
+    parser = argparse.ArgumentParser(description="TResNet beside the networks of its paper's tables.")
     parser.add_argument("--models", nargs="+", choices=list(PUBLISHED), default=DEFAULT, help="resnet50 is added")
-    parser.add_argument("--image-size", type=image_size, help="for all (default: 224; efficientnet_b1 240)")
+    parser.add_argument("--image-size", type=image_size, help="in pixels, for all (default: 224; efficientnet_b1 240)")
     settings = parse_comparison(parser, words)
     settings.models = list(dict.fromkeys(["resnet50", *settings.models]))
     candidates = [

@@ -1,13 +1,13 @@
-"""Draw pictures of results, from their JSON files alone.
+"""Draw figures of results from their JSON files.
 
     python benchmarks/plots.py benchmarks/results/FILE.json ... --output benchmarks/results
 
-What is drawn depends on the script that made a file: accuracy against throughput of paper_tables, bars of ablation,
-curves of resolution and of transfer; of training_memory, one picture of the files of each model, peak memory against
-the batch. Each is an SVG with its command and hardware under it. Needs matplotlib (the extra `plots`).
+The figure depends on the script that made a file. paper_tables: accuracy against throughput. ablation: bars.
+resolution and transfer: curves. training_memory: peak memory against the batch, one figure for all files of a model.
+Each is an SVG with its command and hardware below it. Needs matplotlib (the extra `plots`).
 
-With `--readme NAME`, files of training_memory become the picture of README.md instead, NAME.svg and NAME_dark.svg for
-light and dark pages. What it shows is in its description too, as JSON.
+With `--readme NAME`, files of training_memory become README.md's figure instead: NAME.svg and NAME_dark.svg, for light
+and dark pages. The SVG's description has the shown values as JSON.
 """
 
 import argparse
@@ -32,13 +32,13 @@ from schema import load_results, script_of
 
 from timm_tresnet.utils.files import whole
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, and a marker for each
+# Okabe and Ito's colours, distinguishable for colour-blind readers, and a marker for each
 _COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
 _MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
-_MOST_LINES = 12  # of a caption, in a picture of the usual height
+_MOST_LINES = 12  # lines of a caption in a figure of the usual height
 _STYLE = {
     "figure.figsize": (8, 5),  # inches; 800 px wide at 100 dots an inch
-    "figure.facecolor": "white",  # not transparent, so that a dark page does not swallow the text
+    "figure.facecolor": "white",  # not transparent, so that the text is readable on a dark page
     "font.size": 11,
     "axes.grid": True,
     "grid.color": "#DDDDDD",
@@ -47,7 +47,7 @@ _STYLE = {
     "axes.spines.right": False,
     "svg.hashsalt": "timm-tresnet",  # the same file from the same results
 }
-_DARK = {  # what a dark page needs instead
+_DARK = {  # changes for dark pages
     "figure.facecolor": "#0d1117",
     "axes.facecolor": "#0d1117",
     "grid.color": "#30363d",
@@ -64,12 +64,12 @@ _README_LINES = {  # row of training_memory -> label, colours on light and on da
 
 def _median(row: dict[str, Any], field: str) -> float:
     if not row[field]:
-        raise ValueError(f"{row['row']} has no complete round in {field}; measure it again, without interrupting")
+        raise ValueError(f"{row['row']} has no complete round in {field}; measure it again without interrupting")
     return statistics.median(row[field])
 
 
 def _finish(figure: Figure, results: Sequence[dict[str, Any]], notes: str = "") -> Figure:
-    """Caption a figure with where and how its results were made."""
+    """Add a caption with hardware, versions and commands to a figure."""
     first = results[0]
     hardware, settings = first["hardware"], first["settings"]
     machine = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
@@ -83,20 +83,20 @@ def _finish(figure: Figure, results: Sequence[dict[str, Any]], notes: str = "") 
     for each in results:
         lines += textwrap.wrap(each["command"], 115)
     figure.text(0.01, 0.01, "\n".join(lines), fontsize=7.5, color="#444444", va="bottom")
-    if len(lines) > _MOST_LINES:  # a taller picture, so that they take no more of it
+    if len(lines) > _MOST_LINES:  # a taller figure, so that the caption keeps its share of it
         figure.set_figheight(figure.get_figheight() * len(lines) / _MOST_LINES)
     figure.tight_layout(rect=(0, 0.032 * min(len(lines), _MOST_LINES) + 0.01, 1, 1))
     return figure
 
 
 def draw_paper_tables(results: dict[str, Any]) -> Figure:
-    """Published accuracy against throughput, in training and in inference."""
+    """Draw published accuracy against throughput in training and in inference."""
     figure, panels = plt.subplots(1, 2, sharey=True, figsize=(8, 5.4))
     rows = [row for row in results["rows"] if row["top1"] is not None]
     fields = {"training": "train_images_per_s", "inference": "inference_images_per_s"}
     points = {name: [(_median(row, field), row["top1"]) for row in rows] for name, field in fields.items()}
-    for axes, (name, places) in zip(panels, points.items(), strict=True):
-        speeds = [speed for speed, _ in places]
+    for axes, (name, positions) in zip(panels, points.items(), strict=True):
+        speeds = [speed for speed, _ in positions]
         for row, speed in zip(rows, speeds, strict=True):
             ours = row["row"].startswith("tresnet")
             more_data = "ImageNet-21k" in row["top1_source"]
@@ -116,14 +116,14 @@ def draw_paper_tables(results: dict[str, Any]) -> Figure:
         "as published for different trainings (top1_source in the file)."
     )
     _finish(figure, [results], notes)
-    for axes, places in zip(panels, points.values(), strict=True):  # where the layout has put them
-        _label_points(axes, [row["row"].replace(":", " ") for row in rows], places)
+    for axes, positions in zip(panels, points.values(), strict=True):  # after the layout
+        _label_points(axes, [row["row"].replace(":", " ") for row in rows], positions)
     return figure
 
 
 def _label_points(axes: Axes, labels: Sequence[str], points: Sequence[tuple[float, float]]) -> None:
-    """Names where there is room for them: beside their points, or further off, with a line to the point."""
-    axes.figure.canvas.draw()  # for the places of the points
+    """Write each name beside its point or, for lack of room, further away with a line to the point."""
+    axes.figure.canvas.draw()  # computes the positions of the points
     renderer = axes.figure.canvas.get_renderer()
     taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in axes.transData.transform(points)]
     angles = (0, 180, 90, 270, 30, 330, 150, 210)
@@ -146,11 +146,11 @@ def _label_points(axes: Axes, labels: Sequence[str], points: Sequence[tuple[floa
                 break
             text.remove()
         else:
-            raise ValueError(f"{label} at {point}: no room for its name; draw fewer networks in one picture")
+            raise ValueError(f"{label} at {point}: no room for its name; draw fewer networks in one figure")
 
 
 def collect_peaks(files: Sequence[dict[str, Any]]) -> dict[str, dict[int, float]]:
-    """Peak of a training step in GB, by row and batch; of two files with the same batch, the last counts."""
+    """Return the peak of a training step in GB (1e9 bytes) by row and batch; the last file with a batch counts."""
     peaks: dict[str, dict[int, float]] = {}
     for results in files:
         batch = results["settings"]["batch_size"]
@@ -161,7 +161,7 @@ def collect_peaks(files: Sequence[dict[str, Any]]) -> dict[str, dict[int, float]
 
 
 def draw_training_memory(files: Sequence[dict[str, Any]]) -> Figure:
-    """Peak memory of a training step against the batch, from files of one model with a batch each."""
+    """Draw the peak memory of a training step against the batch, from files of one model with one batch each."""
     figure, axes = plt.subplots()
     settings = files[0]["settings"]
     peaks = collect_peaks(files)
@@ -178,7 +178,7 @@ def draw_training_memory(files: Sequence[dict[str, Any]]) -> Figure:
 
 
 def draw_readme(files: Sequence[dict[str, Any]], dark: bool) -> Figure:
-    """The picture of README.md: as `draw_training_memory`, few lines with their names at their ends."""
+    """Draw README.md's figure: `draw_training_memory` with few lines, and names at their ends."""
     figure, axes = plt.subplots(figsize=(8, 4.2))
     settings, peaks = files[0]["settings"], collect_peaks(files)
     for row, (label, on_light, on_dark, dashes) in _README_LINES.items():
@@ -208,7 +208,7 @@ def draw_readme(files: Sequence[dict[str, Any]], dark: bool) -> Figure:
 
 
 def draw_ablation(results: dict[str, Any]) -> Figure:
-    """Bars: training and inference speed and memory of each variation, as ratios to the whole network."""
+    """Draw bars of training speed, inference speed and memory of each variation, as ratios to the whole network."""
     rows = results["rows"]
     figure, panels = plt.subplots(1, 3, sharey=True, figsize=(8, 5))
     reference = rows[0]
@@ -217,28 +217,28 @@ def draw_ablation(results: dict[str, Any]) -> Figure:
         "inference speed": [(row["inference_ratios"], None) for row in rows],
         "kept for backward": [(None, row["kept_mb"] / reference["kept_mb"]) for row in rows],
     }
-    places = range(len(rows), 0, -1)
+    heights = range(len(rows), 0, -1)
     for axes, (title, values), color in zip(panels, quantities.items(), _COLORS, strict=False):
-        for place, row, (ratios, exact) in zip(places, rows, values, strict=True):
+        for height, row, (ratios, exact) in zip(heights, rows, values, strict=True):
             middle = statistics.median(ratios) if ratios else exact
             if middle is None:
-                raise ValueError(f"{row['row']} has no complete round; measure it again, without interrupting")
+                raise ValueError(f"{row['row']} has no complete round; measure it again without interrupting")
             reach = [[middle - min(ratios)], [max(ratios) - middle]] if ratios else None
-            axes.barh(place, middle, color=color, xerr=reach, error_kw={"elinewidth": 1, "ecolor": "#444444"})
-            axes.text(0.03, place, f"{middle:.2f}", va="center", fontsize=8, color="white", fontweight="bold")
+            axes.barh(height, middle, color=color, xerr=reach, error_kw={"elinewidth": 1, "ecolor": "#444444"})
+            axes.text(0.03, height, f"{middle:.2f}", va="center", fontsize=8, color="white", fontweight="bold")
         axes.axvline(1, color="#444444", linewidth=1)
         axes.set_title(title, fontsize=11)
         axes.set_xlabel(f"ratio to {reference['row']!r}", fontsize=8)
         axes.grid(axis="y", visible=False)
-    panels[0].set_yticks(list(places), [textwrap.fill(row["row"], 22) for row in rows], fontsize=8)
+    panels[0].set_yticks(list(heights), [textwrap.fill(row["row"], 22) for row in rows], fontsize=8)
     notes = (
-        "Each ingredient off or exchanged alone; bars are medians, lines the range of the rounds. Not about accuracy."
+        "Each ingredient off or replaced alone; bars are medians, lines the range of the rounds. Accuracy is not shown."
     )
     return _finish(figure, [results], notes)
 
 
 def draw_resolution(results: dict[str, Any]) -> Figure:
-    """Curves over the resolution: time of a training step, of inference, and bytes kept, with the FLOPs as a line."""
+    """Draw training time, inference time and stored bytes against the resolution, with the FLOPs as a line."""
     rows = results["rows"]
     names = list(dict.fromkeys(row["row"] for row in rows))
     figure, panels = plt.subplots(1, 3, figsize=(8, 4.6))
@@ -270,7 +270,7 @@ def draw_resolution(results: dict[str, Any]) -> Figure:
 
 
 def draw_transfer(results: dict[str, Any]) -> Figure:
-    """Accuracy against the number of training images, of each arm, for each data set."""
+    """Draw the accuracy of each arm against the number of training images, for each data set."""
     rows, names = results["rows"], results["settings"]["data"]
     figure, panels = plt.subplots(1, len(names), sharey=True, squeeze=False, figsize=(8, 4.6))
     labels = {"transfer": "from pretrained weights", "scratch": "from scratch"}
@@ -309,10 +309,10 @@ def _cycle(values: Sequence[str], names: Collection[str]) -> list[str]:
 
 
 def draw(paths: Sequence[Path]) -> dict[str, Figure]:
-    """Figures of files of results, by the name that they are saved under.
+    """Draw figures of results files; return them by the name of their file.
 
     Raises:
-        ValueError: if a file is not whole, or there is no picture of what its script measures; names the file.
+        ValueError: if a file is incomplete, or there is no figure for its script; the message names the file.
     """
     single = {
         "paper_tables": draw_paper_tables,
@@ -331,32 +331,32 @@ def draw(paths: Sequence[Path]) -> dict[str, Figure]:
         elif script in single:
             figures[path.stem] = single[script](results)
         else:
-            raise ValueError(f"{path}: pictures are for {', '.join([*single, 'training_memory'])}, got {script}")
+            raise ValueError(f"{path}: needs results of {', '.join([*single, 'training_memory'])}, got {script}")
     for files in memory.values():
         figures[files[0][0].stem] = draw_training_memory([results for _, results in files])
     return figures
 
 
 def draw_for_readme(paths: Sequence[Path], name: str, output: Path) -> list[Path]:
-    """Write the picture of README.md, for light and for dark pages.
+    """Write README.md's figure for light and for dark pages.
 
     Args:
-        paths: files of training_memory, of one model with a batch each.
-        name: of the light one, without .svg.
-        output: folder.
+        paths: files of training_memory, of one model with one batch each.
+        name: name of the light figure, without .svg.
+        output: folder for the figures.
 
     Returns:
         The two files.
 
     Raises:
-        ValueError: if a file is of another script, or lacks a row of the picture.
+        ValueError: if a file is of another script, or lacks a row of the figure.
     """
     files = [load_results(path) for path in paths]
     for path, results in zip(paths, files, strict=True):
         missing = _README_LINES.keys() - {row["row"] for row in results["rows"] if "peak_mb" in row}
         if missing:
             names = ", ".join(sorted(missing))
-            raise ValueError(f"{path}: the picture of README.md needs rows of training_memory; {names} are missing")
+            raise ValueError(f"{path}: README.md's figure needs rows of training_memory; {names} are missing")
     peaks = collect_peaks(files)
     shown = {row: {str(batch): round(peak, 3) for batch, peak in peaks[row].items()} for row in _README_LINES}
     description = json.dumps({"files": [path.name for path in paths], "peak_gb": shown})
@@ -376,13 +376,13 @@ def _save(figure: Figure, path: Path, description: str | None = None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw the files named and write one SVG for each picture."""
-    parser = argparse.ArgumentParser(description="Draw pictures of results.")
+    """Draw the given files and write an SVG for each figure."""
+    parser = argparse.ArgumentParser(description="Draw figures of results.")
     parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="JSON files that scripts of this folder made"
+        "files", nargs="+", type=Path, metavar="FILE", help="JSON files written by scripts of this folder"
     )
-    parser.add_argument("--output", type=Path, default=Path(), metavar="FOLDER", help="default: the current one")
-    parser.add_argument("--readme", metavar="NAME", help="draw the picture of README.md, as NAME.svg and NAME_dark.svg")
+    parser.add_argument("--output", type=Path, default=Path(), metavar="FOLDER", help="default: the current folder")
+    parser.add_argument("--readme", metavar="NAME", help="draw README.md's figure, as NAME.svg and NAME_dark.svg")
     arguments = parser.parse_args(argv)
     with mpl.rc_context(_STYLE):
         try:

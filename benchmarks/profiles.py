@@ -1,4 +1,4 @@
-"""Where the time of a network goes, by PyTorch's profiler."""
+"""Profile a network with PyTorch's profiler."""
 
 import re
 from collections.abc import Callable
@@ -16,16 +16,16 @@ _CONVOLUTION = re.compile(r"aten::\w*convolution")
 
 
 def profile(run: Callable[[], object], title: str, device: str, repeats: int = 10, kernels: bool = False) -> str:
-    """Milliseconds of a run on the device, and the operations that take the most of them, as a Markdown table.
+    """Return a Markdown table of the slowest operations of a run, with their milliseconds on the device.
 
     Where the compiler's kernels on a CPU are among them, two sums come first.
 
     Args:
-        run: what to profile.
-        title: of the table.
+        run: the function to profile.
+        title: title of the table.
         device: "cpu" or "cuda".
-        repeats: runs that are measured, after three that are not.
-        kernels: name a GPU's kernels instead of PyTorch's operations, of which compiled code has few.
+        repeats: measured runs, after three for warm-up.
+        kernels: list a GPU's kernels instead of PyTorch's operations; compiled code has few operations.
     """
     for _ in range(3):
         run()
@@ -39,9 +39,9 @@ def profile(run: Callable[[], object], title: str, device: str, repeats: int = 1
             torch.cuda.synchronize()
     own = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     events = profiler.key_averages()
-    if device == "cuda":  # a GPU's kernels stand there by themselves too, besides the operations that they belong to
+    if device == "cuda":  # events include a GPU's kernels besides the operations that launch them
         events = [event for event in events if (_is_kernel(event) if kernels else event.key.startswith("aten::"))]
-    times = {event.key[:_LONGEST]: 0.0 for event in events}  # C++ kernels' names go on for lines
+    times = {event.key[:_LONGEST]: 0.0 for event in events}  # names of C++ kernels are several lines long
     for event in events:
         times[event.key[:_LONGEST]] += getattr(event, own) / 1e3 / repeats  # us to ms
     total = sum(times.values())

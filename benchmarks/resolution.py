@@ -1,4 +1,4 @@
-"""How time and memory of training and the time of inference grow with the resolution, against the FLOPs.
+"""Training time, training memory and inference time against the resolution and the FLOPs.
 
     python benchmarks/resolution.py --json benchmarks/results/resolution.json
 
@@ -23,7 +23,7 @@ REFERENCE = "resnet50"
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table and write the results."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(description="How time and memory grow with the resolution.")
+    parser = argparse.ArgumentParser(description="Time and memory against the resolution.")
     parser.add_argument("--model", choices=list(ARCHITECTURES), default="tresnet_m")
     parser.add_argument(
         "--image-sizes",

@@ -1,4 +1,4 @@
-"""What the files in results/ contain, and how to read one that is whole."""
+"""Fields of the files in results/, and a reader that checks them."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ _COMPARISON = {
     *("row", "image_size", "params_m", "gmacs", "activations_m", "kept_mb", "largest_batch", "largest_batch_how"),
     *("train_images_per_s", "train_ratios", "inference_images_per_s", "inference_ratios"),
 }
-ROW_FIELDS = {  # script -> fields of each row; there may be more
+ROW_FIELDS = {  # script -> required fields of each row
     "ablation": _COMPARISON,
     "ablation_accuracy": {"row", "seed", "top1", "epochs"},
     "collection": {"row", "files", "images", "seconds", "cpu_s", "ratios", "cpu_ratios", "agreement", "difference"},
@@ -27,7 +27,7 @@ ROW_FIELDS = {  # script -> fields of each row; there may be more
 
 
 def script_of(results: dict[str, Any]) -> str:
-    """Name of the script that made results, from their command."""
+    """Return the name of the script that made results, from their command."""
     return Path(results["command"].split()[1]).stem
 
 
@@ -38,7 +38,7 @@ def load_results(path: Path) -> dict[str, Any]:
         path: a file that a script of this folder wrote with `--json`.
 
     Raises:
-        ValueError: if it is no JSON, no script of this folder wrote it, or fields are missing; names file and fields.
+        ValueError: if it is not JSON, not from a script of this folder, or lacks fields; the message names them.
     """
     try:
         results = json.loads(path.read_text())

@@ -1,11 +1,11 @@
-"""How heads and losses do for tags of a tiny network on mosaics of CIFAR-10. This says nothing about COCO.
+"""Heads and losses of a tiny tagger, compared on mosaics of CIFAR-10. It says nothing about COCO.
 
     python benchmarks/tagging.py --data mosaics --json results.json
 
-`timm-tresnet train-tagger` trains `test_tresnet` for each head and loss, with several seeds each, from the weights in
-the package (`r64_cifar10`, without their classifier). It chooses epoch and thresholds on the held-out mosaics; what
-counts is mAP, CF1 and OF1 of the folder that it ends with, on the test mosaics. hub/mosaic_cifar10/prepare.py makes the
-mosaics: 64 pixels, four photographs each.
+`timm-tresnet train-tagger` trains `test_tresnet` with each head and loss and several seeds, from the weights in the
+package (`r64_cifar10`, without their classifier). It chooses epoch and thresholds on the held-out mosaics. The results
+are mAP, CF1 and OF1 of the trained folder on the test mosaics. hub/mosaic_cifar10/prepare.py makes the mosaics, of 64
+pixels and four photographs each.
 """
 
 import argparse
@@ -38,8 +38,8 @@ HEADS = {  # options of the command
     "linear": ["--head", "linear", "--model-kwargs", "recompute=none"],
 }
 LOSSES = ("asl", "bce")
-# What is not official: Cutout and RandAugment can take a whole photograph away, label and all; an average over
-# thousands of steps would still be the start after these few; Adam from the official rate learns too little in them.
+# Differs from official training: Cutout and RandAugment can hide a whole photograph of a mosaic. A slow moving average
+# would hardly leave its start in these few steps. Adam at the official rate learns too little in them.
 TRAINING = ["--cutout", "0", "--randaugment", "0", "--ema-decay", "0.99", "--batch-size", "32", "--lr", "2e-3"]
 TRAINING += ["--channels-last", "--device", "cpu", "--workers", "0", "--model", "test_tresnet.r64_cifar10", "--resume"]
 METRICS = ("mAP", "CF1", "OF1")
@@ -47,7 +47,7 @@ _BATCH_SIZE = 250
 
 
 def make_words(head: str, loss: str, seed: int, output: Path, settings: argparse.Namespace) -> list[str]:
-    """The words of the command that trains one network with one seed."""
+    """Return the words of the command that trains one network with one seed."""
     data = [str(settings.data / "train.csv"), "--val", str(settings.data / "val.csv")]
     options = [word.format(settings.decoder_embedding) for word in HEADS[head]]
     run = ["--epochs", str(settings.epochs), "--seed", str(seed), "--loss", loss, "--output", str(output)]
@@ -55,7 +55,7 @@ def make_words(head: str, loss: str, seed: int, output: Path, settings: argparse
 
 
 def evaluate(folder: Path, annotations: Path) -> dict[str, float]:
-    """mAP, CF1 and OF1 of a trained folder in percent, at its thresholds, on images that chose none of them."""
+    """Return mAP, CF1 and OF1 of a trained folder in percent, at its thresholds, on images not used to choose them."""
     network = load_network(f"local-dir:{folder}")
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=network))
     names = tuple(network.pretrained_cfg["label_names"])
@@ -71,7 +71,7 @@ def evaluate(folder: Path, annotations: Path) -> dict[str, float]:
 
 
 def measure(work: Path, settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of the results, one for each seed, head and loss; those whose row lies in work are not trained again.
+    """Yield rows of the results, one for each seed, head and loss; rows in work are not trained again.
 
     Raises:
         RuntimeError: if a training fails.
@@ -97,7 +97,7 @@ def measure(work: Path, settings: argparse.Namespace) -> Iterator[dict[str, Any]
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Mean, standard deviation and range of each head's and loss's seeds, as a Markdown table."""
+    """Format mean, standard deviation and range over the seeds of each head and loss as a Markdown table."""
     table = []
     for name in dict.fromkeys(row["row"] for row in rows):
         same = [row for row in rows if row["row"] == name]
@@ -113,8 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, print a table and write the results."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(description="Heads and losses for tags on mosaics of CIFAR-10.")
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="that prepare.py wrote")
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="for what is trained; goes on with what is there")
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder written by prepare.py")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="folder for trained networks, to resume from")
     parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=list(HEADS))
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
     parser.add_argument("--seeds", type=at_least(1), default=3)

@@ -1,4 +1,4 @@
-"""timm's unchanged train.py, as scripts of this folder run it many times, and the rows that come of it."""
+"""Run timm's unchanged train.py many times, and collect rows of results."""
 
 import argparse
 import os
@@ -13,25 +13,25 @@ from timm_tresnet.bench.results import write_results
 
 
 def add_scripts_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option for the folder that train.py is in."""
+    """Add the option for train.py's folder."""
     scripts = os.environ.get("TIMM_SCRIPTS")
     parser.add_argument(
         "--scripts",
         type=Path,
         default=scripts and Path(scripts),
         metavar="FOLDER",
-        help="with timm's train.py (default: TIMM_SCRIPTS)",
+        help="folder with timm's train.py (default: TIMM_SCRIPTS)",
     )
 
 
 def check_scripts(parser: argparse.ArgumentParser, settings: argparse.Namespace) -> None:
-    """End the process if train.py is not where the option says."""
+    """End the process if the option's folder has no train.py."""
     if settings.scripts is None or not (settings.scripts / "train.py").is_file():
-        parser.error("--scripts needs a folder with timm's train.py, as a clone of its repository has")
+        parser.error("--scripts needs a folder with timm's train.py, such as a clone of its repository")
 
 
 def start_command(settings: argparse.Namespace) -> list[str]:
-    """How the command begins; -P takes the installed timm, not the copy beside the script."""
+    """Return the start of the command; -P selects the installed timm, not the copy beside the script."""
     return [sys.executable, "-P", str(settings.scripts / "train.py")]
 
 
@@ -39,7 +39,7 @@ def run_training(command: Sequence[str]) -> None:
     """Run a command.
 
     Raises:
-        RuntimeError: if it fails; with what it said last.
+        RuntimeError: if it fails; the message has the end of its output.
     """
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode:
@@ -53,17 +53,17 @@ def collect(
     script: str,
     format_table: Callable[[Sequence[dict[str, Any]]], str],
 ) -> int:
-    """Take up rows as they come, print them as a table and write the results, also those that an end leaves.
+    """Collect rows, print them as a table and write the results, even partial ones after an error or Ctrl-C.
 
     Args:
-        rows: what is trained while they are asked for.
-        results: gets the rows.
+        rows: iterator that trains the networks and yields their rows.
+        results: the results; rows are added.
         path: file for the results, or None.
-        script: its `__file__`.
-        format_table: of the script.
+        script: the script's `__file__`.
+        format_table: formats the rows.
 
     Returns:
-        The exit status: 0 if all rows came, 1 after an error, 130 after Ctrl-C.
+        The exit status: 0 if all rows are complete, 1 after an error, 130 after Ctrl-C.
     """
     status = 0
     try:
@@ -73,7 +73,7 @@ def collect(
         print(f"{Path(script).name}: {error}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
-        print("interrupted: these are the networks that were trained to the end", file=sys.stderr)
+        print("interrupted: only networks with finished training are shown", file=sys.stderr)
         status = 130
     if results["rows"]:
         print(format_table(results["rows"]))

@@ -1,21 +1,21 @@
-"""What training keeps for backward, what a step peaks at and what it costs, against timm's built-in and ResNet-50.
+"""Training memory and time: bytes kept for backward, peak and time of a step, against timm's built-in and ResNet-50.
 
     python benchmarks/training_memory.py --json benchmarks/results/NAME.json
 
-- kept: bytes that a training forward has allocated and not freed again while only its loss is held. The allocator is
-  asked (PyTorch's memory profiler), so it does not matter who keeps them: autograd, a hook, checkpointing's closures or
-  compiled code. The forward gets its own copies of images and labels, which count if they are kept. Parameters and
-  buffers were there before; copies of them, as autocast and the compiler make, are kept and count.
-- peak: resident memory over one step above that before it (`VmHWM` and `VmRSS` of Linux), after a step for warming up.
-- time: a step, in rounds over all rows, as a ratio to the built-in (or `--reference`) in the same round:
+- kept: bytes that a training forward has allocated and not freed while only its loss is alive, from PyTorch's memory
+  profiler. They count whatever keeps them: autograd, a hook, checkpointing's closures or compiled code. The forward has
+  its own copies of images and labels, which count if they are kept. Parameters and buffers existed before; copies of
+  them, which autocast and the compiler make, count.
+- peak: growth of resident memory in one step (`VmHWM` and `VmRSS` of Linux), after a warm-up step.
+- time: time of a step, in rounds over all rows, as a ratio to the built-in (or `--reference`) in the same round:
   median (min-max).
 
-Kept and peak are taken in a process for each row, at `--batch-size`; times in one process, at `--time-batch-size`.
+Kept and peak are measured in a process for each row, at `--batch-size`; times in one process, at `--time-batch-size`.
 
-On CUDA (`--device cuda`), kept and peak are what `torch.cuda` has allocated, all in one process, the largest batch that
-fits is looked for, and a time is the mean of a few steps in a row. float16 runs without loss scaling, on which memory
-does not depend. A step that is replayed from CUDA graphs allocates nothing: its peak is the memory that PyTorch has
-reserved for the graphs, and what it keeps is not known.
+On CUDA (`--device cuda`), kept and peak are allocations of `torch.cuda`, all in one process; the largest batch is
+measured, and a time is the mean of a few steps in a row. float16 runs without loss scaling, which does not affect
+memory. A step replayed from CUDA graphs allocates nothing: its peak is the memory that PyTorch has reserved for the
+graphs, and its kept bytes are unknown.
 """
 
 import argparse
@@ -59,31 +59,31 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def make_builtin(model: str) -> nn.Module:
-    """The built-in TResNet with the layers and widths of ours."""
+    """Make timm's built-in TResNet with the layers and widths of ours."""
     return make_network(BUILTIN_PREFIX + model)
 
 
 def make_ours(recompute: str, model: str) -> nn.Module:
-    """This package's TResNet with a setting of `recompute`."""
+    """Make this package's TResNet with a setting of `recompute`."""
     return make_network(model, recompute=recompute)
 
 
 def make_checkpointed(model: str) -> nn.Module:
-    """This package's TResNet with every block recomputed in backward."""
+    """Make this package's TResNet with gradient checkpointing."""
     network = make_ours("activations", model)
     network.set_grad_checkpointing()
     return network
 
 
 def make_converted(convert: Callable[[nn.Module], nn.Module], model: str) -> nn.Module:
-    """This package's TResNet with its batch norms replaced by timm's."""
+    """Make this package's TResNet with its batch norms replaced by timm's."""
     return convert(make_ours("activations", model))
 
 
 def compile_apart(make: Callable[[str], nn.Module], budget: float, model: str, cuda_graphs: bool = False) -> nn.Module:
-    """A network, compiled with an activation memory budget; 1.0 is PyTorch's default."""
+    """Compile a network with an activation memory budget; 1.0 is PyTorch's default."""
 
-    # A backend for each network, because networks of one class share what is compiled, whatever the budget is by then.
+    # One backend for each network: networks of one class share compiled code, even with different budgets.
     def backend(graph: Any, inputs: Any) -> Any:
         from torch._inductor.compile_fx import compile_fx
 
@@ -94,7 +94,7 @@ def compile_apart(make: Callable[[str], nn.Module], budget: float, model: str, c
 
 
 def make_regions(ends: str, model: str) -> nn.Module:
-    """This package's TResNet, whose regions for the compiler end elsewhere than they do."""
+    """Make this package's TResNet with other ends of the compiler's regions."""
     network = make_ours("activations", model)
     for stage in (network.body.layer1, network.body.layer2, network.body.layer3, network.body.layer4):
         stage.stores_output = functools.partial(REGION_ENDS[ends], len(stage))
@@ -108,7 +108,7 @@ REGION_ENDS: dict[str, Callable[[int, int], bool]] = {  # of a stage's length an
     "blocks": lambda blocks, position: True,
 }
 
-ROWS: dict[str, Callable[[str], nn.Module]] = {  # row -> what makes the network, from the model's name
+ROWS: dict[str, Callable[[str], nn.Module]] = {  # row -> function from the model's name to the network
     "resnet50": lambda model: make_network("resnet50"),
     BUILTIN: make_builtin,
     "none": functools.partial(make_ours, "none"),
@@ -120,7 +120,7 @@ CONVERTED_ROWS: dict[str, Callable[[str], nn.Module]] = {
     "split-bn": functools.partial(make_converted, functools.partial(convert_splitbn_model, num_splits=2)),
     "frozen-bn": functools.partial(make_converted, freeze_batch_norm_2d),
 }
-COMPILED = "compiled"  # before the name of a row, or alone for the built-in
+COMPILED = "compiled"  # prefix of a row's name; alone for the built-in
 COMPILED_ROWS: dict[str, Callable[[str], nn.Module]] = {
     COMPILED: functools.partial(compile_apart, make_builtin, 1.0),
     **{f"{COMPILED}-{budget}": functools.partial(compile_apart, make_builtin, budget) for budget in (0.8, 0.5, 0.3)},
@@ -133,7 +133,7 @@ REGION_ROWS: dict[str, Callable[[str], nn.Module]] = {
     f"{COMPILED}-regions-{ends}": functools.partial(compile_apart, functools.partial(make_regions, ends), 1.0)
     for ends in REGION_ENDS
 }
-GRAPHS = f"{COMPILED}-graphs"  # before the name of a row, or alone for the built-in
+GRAPHS = f"{COMPILED}-graphs"  # prefix of a row's name; alone for the built-in
 GRAPH_ROWS: dict[str, Callable[[str], nn.Module]] = {
     GRAPHS: functools.partial(compile_apart, make_builtin, 1.0, cuda_graphs=True),
     **{
@@ -145,7 +145,7 @@ EVERY_ROW = {**ROWS, **CONVERTED_ROWS, **COMPILED_ROWS, **REGION_ROWS, **GRAPH_R
 
 
 def make_row(row: str, settings: argparse.Namespace) -> nn.Module:
-    """The network of a row, in training mode, on the device and in the memory format of the settings."""
+    """Make the network of a row, in training mode, with the device and memory format of the settings."""
     network = EVERY_ROW[row](settings.model)
     return network.to(settings.device, memory_format=choose_memory_format(settings.channels_last)).train()
 
@@ -155,7 +155,7 @@ def _make_batch(size: int, settings: argparse.Namespace) -> tuple[Tensor, Tensor
 
 
 def measure_peak(network: nn.Module, images: Tensor, labels: Tensor, amp: str | None = None) -> int | None:
-    """Bytes that a training step takes at most on top of what the process has; None where they cannot be read."""
+    """Return the peak of a training step in bytes, above the memory before it; None where it cannot be read."""
     gc.collect()
     if images.is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -176,7 +176,7 @@ def _read_status(field: str) -> int:
 
 
 def measure_reserved(network: nn.Module, images: Tensor, labels: Tensor, amp: str | None = None) -> int:
-    """Bytes that PyTorch reserves for CUDA graphs of a training step, gradients left out as in the peak."""
+    """Return the bytes that PyTorch reserves for CUDA graphs of a training step, without gradients."""
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
@@ -189,11 +189,11 @@ def measure_reserved(network: nn.Module, images: Tensor, labels: Tensor, amp: st
 
 
 def measure_network(row: str, network: nn.Module, settings: argparse.Namespace) -> dict[str, int | None]:
-    """Bytes kept and peak of a row's network, whose compiled code is there afterwards."""
+    """Measure kept bytes and peak of a row's network; it is compiled and warmed up afterwards."""
     images, labels = _make_batch(settings.batch_size, settings)
     if row in GRAPH_ROWS:
         return {"peak": measure_reserved(network, images, labels, settings.amp), "kept": None}
-    # For gradients, kernels and compiled code to be there; of the same size, which compiled code is made for.
+    # Warm up gradients, kernels and compiled code, which is specific to the batch size.
     compute_loss(network, images, labels, settings.amp).backward()
     memory = {"peak": measure_peak(network, images, labels, settings.amp)}
     memory["kept"] = measure_kept(network, images, labels, settings.amp)
@@ -201,7 +201,7 @@ def measure_network(row: str, network: nn.Module, settings: argparse.Namespace) 
 
 
 def measure_largest_batch(network: nn.Module, settings: argparse.Namespace, peak: int | None) -> int:
-    """Largest batch whose training step fits, looked for from where the peak at another batch says it is."""
+    """Find the largest batch whose training step fits, starting from an estimate by the peak at another batch."""
 
     def step(size: int) -> None:
         network.zero_grad()
@@ -215,16 +215,16 @@ def measure_largest_batch(network: nn.Module, settings: argparse.Namespace, peak
 
 
 def measure_memory(row: str, settings: argparse.Namespace) -> dict[str, int | None]:
-    """Bytes kept and peak of a row, on CUDA its largest batch too; on the CPU for a process of its own."""
+    """Measure kept bytes and peak of a row, and on CUDA its largest batch; on the CPU in a process of its own."""
     network = make_row(row, settings)
     memory = measure_network(row, network, settings)
-    if settings.max_batch and not row.startswith(COMPILED):  # these would be compiled for every size tried
+    if settings.max_batch and not row.startswith(COMPILED):  # compiled again for every size
         memory["largest_batch"] = measure_largest_batch(network, settings, memory["peak"])
     return memory
 
 
 def measure_times(networks: dict[str, nn.Module], settings: argparse.Namespace) -> dict[str, list[float]]:
-    """Milliseconds of a training step, for each row's network and each round; the rows take turns."""
+    """Measure milliseconds of a training step for each row's network and round; the rows take turns."""
     images, labels = _make_batch(settings.time_batch_size, settings)
     step_ms: dict[str, list[float]] = {row: [] for row in networks}
     for turn in range(settings.rounds + 1):
@@ -245,7 +245,7 @@ def _step(network: nn.Module, images: Tensor, labels: Tensor, settings: argparse
 
 
 def profile_network(row: str, network: nn.Module, settings: argparse.Namespace) -> str:
-    """Where the time of a training step of a row's network goes, as a Markdown table."""
+    """Return the profile of a training step of a row's network as a Markdown table."""
     images, labels = _make_batch(settings.time_batch_size, settings)
     title = f"{row}, batch {settings.time_batch_size}"
     kernels = row.startswith(COMPILED)
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = format_command(__file__, words)
     results = start_results(command, settings.device, settings, unrecorded=("memory_of", "rows"))
     if settings.device == "cpu" and not _CLEAR_REFS.exists():
-        print(f"the peak needs {_CLEAR_REFS} of Linux, which is not here: its column stays empty", file=sys.stderr)
+        print(f"the peak needs Linux's {_CLEAR_REFS}, which does not exist here; its column is empty", file=sys.stderr)
     if settings.profile:
         for row in settings.rows:
             print(profile_network(row, make_row(row, settings), settings), end="\n\n", flush=True)
@@ -285,40 +285,42 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Options from a command line, checked; a mistake ends the process."""
+    """Parse and check the options; a mistake ends the process."""
     every_row = list(EVERY_ROW)
     parser = argparse.ArgumentParser(
-        description="What training keeps for backward, what a step peaks at and what it costs."
+        description="Training memory and time: bytes kept for backward, peak of a step, step time."
     )
     parser.add_argument("--model", choices=list(ARCHITECTURES), default="tresnet_m")
     parser.add_argument("--rows", nargs="+", choices=every_row, default=list(ROWS), help=f"default: {', '.join(ROWS)}")
     parser.add_argument("--compile", action="store_true", help="add the compiled rows, which take minutes each")
-    parser.add_argument("--reference", choices=every_row, default=BUILTIN, help=f"of ratios (default: {BUILTIN})")
+    parser.add_argument(
+        "--reference", choices=every_row, default=BUILTIN, help=f"reference of ratios (default: {BUILTIN})"
+    )
     parser.add_argument("--image-size", type=int, default=224, help="side of the images, in pixels")
-    parser.add_argument("--batch-size", type=at_least(1), default=32, help="for kept and peak")
+    parser.add_argument("--batch-size", type=at_least(1), default=32, help="batch size for kept and peak")
     parser.add_argument("--time-batch-size", type=at_least(1), default=8)
-    parser.add_argument("--rounds", type=at_least(0), default=7, help="for the times; 0 to leave them out")
+    parser.add_argument("--rounds", type=at_least(0), default=7, help="rounds of times; 0 for no times")
     parser.add_argument("--amp", choices=list(DTYPES), help="autocast to this dtype; float16 on CUDA only")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
-        "--max-batch", type=at_least(0), help="CUDA: where to end the search for the largest batch; 0: none"
+        "--max-batch", type=at_least(0), help="CUDA: upper end of the search for the largest batch; 0: none"
     )
     parser.add_argument(
-        "--memory-gb", type=at_least(0, float), metavar="GB", help="CUDA: limit for it (default: what the GPU has)"
+        "--memory-gb", type=at_least(0, float), metavar="GB", help="CUDA: memory limit of it (default: the GPU's)"
     )
-    parser.add_argument("--profile", action="store_true", help="print where the time goes, measure nothing else")
+    parser.add_argument("--profile", action="store_true", help="print profiles only")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="file for the results, must not exist yet")
-    parser.add_argument("--memory-of", choices=every_row, help=argparse.SUPPRESS)  # what the process of a row is told
+    parser.add_argument("--memory-of", choices=every_row, help=argparse.SUPPRESS)  # for the process of a row
     settings = parser.parse_args(words)
 
     if settings.profile and settings.json:
-        parser.error("--profile prints a table and has nothing for --json")
+        parser.error("--profile only prints tables; leave out --json")
     if settings.image_size < 64 or settings.image_size % 4:
         parser.error(f"--image-size needs a multiple of 4 from 64 on, got {settings.image_size}")
     check_or_exit(parser, settings)
     if settings.device == "cpu" and not GRAPH_ROWS.keys().isdisjoint([*settings.rows, settings.memory_of]):
-        parser.error(f"rows that begin with {GRAPHS} need --device cuda, as CUDA graphs do")
+        parser.error(f"rows that begin with {GRAPHS} use CUDA graphs and need --device cuda")
     settings.rows = list(dict.fromkeys([*settings.rows, *(COMPILED_ROWS if settings.compile else ())]))
     return settings
 
@@ -328,7 +330,7 @@ def _measure_memory_in_process(row: str, words: Sequence[str]) -> dict[str, int 
     command = [sys.executable, __file__, "--memory-of", row, *words]
     environment = {
         **os.environ,
-        "MALLOC_MMAP_THRESHOLD_": "262144",  # glibc keeps smaller blocks when they are freed, and VmRSS with them
+        "MALLOC_MMAP_THRESHOLD_": "262144",  # glibc keeps smaller freed blocks, which would stay in VmRSS
     }
     process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if process.returncode:
@@ -339,13 +341,13 @@ def _measure_memory_in_process(row: str, words: Sequence[str]) -> dict[str, int 
 def summarize(
     memory: dict[str, dict[str, int | None]], step_ms: dict[str, list[float]], batch_size: int, reference: str = BUILTIN
 ) -> list[dict[str, Any]]:
-    """Rows of the results: megabytes (1e6 bytes) an image, milliseconds, and ratios to the reference if it is a row.
+    """Return rows of the results: megabytes (1e6 bytes) an image, milliseconds, and ratios to the reference.
 
     Args:
-        memory: what `measure_memory` returns, by row.
-        step_ms: what `measure_times` returns; empty if times are left out.
+        memory: results of `measure_memory` by row.
+        step_ms: result of `measure_times`; empty without times.
         batch_size: images in a batch of `memory`.
-        reference: row that the ratios are to.
+        reference: reference row of the ratios; without it, there are no ratios.
     """
     rows = []
     for name, measured in memory.items():
@@ -365,7 +367,7 @@ def summarize(
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of the results as a Markdown table."""
+    """Format rows of the results as a Markdown table."""
     titles = ["", "kept for backward, MB an image", "peak of a step, MB an image", "time of a step", "largest batch"]
     table = []
     for row in rows:

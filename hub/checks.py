@@ -1,4 +1,4 @@
-"""What a repository of converted weights, or a Space, has to hold; publish.py and verify.py share it."""
+"""Checks of a repository of converted weights, or of a Space, shared by publish.py and verify.py."""
 
 import dataclasses
 import hashlib
@@ -28,7 +28,7 @@ PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar")
 
 SPACE_SDK = "gradio"
 _SPACE_METADATA = ("title", "sdk", "sdk_version", "app_file", "license")
-_COLOURS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")  # that the Hub's pages have
+_COLOURS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")  # of the Hub's pages
 _LONGEST_DESCRIPTION = 60
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -39,10 +39,10 @@ class LocalFile:
     """A file on this machine.
 
     Args:
-        content: its bytes where they differ from those on the disk, else its path.
-        size: in bytes.
-        sha256: by which the Hub knows LFS files.
-        git_blob: SHA-1 by which git knows other files.
+        content: its bytes if they differ from the file on the disk, else its path.
+        size: size in bytes.
+        sha256: the Hub's hash of LFS files.
+        git_blob: git's SHA-1 of other files.
     """
 
     content: bytes | Path
@@ -51,7 +51,7 @@ class LocalFile:
     git_blob: str
 
     def is_same(self, held: RepoFile) -> bool:
-        """Whether a repository lists the hash of this file."""
+        """Return whether a repository's file has the same hash."""
         return self.sha256 == held.lfs.sha256 if held.lfs else self.git_blob == held.blob_id
 
 
@@ -78,11 +78,11 @@ def list_files(api: HfApi, repo_id: str, commit: str, repo_type: str = "model") 
     Args:
         api: client of the Hub.
         repo_id: the repository.
-        commit: which revision.
+        commit: the revision.
         repo_type: "model" or "space".
 
     Returns:
-        What the Hub says of each file, by its path.
+        The Hub's description of each file by its path.
     """
     tree = api.list_repo_tree(repo_id, revision=commit, recursive=True, repo_type=repo_type)
     return {file.path: file for file in tree if isinstance(file, RepoFile)}
@@ -98,8 +98,8 @@ def read_shapes(path: Path) -> Shapes:
         Shape of each tensor by its name.
 
     Raises:
-        SafetensorError: if the file is damaged or something else.
-        ValueError: if its header claims more than the file holds.
+        SafetensorError: if the file is damaged or not a safetensors file.
+        ValueError: if its header declares more than the file has.
     """
     check_claims(path)
     with safe_open(path, "pt") as file:
@@ -107,20 +107,20 @@ def read_shapes(path: Path) -> Shapes:
 
 
 def find_problems(folder: Path, shapes: Shapes, repo_id: str) -> list[str]:
-    """Check config.json and README.md of a repository, and that its weights fit what the config builds.
+    """Check config.json and README.md of a repository, and that its weights fit the config's network.
 
     Args:
-        folder: holds config.json and README.md.
+        folder: folder with config.json and README.md.
         shapes: shape of each tensor in model.safetensors by its name.
         repo_id: the repository.
 
     Returns:
-        What is wrong, one sentence each.
+        The problems, one sentence each.
     """
     try:
         config = read_config(folder / CONFIG, CONFIG)
         if "pretrained_cfg" not in config:
-            raise ValueError(f"{CONFIG} needs pretrained_cfg, as timm writes it now")
+            raise ValueError(f"{CONFIG} needs pretrained_cfg, timm's present form")
     except ValueError as error:
         return [str(error), *_check_card(folder / CARD, None, repo_id, {})]
     public = load_catalogue().get(f"{config['architecture']}.{config['pretrained_cfg'].get('tag')}")
@@ -134,13 +134,13 @@ def find_problems(folder: Path, shapes: Shapes, repo_id: str) -> list[str]:
 
 
 def find_space_problems(folder: Path) -> list[str]:
-    """Check the card of a Space, by which the Hub runs it.
+    """Check the card of a Space, whose metadata say how the Hub runs it.
 
     Args:
-        folder: holds README.md and the app.
+        folder: folder with README.md and the app.
 
     Returns:
-        What is wrong, one sentence each.
+        The problems, one sentence each.
     """
     data, problems = _read_card(folder / CARD)
     if problems:
@@ -150,7 +150,7 @@ def find_space_problems(folder: Path) -> list[str]:
         problems.append(f"{CARD} has sdk {data.get('sdk')!r} instead of {SPACE_SDK!r}")
     app = data.get("app_file")
     if app and not (isinstance(app, str) and (folder / app).is_file()):
-        problems.append(f"{CARD} has app_file {app!r}, which is not there")
+        problems.append(f"{CARD} has app_file {app!r}, which does not exist")
     if len(str(data.get("short_description"))) > _LONGEST_DESCRIPTION:
         problems.append(f"{CARD} has a short_description of more than {_LONGEST_DESCRIPTION} characters")
     for name in ("colorFrom", "colorTo"):
@@ -189,7 +189,7 @@ def _compare_with_catalogue(config: dict[str, Any], public: PublicWeight) -> lis
 
 
 def _read_card(path: Path, kind: type[RepoCard] = RepoCard) -> tuple[Any, list[str]]:
-    """Metadata of a card, or what is wrong with it."""
+    """Return the metadata of a card, or None and the problems."""
     content = path.read_text(encoding="utf-8", errors="replace")
     if not content.startswith("---\n"):
         return None, [f"{CARD} has no metadata"]
@@ -222,7 +222,7 @@ def _check_card(path: Path, public: PublicWeight | None, repo_id: str, config: d
 
 
 def _compare_with_config(data: Any, content: str, config: dict[str, Any], expected: dict[str, str]) -> Iterator[str]:
-    """What a card says otherwise than the config beside it."""
+    """Yield contradictions between a card and the config beside it."""
     pretrained_cfg = config.get("pretrained_cfg", {})
     license = pretrained_cfg.get("license")
     if license and "license" not in expected and data.get("license") != license:

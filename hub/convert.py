@@ -1,9 +1,9 @@
-"""Convert an original file by its public weight, prove the result equal, write the folder.
+"""Convert an original file of a public weight, check that the result is equal, and write the folder.
 
 python hub/convert.py MS_COCO_TRresNet_L_448_86.6.pth --public-weight tresnet_l.asl_coco_448 --output FOLDER
 
-The folder is reloaded by timm, and its output compared with that of the file, computed from its own names by the plain
-implementation in tests/reference.py. If they differ, nothing is written.
+timm loads the folder, and its output is compared with the original file's. The latter is computed from the official
+names by the plain implementation in tests/reference.py. If they differ, nothing is written.
 """
 
 import argparse
@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import reference
 
 TOLERANCE = 1e-5  # relative, L2, in float32
-_SIZES = ((64, 64), (96, 160))  # pixels; weights know no size, and the plain implementation is slow
+_SIZES = ((64, 64), (96, 160))  # pixels; weights fit any size, and the plain implementation is slow
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,12 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, or 1 if nothing was written.
     """
     parser = argparse.ArgumentParser(
-        description="Convert an original file by its public weight and prove the result equal."
+        description="Convert an original file of a public weight and check that the result is equal."
     )
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("--public-weight", required=True, metavar="NAME", help="a name in weights/catalogue.toml")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
-    parser.add_argument("--repo", metavar="ORG/NAME", help="Hub repository that the model card is to name")
+    parser.add_argument("--repo", metavar="ORG/NAME", help="Hub repository to name in the model card")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
     arguments = parser.parse_args(argv)
     try:
@@ -65,15 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @torch.no_grad()
 def compare(source: dict[str, torch.Tensor], conversion: Conversion, folder: Path) -> None:
-    """Compare a converted folder with the file it was made from.
+    """Compare a converted folder with its original file.
 
     Args:
-        source: tensors of the file under their own, official names.
-        conversion: what was made of it.
-        folder: holds the result.
+        source: tensors of the file under the official names.
+        conversion: the converted checkpoint.
+        folder: the folder of the conversion.
 
     Raises:
-        ValueError: if the file has other names, holds NaN or infinite values, or gives another output.
+        ValueError: if the file has other names, NaN or infinite values, or a different output.
     """
     if OFFICIAL_STEM not in source:
         raise ValueError(f"needs a file of the official code to compare with, got {conversion.layout} names")

@@ -1,11 +1,11 @@
 """Publish a folder of converted weights as a Hub repository, or hub/space as a Space.
 
-python hub/publish.py FOLDER --repo ORG/NAME                             # says what would change, changes nothing
-python hub/publish.py FOLDER --repo ORG/NAME --push --revision-tag v1    # does it
+python hub/publish.py FOLDER --repo ORG/NAME                             # shows the changes, makes none
+python hub/publish.py FOLDER --repo ORG/NAME --push --revision-tag v1    # makes them
 python hub/publish.py hub/space --repo ORG/NAME --space --push
 
-The login is that of the huggingface_hub client (`hf auth login` or HF_TOKEN). After an interruption, run it again: what
-has arrived is not sent again.
+The login is the huggingface_hub client's (`hf auth login` or HF_TOKEN). After an interruption, run it again; uploaded
+files are not sent again.
 """
 
 import argparse
@@ -40,24 +40,24 @@ from safetensors import SafetensorError
 from timm_tresnet.conversion.card import PLACEHOLDER
 from timm_tresnet.utils.terminal import escape
 
-_SHOWN_LINES = 60  # of a difference; label lists are long
+_SHOWN_LINES = 60  # of a diff; label lists are long
 
 
 class PublishError(Exception):
-    """Says why a plan cannot be carried out."""
+    """A plan cannot be carried out; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What publishing would change.
+    """The changes that publishing would make.
 
     Args:
         repo_id: the repository.
-        files: to publish, by path in the repository.
-        commit: newest one of the repository; None if there is no repository yet.
-        states: "new", "changed" or "same", by path.
+        files: files to publish by path in the repository.
+        commit: newest commit of the repository; None if there is no repository yet.
+        states: "new", "changed" or "same" for each file by path.
         others: paths that only the repository has; they stay.
-        differences: of config.json and README.md, or of every file of a Space, as unified diffs.
+        differences: unified diffs of config.json and README.md, or of every file of a Space.
         tags: commit of each tag of the repository.
         repo_type: "model" or "space".
     """
@@ -81,14 +81,14 @@ def read_folder(folder: Path, repo_id: str) -> dict[str, LocalFile]:
     """Read and check the files of a folder.
 
     Args:
-        folder: what `timm-tresnet convert` or hub/convert.py wrote.
-        repo_id: repository that the card is to name in its examples.
+        folder: folder written by `timm-tresnet convert` or hub/convert.py.
+        repo_id: repository to name in the card's examples.
 
     Returns:
-        Files by path in the repository; hidden ones are left out.
+        Files by path in the repository, without hidden ones.
 
     Raises:
-        ValueError: if the folder is not fit to be published; the message lists everything that is wrong.
+        ValueError: if the folder has problems; the message lists them all.
     """
     paths = _list_files(folder, REQUIRED)
     card = (folder / CARD).read_text(encoding="utf-8").replace(PLACEHOLDER, f"hf-hub:{repo_id}").encode()
@@ -108,13 +108,13 @@ def read_space(folder: Path) -> dict[str, LocalFile]:
     """Read and check the files of a Space.
 
     Args:
-        folder: such as hub/space.
+        folder: a folder such as hub/space.
 
     Returns:
-        Files by path in the repository; hidden ones are left out.
+        Files by path in the repository, without hidden ones.
 
     Raises:
-        ValueError: if the folder is not fit to be published; the message lists everything that is wrong.
+        ValueError: if the folder has problems; the message lists them all.
     """
     paths = _list_files(folder, SPACE_REQUIRED)
     problems = find_space_problems(folder)
@@ -137,16 +137,16 @@ def _list_files(folder: Path, required: Sequence[str]) -> dict[str, Path]:
 
 
 def make_plan(api: HfApi, files: dict[str, LocalFile], repo_id: str, repo_type: str = "model") -> Plan:
-    """Compare files with those of a repository.
+    """Compare files with a repository's.
 
     Args:
         api: client of the Hub.
         files: from `read_folder` or `read_space`.
-        repo_id: the repository, which need not exist.
+        repo_id: the repository; it need not exist.
         repo_type: "model" or "space".
 
     Returns:
-        What publishing would change.
+        The changes that publishing would make.
     """
     try:
         commit = find_commit(api, repo_id, repo_type=repo_type)
@@ -170,7 +170,7 @@ def make_plan(api: HfApi, files: dict[str, LocalFile], repo_id: str, repo_type: 
 
 
 def describe(plan: Plan) -> str:
-    """Write a plan for people.
+    """Describe a plan in text.
 
     Args:
         plan: from `make_plan`.
@@ -200,11 +200,11 @@ def push(api: HfApi, plan: Plan, tag: str | None = None) -> str:
         The published commit.
 
     Raises:
-        PublishError: if the tag is another revision's already, before anything is sent; or if what comes back is not
-            what was sent, and the revision is then not tagged.
+        PublishError: before anything is sent, if another revision has the tag; or if downloaded files differ from the
+            sent ones, and the revision is then not tagged.
     """
     if tag in plan.tags and (plan.to_send or plan.tags[tag] != plan.commit):
-        raise PublishError(f"tag {tag} of {plan.repo_id} is commit {plan.tags[tag]} already; choose another name")
+        raise PublishError(f"tag {tag} of {plan.repo_id} is already commit {plan.tags[tag]}; choose another name")
     commit = plan.commit
     created = commit is None
     if created:
@@ -221,11 +221,11 @@ def push(api: HfApi, plan: Plan, tag: str | None = None) -> str:
                 plan.repo_id,
                 operations,
                 commit_message=message,
-                parent_commit=commit,  # on what the plan saw, or not at all
+                parent_commit=commit,  # fails if the repository has changed since the plan
                 repo_type=plan.repo_type,
             ).oid
         except Exception as error:
-            if created:  # it is not removed: another may have begun to use it
+            if created:  # not removed, since somebody may have begun to use it
                 error.add_note(f"{plan.repo_id} was created and is empty: run this again, or delete it on its page")
             raise
     _verify_upload(api, plan, commit)
@@ -250,7 +250,7 @@ def _verify_upload(api: HfApi, plan: Plan, commit: str) -> None:
         ]
     if different:
         raise PublishError(
-            f"{plan.repo_id}@{commit} gives back other bytes than were sent for {', '.join(different)}; run this again"
+            f"{plan.repo_id}@{commit} returns other bytes than were sent for {', '.join(different)}; run this again"
         )
 
 
@@ -288,10 +288,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Publish a folder of converted weights as a Hub repository, or hub/space as a Space."
     )
-    parser.add_argument("folder", type=Path, help="holds model.safetensors, config.json and README.md, or a Space")
+    parser.add_argument("folder", type=Path, help="folder of model.safetensors, config.json and README.md, or a Space")
     parser.add_argument("--repo", type=_repo_id, required=True, metavar="ORG/NAME", help="repository on the Hub")
-    parser.add_argument("--space", action="store_true", help="the folder is that of a Space")
-    parser.add_argument("--push", action="store_true", help="do it; without this, only say what would change")
+    parser.add_argument("--space", action="store_true", help="publish a Space")
+    parser.add_argument("--push", action="store_true", help="make the changes; without this, only show them")
     parser.add_argument("--revision-tag", metavar="TAG", help="tag for the published revision")
     arguments = parser.parse_args(argv)
     repo_type = "space" if arguments.space else "model"
@@ -305,17 +305,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = make_plan(api, files, arguments.repo, repo_type)
         print(escape(describe(plan), lines=True))
         if not arguments.push:
-            print("nothing was changed; --push does it")
+            print("nothing was changed; make the changes with --push")
             return 0
         commit = push(api, plan, arguments.revision_tag)
     except PublishError as error:
         print(f"publish: {escape(str(error), lines=True)}", file=sys.stderr)
         return 1
-    except Exception as error:  # the client takes answers apart unchecked, and a wrong one can raise anything
+    except Exception as error:  # the client does not check answers, so a wrong one can raise anything
         said = "; ".join([explain(error, arguments.repo), *getattr(error, "__notes__", ())])
         print(f"publish: {escape(said)}", file=sys.stderr)
         return 1
-    print(f"{arguments.repo} holds these files at {commit}, downloaded and compared")
+    print(f"{arguments.repo} has these files at {commit}, downloaded and compared")
     return 0
 
 

@@ -1,9 +1,9 @@
-"""Take the picture of the demo that the documentation shows.
+"""Take the documentation's screenshot of the demo.
 
 timm-tresnet demo --port 7860 &
 python hub/screenshot.py http://127.0.0.1:7860 docs/demo.webp
 
-Needs `pip install playwright` and a Chromium, such as Debian's.
+Needs `pip install playwright` and Chromium, such as Debian's.
 """
 
 import argparse
@@ -21,13 +21,13 @@ _SIZE = {"width": 1100, "height": 840}
 
 
 def take_screenshot(url: str) -> Image.Image:
-    """The page of a demo that runs, with a photograph of the package on it."""
+    """Open a running demo, upload a photograph of the package, and return the page's picture."""
     with sync_playwright() as driver:
         program = shutil.which("chromium") or driver.chromium.executable_path
         with driver.chromium.launch(executable_path=program, args=["--no-sandbox"]) as browser:
             page = browser.new_page(viewport=_SIZE)
             page.goto(url)
-            for name in ("cat", "deer"):  # the first of all is slow, which the time on the page would show
+            for name in ("cat", "deer"):  # the first photograph is slow, and the page shows the time
                 page.locator("#photograph input[type=file]").set_input_files(SAMPLES / f"{name}.jpg")
                 page.locator("#first-note").get_by_text(f"map of “{name}”").wait_for()
                 page.locator("#photograph button[aria-label=Clear]").wait_for()
@@ -39,8 +39,8 @@ def take_screenshot(url: str) -> Image.Image:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Take the picture of the demo that the documentation shows.")
-    parser.add_argument("url", help="where the demo is")
+    parser = argparse.ArgumentParser(description="Take the documentation's screenshot of the demo.")
+    parser.add_argument("url", help="address of the demo")
     parser.add_argument("file", type=Path, help="image to write")
     arguments = parser.parse_args()
     with whole(arguments.file) as unfinished:

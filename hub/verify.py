@@ -1,9 +1,9 @@
 """Audit Hub repositories of converted weights: files, hashes, config, safetensors header, card.
 
 python hub/verify.py ORG/NAME ORG/NAME@REVISION
-python hub/verify.py --weights ORG/NAME    # also downloads and hashes model.safetensors, else only its header is read
+python hub/verify.py --weights ORG/NAME    # also downloads and hashes model.safetensors; else only its header is read
 
-Prints what is wrong; the exit status is then 1.
+Prints problems; the exit status is then 1.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from timm_tresnet.utils.terminal import escape
 
 
 def audit(api: HfApi, repo_id: str, revision: str | None = None, download_weights: bool = False) -> list[str]:
-    """Find what is wrong with a repository.
+    """Find the problems of a repository.
 
     Args:
         api: client of the Hub.
@@ -31,7 +31,7 @@ def audit(api: HfApi, repo_id: str, revision: str | None = None, download_weight
         download_weights: also download model.safetensors and compare its hash; otherwise only its header is read.
 
     Returns:
-        What is wrong, one sentence each.
+        The problems, one sentence each.
     """
     commit = find_commit(api, repo_id, revision)
     held = list_files(api, repo_id, commit)
@@ -42,7 +42,7 @@ def audit(api: HfApi, repo_id: str, revision: str | None = None, download_weight
     with tempfile.TemporaryDirectory() as empty_cache:
         folder = Path(api.snapshot_download(repo_id, revision=commit, cache_dir=empty_cache, allow_patterns=wanted))
         findings += [
-            f"{path} as downloaded does not have the hash that the Hub lists"
+            f"the downloaded {path} does not have the hash that the Hub lists"
             for path in wanted
             if not hash_file(folder / path).is_same(held[path])
         ]
@@ -52,7 +52,7 @@ def audit(api: HfApi, repo_id: str, revision: str | None = None, download_weight
             return [*findings, f"{WEIGHTS} has no readable header: {summarise(error)}"]
         end = max((tensor.data_offsets[1] for tensor in header.tensors.values()), default=0)
         if held[WEIGHTS].size < 8 + end:
-            findings.append(f"{WEIGHTS} has {held[WEIGHTS].size} bytes, its tensors alone need {end}")
+            findings.append(f"{WEIGHTS} has {held[WEIGHTS].size} bytes, but its tensors need {end}")
         shapes = {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
         findings += find_problems(folder, shapes, repo_id)
     return findings
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the script's name; None for those of the process.
 
     Returns:
-        Exit status: 0 if nothing is wrong, else 1.
+        Exit status: 0 without problems, else 1.
     """
     parser = argparse.ArgumentParser(description="Audit Hub repositories of converted weights.")
     parser.add_argument("repositories", nargs="+", metavar="ORG/NAME[@REVISION]")
@@ -75,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in arguments.repositories:
         repo_id, _, revision = name.partition("@")
         try:
-            # A connection each: one with the rest of a wrong answer on it would spoil the next repository's.
+            # A new connection each: the rest of a wrong answer would spoil the next repository's.
             findings = audit(connect(), repo_id, revision or None, arguments.weights)
-        except Exception as error:  # the client takes answers apart unchecked, and a wrong one can raise anything
+        except Exception as error:  # the client does not check answers, so a wrong one can raise anything
             findings = [explain(error, repo_id)]
         failed = failed or bool(findings)
         print("\n".join(f"{name}: {escape(finding)}" for finding in findings or ["nothing to report"]))

@@ -160,7 +160,7 @@ def test_images_are_the_first_of_each_class(photos, tmp_path):
     chosen = sorted(path.relative_to(tmp_path / "chosen") for path in (tmp_path / "chosen").rglob("*.png"))
     assert len(chosen) == 10 * (3 + 4)
     assert str(chosen[0]) == "train/class0/0000.png"
-    with pytest.raises(ValueError, match="class0 has 30 images, and --images-per-class asks for 31"):
+    with pytest.raises(ValueError, match=r"class0 needs 31 images \(--images-per-class\), got 30"):
         script.select_images(photos, 31, tmp_path / "more")
     with pytest.raises(ValueError, match="--data needs train/CLASS/ folders"):
         script.select_images(tmp_path / "nowhere", 3, tmp_path / "none")

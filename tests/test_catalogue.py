@@ -147,7 +147,7 @@ def test_a_config_that_timm_resolved_before_builds_the_same_network():
     for resolved in (config, config.to_dict()):
         model = timm.create_model(name.partition(".")[0], pretrained_cfg=resolved, device="meta")
         assert (model.num_classes, model.head_hidden_size) == (9605, 512)
-        with pytest.raises(RuntimeError, match=f"{name} is on no Hub repository yet"):
+        with pytest.raises(RuntimeError, match=f"{name} has no Hub repository yet"):
             timm.create_model("tresnet_l", pretrained=True, pretrained_cfg=resolved)
 
 

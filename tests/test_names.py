@@ -26,7 +26,7 @@ def test_names_that_there_are_need_no_explanation(name):
         ("TResNet-M", "there is no model TResNet-M; did you mean tresnet_m"),
         ("tresnet_m.miil_1k", "tresnet_m has no weights 'miil_1k'; did you mean miil_in1k?"),
         ("tresnet_s.q", "tresnet_s has no weights 'q'; it has untrained"),
-        ("q", "there is no model q; `timm-tresnet list` shows those that there are"),
+        ("q", "there is no model q; see `timm-tresnet list`"),
         (
             "timm/tresnet_m",
             "there is no model timm/tresnet_m; did you mean a repository of the Hub, hf-hub:timm/tresnet_m?",

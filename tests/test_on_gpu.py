@@ -253,7 +253,7 @@ def test_rows_that_would_take_too_long_are_left_for_another_run(on_gpu):
     [
         ({"settings": {}}, "was made with settings {}"),
         ({"versions": {"torch": "2.11.0"}}, "was made with versions"),
-        ({"hardware": {"gpu": "NVIDIA H100"}}, "was made with gpu NVIDIA H100, and these are None"),
+        ({"hardware": {"gpu": "NVIDIA H100"}}, "was made with gpu NVIDIA H100, this run has None"),
         ({"command": "python benchmarks/launches.py"}, "lacks"),
     ],
     ids=["settings", "versions", "gpu", "another_script"],

@@ -210,17 +210,17 @@ def test_hub_that_fails_and_recovers_gets_everything(hub, publish, capsys):
         ),
         (
             Fault(r"POST /api/repos/create", status=403, times=-1),
-            "your token may not do this with owner/insects",
+            "your token does not allow this for owner/insects",
         ),
         (Fault(r"GET /api/models/.*", status=403, code="GatedRepo", times=-1), "is gated: accept its conditions"),
         (
             Fault(r"POST .*/commit/main", status=404, code="RevisionNotFound", times=-1),
-            "does not have the file or revision",
+            "does not have the requested file or revision",
         ),
         (Fault(r"POST .*/commit/main", status=412, times=-1), "changed by someone else meanwhile"),
         (Fault(r"POST .*/commit/main", status=500, times=-1), "the Hub failed: run this again later"),
         (Fault(r"PUT .*", status=503, times=-1), "the Hub failed: run this again later"),
-        (Fault(r"GET /api/models/.*", break_off_at=0, times=-1), "asking the Hub about owner/insects failed"),
+        (Fault(r"GET /api/models/.*", break_off_at=0, times=-1), "the request to the Hub about owner/insects failed"),
     ],
     ids=[
         "login",
@@ -279,7 +279,7 @@ def test_answer_that_only_trickles_has_a_deadline(hub, tools, publish, monkeypat
     hub.faults.append(Fault(r"GET .*/resolve/.*safetensors", trickle=0.05, times=-1))  # a byte's patience is never lost
     capsys.readouterr()
     assert tools["verify"].main(["--weights", REPO]) == 1
-    assert "is too slow or asks for patience, so owner/insects was not waited for" in capsys.readouterr().out
+    assert "is too slow or asks for a long wait for owner/insects" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("request_", [r"POST .*/commit/main", r"POST .*/preupload/main", r"POST .*/batch"])
@@ -317,7 +317,7 @@ def test_tag_of_another_revision_is_refused_before_anything_is_sent(hub, publish
     edit_config(folder, label_names=["ant", "bee", "cricket"])
     hub.requests.clear()
     assert publish("--push", "--revision-tag", "v1") == 1
-    assert "tag v1 of owner/insects is commit" in capsys.readouterr().err
+    assert "tag v1 of owner/insects is already commit" in capsys.readouterr().err
     assert {method for method, _, _ in hub.requests} <= {"GET", "HEAD"}
 
 
@@ -483,7 +483,7 @@ def replace_in_card(old, new):
     ("damage", "finding"),
     [
         (lambda space: (space / "requirements.txt").unlink(), "requirements.txt is missing"),
-        (lambda space: (space / "app.py").unlink(), "README.md has app_file 'app.py', which is not there"),
+        (lambda space: (space / "app.py").unlink(), "README.md has app_file 'app.py', which does not exist"),
         (lambda space: (space / "weights.pth").touch(), "weights.pth is a pickle"),
         (lambda space: (space / "README.md").write_text("# demo\n"), "README.md has no metadata"),
         (replace_in_card("sdk: gradio", "sdk: docker"), "README.md has sdk 'docker' instead of 'gradio'"),
@@ -546,7 +546,7 @@ def test_audit_notices_weights_that_end_early(hub, tools, folder, capsys):
     files["model.safetensors"] = files["model.safetensors"][:-200_000]
     hub.commit(REPO, files)
     assert tools["verify"].main([REPO]) == 1
-    assert "its tensors alone need" in capsys.readouterr().out
+    assert "but its tensors need" in capsys.readouterr().out
 
 
 def test_audit_goes_on_behind_a_repository_that_it_cannot_see(hub, tools, folder, capsys):
@@ -554,7 +554,7 @@ def test_audit_goes_on_behind_a_repository_that_it_cannot_see(hub, tools, folder
     assert tools["verify"].main(["owner/nothing", f"{REPO}@nowhere", REPO]) == 1
     nothing, nowhere, sound = capsys.readouterr().out.splitlines()
     assert nothing.startswith("owner/nothing: owner/nothing does not exist, or is private")
-    assert nowhere.startswith(f"{REPO}@nowhere: {REPO} does not have the file or revision")
+    assert nowhere.startswith(f"{REPO}@nowhere: {REPO} does not have the requested file or revision")
     assert sound == f"{REPO}: nothing to report"
 
 
@@ -571,7 +571,7 @@ def test_audit_notices_bytes_that_are_not_those_the_hub_lists(hub, tools, folder
     monkeypatch.setattr(HfApi, "list_repo_tree", list_others)
     assert tools["verify"].main([REPO]) == 0
     assert tools["verify"].main(["--weights", REPO]) == 1
-    assert "model.safetensors as downloaded does not have the hash that the Hub lists" in capsys.readouterr().out
+    assert "the downloaded model.safetensors does not have the hash that the Hub lists" in capsys.readouterr().out
 
 
 # ---- interruptions

@@ -154,7 +154,7 @@ def test_profile_adds_up_to_a_step(training_memory, capsys):
     assert 0 < sum(times) <= float(heading[2].split()[-1]) + 0.1
     with pytest.raises(SystemExit, match="2"):
         training_memory.main([*arguments, "--profile", "--json", "results.json"])
-    assert "nothing for --json" in capsys.readouterr().err
+    assert "leave out --json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

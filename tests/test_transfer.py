@@ -55,7 +55,7 @@ def test_fewer_images_are_some_of_more(transfer):
 
 
 def test_a_class_with_too_few_images_is_named(transfer):
-    with pytest.raises(ValueError, match="class 0 has 40 images beside those for testing, got 41"):
+    with pytest.raises(ValueError, match="class 0 needs 41 images besides the test images, got 40"):
         transfer.split(LABELS, 41, 0)
 
 

@@ -1,4 +1,4 @@
-"""TResNet for timm: importing this package makes `timm.create_model('tresnet_m')` build ours."""
+"""TResNet for timm: after importing this package, `timm.create_model('tresnet_m')` builds this package's network."""
 
 import importlib
 import logging
@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # for editors and type checkers; at run time the names are imported when first used
+if TYPE_CHECKING:  # for editors and type checkers; at run time, names are imported when first used
     from timm_tresnet.conversion import Conversion as Conversion
     from timm_tresnet.conversion import convert_checkpoint as convert_checkpoint
     from timm_tresnet.conversion import write_folder as write_folder
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time the names are im
     from timm_tresnet.models.blocks import Bottleneck as Bottleneck
     from timm_tresnet.models.network import TResNet as TResNet
 
-_PUBLIC = {  # name -> module; imported when first used, so that `import torch` can afford to import this package
+_PUBLIC = {  # name -> module; imported when first used, so that importing this package with torch stays cheap
     "BasicBlock": "models.blocks",
     "Bottleneck": "models.blocks",
     "Conversion": "conversion",
@@ -40,7 +40,7 @@ try:
     autoload.arm()
 except KeyboardInterrupt:
     raise
-except BaseException as error:  # PyTorch imports this by itself: a broken plugin, or its sys.exit, must not end torch
+except BaseException as error:  # PyTorch imports this package: a broken plugin, or its sys.exit, must not break torch
     logging.getLogger(__name__).warning("timm_tresnet is broken, timm keeps its own TResNet: %r", error)
 
 
@@ -48,7 +48,7 @@ def _autoload() -> None:
     """Entry point in the group `torch.backends`: PyTorch imports this package, then calls this."""
     if os.environ.get("TIMM_TRESNET_AUTOLOAD") == "0" and _imported_by_torch and "timm_tresnet.autoload" in sys.modules:
         sys.modules["timm_tresnet.autoload"].disarm()
-        # As if never imported, so that a later `import timm_tresnet` arms the hook again.
+        # Undo the import, so that a later `import timm_tresnet` arms the hook again.
         del sys.modules["timm_tresnet.autoload"], sys.modules["timm_tresnet"]
 
 

@@ -1,6 +1,6 @@
-"""`python -m timm_tresnet SCRIPT.py …` runs a script with the plugin; so does `torchrun -m timm_tresnet SCRIPT.py`.
+"""`python -m timm_tresnet SCRIPT.py …` and `torchrun -m timm_tresnet SCRIPT.py …` run a script with the plugin.
 
-Any other arguments are those of the `timm-tresnet` command.
+With other arguments, this is the `timm-tresnet` command.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""How timm finds the plugin: the variants are registered as soon as `timm.models` has been imported.
+"""How timm finds the plugin: an import hook registers the variants as soon as `timm.models` has been imported.
 
-timm has no plugins of its own, so an import hook waits for `timm.models`, whichever copy of timm that belongs to. The
-hook is armed when `timm_tresnet` is imported, and that happens by itself: the package is an entry point in PyTorch's
-autoload group `torch.backends`, hence `import torch` imports it. Nothing here imports torch or timm.
+timm has no plugin mechanism, so the hook waits for `timm.models`, from whichever copy of timm. It is armed when
+`timm_tresnet` is imported. `import torch` does that, since the package is an entry point in PyTorch's autoload group
+`torch.backends`. Nothing here imports torch or timm.
 """
 
 import importlib
@@ -22,16 +22,16 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 def arm() -> None:
-    """Register the variants with timm as soon as `timm.models` is there; at once if it already is."""
+    """Register the variants as soon as `timm.models` is imported; at once if it already is."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        disarm()  # that of an earlier import of this module, if it was removed from sys.modules: two would recurse
+        disarm()  # a hook from an earlier import of this module, removed from sys.modules since: two would recurse
         sys.meta_path.insert(0, _Finder())
     if "timm.models" in sys.modules:
         _register()
 
 
 def disarm() -> None:
-    """Stop waiting for `timm.models`; what is registered stays."""
+    """Stop waiting for `timm.models`; registered variants stay."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not _is_ours(finder)]
 
 
@@ -44,21 +44,21 @@ def _register() -> None:
         tresnet = importlib.import_module(f"{_PACKAGE}.tresnet")
         if getattr(sys.modules["timm.models"], "TResNet", None) is not tresnet.TResNet:
             tresnet.register()
-    except BaseException as error:  # whatever is wrong with the plugin, `import timm` has to work
+    except BaseException as error:  # `import timm` must work even if the plugin is broken
         if _is_of_user(error):
             raise
         _logger.warning("timm_tresnet could not register its models, timm keeps its own: %r", error)
 
 
 def _is_of_user(error: BaseException) -> bool:
-    """Whether a key or a signal handler of the process stops it, and not a module that is broken or calls sys.exit."""
+    """Return whether an interrupt or the process's signal handler raised the error, not a broken module."""
     handlers = [getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()]
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     return isinstance(error, KeyboardInterrupt) or any(frame.f_code in handlers for frame in frames)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds `timm.models` and this package's modules where they are, and has their loaders call back."""
+    """Finds `timm.models` and this package's modules by the other finders, and wraps their loaders."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -66,7 +66,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         if fullname != "timm.models" and not fullname.startswith(f"{_PACKAGE}."):
             return None
         for finder in list(sys.meta_path):
-            if finder is self or not hasattr(finder, "find_spec"):  # Python passes over those without it, too
+            if finder is self or not hasattr(finder, "find_spec"):  # Python skips finders without it, too
                 continue
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
@@ -77,10 +77,10 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """Runs another loader, then registers the variants if `timm.models` is there.
+    """Runs the original loader, then registers the variants if `timm.models` has been imported.
 
-    Waits until no module of ours is half imported: where `import timm_tresnet.models.blocks` is what imports timm,
-    `timm_tresnet.tresnet` cannot be imported before that has finished.
+    Registration waits until none of this package's modules is half imported: if `import timm_tresnet.models.blocks`
+    imports timm, `timm_tresnet.tresnet` can only be imported after it has finished.
     """
 
     _lock = threading.Lock()
@@ -96,7 +96,7 @@ class _Loader(importlib.abc.Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        spec: Any = module.__spec__  # there, of a module that is loaded
+        spec: Any = module.__spec__  # never None while a module is loaded
         module.__loader__ = spec.loader = self._loader  # leave no trace in the module
         with _Loader._lock:
             _Loader._running += 1
@@ -105,6 +105,6 @@ class _Loader(importlib.abc.Loader):
         finally:
             with _Loader._lock:
                 _Loader._running -= 1
-                last = _Loader._running == 0  # of two threads that end together, one has to see that it is the last
+                last = _Loader._running == 0  # if two threads finish together, one must see that it is the last
         if last and "timm.models" in sys.modules:
             _register()

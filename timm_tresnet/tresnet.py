@@ -1,6 +1,6 @@
-"""The registry: timm's entrypoints and pretrained configs of the rows in `timm_tresnet.variants`.
+"""Register the variants of `timm_tresnet.variants` with timm: entrypoints and pretrained configs.
 
-timm lists models by the last name of their module, and `register_model` looks for the configs beside the function.
+timm lists models by their module's last name, and `register_model` looks for the configs in the function's module.
 """
 
 import functools
@@ -28,13 +28,13 @@ from timm_tresnet.weights.checkpoint import checkpoint_filter_fn
 from timm_tresnet.weights.hub import require_hub
 from timm_tresnet.weights.preprocessing import fill_preprocessing
 
-__all__ = ["TResNet"]  # timm adds each entrypoint
+__all__ = ["TResNet"]  # `register_model` adds each entrypoint
 
 _logger = logging.getLogger(__name__)
 
 default_cfgs = generate_default_cfgs({**WEIGHTS})
 
-# The base of what the Hub's client raises when a connection fails, in whichever of httpx and requests it has
+# Base class of connection errors in the Hub's client, which uses httpx or requests
 _TransportError: Any = [HTTPError, *(base for base in HTTPError.__mro__ if base.__module__.startswith("requests"))][-1]
 
 
@@ -42,7 +42,7 @@ def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None,
     _log_takeover()
     if "rebuild" in kwargs:
         warnings.warn(
-            f"{variant}: the argument rebuild is now recompute; rename it, as the next release will not know rebuild",
+            f"{variant}: the argument rebuild is now recompute; rename it, the next release will not accept rebuild",
             DeprecationWarning,
             stacklevel=3,
         )
@@ -53,18 +53,18 @@ def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None,
             model_kwargs["in_chans"] = in_chans
         return TResNet(**model_kwargs)
 
-    # Our filter adapts the stem to in_chans. timm would too, and for 2 or 4 channels it throws the stem away, so what
-    # it is told is the checkpoint's own number of channels. Newer timm takes that from the pretrained config.
+    # Our filter adapts the stem to in_chans. timm would too, but for 2 or 4 channels it discards the stem. So timm gets
+    # the checkpoint's number of channels; newer timm reads it from the pretrained config.
     if not hasattr(sys.modules["timm.models"], "get_model_traits"):
         kwargs["in_chans"] = 3
     config = kwargs.get("pretrained_cfg")
-    if isinstance(config, dict) and config.get("source"):  # of a folder or repository
+    if isinstance(config, dict) and config.get("source"):  # from a folder or repository
         of_weights = (kwargs.get("pretrained_model_args") or {}).get("in_chans", 3)
         kwargs["pretrained_cfg"] = fill_preprocessing(config, default_cfgs[variant].default, of_weights)
     public = _find_public_weight(variant, config)
     if public and pretrained:
         _check_source(public, kwargs)
-    # Newer timm says which arguments a folder or repository has; older ones mix them with those of the call.
+    # Newer timm passes the arguments of a folder or repository separately; older timm merges them into the call's.
     source = public.network_arguments if public else kwargs.get("pretrained_model_args") or {}
     kwargs = drop_inherited({**(public.network_arguments if public else {}), **kwargs}, source)
     if "feature_cls" in kwargs:
@@ -86,7 +86,7 @@ def _create_tresnet(variant: str, pretrained: bool, in_chans: int | None = None,
         reason = "it is not in the cache and the Hub cannot be reached"
         raise LocalEntryNotFoundError(_explain_missing_weights(variant, kwargs, reason)) from error
     except HfHubHTTPError:
-        raise  # names the address and the status
+        raise  # its message has the URL and the status
     except _TransportError as error:
         reason = f"the download broke off: {error}"
         raise ConnectionError(_explain_missing_weights(variant, kwargs, reason)) from error
@@ -98,8 +98,8 @@ def _log_takeover() -> None:
 
 
 def _find_public_weight(variant: str, config: Any) -> PublicWeight | None:
-    """Public weight of a registered tag; a config from the Hub or a folder comes with arguments of its own."""
-    if config is not None and not isinstance(config, str):  # timm's scripts resolve the tag before
+    """Return the public weight of a registered tag; None for a config from the Hub or a folder."""
+    if config is not None and not isinstance(config, str):  # timm's scripts have resolved the tag already
         fields = config if isinstance(config, dict) else vars(config)
         config = None if fields.get("source") else fields.get("tag")
     return load_catalogue().get(f"{variant}.{config}")
@@ -112,14 +112,14 @@ def _check_source(public: PublicWeight, kwargs: dict[str, Any]) -> None:
     if config.has_weights or config.state_dict:
         return
     raise RuntimeError(
-        f"{public.name} is on no Hub repository yet. If you have the original file, {public.files[0]}, convert it with "
+        f"{public.name} has no Hub repository yet. If you have the original file, {public.files[0]}, convert it with "
         f"`timm-tresnet convert {public.files[0]} --public-weight {public.name} --output FOLDER` and load it with "
         "timm.create_model('local-dir:FOLDER', pretrained=True)"
     )
 
 
 def _require_hub(variant: str, kwargs: dict[str, Any]) -> None:
-    """Find out before the network is built whether its weights can be downloaded, if they have to be."""
+    """Check, before the network is built, that weights which must be downloaded can be."""
     config = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if not config.hf_hub_id or config.file or config.state_dict:
         return
@@ -139,7 +139,7 @@ def _explain_missing_weights(variant: str, kwargs: dict[str, Any], reason: str) 
 
 
 def _make_entrypoint(variant: str) -> Callable[..., TResNet]:
-    """Function under whose name timm makes a variant."""
+    """Make the function that timm registers for a variant."""
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> TResNet:
         return _create_tresnet(variant, pretrained, **kwargs)
@@ -151,19 +151,19 @@ def _make_entrypoint(variant: str) -> Callable[..., TResNet]:
 
 
 _ENTRYPOINTS = {variant: _make_entrypoint(variant) for variant in ARCHITECTURES}
-globals().update(_ENTRYPOINTS)  # where pickle, and whoever asks this module for a model, finds them
+globals().update(_ENTRYPOINTS)  # for pickle, and for imports from this module
 
 
 def register() -> None:
-    """Put the variants into timm's registry and onto `timm.models`, in place of timm's own where it has one.
+    """Add the variants to timm's registry and to `timm.models`; timm's own TResNets are replaced.
 
-    Called when timm.models has been imported (`timm_tresnet.autoload`); calling it again changes nothing.
+    Called after timm.models has been imported (`timm_tresnet.autoload`). Calling it again changes nothing.
     """
-    # Not `import timm.models`: while timm imports itself, it does not have that attribute yet.
+    # Not `import timm.models`: while timm is being imported, it does not have that attribute yet.
     timm_models = sys.modules["timm.models"]
     with warnings.catch_warnings():
         for variant, entrypoint in _ENTRYPOINTS.items():
-            # Replacing these names is the point of the plugin; any other warning stays.
+            # The plugin replaces these names on purpose; other warnings are shown.
             warnings.filterwarnings("ignore", message=f"Overwriting {variant} in registry")
             register_model(entrypoint)
     register_model_deprecations(__name__, {**DEPRECATED})

@@ -1,6 +1,6 @@
-"""The variants and their pretrained weights, a row each.
+"""The variants and their pretrained weights, one row each.
 
-Nothing here imports PyTorch or timm, so that commands which only name models need not.
+Nothing here imports PyTorch or timm, so commands that only list names start fast.
 """
 
 import functools
@@ -13,10 +13,10 @@ from timm_tresnet.weights.catalogue import PublicWeight, load_catalogue, make_pr
 from timm_tresnet.weights.labels import make_notes
 from timm_tresnet.weights.preprocessing import NAMES, note_assumed
 
-# All that a variant is; what is not said is as in `TResNet`. The registry, `timm-tresnet list`, README.md's test, the
-# converter, the benchmarks and the tests read these rows.
+# Arguments of `TResNet` for each variant; others have their defaults. The registry, `timm-tresnet list`, README.md's
+# test, the converter, the benchmarks and the tests read these rows.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "tresnet_s": {"layers": (3, 4, 7, 3)},  # asked for in Alibaba-MIIL/TResNet#40
+    "tresnet_s": {"layers": (3, 4, 7, 3)},  # requested in Alibaba-MIIL/TResNet#40
     "tresnet_m": {"layers": (3, 4, 11, 3)},  # M, L, XL: Table "TResNet variants", arXiv:2003.13630
     "tresnet_l": {"layers": (4, 5, 18, 3), "width_factor": 1.2},
     "tresnet_xl": {"layers": (4, 5, 24, 3), "width_factor": 1.3},
@@ -60,19 +60,19 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-# "timm/" is completed by timm to the repository timm/<architecture>.<tag>. Naming the file keeps pickles out.
+# timm completes "timm/" to the repository timm/<architecture>.<tag>. With a file name, timm loads no pickle.
 _timm_hub = functools.partial(_cfg, hf_hub_id="timm/", hf_hub_filename="model.safetensors")
 _timm_hub_448 = functools.partial(_timm_hub, input_size=(3, 448, 448), pool_size=(14, 14))
 
 
 def _public_weight_cfg(public: PublicWeight) -> dict[str, Any]:
-    """Config of a public weight that is on no Hub repository yet; the backbone's if its head is none of ours."""
+    """Make the config of a public weight without a Hub repository; of its backbone if we do not have its head."""
     known = make_pretrained_cfg(public, public.converted_classes)
     notes = note_assumed(known.get("notes"), [name for name in NAMES if name not in known])
     return _cfg(**{"license": None, **known, "notes": notes})
 
 
-_WITH_WEIGHTS: dict[str, dict[str, Any]] = {  # variant.tag; of several, the first is the variant's default
+_WITH_WEIGHTS: dict[str, dict[str, Any]] = {  # variant.tag; a variant's first entry is its default
     "tresnet_m.miil_in21k_ft_in1k": _timm_hub(),
     "tresnet_m.miil_in21k": _timm_hub(num_classes=11221),
     "tresnet_m.miil_in1k": _timm_hub(),
@@ -106,7 +106,7 @@ _HAVE_WEIGHTS = {name.partition(".")[0] for name in _WITH_WEIGHTS}
 WEIGHTS = {
     **{f"{name}.untrained": _cfg() for name in ARCHITECTURES if name not in _HAVE_WEIGHTS},
     **_WITH_WEIGHTS,
-    # Behind the others, so that no default changes.
+    # Last, so that no default changes.
     **{name: _public_weight_cfg(public) for name, public in load_catalogue().items() if not public.hf_hub_id},
 }
 
@@ -131,12 +131,12 @@ DEPRECATED = {  # timm's former names
 
 
 def name_weights() -> list[str]:
-    """Names of all variants with the tags of their weights, in the order of `timm.list_models`."""
+    """Return the names of all weights, variant.tag, in the order of `timm.list_models`."""
     return sorted(WEIGHTS, key=lambda name: [int(part) if part.isdigit() else part for part in _split_numbers(name)])
 
 
 def explain_unknown(name: str) -> str | None:
-    """Why a name is no variant, variant.tag or deprecated name, and what may be meant; None if it is one."""
+    """Return why a name is not a variant, variant.tag or deprecated name, with a suggestion; None if it is one."""
     variant, dot, tag = name.partition(".")
     if name in DEPRECATED or name in WEIGHTS or (variant in ARCHITECTURES and not dot):
         return None
@@ -149,7 +149,7 @@ def explain_unknown(name: str) -> str | None:
         meant = suggest(tag, tags)
         return f"{variant} has no weights {tag!r}{meant or '; it has ' + ', '.join(tags)}"
     meant = suggest(name, [*ARCHITECTURES, *WEIGHTS, *DEPRECATED], most=3)
-    return f"there is no model {name}{meant or '; `timm-tresnet list` shows those that there are'}"
+    return f"there is no model {name}{meant or '; see `timm-tresnet list`'}"
 
 
 def _split_numbers(name: str) -> list[str]:

@@ -3,7 +3,7 @@
     python hub/mosaic_cifar10/prepare.py CIFAR10 FOLDER
 
 CIFAR10 is a folder that hub/test_tresnet/prepare.py wrote. FOLDER gets train.csv, val.csv, test.csv and the mosaics.
-Those of train and val are of the training photographs, none of which is in both; those of test of the test photographs.
+Mosaics of train and val consist of training photographs, no photograph is in both; those of test of test photographs.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from timm_tresnet.utils.files import whole
 PHOTOGRAPH = 32  # pixels
 QUALITY = 95  # of the JPEG files, as in hub/test_tresnet/prepare.py
 HELD_OUT = 5_000  # training photographs, for val.csv
-ROUNDS = 2  # mosaics of train in which each photograph is
+ROUNDS = 2  # how often each photograph is in train
 
 
 def arrange(photographs: Sequence[Path], rounds: int, draw: random.Random) -> Iterator[tuple[Path, ...]]:
-    """Put photographs together in fours at random, each once a round; up to three are left over in each."""
+    """Group photographs in fours at random, each once a round; up to three are left out in a round."""
     for _ in range(rounds):
         order = draw.sample(photographs, len(photographs))
         yield from zip(*(order[first::4] for first in range(4)), strict=False)
@@ -35,8 +35,8 @@ def write_mosaics(mosaics: Iterator[tuple[Path, ...]], folder: Path, name: str) 
 
     Args:
         mosaics: four photographs each: top left, top right, bottom left, bottom right. Their folders are their labels.
-        folder: where to.
-        name: of the part.
+        folder: the folder to write.
+        name: name of the part.
 
     Returns:
         Number of mosaics.

@@ -1,9 +1,9 @@
-"""Make the sample mosaic of the package from the photographs beside the other model, whose licences are named.
+"""Make the package's sample mosaic from the sample photographs of test_tresnet.r64_cifar10, whose licences are named.
 
     cd timm_tresnet/weights/samples/test_tresnet.mosaic_cifar10
     python ../../../../hub/mosaic_cifar10/sample.py cat_horse_airplane_deer.jpg
 
-The squares were chosen among 900 drawn at random: those whose tags the network gets right by the widest margin.
+The squares were chosen among 900 random ones: the network predicts their tags with the widest margin.
 """
 
 import argparse
@@ -24,7 +24,7 @@ _SQUARES = {  # left, upper, right, lower, in the order of the mosaic's rows
 
 
 def make_mosaic() -> Image.Image:
-    """Four squares, two by two."""
+    """Make a mosaic of four squares, two by two."""
     mosaic = Image.new("RGB", (2 * _TILE, 2 * _TILE))
     for number, (name, square) in enumerate(_SQUARES.items()):
         tile = read_image(SAMPLES / f"{name}.jpg").crop(square).resize((_TILE, _TILE), Image.Resampling.BICUBIC)

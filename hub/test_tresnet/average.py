@@ -1,10 +1,11 @@
-"""Average the weights of checkpoints of one network, and take the statistics of its norms again from training images.
+"""Average the weights of a network's checkpoints, and recompute its norms' statistics from training images.
 
     python hub/test_tresnet/average.py DATA OUTPUT.safetensors CHECKPOINT.pth.tar ...
 
-Ends of learning rate cycles, averaged, are better than each ("Averaging Weights Leads to Wider Optima and Better
-Generalization", arXiv:1803.05407). Statistics of an average are no average of statistics, and those of networks trained
-on mixed images are of mixed images. Here they are those of all training images as the network sees them in use.
+The average of weights at the ends of learning-rate cycles is better than each of them ("Averaging Weights Leads to
+Wider Optima and Better Generalization", arXiv:1803.05407). The statistics of averaged weights are not the average of
+the statistics, and training statistics are of augmented images. So they are computed again from all training images
+with the preprocessing of inference.
 """
 
 import argparse
@@ -21,11 +22,11 @@ from torch import Tensor
 from timm_tresnet.utils.files import whole
 
 BATCH_SIZE = 250
-SEED = 0  # of the order of the images, which come by their classes
+SEED = 0  # of the order of the images, which are stored by class
 
 
 def average(state_dicts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each tensor of floating-point numbers, in its own dtype; other tensors are those of the first."""
+    """Return the mean of each floating-point tensor, in its own dtype; other tensors are the first state dict's."""
     return {
         name: torch.stack([each[name].double() for each in state_dicts]).mean(0).to(tensor.dtype)
         if tensor.is_floating_point()
@@ -34,8 +35,8 @@ def average(state_dicts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def take_statistics(model: torch.nn.Module, data: Path) -> None:
-    """Set the running statistics of a network's norms to those of the images in a folder, `train/CLASS/...`."""
+def recompute_statistics(model: torch.nn.Module, data: Path) -> None:
+    """Set the running statistics of a network's norms to the statistics of a folder's images, `train/CLASS/...`."""
     dataset = create_dataset("", root=str(data), split="train")
     dataset.transform = create_transform(**resolve_data_config(model=model))
     order = torch.Generator().manual_seed(SEED)
@@ -45,14 +46,14 @@ def take_statistics(model: torch.nn.Module, data: Path) -> None:
 
 def main() -> None:
     """Run the script."""
-    parser = argparse.ArgumentParser(description="Average the weights of checkpoints, take the statistics again.")
+    parser = argparse.ArgumentParser(description="Average the weights of checkpoints and recompute the statistics.")
     parser.add_argument("data", type=Path, help="folder that prepare.py wrote")
     parser.add_argument("output", type=Path, help="safetensors file to write")
-    parser.add_argument("checkpoints", type=Path, nargs="+", help="of timm's train.py")
+    parser.add_argument("checkpoints", type=Path, nargs="+", help="checkpoints of timm's train.py")
     arguments = parser.parse_args()
     model = timm.create_model("test_tresnet.r64_cifar10")
     model.load_state_dict(average([load_state_dict(str(path), weights_only=True) for path in arguments.checkpoints]))
-    take_statistics(model, arguments.data)
+    recompute_statistics(model, arguments.data)
     with whole(arguments.output) as unfinished:
         save_file(model.state_dict(), unfinished, metadata={"format": "pt"})
 

@@ -3,8 +3,8 @@
     python hub/test_tresnet/pack.py CHECKPOINT.pth.tar OUTPUT/test_tresnet.r64_cifar10.safetensors
     python hub/test_tresnet/pack.py TAGGER/model.safetensors OUTPUT/test_tresnet.mosaic_cifar10.safetensors
 
-The first is of timm's train.py, the second of `timm-tresnet train-tagger`. The output's name says for which weights of
-the registry it is.
+The first checkpoint is from timm's train.py, the second from `timm-tresnet train-tagger`. The output's name is the name
+of the weights in the registry.
 """
 
 import argparse
@@ -22,12 +22,12 @@ def pack(checkpoint: Path, output: Path, model: str = "test_tresnet") -> None:
     """Check that a checkpoint fits a network, then write its weights in half precision.
 
     Args:
-        checkpoint: file that timm's train.py or `timm-tresnet train-tagger` wrote.
-        output: safetensors file to write; replaced only once the new one is complete.
+        checkpoint: checkpoint of timm's train.py or `timm-tresnet train-tagger`.
+        output: safetensors file to write, atomically.
         model: name of the network in timm.
 
     Raises:
-        RuntimeError: if names or shapes of the checkpoint are not those of the network.
+        RuntimeError: if names or shapes of the checkpoint differ from the network's, or a value exceeds float16.
     """
     state_dict = load_state_dict(str(checkpoint), weights_only=True)
     timm.create_model(model).load_state_dict(state_dict)

@@ -1,6 +1,6 @@
 """Write CIFAR-10 as JPEG class folders, `train/<class>/0000.jpg` and `test/<class>/…`, as timm's scripts read them.
 
-Takes CIFAR-10 from torchvision, which downloads the original arrays from their home:
+CIFAR-10 comes from torchvision, which downloads the original arrays:
 
     python hub/test_tresnet/prepare.py FOLDER [--cache DOWNLOADS]
 
@@ -24,7 +24,7 @@ def write_class_folders(dataset: torchvision.datasets.CIFAR10, folder: Path) -> 
 
     Args:
         dataset: pairs of an image (PIL) and the index of its class in `dataset.classes`.
-        folder: where the class folders go.
+        folder: folder for the class folders.
 
     Returns:
         Number of images of each class.
@@ -42,7 +42,7 @@ def main() -> None:
     """Run the script."""
     parser = argparse.ArgumentParser(description="Write CIFAR-10 as JPEG class folders.")
     parser.add_argument("folder", type=Path, help="folder to write, must not exist yet")
-    parser.add_argument("--cache", type=Path, default=Path("cifar10-download"), help="where torchvision downloads to")
+    parser.add_argument("--cache", type=Path, default=Path("cifar10-download"), help="torchvision's download")
     arguments = parser.parse_args()
     if arguments.folder.exists():
         sys.exit(f"{arguments.folder} exists already; name a new folder")
