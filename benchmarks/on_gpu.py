@@ -44,7 +44,7 @@ from training_memory import BUILTIN, COMPILED, GRAPHS
 
 from timm_tresnet.bench.results import start_results
 from timm_tresnet.cli.options import at_least
-from timm_tresnet.utils.files import whole
+from timm_tresnet.utils.files import atomic_write
 
 TESTS = Path(__file__).parents[1] / "tests" / "test_gpu.py"
 INFERENCE = Path(__file__).with_name("inference.py")
@@ -436,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(str(error))
 
     def save() -> None:
-        with whole(settings.json) as unfinished:
+        with atomic_write(settings.json) as unfinished:
             unfinished.write_text(json.dumps(results, indent=2) + "\n")
 
     save()

@@ -30,7 +30,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from matplotlib.transforms import Bbox
 from schema import load_results, script_of
 
-from timm_tresnet.utils.files import whole
+from timm_tresnet.utils.files import atomic_write
 
 # Okabe and Ito's colours, distinguishable for colour-blind readers, and a marker for each
 _COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
@@ -370,7 +370,7 @@ def draw_for_readme(paths: Sequence[Path], name: str, output: Path) -> list[Path
 
 
 def _save(figure: Figure, path: Path, description: str | None = None) -> None:
-    with whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         figure.savefig(unfinished, format="svg", metadata={"Date": None, "Description": description})
     plt.close(figure)
 

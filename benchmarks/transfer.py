@@ -36,7 +36,7 @@ from timm_tresnet.bench.results import start_results
 from timm_tresnet.cli.options import at_least, new_file
 from timm_tresnet.conversion.reading import read_checkpoint
 from timm_tresnet.utils.extras import how_to_install
-from timm_tresnet.utils.files import whole
+from timm_tresnet.utils.files import atomic_write
 from timm_tresnet.utils.tables import format_markdown
 
 ARMS = ("transfer", "scratch")
@@ -238,7 +238,7 @@ def measure(work: Path, weights: Path, settings: argparse.Namespace) -> Iterator
             note = work / f"{name}.json"
             if not note.exists():
                 row = measure_run(run, recipes[run.arm], weights, settings)
-                with whole(note) as unfinished:
+                with atomic_write(note) as unfinished:
                     unfinished.write_text(json.dumps(row))
             row = json.loads(note.read_text())
             print(

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from timm_tresnet.utils.files import whole
+from timm_tresnet.utils.files import atomic_write
 from timm_tresnet.utils.images import SAMPLES
 
 _SIZE = {"width": 1100, "height": 840}
@@ -43,5 +43,5 @@ if __name__ == "__main__":
     parser.add_argument("url", help="address of the demo")
     parser.add_argument("file", type=Path, help="image to write")
     arguments = parser.parse_args()
-    with whole(arguments.file) as unfinished:
+    with atomic_write(arguments.file) as unfinished:
         take_screenshot(arguments.url).convert("RGB").save(unfinished, quality=80, method=6)

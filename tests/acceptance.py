@@ -779,9 +779,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.rows:
         print(page)
     else:
-        from timm_tresnet.utils.files import whole
+        from timm_tresnet.utils.files import atomic_write
 
-        with whole(options.output) as unfinished:
+        with atomic_write(options.output) as unfinished:
             unfinished.write_text(page)
     if not all(meets(row, compare(results[row.name])[0]) for row in rows):
         sys.exit(1)

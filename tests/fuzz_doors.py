@@ -33,7 +33,7 @@ from timm.utils import CheckpointSaver
 
 from timm_tresnet import ExportedModel, convert_checkpoint, export_model, write_folder
 from timm_tresnet.cli import main as cli
-from timm_tresnet.demo import door as gate
+from timm_tresnet.demo import request_filter as gate
 from timm_tresnet.utils.images import SAMPLES
 
 ANSWERED, REFUSED, SKIPPED = "answered", "refused in one sentence", "skipped and the others done"
@@ -63,7 +63,7 @@ class Case:
     note: str = ""
 
 
-class Door:
+class RequestFilter:
     """Makes inputs, with what it needs in a folder of its own."""
 
     def __init__(self, folder: Path) -> None:
@@ -88,7 +88,7 @@ def judge_loading(status: int, out: str, err: str) -> str:
     return REFUSED
 
 
-class Configs(Door):
+class Configs(RequestFilter):
     """config.json of a folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -106,7 +106,7 @@ class Configs(Door):
         return Case(lambda: cli.main(words), judge_loading, [path])
 
 
-class Artifacts(Door):
+class Artifacts(RequestFilter):
     """The JSON file beside an artifact."""
 
     def __init__(self, folder: Path) -> None:
@@ -122,7 +122,7 @@ class Artifacts(Door):
         return Case(lambda: cli.main(words), judge_loading, [path])
 
 
-class Images(Door):
+class Images(RequestFilter):
     """An image beside a good one."""
 
     def __init__(self, folder: Path) -> None:
@@ -172,7 +172,7 @@ class Images(Door):
         return SKIPPED
 
 
-class Checkpoints(Door):
+class Checkpoints(RequestFilter):
     """A file of torch.save or safetensors beside a good one."""
 
     def __init__(self, folder: Path) -> None:
@@ -246,7 +246,7 @@ class Checkpoints(Door):
         return SKIPPED
 
 
-class Servers(Door):
+class Servers(RequestFilter):
     """Answers of a Hub to classify, verify and publish."""
 
     def __init__(self, folder: Path) -> None:
@@ -282,7 +282,7 @@ class Servers(Door):
         return Case(call, judge, [], f"{door}, {request}, {name}")
 
 
-class Writers(Door):
+class Writers(RequestFilter):
     """Conversions and exports that are killed, each over what the one before has left."""
 
     def __init__(self, folder: Path) -> None:
@@ -323,7 +323,7 @@ class Writers(Door):
         return Case(lambda: run_killed(write, moment), judge, [], f"{path.name}, {moment}")
 
 
-class Annotated(Door):
+class Annotated(RequestFilter):
     """Annotations of images, of every kind that train-tagger reads; it ends where the training would begin."""
 
     def __init__(self, folder: Path) -> None:
@@ -375,7 +375,7 @@ class Annotated(Door):
         return Case(lambda: cli.main(words), judge_training, [path], " ".join(words[4:]))
 
 
-class Resumed(Door):
+class Resumed(RequestFilter):
     """last.ckpt of a training that is to go on."""
 
     def __init__(self, folder: Path) -> None:
@@ -385,14 +385,14 @@ class Resumed(Door):
         data = [write_images(folder / name, 8, seed) for seed, name in enumerate(("train", "val"))]
         self.words = ["train-tagger", str(data[0]), "--val", str(data[1]), *WORDS, "--epochs", "2"]
         self.words += ["--output", str(folder / "tagger"), "--resume"]
-        save = resuming.WholeCheckpoints.save_checkpoint
+        save = resuming.AtomicCheckpoints.save_checkpoint
 
         def save_and_stop(self: Any, *arguments: Any, **options: Any) -> None:
             save(self, *arguments, **options)
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(resuming.WholeCheckpoints, "save_checkpoint", save_and_stop)
+            patch.setattr(resuming.AtomicCheckpoints, "save_checkpoint", save_and_stop)
             with contextlib.suppress(KeyboardInterrupt, SystemExit):
                 cli.main(self.words)
         self.work = folder / "tagger.training"
@@ -427,7 +427,7 @@ def judge_training(status: int, out: str, err: str) -> str:
     return REFUSED
 
 
-class Payloads(Door):
+class Payloads(RequestFilter):
     """Events of the demo's page, as a visitor's own program sends them."""
 
     def __init__(self, folder: Path) -> None:
@@ -465,7 +465,7 @@ class Payloads(Door):
                 answers.append(message)
 
             scope = {"type": "http", "method": "POST", "path": f"/gradio_api/{path}", "headers": []}
-            await gate.Door(app, 2**20, set)(scope, receive, send)
+            await gate.RequestFilter(app, 2**20, set)(scope, receive, send)
             return answers[0]["status"]
 
         def judge(status: int, out: str, err: str) -> str:
@@ -492,7 +492,7 @@ def _find(value: Any, name: str) -> Iterator[Any]:
         yield from _find(each, name)
 
 
-class Runs(Door):
+class Runs(RequestFilter):
     """Folders that timm's train.py leaves: its checkpoints with arguments and optimizer, args.yaml, summary.csv."""
 
     def __init__(self, folder: Path) -> None:

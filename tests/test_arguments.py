@@ -2,7 +2,7 @@ import pytest
 from timm.layers import get_act_layer
 from torch import nn
 
-from timm_tresnet.models.arguments import STRIDES_AND_DILATIONS, choose, per_stage, resolve_activation, take_indices
+from timm_tresnet.models.arguments import STRIDES_AND_DILATIONS, choose, per_stage, resolve_activation, resolve_indices
 
 
 def test_value_is_looked_up_or_the_choices_are_named():
@@ -34,17 +34,17 @@ def test_slope_is_of_leaky_relu_alone():
     ("indices", "expected"), [(None, [0, 1, 2, 3, 4]), (2, [3, 4]), ([0, -1], [0, 4]), ((2, 2), [2, 2]), ([], [])]
 )
 def test_indices_are_counted_from_the_front(indices, expected):
-    assert take_indices(indices, 5) == expected
+    assert resolve_indices(indices, 5) == expected
 
 
 @pytest.mark.parametrize("indices", [0, 6, [5], [-6]])
 def test_features_that_are_not_there_are_refused(indices):
     with pytest.raises(ValueError, match="TResNet has 5 features, (got|cannot return)"):
-        take_indices(indices, 5)
+        resolve_indices(indices, 5)
 
 
 @pytest.mark.parametrize("output_stride", STRIDES_AND_DILATIONS)
-def test_what_a_stage_does_not_stride_it_dilates(output_stride):
+def test_stages_that_are_not_strided_are_dilated(output_stride):
     strides, dilations = STRIDES_AND_DILATIONS[output_stride]
     total, dilation = 4, 1
     for stride, (before, after), plain in zip(strides, dilations, (1, 2, 2, 2), strict=True):

@@ -153,7 +153,7 @@ BROKEN = {  # what cannot be caught in the package
     [BROKEN["truncated"], pytest.param(BROKEN["gone"], marks=pytest.mark.thorough)],
     ids=BROKEN,
 )
-def test_what_cannot_be_caught_ends_with_the_variable_that_pytorch_names(run_python, content, tmp_path):
+def test_errors_that_cannot_be_caught_name_pytorchs_variable(run_python, content, tmp_path):
     (tmp_path / "plugin-1.dist-info").mkdir()
     (tmp_path / "plugin-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1\n")
     entry = "[torch.backends]\nplugin = plugin_that_is_broken:_autoload\n"

@@ -57,7 +57,7 @@ def test_measuring_leaves_the_weights_as_they_were():
 
 
 @pytest.mark.parametrize(("calls", "kept", "rounds"), [(1, 1, 0), (4, 2, 0), (9, 2, 2)], ids=str)
-def test_what_is_complete_survives_an_interrupt(monkeypatch, calls, kept, rounds):
+def test_finished_measurements_survive_an_interrupt(monkeypatch, calls, kept, rounds):
     train = benchmark._Bench.train
     count = 0
 

@@ -206,7 +206,7 @@ def test_int8_accuracy_counts_every_test_image(photos, tmp_path, capsys):
     assert "has them for airplane, automobile, bird, deer, dog, frog, horse, ship, tiger" in capsys.readouterr().err
 
 
-def test_tagging_trains_each_head_and_goes_on_with_what_is_there(tmp_path, capsys):
+def test_tagging_trains_each_head_and_resumes(tmp_path, capsys):
     pytest.importorskip("lightning.pytorch", reason="install the extra tagging")
     pytest.importorskip("lightning", reason="install the extra tagging")
     for name, count in (("train", 8), ("val", 8), ("test", 8)):

@@ -86,7 +86,7 @@ def test_official_names_and_shapes_are_found_to_be_the_public_weights(public):
 
 
 @each_public_weight
-def test_registered_config_says_what_the_public_weight_says(public):
+def test_registered_config_agrees_with_the_public_weight(public):
     config = get_pretrained_cfg(public.name)
     assert config.hf_hub_id == public.hf_hub_id
     assert config.num_classes == (0 if public.head in NOT_OURS else public.num_classes)
@@ -136,7 +136,7 @@ def test_weights_that_are_nowhere_yet_say_how_to_make_them(public):
         assert part in str(caught.value)
 
 
-def test_arguments_go_before_those_of_the_public_weight():
+def test_arguments_override_the_public_weights():
     model = timm.create_model("tresnet_v2_l.miil_stanford_cars_368", device="meta", negative_slope=0.5)
     assert model.body.layer1[0].conv1.bn.act.negative_slope == 0.5
     assert model.body.conv1.bn.act.negative_slope == 1e-6
@@ -211,7 +211,7 @@ def test_mistakes_in_the_catalogue_are_named(change, message, tmp_path):
         load_catalogue(file)
 
 
-def test_every_fact_has_an_option_and_nothing_is_known_of_what_is_not_given():
+def test_every_fact_has_an_option_and_is_unknown_if_not_given():
     parser = argparse.ArgumentParser()
     for field in dataclasses.fields(WeightFacts):
         parser.add_argument(f"--{field.name.replace('_', '-')}", **field.metadata)
@@ -227,7 +227,7 @@ def test_every_fact_has_an_option_and_nothing_is_known_of_what_is_not_given():
     }
 
 
-def test_config_says_what_is_known_and_no_more():
+def test_config_has_only_known_facts():
     config = make_pretrained_cfg(NOTHING_KNOWN, 5)
     known = dataclasses.replace(NOTHING_KNOWN, input_size=368, crop_pct=0.9, multi_label=True)
     assert make_pretrained_cfg(known, 5, in_chans=1) == {

@@ -80,7 +80,7 @@ ONE, TWO, THREE = torch.ones(1), torch.ones(2), torch.ones(3)
 STEM = "body.conv1.conv.weight"
 
 
-def test_what_is_beside_the_network_is_left_out():
+def test_tensors_beside_the_network_are_left_out():
     (network,) = find_networks({f"net.{STEM}": ONE, "net.head.fc.bias": TWO, "loss.weight": THREE, "net.epoch": 7})
     assert network.tensors == {STEM: ONE, "head.fc.bias": TWO}
     assert (network.key, network.others) == ("net", ("loss.weight", "net.epoch"))
@@ -174,7 +174,7 @@ def test_weights_under_our_names_are_not_touched():
     torch.testing.assert_close(filtered, dict(model.state_dict()), rtol=0, atol=0)
 
 
-def test_what_does_not_fit_is_named_by_its_keys():
+def test_misfitting_tensors_are_named():
     tensors = reference.official_state_dict(LAYERS)
     tensors["body.layer9.weight"] = tensors.pop("body.layer4.0.conv3.0.weight")
     with pytest.raises(

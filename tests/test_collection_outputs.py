@@ -66,7 +66,7 @@ def read_rows(path):
 
 
 @pytest.mark.parametrize("suffix", EVERY)
-def test_rows_are_there_whole_and_in_order_and_what_made_them_beside(suffix, tmp_path):
+def test_rows_are_complete_and_in_order_with_a_settings_file_beside(suffix, tmp_path):
     path = classify_all(tmp_path / f"tags{suffix}")
     expected = [make_row(*pair) for pair in enumerate(FILES)]
     rows = read_rows(path)
@@ -83,7 +83,7 @@ def test_rows_are_there_whole_and_in_order_and_what_made_them_beside(suffix, tmp
 
 @pytest.mark.parametrize("suffix", EVERY)
 @pytest.mark.parametrize("processes", [1, 2, 5])
-def test_parts_join_to_what_one_process_writes(suffix, processes, tmp_path):
+def test_joined_parts_equal_the_file_of_one_process(suffix, processes, tmp_path):
     alone = classify_all(tmp_path / f"alone{suffix}")
     together = classify_all(tmp_path / f"together{suffix}", processes)
     assert together.read_bytes() == alone.read_bytes()
@@ -127,7 +127,7 @@ def test_killed_in_the_middle_of_a_line_and_gone_on_with_the_file_is_the_same(su
 
 
 @pytest.mark.parametrize("suffix", EVERY)
-def test_what_is_done_is_left_and_new_files_are_added(suffix, tmp_path):
+def test_finished_files_are_skipped_and_new_ones_added(suffix, tmp_path):
     path = classify_all(tmp_path / f"tags{suffix}")
     before = path.read_bytes()
     output = classify(path)
@@ -210,7 +210,7 @@ def test_nothing_is_overwritten(suffix, tmp_path):
         ("fast_jpeg", True, "fast_jpeg null, now true"),
     ],
 )
-def test_what_was_made_otherwise_is_refused(name, value, message, tmp_path):
+def test_results_of_other_settings_are_refused(name, value, message, tmp_path):
     path = classify_all(tmp_path / "tags.jsonl")
     before = path.read_bytes()
     with pytest.raises(ValueError, match=message):
@@ -219,7 +219,7 @@ def test_what_was_made_otherwise_is_refused(name, value, message, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"made_by": 1}', None])
-def test_a_file_of_which_nobody_says_what_made_it_is_refused(content, tmp_path):
+def test_results_without_a_settings_file_are_refused(content, tmp_path):
     path = classify_all(tmp_path / "tags.jsonl")
     note = path.with_name("tags.jsonl.json")
     note.unlink() if content is None else note.write_text(content)
@@ -260,7 +260,7 @@ def test_two_do_not_write_to_one_file(tmp_path):
     open_again(path)
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_paths_that_are_not_regular_files_are_refused(tmp_path):
     classify_all(tmp_path / "tags.jsonl").unlink()
     for make in (Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/full"), lambda path: path.symlink_to("no")):
         path = tmp_path / "tags.jsonl"

@@ -39,7 +39,7 @@ def test_one_label_an_image_the_most_probable_ones_are_reported(network):
 
 
 @pytest.mark.parametrize("threshold", [None, 0.5])
-def test_any_number_of_labels_those_above_their_thresholds_are_reported(threshold, network):
+def test_labels_above_their_thresholds_are_reported(threshold, network):
     network.pretrained_cfg["notes"] = make_notes(True, THRESHOLDS)
     thresholds = torch.tensor(THRESHOLDS if threshold is None else [threshold] * 10)
     assert choose_thresholds(network, threshold) == pytest.approx(thresholds.tolist())
@@ -54,7 +54,7 @@ def test_any_number_of_labels_those_above_their_thresholds_are_reported(threshol
     assert len(counts) > 1
 
 
-def test_what_is_done_is_not_reported_and_files_that_cannot_be_read_have_their_turn(network, tmp_path):
+def test_finished_files_are_not_reported_and_unreadable_ones_are(network, tmp_path):
     paths = [PHOTOS[0], tmp_path / "gone.jpg", PHOTOS[1], PHOTOS[2]]
     whole = collect(network, paths, batch_size=3)
     assert ["error" in result for _, result in whole] == [False, True, False, False]

@@ -14,7 +14,7 @@ PATHS = [Path(f"{number}.jpg") for number in range(23)]
 CONFIG = {"input_size": (3, 24, 32), "crop_pct": 0.9, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
 
 
-def test_batches_do_not_depend_on_what_is_done_or_on_how_many_share_them():
+def test_batches_depend_neither_on_finished_files_nor_on_the_number_of_processes():
     whole = [[file.path for file in batch] for batch in plan_batches(PATHS, 4)]
     assert [len(batch) for batch in whole] == [4, 4, 4, 4, 4, 3]
     for processes in (1, 2, 3, 9):
@@ -39,7 +39,7 @@ def test_no_more_paths_are_taken_than_workers_read_ahead():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_what_timm_prepares_and_unreadable_files_are_left_out(workers, tmp_path):
+def test_batches_equal_timms_and_unreadable_files_are_left_out(workers, tmp_path):
     photos = list(find_images([SAMPLES]))
     (tmp_path / "bad.jpg").touch()
     paths = [photos[0], tmp_path / "bad.jpg", photos[1], photos[2], tmp_path / "gone.jpg"]

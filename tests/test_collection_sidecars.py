@@ -38,7 +38,7 @@ def test_no_tags_are_an_empty_line_and_annotations_read_them_all(tmp_path):
 
 
 @pytest.mark.parametrize("make", [Path.touch, Path.mkdir, lambda path: path.symlink_to("nowhere")])
-def test_what_is_there_stays(make, tmp_path):
+def test_existing_files_stay(make, tmp_path):
     make(tmp_path / "a.txt")
     before = os.lstat(tmp_path / "a.txt")
     assert Sidecars().is_done(tmp_path / "a.jpg")
@@ -48,7 +48,7 @@ def test_what_is_there_stays(make, tmp_path):
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no_links"])
-def test_what_comes_to_exist_meanwhile_stays(links, tmp_path, monkeypatch):
+def test_files_created_meanwhile_stay(links, tmp_path, monkeypatch):
     link = os.link
 
     def come_first(source, target):

@@ -8,7 +8,7 @@ from timm_tresnet.cli import main as cli
 TINY = ["test_tresnet", "built-in:test_tresnet", "--image-size", "64", "--batch-size", "2", "--rounds", "2"]
 
 
-def test_command_prints_and_writes_what_it_measured(tmp_path, capsys):
+def test_command_prints_and_writes_its_measurements(tmp_path, capsys):
     results = tmp_path / "results.json"
     assert cli.main(["benchmark", *TINY, "--json", str(results)]) == 0
     written = json.loads(results.read_text())
@@ -21,7 +21,7 @@ def test_command_prints_and_writes_what_it_measured(tmp_path, capsys):
     assert "Largest batch: computed for 16 GB from kept bytes." in output
 
 
-def test_interrupted_command_keeps_what_is_done(tmp_path, capsys, monkeypatch):
+def test_interrupted_command_keeps_finished_measurements(tmp_path, capsys, monkeypatch):
     def interrupted(self, candidate, size, repeats=1):
         raise KeyboardInterrupt
 

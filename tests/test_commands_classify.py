@@ -45,7 +45,7 @@ def test_classify_without_arguments_says_what_it_shows_the_samples_and_how_to_go
     assert "--model tresnet_m.miil_in21k_ft_in1k" in table[-1]
 
 
-def test_model_in_the_package_knows_what_is_on_its_samples(capsys):
+def test_embedded_model_recognises_its_samples(capsys):
     assert cli.main(["classify", "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert len(results) >= 4
@@ -504,7 +504,7 @@ def test_output_needs_images_and_other_processes_need_an_output(tmp_path, monkey
     assert "several processes need --output or --sidecar" in capsys.readouterr().err
 
 
-def test_sidecars_are_written_beside_images_and_those_that_are_there_stay(tagger, collection, capfd):
+def test_sidecars_are_written_beside_images_and_existing_ones_stay(tagger, collection, capfd):
     (collection / "0" / "3.txt").write_text("precious")
     words = ["classify", str(collection), "--model", tagger, "--sidecar", "-j", "0", "--device", "cpu"]
     assert cli.main([*words, "--prefix", "mine"]) == 1
@@ -534,7 +534,7 @@ def test_sidecars_stand_beside_an_output_and_are_written_before_its_lines(tagger
 
 
 @pytest.mark.parametrize("words", [["--output", "tags.jsonl"], ["--sidecar"], []], ids=["output", "sidecar", "printed"])
-def test_ctrl_c_leaves_what_is_done_and_says_how_to_go_on(words, collection, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_keeps_finished_results_and_says_how_to_resume(words, collection, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     counted = []
 
@@ -585,7 +585,7 @@ def test_two_processes_share_the_files_and_leave_one_output(run_two_processes, t
     assert not list(folder.glob("*-of-*"))
 
 
-def test_the_bar_shows_speed_and_what_is_left_of_a_resumed_run(collection, tmp_path, monkeypatch, capsys):
+def test_the_bar_shows_speed_and_the_rest_of_a_resumed_run(collection, tmp_path, monkeypatch, capsys):
     path = classify_collection(collection, tmp_path / "tags.jsonl")
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:7]))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

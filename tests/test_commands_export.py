@@ -136,7 +136,7 @@ def write_torchscript_that_makes_a_file(path, trap):
     [("torch-export", put_trap_into_pt2), ("torchscript", write_torchscript_that_makes_a_file)],
     ids=["pickle_in_pt2", "torchscript"],
 )
-def test_what_can_run_code_says_so_before_it_is_loaded(format, put_trap, artifact, tmp_path, capfd):
+def test_files_that_can_execute_code_are_refused_before_loading(format, put_trap, artifact, tmp_path, capfd):
     folder = shutil.copytree(artifact(format).parent, tmp_path / "folder")
     path, trap = folder / artifact(format).name, Trap(tmp_path / "trap")
     put_trap(path, trap)

@@ -77,7 +77,7 @@ def test_flags_of_train_script_in_the_wrong_place_are_told_the_right_one(capsys)
     assert "unrecognized arguments: --epochs 5; write flags of train.py after --" in capsys.readouterr().err
 
 
-def test_what_is_behind_two_dashes_is_not_looked_at(capsys):
+def test_arguments_after_two_dashes_are_not_checked(capsys):
     assert print_line(capsys, "transfer", *GIVEN, "--", "--show", "--", "x").endswith(" --show -- x\n")
 
 
@@ -94,7 +94,7 @@ def test_what_is_behind_two_dashes_is_not_looked_at(capsys):
     ],
     ids=["typed_wrongly", "unknown", "no_data", "no_data_but_a_model", "show_what", "no_name", "flags_alone"],
 )
-def test_what_is_missing_or_wrong_is_said_in_a_sentence(words, message, capsys):
+def test_missing_or_wrong_arguments_are_named_in_a_sentence(words, message, capsys):
     assert cli.main(["recipe", *words]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -117,7 +117,7 @@ def test_flags_are_written_as_train_script_reads_them():
 
 
 @pytest.mark.parametrize("value", [False, None])
-def test_what_no_flag_says_is_refused(value):
+def test_values_that_no_flag_can_express_are_refused(value):
     with pytest.raises(ValueError, match=f"no flag of train.py says amp: {value}; leave it out"):
         format_flags({"amp": value})
 

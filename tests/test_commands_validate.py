@@ -104,7 +104,7 @@ def test_half_precision_is_close(tagger, images, tmp_path):
     assert found == pytest.approx(validation.score_ranking(probabilities, targets)["mAP"], abs=5)
 
 
-def test_what_is_missing_is_said_and_counted(tagger, images, tmp_path, capsys):
+def test_unknown_and_missing_labels_are_named_and_counted(tagger, images, tmp_path, capsys):
     lines = ["file,labels", "0/0.png,bottom", "1/0.png,zebra;yak", "2/0.png,RIGHT; TOP", "0/1.png,"]
     lines[3] = '2/0.png,"[""RIGHT; TOP""]"'
     path = images.with_name("x.csv")

@@ -39,7 +39,7 @@ def test_defaults_of_the_network_fit():
     ],
     ids=lambda arguments: "_".join(arguments) or "plain",
 )
-def test_what_timm_writes_is_accepted_as_it_is(arguments, tmp_path):
+def test_configs_written_by_timm_are_accepted(arguments, tmp_path):
     model = timm.create_model("test_tresnet", **arguments)
     labels = {"label_names": [f"naïve {index}" for index in range(model.num_classes)]}
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True, model_config=labels)
@@ -108,7 +108,7 @@ def test_poolings_of_timm_are_taken(pooling):
     assert model(torch.empty(2, 3, 64, 64, device="meta")).shape == ((2, 3) if pooling else (2, 256, 2, 2))
 
 
-def test_channels_are_those_of_the_images_where_no_argument_says_so(tmp_path):
+def test_channels_come_from_the_image_size_without_an_argument(tmp_path):
     config = {"architecture": "test_tresnet", "pretrained_cfg": {"input_size": [4, 64, 64], "mean": [0, 0, 0, 0]}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_config(tmp_path / "config.json") == config
@@ -117,7 +117,7 @@ def test_channels_are_those_of_the_images_where_no_argument_says_so(tmp_path):
     assert said.endswith("needs pretrained_cfg.mean to have a number for each of 4 channels, got 2")
 
 
-def test_arguments_that_the_network_has_not_are_named_with_those_that_it_has(tmp_path):
+def test_unknown_arguments_are_named_with_the_known_ones(tmp_path):
     config = {"architecture": "test_tresnet", "model_args": {"depth": 3}, "pretrained_cfg": {}}
     said = refuse(config, tmp_path / "config.json")
     known = ", ".join(MODEL_ARGS)

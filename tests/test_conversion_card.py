@@ -65,7 +65,7 @@ def test_unknown_weights_get_a_card_that_claims_nothing():
     assert not re.search(r"## (Training data|Licence)|None|accuracy|mAP", card.text)
 
 
-def test_what_a_public_weight_does_not_say_is_left_out():
+def test_unknown_facts_of_a_public_weight_are_left_out():
     card = make_card(UNLICENSED, UNLICENSED.architecture, 9605)
     assert "None" not in card
     assert "license:" not in card

@@ -54,7 +54,7 @@ def test_given_values_arrive_in_the_model(tensors, tmp_path):
         assert relative_error(model(x), reference.official_forward(tensors, x, slope=0.2, stem_slope=0.3)) <= 1e-5
 
 
-def test_values_go_before_those_of_a_public_weight(tmp_path):
+def test_given_values_override_a_public_weights(tmp_path):
     tensors = reference.official_state_dict((3, 4, 11, 3), num_classes=80)
     file = save_checkpoint({"model": tensors}, tmp_path / "MS_COCO_TRresNet_M_224_81.8.pth")
     conversion = convert_checkpoint(file, input_size=448, multi_label=False)

@@ -13,7 +13,7 @@ from converting import SMALL, save_checkpoint
 from safetensors.torch import save_file
 
 from timm_tresnet import convert_checkpoint
-from timm_tresnet.conversion.reading import name_some
+from timm_tresnet.conversion.reading import shorten_names
 
 
 class Hostile:
@@ -56,7 +56,7 @@ CALLS = {
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_what_is_beside_the_weights_is_not_run_but_named(call, legacy, tensors, tmp_path, monkeypatch):
+def test_objects_beside_the_weights_are_not_run_but_named(call, legacy, tensors, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": tensors, "extra": call}, "a.pth", _use_new_zipfile_serialization=not legacy)
     conversion = convert_checkpoint("a.pth")
@@ -241,6 +241,6 @@ def test_mutated_names_and_shapes_end_in_an_error_or_a_right_load(seed, tensors,
 
 def test_of_many_names_the_first_are_named():
     names = [f"n{index}" for index in range(21)]
-    assert name_some(names[:20]) == ", ".join(names[:20])
-    assert name_some(names) == f"{', '.join(names[:20])} and 1 more"
-    assert name_some([]) == "nothing"
+    assert shorten_names(names[:20]) == ", ".join(names[:20])
+    assert shorten_names(names) == f"{', '.join(names[:20])} and 1 more"
+    assert shorten_names([]) == "nothing"

@@ -469,7 +469,7 @@ def test_networks_that_are_no_variant_are_taken_on_demand(arguments, tmp_path):
         assert_gives(tmp_path / "folder", model(x), x)
 
 
-def test_strided_convolutions_of_the_official_code_are_told_from_blurred_ones(tmp_path):
+def test_official_strided_convolutions_are_distinguished_from_blurred_ones(tmp_path):
     tensors = reference.official_state_dict(CUSTOM, blurred=False)
     conversion = convert_checkpoint(save_checkpoint(tensors, tmp_path / "a.pth"), custom=True)
     assert conversion.model_args["aa_layer"] is False
@@ -607,6 +607,6 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_is_no_tresnet_is_refused(change, message, tensors, tmp_path):
+def test_other_networks_are_refused(change, message, tensors, tmp_path):
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(save_checkpoint(change(tensors), tmp_path / "a.pth"))

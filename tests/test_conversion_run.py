@@ -20,7 +20,7 @@ from timm.utils import CheckpointSaver, ModelEmaV2
 
 from timm_tresnet import convert_checkpoint, write_folder
 from timm_tresnet.cli import main as cli
-from timm_tresnet.weights.loading import look_up
+from timm_tresnet.weights.loading import look_up_weights
 
 USUAL = {  # train.py's defaults, but for what only its training is about
     "model": "test_tresnet", "num_classes": 3, "pretrained": False, "initial_checkpoint": "", "in_chans": None,
@@ -139,7 +139,7 @@ KWARGS = {
 
 
 @pytest.mark.parametrize("given", KWARGS.values(), ids=KWARGS)
-def test_what_tensors_do_not_tell_of_the_network_is_told_by_the_run(given, tmp_path):
+def test_arguments_without_tensors_come_from_the_run(given, tmp_path):
     file, _, model = train(tmp_path / "run", **given)
     assert_same_network(convert(tmp_path, file)[0], model)
 
@@ -210,7 +210,7 @@ def test_args_yaml_speaks_for_a_file_of_tensors_alone(tmp_path):
     assert found.pretrained_cfg == conversion.pretrained_cfg
 
 
-def test_the_checkpoints_own_args_go_before_those_beside_it(tmp_path):
+def test_args_in_the_checkpoint_override_args_beside_it(tmp_path):
     file, _, _ = train(tmp_path / "run", img_size=48)
     train(tmp_path / "other", img_size=96, model_kwargs={"negative_slope": 0.003, "stem_negative_slope": 0.02})
     content = torch.load(file, weights_only=False)
@@ -322,7 +322,7 @@ def test_a_field_of_args_that_cannot_be_used_leaves_nothing_known_where_the_star
     assert "crop_pct" not in conversion.pretrained_cfg
 
 
-def test_a_start_that_is_gone_leaves_what_args_say(start, tmp_path):
+def test_without_the_starting_weights_only_the_args_are_used(start, tmp_path):
     file, _, _ = train(tmp_path / "run", model=f"local-dir:{start}", img_size=64)
     shutil.rmtree(start)
     conversion = convert_checkpoint(file)
@@ -335,7 +335,7 @@ def test_a_start_that_is_gone_leaves_what_args_say(start, tmp_path):
 def test_a_start_on_the_hub_is_looked_up_without_its_weights(start, hub, monkeypatch, tmp_path):
     direct_client(monkeypatch, hub, tmp_path / "cache")
     hub.add("owner/start", start)
-    weights = look_up("hf-hub:owner/start")
+    weights = look_up_weights("hf-hub:owner/start")
     assert (weights.architecture, weights.model_args["negative_slope"]) == ("test_tresnet", 0.2)
     file, args, model = train(tmp_path / "run", model="hf-hub:owner/start", img_size=64)
     converted, _ = convert(tmp_path, file)
@@ -346,10 +346,10 @@ def test_a_start_on_the_hub_is_looked_up_without_its_weights(start, hub, monkeyp
 
 
 def test_deprecated_names_and_public_weights_can_be_looked_up():
-    assert look_up("tresnet_m_448").pretrained_cfg["input_size"] == (3, 448, 448)
-    assert look_up("tresnet_v2_l.miil_stanford_cars_368").model_args["negative_slope"] == 1e-6
+    assert look_up_weights("tresnet_m_448").pretrained_cfg["input_size"] == (3, 448, 448)
+    assert look_up_weights("tresnet_v2_l.miil_stanford_cars_368").model_args["negative_slope"] == 1e-6
     with pytest.raises(ValueError, match="cannot look up the weights resnet50: it is not a TResNet"):
-        look_up("resnet50")
+        look_up_weights("resnet50")
 
 
 def draw(folder, *names, suffix="png"):
@@ -444,7 +444,7 @@ NO_NAMES = {
 
 
 @pytest.mark.parametrize(("given", "fault"), NO_NAMES.values(), ids=NO_NAMES)
-def test_names_that_are_not_there_or_too_many_are_said_to_be(given, fault, tmp_path, monkeypatch):
+def test_missing_or_surplus_names_are_reported(given, fault, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draw(tmp_path / "two", "a", "b")
     draw(tmp_path / "both", "B", "b")
@@ -532,7 +532,7 @@ def test_other_weights_lend_their_preprocessing(start, tmp_path, monkeypatch):
     assert "mean" not in unknown
 
 
-def test_what_is_assumed_stays_assumed_and_is_said(tmp_path, capsys):
+def test_assumed_values_stay_assumed_and_are_reported(tmp_path, capsys):
     bare = save_checkpoint(timm.create_model("test_tresnet", num_classes=3).state_dict(), tmp_path / "a.pth")
     write_folder(convert_checkpoint(bare, interpolation="bicubic", input_size=48), tmp_path / "folder")
     model = load_folder(tmp_path / "folder")

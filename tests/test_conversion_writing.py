@@ -47,7 +47,7 @@ def test_only_an_earlier_conversion_is_overwritten_and_only_on_demand(conversion
     assert sorted(os.listdir(tmp_path)) == ["a.pth", "folder"]
 
 
-def test_a_failed_check_leaves_what_was_there(conversion, tmp_path):
+def test_a_failed_check_leaves_the_existing_folder(conversion, tmp_path):
     write_folder(conversion, tmp_path / "folder")
     before = (tmp_path / "folder" / "model.safetensors").stat().st_ino
 

@@ -37,7 +37,7 @@ def test_network_that_does_not_arrive_keeps_no_other_from_arriving():
     assert isinstance(wait_for(networks, "slow"), nn.Identity)
 
 
-def test_network_that_takes_too_long_is_said_to():
+def test_network_that_takes_too_long_is_reported():
     trickling = threading.Event()
     networks = Networks(lambda name: trickling.wait() and nn.Identity(), patience_s=-1)
     with pytest.raises(ValueError, match="the weights slow have not arrived within"):
@@ -69,7 +69,7 @@ def test_failure_is_said_once_and_then_tried_again():
     assert isinstance(wait_for(networks, "a"), nn.Identity)
 
 
-def test_those_used_last_are_kept():
+def test_last_used_networks_stay_in_memory():
     loads = []
     networks = Networks(lambda name: loads.append(name) or nn.Identity())
     for name in "abcadae":

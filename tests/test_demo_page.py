@@ -232,7 +232,7 @@ def test_file_of_another_kind_is_refused_and_one_in_capitals_is_not(page, tmp_pa
     wait_for(page, "#first-note", "map of “horse”")
 
 
-def test_browser_and_server_ask_nobody_else(page, demo):
+def test_browser_and_server_contact_no_third_party(page, demo):
     assert len(page.asked) > 10
     assert [url for url in page.asked if not url.startswith((demo.url, "data:", "blob:"))] == []
     assert "asked for" not in demo.log.read_text()
@@ -305,7 +305,7 @@ def test_photograph_that_unfolds_is_refused_before_it_is_decoded(demo):
     assert demo.peak_mib() < before + 100
 
 
-def test_hub_that_does_not_answer_holds_nobody_else_and_gets_no_login(tmp_path):
+def test_silent_hub_blocks_no_other_visitor_and_gets_no_login(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         asked = []
 

@@ -168,7 +168,7 @@ def test_onnx_and_pt2_files_compute_the_altered_network(format, tmp_path):
 
 @needs("onnx")
 @pytest.mark.thorough
-def test_network_with_lora_is_exported_as_it_is(tmp_path):
+def test_network_with_lora_is_exported_unchanged(tmp_path):
     check_altered(adapt_by_lora, "onnx", tmp_path / "network.onnx")
 
 
@@ -213,7 +213,7 @@ def test_classifier_replaced_by_hand_names_reset_classifier(replace, got, tmp_pa
 
 
 @pytest.mark.parametrize("format", ["torchscript", "torch-export"])
-def test_the_first_two_arguments_are_told_apart_and_files_that_run_code_need_trust(format, artifact):
+def test_the_first_two_arguments_may_be_swapped_and_files_that_run_code_need_trust(format, artifact):
     path = artifact(format)
     with pytest.raises(ValueError, match="trust=True"):
         ExportedModel(path, "torch")

@@ -108,7 +108,7 @@ def test_damaged_description_is_refused_in_one_sentence(path, value, artifact, t
 
 
 @pytest.mark.parametrize("content", [b"", b"null", b"[]", b"not JSON", b"\xff\xfe", b"[" * 10**5])
-def test_what_is_no_description_is_refused_in_one_sentence(content, tmp_path, capfd):
+def test_invalid_descriptions_are_refused_in_one_sentence(content, tmp_path, capfd):
     (tmp_path / "network.pt2").touch()
     (tmp_path / "network.pt2.json").write_bytes(content)
     assert cli.main(["classify", "--engine", "torch", str(tmp_path / "network.pt2"), "--trust"]) == 2

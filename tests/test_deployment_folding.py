@@ -96,7 +96,7 @@ def test_parts_in_training_mode_are_named(alter, named, tmp_path):
 
 
 @each_alteration
-def test_what_can_be_folded_is_and_the_rest_stays(alter, caplog):
+def test_foldable_units_are_folded_and_the_rest_stays(alter, caplog):
     plain, model = make_altered(alter)
     x = torch.rand(2, 3, 64, 96)
     with caplog.at_level("INFO", "timm_tresnet"):

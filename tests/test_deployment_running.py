@@ -54,7 +54,7 @@ def test_compiling_changes_nothing_but_rounding(network):
     torch.testing.assert_close(Runner(network, compile_for=4)(images), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_what_is_no_module_runs_as_it_is(network):
+def test_callables_that_are_not_modules_run_unchanged(network):
     class Artifact:
         in_chans, pretrained_cfg = 3, network.pretrained_cfg
 

@@ -6,7 +6,7 @@ from torch import nn
 SMALL = {"layers": (1, 2, 1, 1)}
 
 
-def test_table_says_what_each_block_stores_and_why_one_stores_all(capsys):
+def test_table_has_the_memory_of_each_block_and_why_one_stores_all(capsys):
     model = make_model("activations", **SMALL)
     model.body.layer2[1].register_forward_hook(lambda *_: None)
     parts = {part.name: part for part in model.explain_recompute(images())}

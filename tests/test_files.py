@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from timm_tresnet.utils.files import whole
+from timm_tresnet.utils.files import atomic_write
 
 
 class Interruption(BaseException):
@@ -17,7 +17,7 @@ def path(tmp_path):
 
 
 def test_a_file_appears_when_it_is_complete(path):
-    with whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text("half")
         assert not path.exists()
         unfinished.write_text("all of it")
@@ -26,7 +26,7 @@ def test_a_file_appears_when_it_is_complete(path):
 
 
 def break_off(path, error):
-    with whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text("half")
         raise error
 
@@ -50,8 +50,8 @@ def test_an_error_keeps_the_file_that_was_there(path):
 def test_a_killed_process_leaves_nothing_under_the_name(path, run_python):
     run_python(
         "-c",
-        "import os, pathlib, signal, sys; from timm_tresnet.utils.files import whole\n"
-        "with whole(pathlib.Path(sys.argv[1])) as unfinished:\n"
+        "import os, pathlib, signal, sys; from timm_tresnet.utils.files import atomic_write\n"
+        "with atomic_write(pathlib.Path(sys.argv[1])) as unfinished:\n"
         "    unfinished.write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)",
         path,
@@ -64,7 +64,7 @@ def test_a_killed_process_leaves_nothing_under_the_name(path, run_python):
 def test_an_earlier_file_is_replaced(path):
     path.parent.mkdir()
     path.write_text("old")
-    with whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
@@ -75,7 +75,7 @@ def test_files_that_belong_together_appear_together_the_named_one_last(path, mon
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda source, target: (replaced.append(target.name), replace(source, target)))
     names = [f"{path.name}.a", path.name, f"{path.name}.z"]
-    with whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         for name in names:
             unfinished.with_name(name).write_text(name)
         assert os.listdir(path.parent) == [unfinished.parent.name]
@@ -84,7 +84,7 @@ def test_files_that_belong_together_appear_together_the_named_one_last(path, mon
 
 
 def test_a_folder_appears_whole(path):
-    with whole(path, overwrite=False) as unfinished:
+    with atomic_write(path, overwrite=False) as unfinished:
         (unfinished / "inner").mkdir(parents=True)
         (unfinished / "inner" / "file").touch()
         assert not path.exists()
@@ -95,19 +95,19 @@ def test_a_folder_appears_whole(path):
 def test_a_relative_path_stays_where_it_was_when_the_folder_changes(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
-    with whole(Path("file")) as unfinished:
+    with atomic_write(Path("file")) as unfinished:
         unfinished.touch()
         monkeypatch.chdir("elsewhere")
     assert sorted(os.listdir(tmp_path)) == ["elsewhere", "file"]
 
 
 def come_second(path):
-    with whole(path, overwrite=False) as unfinished:
+    with atomic_write(path, overwrite=False) as unfinished:
         unfinished.write_text("mine")
         path.write_text("the rival's")
 
 
-def test_a_rival_that_came_meanwhile_is_kept_and_so_is_what_was_made(path):
+def test_a_file_created_meanwhile_stays_and_so_does_the_new_result(path):
     with pytest.raises(FileExistsError, match="was created meanwhile") as caught:
         come_second(path)
     assert path.read_text() == "the rival's"
@@ -116,8 +116,8 @@ def test_a_rival_that_came_meanwhile_is_kept_and_so_is_what_was_made(path):
     assert str(left) in str(caught.value)
 
 
-def test_a_file_can_be_read_by_those_who_can_read_any_other(path, tmp_path):
-    with whole(path) as unfinished:
+def test_a_written_file_has_the_usual_permissions(path, tmp_path):
+    with atomic_write(path) as unfinished:
         unfinished.touch()
     (tmp_path / "other").touch()
     modes = {stat.S_IMODE(entry.stat().st_mode) for entry in (path, tmp_path / "other")}

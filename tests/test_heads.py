@@ -91,7 +91,7 @@ def test_options_reach_the_head():
         "no_flag",
     ],
 )
-def test_what_fits_no_head_is_refused(options, message):
+def test_options_that_fit_no_head_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         TResNet(layers=LAYERS, **options)
 
@@ -166,7 +166,7 @@ BODY = {"layers": LAYERS, "width_factor": 0.125, "num_classes": 5}
     ],
     ids=["linear", "bottleneck", "labels", "groups"],
 )
-def test_options_of_a_tag_stop_nobody_from_choosing_another_head(options, kind):
+def test_options_of_a_tag_do_not_prevent_another_head(options, kind):
     model = timm.create_model("tresnet_m.ml_decoder_openimages", **options, **BODY)
     assert type(model.head) is kind
     assert getattr(model.head, "label_embedding", None) == options.get("label_embedding")
@@ -225,7 +225,7 @@ def test_other_groups_keep_the_decoder_of_the_weights(tmp_path):
     assert model.head.queries.vectors.shape == (2, 16)
 
 
-def test_a_head_that_nobody_asked_to_differ_is_no_new_one(tmp_path):
+def test_misfitting_head_is_an_error_unless_another_one_was_chosen(tmp_path):
     source = timm.create_model("test_tresnet", num_classes=5, **SAVED["bottleneck"])
     timm.models.save_for_hf(source, tmp_path, safe_serialization=True, model_args={"head": "linear"})
     with pytest.raises(RuntimeError, match="head.embedding.weight"):

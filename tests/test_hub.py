@@ -299,7 +299,7 @@ def test_hub_that_cannot_be_reached_says_what_is_missing_and_what_to_do(run_chil
         )
 
 
-def test_refusals_of_the_hub_come_through_and_nobody_asks_for_a_pickle_instead(hub, run_child, tmp_path):
+def test_refusals_of_the_hub_are_reported_and_no_pickle_is_requested_instead(hub, run_child, tmp_path):
     (tmp_path / "pickle").mkdir()
     (tmp_path / "pickle" / "pytorch_model.bin").touch()
     hub.add("timm/tresnet_m.miil_in1k_448", tmp_path / "pickle", gated=True)

@@ -15,7 +15,7 @@ from killing import run_killed
 from safetensors.torch import load_file
 
 from timm_tresnet import ExportedModel, convert_checkpoint, export_model, write_folder
-from timm_tresnet.utils.files import whole
+from timm_tresnet.utils.files import atomic_write
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL"),
@@ -99,7 +99,7 @@ def test_random_moments_leave_nothing_or_the_whole_of_files_that_belong_together
     draw = random.Random(0)
 
     def write(text):
-        with whole(path) as unfinished:
+        with atomic_write(path) as unfinished:
             for suffix in (".c", "", ".b"):
                 unfinished.with_name(path.name + suffix).write_text(text)
 
@@ -141,7 +141,7 @@ def test_two_that_write_files_that_belong_together_do_not_mix(tmp_path):
 
     def write(text):
         for _ in range(50):
-            with whole(path) as unfinished:
+            with atomic_write(path) as unfinished:
                 for suffix in ("", ".json", ".weights"):
                     unfinished.with_name(path.name + suffix).write_text(text)
 

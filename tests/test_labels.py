@@ -63,7 +63,7 @@ def test_names_and_order_are_those_that_torchvision_has(labels, module, weights)
     assert label_config(labels)["label_names"] == categories[1:]  # the first is the background
 
 
-def test_unknown_label_set_is_refused_with_those_there_are():
+def test_unknown_label_set_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"imagenet-1k, imagenet-21k-p, coco, voc, got 'openimages'"):
         label_config("openimages")
 

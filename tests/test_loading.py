@@ -13,7 +13,7 @@ from timm_tresnet.cli import main as cli
 from timm_tresnet.utils.images import SAMPLES
 from timm_tresnet.utils.terminal import escape
 from timm_tresnet.weights.catalogue import load_catalogue
-from timm_tresnet.weights.loading import load_network, look_up
+from timm_tresnet.weights.loading import load_network, look_up_weights
 
 CAT = str(SAMPLES / "cat.jpg")
 TEXTS = {  # what is no config at all
@@ -65,7 +65,7 @@ def test_damaged_config_is_refused_in_one_sentence(path, value, good, config, ca
 
 
 @pytest.mark.parametrize("content", TEXTS.values(), ids=TEXTS)
-def test_what_is_no_config_is_refused_in_one_sentence(content, good, config, capfd):
+def test_invalid_configs_are_refused_in_one_sentence(content, good, config, capfd):
     config.write_bytes(content)
     assert_refused(f"local-dir:{good}", capfd, str(config))
 
@@ -216,7 +216,7 @@ def test_weights_that_changed_on_their_way_are_refused_and_fetched_again(good, h
 
 
 def test_registered_weights_are_looked_up_with_the_arguments_of_their_network():
-    found = look_up("tresnet_v2_l.ml_decoder_coco_448")
+    found = look_up_weights("tresnet_v2_l.ml_decoder_coco_448")
     public = load_catalogue()["tresnet_v2_l.ml_decoder_coco_448"]
     assert found.architecture == "tresnet_v2_l"
     assert found.model_args == public.network_arguments
@@ -225,6 +225,6 @@ def test_registered_weights_are_looked_up_with_the_arguments_of_their_network():
 
 
 def test_a_folder_is_looked_up_with_the_arguments_in_its_config(good):
-    found = look_up(f"local-dir:{good}")
+    found = look_up_weights(f"local-dir:{good}")
     assert found.architecture == "test_tresnet"
     assert found.model_args.items() >= {"num_classes": 10, "in_chans": 3}.items()

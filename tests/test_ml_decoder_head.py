@@ -442,7 +442,7 @@ def test_a_network_without_classes_takes_the_weights_of_one_that_lost_them(optio
     torch.testing.assert_close(fresh(x), model(x), rtol=0, atol=0)
 
 
-def test_what_is_put_in_inside_inference_mode_can_be_trained_with():
+def test_vectors_set_inside_inference_mode_can_be_trained():
     for options in ({}, {"num_groups": None, "label_embedding": 5}):
         model = make_network(**options).train()
         with torch.inference_mode():

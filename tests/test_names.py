@@ -46,7 +46,7 @@ def test_other_names_are_explained(name, explanation, tmp_path, monkeypatch):
     [["classify", "--model"], ["export", "--format", "onnx", "--output", "out.onnx"]],
     ids=lambda words: words[0],
 )
-def test_commands_ask_what_was_meant(words, capsys):
+def test_commands_suggest_the_intended_name(words, capsys):
     assert cli.main([*words, "tresnet_mm"]) == 2
     assert "did you mean tresnet_m, " in capsys.readouterr().err
 
@@ -59,6 +59,6 @@ def test_commands_ask_what_was_meant(words, capsys):
         ("built-in:tresnet_mm", "got 'tresnet_mm'; did you mean tresnet_m?"),
     ],
 )
-def test_benchmarks_ask_what_was_meant(name, message):
+def test_benchmarks_suggest_the_intended_name(name, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         make_network(name)

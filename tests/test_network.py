@@ -148,7 +148,7 @@ def test_dilated_network_computes_the_strided_one_where_that_keeps_a_pixel(outpu
 
 
 @pytest.mark.parametrize("size", [(62, 64), (64, 30), (16, 16)], ids=["height", "width", "too_small"])
-def test_image_sizes_that_do_not_fit_are_refused_with_those_that_do(size):
+def test_image_sizes_that_do_not_fit_are_refused_with_fitting_ones(size):
     with pytest.raises(ValueError, match=f"multiples of 4, at least 20, got {size[0]}x{size[1]}"):
         TResNet(**SMALL)(torch.zeros(1, 3, *size))
 

@@ -90,7 +90,7 @@ def test_empty_batch_stays_empty():
     assert scale_and_shift(torch.ones(0, 4, 2, 2), torch.ones(4), torch.ones(4)).shape == (0, 4, 2, 2)
 
 
-def test_what_is_computed_with_fake_tensors_is_not_left_for_real_ones():
+def test_statistics_of_fake_tensors_are_not_cached_for_real_ones():
     with FakeTensorMode():
         scale_and_shift(torch.ones(2, 7, 3, 3), torch.ones(7), torch.ones(7))
     assert torch.equal(

@@ -311,7 +311,7 @@ def test_tests_that_were_done_are_counted_when_the_time_is_over(on_gpu, monkeypa
     [(["--device", "cuda"], "needs a GPU, and PyTorch finds none"), (["--device", "cpu"], "needs --tiny")],
     ids=["no_gpu", "not_tiny"],
 )
-def test_what_cannot_run_here_is_explained(on_gpu, tmp_path, monkeypatch, capsys, words, message):
+def test_rows_that_cannot_run_here_are_explained(on_gpu, tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="2"):
         on_gpu.main([*words, "--json", str(tmp_path / "results.json")])

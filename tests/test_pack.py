@@ -31,7 +31,7 @@ def test_weights_are_packed_in_half_precision_for_everyone_to_read(pack, checkpo
     assert stat.S_IMODE(output.stat().st_mode) == 0o644
 
 
-def test_what_does_not_fit_half_precision_leaves_the_earlier_weights(pack, checkpoint, tmp_path):
+def test_weights_beyond_half_precision_leave_the_earlier_file(pack, checkpoint, tmp_path):
     weights = torch.load(checkpoint)["state_dict"]
     weights["head.fc.bias"][0] = 1e6
     torch.save({"state_dict": weights}, checkpoint)

@@ -22,7 +22,7 @@ from timm_tresnet.recompute.policy import (
         ((256, 64, 3, 3), CONVOLUTION),
     ],
 )
-def test_convolutions_are_told_apart_by_their_shapes(weight, kind):
+def test_convolutions_are_classified_by_their_shapes(weight, kind):
     assert classify_convolution((2, weight[1], 8, 8), weight) == kind
     assert classify_convolution((2, weight[1], 1, 1), weight) == GATE
 

@@ -10,12 +10,12 @@ from timm_tresnet.utils.schema import (
     Table,
     choice,
     find_fault,
+    format_value,
     integer,
     list_of,
     map_of,
     number,
     read_json,
-    show,
 )
 
 
@@ -82,9 +82,9 @@ def test_tables_name_the_first_fault_and_where_it_is(value, fault):
 
 @pytest.mark.parametrize("value", ["a" * 10**6, "\x1b\ud800", list(range(10**5)), [[[]]], {"a": {}}, 1e300, None])
 def test_values_are_shown_short_and_printable(value):
-    assert len(show(value)) <= 63
-    assert show(value).isprintable()
-    assert show(value).encode()
+    assert len(format_value(value)) <= 63
+    assert format_value(value).isprintable()
+    assert format_value(value).encode()
 
 
 @pytest.mark.parametrize(

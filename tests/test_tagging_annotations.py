@@ -69,7 +69,7 @@ def test_csv_cells_can_be_json_lists_for_labels_with_any_character(folder):
 @pytest.mark.parametrize("cell", ['"cat,dog"', "cat|dog"])
 def test_csv_without_the_separator_is_not_guessed_about(folder, cell):
     path = write(folder / "x.csv", f"file,labels\na.jpg,{cell}\n")
-    with pytest.raises(ValueError, match="x.csv has labels such as .* say --separator"):
+    with pytest.raises(ValueError, match="x.csv has labels such as .* use --separator"):
         read(path)
     assert read(path, separator=";")[1] == (cell.strip('"'),)
     assert read(path, separator=cell.strip('"')[3])[1] == ("cat", "dog")
@@ -102,7 +102,7 @@ def test_file_names_are_relative_to_the_images(folder):
 
 def test_unknown_labels_are_an_error_or_left_out(folder):
     path = write(folder / "x.csv", "file,labels\na.jpg,cat;emu\nb.jpg,emu\n")
-    with pytest.raises(ValueError, match="not among the 2 known ones: emu; .*--skip-unknown"):
+    with pytest.raises(ValueError, match="not among the 2 known labels: emu; .*--skip-unknown"):
         read(path, names=("dog", "cat"))
     left_out = {"unknown labels": 1, "images without labels": 1}
     assert read(path, names=("dog", "cat"), skip_unknown=True) == ({"a.jpg": ("cat",)}, ("dog", "cat"), left_out)
@@ -149,7 +149,7 @@ def test_coco_annotations_of_nothing_are_an_error_or_counted(folder):
         (coco([(1, "a.jpg")], categories=[(1, "cat"), (2, "cat")]), "each label once, got more than once: cat"),
         (coco([(1, "a.jpg")], categories=[]), "has no labels"),
         (coco([(1, "a.jpg")], [(1, 1)], [(1, "\x1b[31m")]), "without control characters"),
-        (coco([]), "has no images"),
+        (coco([]), "has no usable images"),
     ],
     ids=["list", "part", "entry", "damaged", "ids", "names", "no_labels", "control", "no_images"],
 )
@@ -236,7 +236,7 @@ def test_labels_with_spaces_between_them_are_not_trained_as_combinations(folder,
         pairs = zip(names, COMBINATIONS, strict=True)
         lines = [json.dumps({"file_name": name, "tags": tags}) for name, tags in pairs]
     path = write(folder / form, "\n".join(lines))
-    with pytest.raises(ValueError, match="has labels such as .*: say --separator ' ' if these are several labels"):
+    with pytest.raises(ValueError, match="has labels such as .*: use --separator ' ' if these are several labels"):
         read(path)
     labels, names, _ = read(path, separator=" ")
     assert names == ("agriculture", "clear", "haze", "primary")
@@ -263,7 +263,7 @@ def test_other_separators_are_asked_about_where_they_make_fewer_labels(folder, s
     cells = [cell.replace(" ", separator) for cell in ("dog cat", "cat emu", "dog emu", "dog cat emu")]
     lines = [f"{name},{cell}" for name, cell in zip(names, cells, strict=True)]
     path = write(folder / "x.csv", "\n".join(["file,labels", *lines]))
-    with pytest.raises(ValueError, match=f"say --separator '[{separator}]'"):
+    with pytest.raises(ValueError, match=f"use --separator '[{separator}]'"):
         read(path)
     assert read(path, separator=separator)[1] == ("cat", "dog", "emu")
     write(path, "file,labels\na.jpg,/m/01\nb.jpg,/m/02\n")
@@ -274,7 +274,7 @@ def test_an_emoticon_is_no_reason_to_believe_in_semicolons(folder):
     cells = ["1girl solo ;)", "1girl hat", "hat solo", "1girl solo hat"]
     names = ["a.jpg", "b.jpg", "c.jpg", "sub/a.jpg"]
     lines = [f"{name},{cell}" for name, cell in zip(names, cells, strict=True)]
-    with pytest.raises(ValueError, match="say --separator ' '"):
+    with pytest.raises(ValueError, match="use --separator ' '"):
         read(write(folder / "x.csv", "\n".join(["file,tags", *lines])))
 
 
@@ -418,7 +418,7 @@ def test_text_beside_images_holds_their_labels(folder):
     for name, text in (("a", "cat dog"), ("sub/a", "dog"), ("b", "cat"), ("c", "dog emu"), ("d", "cat emu")):
         write(folder / f"{name}.txt", text)
     Image.new("RGB", (8, 8)).save(folder / "d.jpg")
-    with pytest.raises(ValueError, match="say --separator ' '"):
+    with pytest.raises(ValueError, match="use --separator ' '"):
         read(folder)
     assert read(folder, separator=" ")[1] == ("cat", "dog", "emu")
 
@@ -628,7 +628,7 @@ WHOLE = {  # file, text, options, and all that is said, with {path} and {folder}
         "x.csv",
         "file,labels\na.jpg,cat|dog\n",
         {},
-        "{path} has labels such as \"cat|dog\": say --separator '|' if these are several labels, or "
+        "{path} has labels such as \"cat|dog\": use --separator '|' if these are several labels, or "
         "--separator ';' if it "
         "is one",
     ),
@@ -644,7 +644,7 @@ WHOLE = {  # file, text, options, and all that is said, with {path} and {folder}
         "metadata.jsonl",
         '{"file_name": "a.jpg", "animal": 1}',
         {},
-        "{path} needs a column labels or tags or label, got animal, file_name; name the one with labels with --column "
+        "{path} needs a column labels or tags or label, got animal, file_name; name the label column with --column "
         "(line 1)",
     ),
     "metadata_label": (
@@ -706,14 +706,14 @@ WHOLE = {  # file, text, options, and all that is said, with {path} and {folder}
 
 
 @pytest.mark.parametrize(("name", "text", "options", "message"), WHOLE.values(), ids=WHOLE)
-def test_what_is_wrong_is_said_in_whole_sentences(folder, name, text, options, message):
+def test_faults_are_reported_in_whole_sentences(folder, name, text, options, message):
     path = folder if text is None else write(folder / name, text)
     with pytest.raises(ValueError, match=r"\A") as caught:
         read(path, **options)
     assert str(caught.value) == message.format(path=path, folder=folder)
 
 
-def test_what_is_left_out_is_said_in_a_whole_sentence(folder):
+def test_omissions_are_reported_in_a_whole_sentence(folder):
     path = write(folder / "x.csv", "file,labels\na.jpg,cat\nb.jpg,emu\n")
     found = read_annotations(path, ReadingOptions(names=("cat",), skip_unknown=True))
     assert describe_left_out(found) == f"{path}: left out 1 unknown labels, 1 images without labels"

@@ -36,7 +36,10 @@ def test_a_data_set_without_them_does_not_measure_with_what_it_trains_on(tmp_pat
         (lambda folder: write_classes(folder, 1, names=("a",)), "needs two class folders or more, got a"),
         (lambda folder: (folder / "a").mkdir(parents=True), "Found 0 images"),
         (lambda folder: None, "needs to be a folder with a folder for each class"),
-        (lambda folder: write_classes(write_classes(folder, 1).parent, 1, names=(folder.name,)), "beside them"),
+        (
+            lambda folder: write_classes(write_classes(folder, 1).parent, 1, names=(folder.name,)),
+            "outside class folders",
+        ),
         (lambda folder: [write_classes(folder / f, 1, names=(f, "b")) for f in ("train", "val")], "lacks: val"),
     ],
     ids=["one_class", "no_images", "no_folder", "outside", "other_classes"],

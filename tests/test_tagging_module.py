@@ -31,7 +31,7 @@ def test_figures_of_classes_are_those_of_timm_and_of_counting():
     logits, classes = torch.randn(40, 9), torch.randint(8, (40,))  # no image has the last class
     targets = nn.functional.one_hot(classes, 9).float()
     task = make_task(ClassSettings())
-    found = task.conclude(task.read(logits), targets)
+    found = task.summarise(task.compute_outputs(logits), targets)
     assert list(found["scores"].values()) == [each.item() for each in accuracy(logits, classes, (1, 5))]
     for label in range(8):
         mine = classes == label
@@ -146,7 +146,7 @@ def test_nothing_that_can_be_read_is_an_error(monkeypatch):
 
 
 def test_the_bar_shows_the_mean_loss_of_the_epoch_so_far(monkeypatch):
-    from timm_tresnet.tagging.telling import ProgressBar
+    from timm_tresnet.tagging.progress import ProgressBar
 
     tagger = make_tagger(monkeypatch)
     tagger._loss_sum, tagger._loss_count = torch.tensor(6.0), 4

@@ -25,17 +25,17 @@ def words(tmp_path_factory):
 @pytest.fixture(scope="session")
 def stopped(words, tmp_path_factory):
     """The folder of a training of two epochs that has done one."""
-    from timm_tresnet.tagging.resuming import WholeCheckpoints
+    from timm_tresnet.tagging.resuming import AtomicCheckpoints
 
     folder = tmp_path_factory.mktemp("stopped") / "tagger"
-    save = WholeCheckpoints.save_checkpoint
+    save = AtomicCheckpoints.save_checkpoint
 
     def save_and_stop(self, *arguments, **options):
         save(self, *arguments, **options)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WholeCheckpoints, "save_checkpoint", save_and_stop)
+        patch.setattr(AtomicCheckpoints, "save_checkpoint", save_and_stop)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             cli.main([*words, str(folder)])
     return folder.with_name("tagger.training")

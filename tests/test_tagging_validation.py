@@ -49,7 +49,7 @@ def test_logits_that_are_not_finite_are_an_error(images):
 
     annotations = read_annotations(images)
     matching = validation.match_labels(annotations.names, Broken())
-    with pytest.raises(ValueError, match="logits of 40 of 40 images are not finite"):
+    with pytest.raises(ValueError, match="logits for 40 of 40 images are not finite"):
         validation.run_network(Broken(), annotations, matching, Broken())
 
 

@@ -10,7 +10,7 @@ from tagged import LABELS, SMALL
 from timm_tresnet.tagging.card import Training
 from timm_tresnet.tagging.settings import Settings
 from timm_tresnet.tagging.start import make_pretrained_cfg
-from timm_tresnet.tagging.writing import Tagged, write_tagger
+from timm_tresnet.tagging.writing import TrainedNetwork, write_tagger
 from timm_tresnet.weights.labels import is_multi_label, read_thresholds
 from timm_tresnet.weights.loading import load_network
 
@@ -39,7 +39,7 @@ def tagged(network):
         image_size=32,
         command="",
     )
-    return Tagged("test_tresnet", SMALL, make_pretrained_cfg(network, 32), network.state_dict(), training)
+    return TrainedNetwork("test_tresnet", SMALL, make_pretrained_cfg(network, 32), network.state_dict(), training)
 
 
 def test_the_folder_gives_the_network_its_labels_and_its_thresholds(tagged, network, tmp_path):

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from timm_tresnet import convert_checkpoint
 from timm_tresnet.cli import main as cli
-from timm_tresnet.conversion.reading import name_some
+from timm_tresnet.conversion.reading import shorten_names
 from timm_tresnet.utils.schema import TEXT
 from timm_tresnet.utils.terminal import escape
 
@@ -46,7 +46,7 @@ def test_lines_stay_where_they_are_asked_for():
 
 
 def test_long_names_are_shortened():
-    assert len(name_some(["x" * 10**6] * 30)) < 5000
+    assert len(shorten_names(["x" * 10**6] * 30)) < 5000
 
 
 WRONG = {  # what is done to a good checkpoint, by a tensor's hostile name

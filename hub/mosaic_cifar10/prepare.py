@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from timm_tresnet.utils.files import whole
+from timm_tresnet.utils.files import atomic_write
 
 PHOTOGRAPH = 32  # pixels
 QUALITY = 95  # of the JPEG files, as in hub/test_tresnet/prepare.py
@@ -68,7 +68,7 @@ def main() -> None:
     draw = random.Random(0)
     training, test = (sorted((arguments.photographs / part).glob("*/*.jpg")) for part in ("train", "test"))
     training = draw.sample(training, len(training))
-    with whole(arguments.folder, overwrite=False) as unfinished:
+    with atomic_write(arguments.folder, overwrite=False) as unfinished:
         for name, photographs, rounds in (
             ("train", training[HELD_OUT:], ROUNDS),
             ("val", training[:HELD_OUT], 1),

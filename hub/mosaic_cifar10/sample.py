@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from timm_tresnet.utils.files import whole
+from timm_tresnet.utils.files import atomic_write
 from timm_tresnet.utils.images import SAMPLES, read_image
 
 _TILE = 128  # pixels
@@ -36,5 +36,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make the sample mosaic of the package.")
     parser.add_argument("file", type=Path, help="image to write")
     arguments = parser.parse_args()
-    with whole(arguments.file) as unfinished:
+    with atomic_write(arguments.file) as unfinished:
         make_mosaic().save(unfinished, "JPEG", quality=90)

@@ -19,7 +19,7 @@ from timm.data import create_dataset, create_transform, resolve_data_config
 from timm.models import load_state_dict
 from torch import Tensor
 
-from timm_tresnet.utils.files import whole
+from timm_tresnet.utils.files import atomic_write
 
 BATCH_SIZE = 250
 SEED = 0  # of the order of the images, which are stored by class
@@ -54,7 +54,7 @@ def main() -> None:
     model = timm.create_model("test_tresnet.r64_cifar10")
     model.load_state_dict(average([load_state_dict(str(path), weights_only=True) for path in arguments.checkpoints]))
     recompute_statistics(model, arguments.data)
-    with whole(arguments.output) as unfinished:
+    with atomic_write(arguments.output) as unfinished:
         save_file(model.state_dict(), unfinished, metadata={"format": "pt"})
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models import load_state_dict
 
-from timm_tresnet.utils.files import whole
+from timm_tresnet.utils.files import atomic_write
 
 
 def pack(checkpoint: Path, output: Path, model: str = "test_tresnet") -> None:
@@ -38,7 +38,7 @@ def pack(checkpoint: Path, output: Path, model: str = "test_tresnet") -> None:
     for name, tensor in halves.items():
         if not torch.isfinite(tensor).all():
             raise RuntimeError(f"{name} of {checkpoint} does not fit float16; train with less extreme weights")
-    with whole(output) as unfinished:
+    with atomic_write(output) as unfinished:
         save_file(halves, unfinished, metadata={"format": "pt"})
         unfinished.chmod(0o644)  # save_file leaves 0600
 

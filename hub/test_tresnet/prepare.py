@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torchvision
 
-from timm_tresnet.utils.files import whole
+from timm_tresnet.utils.files import atomic_write
 
 QUALITY = 95  # of the JPEG files
 
@@ -46,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.folder.exists():
         sys.exit(f"{arguments.folder} exists already; name a new folder")
-    with whole(arguments.folder, overwrite=False) as unfinished:
+    with atomic_write(arguments.folder, overwrite=False) as unfinished:
         for split, train in (("train", True), ("test", False)):
             dataset = torchvision.datasets.CIFAR10(arguments.cache, train=train, download=True)
             counts = write_class_folders(dataset, unfinished / split)

@@ -15,7 +15,7 @@ from typing import Any
 import timm
 import torch
 
-from timm_tresnet.utils.files import whole
+from timm_tresnet.utils.files import atomic_write
 
 
 def describe_machine(device: str) -> dict[str, dict[str, Any]]:
@@ -81,5 +81,5 @@ def write_results(results: dict[str, Any], path: Path) -> None:
     Raises:
         FileExistsError: if the file exists; the message says where the results are.
     """
-    with whole(path, overwrite=False) as unfinished:
+    with atomic_write(path, overwrite=False) as unfinished:
         unfinished.write_text(json.dumps(results, indent=2) + "\n")

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from timm_tresnet.utils.errors import summarise
 from timm_tresnet.utils.extras import how_to_install
-from timm_tresnet.utils.files import whole
+from timm_tresnet.utils.files import atomic_write
 from timm_tresnet.utils.images import printable
 
 try:
@@ -130,7 +130,7 @@ class Output:
         opens the file.
         """
         if not self.note.exists():
-            with whole(self.note) as unfinished:
+            with atomic_write(self.note) as unfinished:
                 content = {**self._about, _MADE_BY: self._made_by}
                 unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         parts = [path for path in self._parts if path.exists() and self.path.exists()]
@@ -225,7 +225,7 @@ class Output:
                 f"{printable(missing[0])} is not on this machine, so the parts were not joined; copy all parts to one "
                 "machine and run the same command with --resume"
             )
-        with contextlib.ExitStack() as stack, whole(self.path) as unfinished:
+        with contextlib.ExitStack() as stack, atomic_write(self.path) as unfinished:
             files = [stack.enter_context(path.open("rb")) for path in self._parts]
             if self.path.suffix == ".csv":
                 for file in files:

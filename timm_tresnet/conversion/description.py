@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from timm_tresnet.conversion.reading import name_some, open_checkpoint, refuse
+from timm_tresnet.conversion.reading import open_checkpoint, refuse, shorten_names
 from timm_tresnet.conversion.recognition import NoNetwork, Recognised, recognise
 from timm_tresnet.conversion.run import Run, find_checkpoint, find_run, make_facts, name_classes
 from timm_tresnet.models.heads import HEAD_ARGUMENTS
@@ -23,7 +23,7 @@ from timm_tresnet.weights.labels import (
     order_names,
     read_labels,
 )
-from timm_tresnet.weights.loading import look_up
+from timm_tresnet.weights.loading import look_up_weights
 from timm_tresnet.weights.preprocessing import NAMES
 
 
@@ -100,7 +100,7 @@ def convert_checkpoint(
         run, faults = find_run(checkpoint, path, Path(args) if args is not None else None)
         key = _choose_key(checkpoint, run) if key is None else key
         found = recognise(
-            checkpoint, norm_weights, custom or bool(run and run.custom), key, run.untold if run else None
+            checkpoint, norm_weights, custom or bool(run and run.custom), key, run.hidden_arguments if run else None
         )
         own_names = Path(labels) if labels is not None else None
         conversion = _describe(found, path.name, public_weight, given, run, like, own_names)
@@ -112,7 +112,7 @@ def convert_checkpoint(
         raise ValueError(f"cannot convert {printable(path)}: {escape(str(error))}") from error
     notes = [*faults, *(run.notes if run else ()), *conversion.notes]
     if stand_ins:
-        notes.append(f"not read and not run: {name_some(stand_ins)}")
+        notes.append(f"not read and not run: {shorten_names(stand_ins)}")
     return dataclasses.replace(conversion, notes=tuple(notes))
 
 
@@ -147,19 +147,19 @@ def _describe(
     if source and (run or labels):  # otherwise the names came with the weights
         pretrained_cfg["notes"] = (*pretrained_cfg.get("notes", ()), note_source(source))
     return Conversion(
-        **{**vars(found), "model_args": found.model_args | facts.slopes | (public.untold if public else {})},
+        **{**vars(found), "model_args": found.model_args | facts.slopes | (public.hidden_arguments if public else {})},
         pretrained_cfg=pretrained_cfg,
         facts=facts,
         public_weight=public,
         labels=names,
         notes=tuple(_note(found, misfits, facts, run, source, fault)),
-        warnings=(f"NaN or infinite values in {name_some(bad)}",) if bad else (),
+        warnings=(f"NaN or infinite values in {shorten_names(bad)}",) if bad else (),
     )
 
 
 def _look_up_facts(like: str, in_chans: int) -> WeightFacts:
     name = f"local-dir:{like}" if Path(like).is_dir() else like
-    return make_facts(look_up(name).pretrained_cfg, in_chans)
+    return make_facts(look_up_weights(name).pretrained_cfg, in_chans)
 
 
 def _choose_public_weight(
@@ -265,7 +265,7 @@ def _note(
             why = f"; the run's metric was measured with {measured}"
         yield f"used {found.key!r}, not {', '.join(map(repr, found.other_keys))}; choose with --key KEY{why}"
     if found.left_out:
-        yield f"left out, not part of the network: {name_some(found.left_out)}"
+        yield f"left out, not part of the network: {shorten_names(found.left_out)}"
     if fault:
         yield fault
     if found.num_classes:

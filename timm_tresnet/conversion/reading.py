@@ -88,8 +88,8 @@ def open_checkpoint(path: Path) -> tuple[Mapping[str, Any], list[str]]:
 def refuse(path: Path, names: Iterable[str]) -> ValueError:
     """Return the error for a file whose weights are inside objects of unknown classes."""
     return ValueError(
-        f"refused to read {printable(path)}: it needs code to be run, {name_some(names)}, and weights need no code. If "
-        "you trust the file, load it with the code that wrote it and save only its state_dict"
+        f"refused to read {printable(path)}: it needs code to be run, {shorten_names(names)}, and weights need none. "
+        "If you trust the file, load it with the code that wrote it and save only its state_dict"
     )
 
 
@@ -146,7 +146,7 @@ def _load_pickle(path: Path) -> tuple[Any, list[str]]:
             stand_ins[name] = type(own, (kind,), {"__module__": module or "builtins", "__qualname__": own})
 
 
-def take_tensors(network: FoundNetwork) -> dict[str, Tensor]:
+def extract_tensors(network: FoundNetwork) -> dict[str, Tensor]:
     """Return a network's weights, after checking that each is a plain tensor whose data is in the file."""
     tensors = {name: tensor.detach() for name, tensor in network.tensors.items()}
     for name, tensor in tensors.items():
@@ -167,7 +167,7 @@ def take_tensors(network: FoundNetwork) -> dict[str, Tensor]:
     return tensors
 
 
-def name_some(names: Iterable[str]) -> str:
+def shorten_names(names: Iterable[str]) -> str:
     """Return names for a message: escaped, shortened, and only the first ones of many."""
     names = list(names)
     shown = ", ".join(map(_shorten, names[:_NAMES_SHOWN])) or "nothing"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_tresnet.conversion.reading import name_some, take_tensors
+from timm_tresnet.conversion.reading import extract_tensors, shorten_names
 from timm_tresnet.tresnet import ARCHITECTURES, TResNet
 from timm_tresnet.weights.checkpoint import (
     OFFICIAL_STEM,
@@ -82,7 +82,7 @@ def recognise(
     norm_weights: str | None = None,
     custom: bool = False,
     key: str | None = None,
-    untold: Mapping[str, Any] | None = None,
+    hidden_arguments: Mapping[str, Any] | None = None,
 ) -> Recognised:
     """Recognise the network in a checkpoint and rename its tensors to this package's names.
 
@@ -91,7 +91,7 @@ def recognise(
         norm_weights: kind of the norm weights, "abn" or "bn"; None to decide by the names.
         custom: also accept a network that is none of the variants.
         key: key of the network in the checkpoint; None for the likeliest one, see `choose_network`.
-        untold: arguments of the network that its tensors do not show.
+        hidden_arguments: arguments of the network that its tensors do not show.
 
     Returns:
         The weights and their description.
@@ -101,10 +101,12 @@ def recognise(
     """
     networks = find_networks(checkpoint)
     if not networks:
-        raise NoNetwork(f"needs a TResNet, with {OFFICIAL_STEM} or {_STEM}, got {name_some(_list_tensors(checkpoint))}")
+        raise NoNetwork(
+            f"needs a TResNet, with {OFFICIAL_STEM} or {_STEM}, got {shorten_names(_list_tensors(checkpoint))}"
+        )
     network = choose_network(networks, key)
     query2label = from_query2label(network.beside)
-    tensors = take_tensors(dataclasses.replace(network, tensors={**network.tensors, **query2label}))
+    tensors = extract_tensors(dataclasses.replace(network, tensors={**network.tensors, **query2label}))
     official = OFFICIAL_STEM in tensors
     blurred = not official or _find_blurs(tensors)
     inplace_abn = official and not has_frelu(tensors) if norm_weights is None else norm_weights == "abn"
@@ -116,7 +118,7 @@ def recognise(
     if "label_embedding" in head_args and QUERIES not in weights:  # the official code stores them in another file
         weights[QUERIES] = torch.empty(0, head_args["label_embedding"])
     architecture, model_args = _detect(weights, blurred, custom)
-    model_args |= head_args | dict(untold or {})
+    model_args |= head_args | dict(hidden_arguments or {})
     class_names: tuple[str, ...] = ()
     names_fault = ""
     if "idx_to_class" in checkpoint:
@@ -176,9 +178,9 @@ def _find_blurs(weights: Mapping[str, Tensor]) -> bool:
             expected.add(f"{block}.conv{2 if bottleneck else 1}")
     if nested != expected:
         raise ValueError(
-            f"needs a blur after all of {name_some(expected)} or after none, got one after {name_some(nested)}: "
-            f"missing {name_some(f'{name}.0.0.weight' for name in expected - nested)}, unexpected "
-            f"{name_some(f'{name}.0.0.weight' for name in nested - expected)}"
+            f"needs a blur after all of {shorten_names(expected)} or after none, got one after {shorten_names(nested)}"
+            f": missing {shorten_names(f'{name}.0.0.weight' for name in expected - nested)}, unexpected "
+            f"{shorten_names(f'{name}.0.0.weight' for name in nested - expected)}"
         )
     return True
 
@@ -290,8 +292,9 @@ def _check_fit(
     missing, unexpected, misshapen = find_misfits({name: weight.shape for name, weight in weights.items()}, expected)
     if missing or unexpected or misshapen:
         raise ValueError(
-            f"does not fit {architecture} {model_args or ''} with {num_classes} classes: missing {name_some(missing)}; "
-            f"unexpected {name_some(unexpected)}; wrong shape {name_some(misshapen)}"
+            f"does not fit {architecture} {model_args or ''} with {num_classes} classes: "
+            f"missing {shorten_names(missing)}; unexpected {shorten_names(unexpected)}; "
+            f"wrong shape {shorten_names(misshapen)}"
         )
     return expected
 

@@ -18,11 +18,11 @@ from timm.utils import natural_key
 from timm_tresnet.utils.archives import read_plain_pickle
 from timm_tresnet.utils.errors import summarise
 from timm_tresnet.utils.files import read_bounded
-from timm_tresnet.utils.schema import FLAG, TEXT, Kind, Table, choice, find_fault, integer, map_of, show
+from timm_tresnet.utils.schema import FLAG, TEXT, Kind, Table, choice, find_fault, format_value, integer, map_of
 from timm_tresnet.weights.catalogue import NOTHING_KNOWN, WeightFacts
 from timm_tresnet.weights.config import MODEL_ARGS, PREPROCESSING
 from timm_tresnet.weights.labels import join_source, order_names, read_labels
-from timm_tresnet.weights.loading import Weights, look_up
+from timm_tresnet.weights.loading import Weights, look_up_weights
 from timm_tresnet.weights.preprocessing import NAMES, find_assumed, for_channels
 
 ARGS = "args.yaml"
@@ -33,7 +33,7 @@ CHECKPOINTS = (
     "pytorch_model.bin",
 )  # files in a run's folder, best first
 _LARGEST_FILE = 2**20  # bytes; train.py's args.yaml has 2**13
-_UNTOLD = (
+_HIDDEN_ARGUMENTS = (
     "act_layer",
     "negative_slope",
     "stem_negative_slope",
@@ -86,17 +86,17 @@ class Run:
         return {**(self.start.model_args if self.start else {}), **pooling, **given}
 
     @property
-    def untold(self) -> dict[str, Any]:
+    def hidden_arguments(self) -> dict[str, Any]:
         """The arguments of `model_args` that tensors do not show.
 
         Raises:
             ValueError: if config.json cannot store one of them.
         """
-        untold = {name: value for name, value in self.model_args.items() if name in _UNTOLD}
-        fault = find_fault(untold, Table(MODEL_ARGS))
+        hidden_arguments = {name: value for name, value in self.model_args.items() if name in _HIDDEN_ARGUMENTS}
+        fault = find_fault(hidden_arguments, Table(MODEL_ARGS))
         if fault:
             raise ValueError(f"config.json cannot store the run's model_kwargs: it {fault}")
-        return untold
+        return hidden_arguments
 
     @property
     def custom(self) -> bool:
@@ -194,7 +194,7 @@ def find_run(checkpoint: Mapping[str, Any], path: Path, args: Path | None = None
             known, left_out = _choose_known(found)
             start = None
             try:
-                start = look_up(found["model"])
+                start = look_up_weights(found["model"])
             except ValueError as error:
                 if ":" in found["model"]:  # a folder or repository that is gone
                     notes.append(f"the run's starting weights are unknown, only its args are used: {error}")
@@ -203,7 +203,8 @@ def find_run(checkpoint: Mapping[str, Any], path: Path, args: Path | None = None
             if fault is None:
                 run = Run(known, start)
                 notes += [
-                    f"left out of {called}: it {each}; {_tell_instead(name, run)}" for name, each in left_out.items()
+                    f"left out of {called}: it {each}; {_describe_fallback(name, run)}"
+                    for name, each in left_out.items()
                 ]
                 return dataclasses.replace(run, notes=tuple(notes)), ()
         if args is not None:
@@ -228,7 +229,7 @@ def _find_fault(args: Any, checkpoint: Mapping[str, Any]) -> str | None:
     fault = find_fault({"model": args["model"]} if "model" in args else {}, _MODEL)
     arch = checkpoint.get("arch")  # without args, arch is the name of a class
     if not fault and isinstance(arch, str) and arch != args["model"] and (":" in arch or timm.models.is_model(arch)):
-        fault = f"names the model {show(args['model'])}, the checkpoint {show(arch)}"
+        fault = f"names the model {format_value(args['model'])}, the checkpoint {format_value(arch)}"
     return fault
 
 
@@ -247,18 +248,20 @@ def _choose_known(args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, st
     for name in ("mean", "std"):
         values = known.get(name)
         if values is not None and len(values) not in (1, channels):
-            left_out[name] = f"needs {name} to have a number for each of {channels} channels, got {show(values)}"
+            left_out[name] = (
+                f"needs {name} to have a number for each of {channels} channels, got {format_value(values)}"
+            )
             del known[name]
     return known, left_out
 
 
-def _tell_instead(name: str, run: Run) -> str:
+def _describe_fallback(name: str, run: Run) -> str:
     """Return what is used in place of an unusable argument, in a few words."""
     name = "input_size" if name == "img_size" else name
     if name not in PREPROCESSING:
         return "it counts as not given"
     instead = run.resolve().get(name)
-    return "nothing is used instead" if instead is None else f"used instead: {show(instead)}"
+    return "nothing is used instead" if instead is None else f"used instead: {format_value(instead)}"
 
 
 def _compare(args: Mapping[str, Any], called: str, others: list[tuple[str, Any]]) -> list[str]:
@@ -298,7 +301,11 @@ def name_classes(run: Run, num_classes: int) -> tuple[tuple[str, ...], str, str]
     root = args.get("data_dir") or args.get("data")
     split = _find_split(Path(root), args.get("train_split") or "train") if root else None
     if kind and (kind, data_set) not in (("torch", "folder"), ("torch", "image_folder")):
-        return (), "", f"classes of the data set {show(args['dataset'])} are not read; name them with --labels FILE"
+        return (
+            (),
+            "",
+            f"classes of the data set {format_value(args['dataset'])} are not read; name them with --labels FILE",
+        )
     if args.get("class_map"):
         path = Path(args["class_map"])
         path = split / path if split and not path.is_file() else path

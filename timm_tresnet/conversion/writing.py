@@ -9,8 +9,8 @@ from safetensors.torch import save
 
 from timm_tresnet.conversion.card import make_card
 from timm_tresnet.conversion.description import Conversion
-from timm_tresnet.conversion.reading import name_some
-from timm_tresnet.utils.files import whole
+from timm_tresnet.conversion.reading import shorten_names
+from timm_tresnet.utils.files import atomic_write
 from timm_tresnet.weights.config import check_config
 
 _FILES = ("model.safetensors", "config.json", "README.md")
@@ -27,7 +27,7 @@ def write_folder(
     """Write model.safetensors, config.json and README.md: all of them or none.
 
     They are written to a hidden folder beside the final one, which is then renamed, see
-    `timm_tresnet.utils.files.whole`.
+    `timm_tresnet.utils.files.atomic_write`.
 
     Args:
         conversion: the converted checkpoint.
@@ -45,7 +45,7 @@ def write_folder(
     check_config(config)
     folder = Path(folder).absolute()
     check_free(folder, overwrite)
-    with whole(folder, overwrite) as partial:
+    with atomic_write(folder, overwrite) as partial:
         partial.mkdir()
         (partial / "model.safetensors").write_bytes(save(conversion.state_dict, metadata={"format": "pt"}))
         text = json.dumps(config, indent=2, ensure_ascii=False)
@@ -69,10 +69,10 @@ def check_free(folder: Path, overwrite: bool) -> None:
     if held is None:
         raise FileExistsError(f"{folder} is a file; name a folder to write to")
     if held and not overwrite:
-        raise FileExistsError(f"{folder} has {name_some(held)}; name another folder, or overwrite it")
+        raise FileExistsError(f"{folder} has {shorten_names(held)}; name another folder, or overwrite it")
     foreign = [name for name in held if name not in _FILES]
     if foreign:
-        raise FileExistsError(f"{folder} has {name_some(foreign)}, which are not overwritten; name another folder")
+        raise FileExistsError(f"{folder} has {shorten_names(foreign)}, which are not overwritten; name another folder")
 
 
 def _config(conversion: Conversion) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from huggingface_hub import constants
 from PIL import Image
 from starlette.middleware import Middleware
 
-from timm_tresnet.demo.door import Door
 from timm_tresnet.demo.explanation import Explanation, explain_image
 from timm_tresnet.demo.networks import Networks
+from timm_tresnet.demo.request_filter import RequestFilter
 from timm_tresnet.utils.images import FORMATS, SAMPLES, find_images, read_image
 from timm_tresnet.weights.loading import load_network
 from timm_tresnet.weights.preprocessing import explain_assumed
@@ -78,7 +78,7 @@ def build_demo(weights: Sequence[str], beside: str | None = None) -> gradio.Bloc
     folders = sorted(SAMPLES.parent.iterdir(), key=lambda folder: folder != SAMPLES)  # of all models
     samples = [str(path) for path in find_images(folders)]
     keeping = (_KEPT_S, _KEPT_S)
-    show = _Shower(Networks(load_network)).show
+    explain = _Explainer(Networks(load_network)).explain
     with gradio.Blocks(title="TResNet", analytics_enabled=False, delete_cache=keeping, fill_width=True) as page:
         gradio.Markdown(_ABOUT)
         shown = gradio.State()  # path of the photograph, in the server
@@ -105,16 +105,16 @@ def build_demo(weights: Sequence[str], beside: str | None = None) -> gradio.Bloc
         # One event at a time, so that each has all of the machine's memory and cores.
         settings: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "networks", "concurrency_limit": 1}
         taken = [shown, preview, message]
-        photograph.upload(_take, photograph, taken, **settings)
-        photograph.clear(lambda: _take_none(), None, taken, api_visibility="private")
+        photograph.upload(_read_photograph, photograph, taken, **settings)
+        photograph.clear(lambda: _clear_photograph(), None, taken, api_visibility="private")
 
         async def take_sample(index: int) -> list[Any]:
-            return [*await _take(samples[index]), None]
+            return [*await _read_photograph(samples[index]), None]
 
         thumbnails.click(take_sample, thumbnails, [*taken, photograph], **settings)
         for choice, timer, *parts in columns:
             for event in (shown.change, choice.change, timer.tick):
-                event(show, [shown, choice], [timer, *parts], **settings)
+                event(explain, [shown, choice], [timer, *parts], **settings)
     return page.queue(max_size=_WAITING, api_open=False)
 
 
@@ -131,7 +131,7 @@ def serve_demo(page: gradio.Blocks, host: str | None = None, port: int | None = 
     Raises:
         OSError: if the address does not exist or the port is in use.
     """
-    door = Middleware(Door, largest=_LARGEST_FILE + _FORM, uploaded=lambda: page.upload_file_set)
+    request_filter = Middleware(RequestFilter, largest=_LARGEST_FILE + _FORM, uploaded=lambda: page.upload_file_set)
     with _without_login():
         _, url, _ = page.launch(
             server_name=host,
@@ -142,7 +142,7 @@ def serve_demo(page: gradio.Blocks, host: str | None = None, port: int | None = 
             max_file_size=_LARGEST_FILE,
             footer_links=[],
             run_history=False,
-            app_kwargs={"middleware": [door]},
+            app_kwargs={"middleware": [request_filter]},
             quiet=True,
             prevent_thread_lock=True,
         )
@@ -177,12 +177,12 @@ def _read(path: str) -> Image.Image:
     return read_image(Path(path), most_bytes=_LARGEST_PIXELS)
 
 
-async def _take(path: str | None) -> list[Any]:
+async def _read_photograph(path: str | None) -> list[Any]:
     """Return the updates of state, preview and message for a photograph."""
     if path is None:
-        return _take_none()
+        return _clear_photograph()
     try:
-        image = await _in_time(_read, path)
+        image = await _run_with_timeout(_read, path)
     except ValueError as error:
         said = f"**This file cannot be shown to a network:** {html.escape(str(error))}"
         return [None, gradio.update(value=None, visible=False), gradio.update(value=said, visible=True)]
@@ -190,11 +190,11 @@ async def _take(path: str | None) -> list[Any]:
     return [path, gradio.update(value=image, visible=True), gradio.update(visible=False)]
 
 
-def _take_none() -> list[Any]:
+def _clear_photograph() -> list[Any]:
     return [None, gradio.update(value=None, visible=False), gradio.update(visible=False)]
 
 
-async def _in_time(work: Callable[..., Any], *arguments: Any) -> Any:
+async def _run_with_timeout(work: Callable[..., Any], *arguments: Any) -> Any:
     """Run work in a thread and return its result, or raise a ValueError if it takes too long."""
     try:
         return await asyncio.wait_for(asyncio.to_thread(work, *arguments), _PATIENCE_S)
@@ -202,25 +202,27 @@ async def _in_time(work: Callable[..., Any], *arguments: Any) -> Any:
         raise ValueError(f"it takes more than {_PATIENCE_S} seconds; try again later") from error
 
 
-class _Shower:
+class _Explainer:
     """Fills a column of the page with an explanation."""
 
     def __init__(self, networks: Networks) -> None:
         self._networks = networks
         self._working = threading.Lock()  # also held by work that goes on after its event timed out
 
-    async def show(self, path: str | None, name: str) -> list[Any]:
+    async def explain(self, path: str | None, name: str) -> list[Any]:
         """Return the updates of the timer and the parts of the column."""
         if path is None or name == _NONE:
             return [gradio.Timer(active=False), gradio.update(visible=False), "", None, ""]
         try:
             network = self._networks.get(name)
             if network is None:
-                return _fill(f"### {name}\nThese weights are loading; the page updates by itself.", waiting=True)
-            explanation = await _in_time(self._explain, network, path)
+                return _make_updates(
+                    f"### {name}\nThese weights are loading; the page updates by itself.", waiting=True
+                )
+            explanation = await _run_with_timeout(self._explain, network, path)
         except ValueError as error:
-            return _fill(f"### {name}\n{html.escape(str(error))}")
-        return _fill(_describe(name, network, explanation), explanation)
+            return _make_updates(f"### {name}\n{html.escape(str(error))}")
+        return _make_updates(_describe(name, network, explanation), explanation)
 
     def _explain(self, network: Any, path: str) -> Explanation:
         if not self._working.acquire(timeout=_PATIENCE_S):
@@ -231,7 +233,7 @@ class _Shower:
             self._working.release()
 
 
-def _fill(note: str, explanation: Explanation | None = None, waiting: bool = False) -> list[Any]:
+def _make_updates(note: str, explanation: Explanation | None = None, waiting: bool = False) -> list[Any]:
     there = explanation is not None
     return [
         gradio.Timer(active=waiting),

@@ -20,7 +20,7 @@ from timm_tresnet.deployment.int8 import CalibrationImages
 from timm_tresnet.models.layers import SpaceToDepth
 from timm_tresnet.models.layers.observed import is_observed
 from timm_tresnet.utils.errors import summarise
-from timm_tresnet.utils.files import whole
+from timm_tresnet.utils.files import atomic_write
 from timm_tresnet.utils.images import CHANNELS, SAMPLES, find_images, read_image
 from timm_tresnet.utils.schema import read_json
 from timm_tresnet.weights.labels import is_multi_label, label_lookup, make_notes, read_thresholds
@@ -81,7 +81,7 @@ def export_model(
     _check_output(network, description)
     images = CalibrationImages(Path(calibration), description.preprocessing, batch_size) if calibration else None
     report = description.to_json()
-    with whole(output) as unfinished:
+    with atomic_write(output) as unfinished:
         _write(network, kind, unfinished, description)
         exported = ExportedModel(unfinished, kind.engine, report, trust=True)
         report["check"] = {"max_relative_error": _compare(network, exported, description)}

@@ -67,7 +67,7 @@ def resolve_activation(act_layer: LayerType, negative_slope: float) -> LayerType
     return resolved
 
 
-def take_indices(indices: int | list[int] | None, num_features: int) -> list[int]:
+def resolve_indices(indices: int | list[int] | None, num_features: int) -> list[int]:
     """Return indices of features, counted from the front: all for None, the last n for a number n."""
     if indices is None:
         return list(range(num_features))

@@ -16,7 +16,7 @@ from timm_tresnet.models.arguments import (
     choose,
     per_stage,
     resolve_activation,
-    take_indices,
+    resolve_indices,
 )
 from timm_tresnet.models.blocks import BasicBlock, Bottleneck
 from timm_tresnet.models.explanation import Part, explain, format_parts
@@ -410,7 +410,7 @@ class TResNet(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"forward_intermediates returns NCHW only, got output_fmt={output_fmt}")
-        taken = take_indices(indices, len(self._feature_positions))
+        taken = resolve_indices(indices, len(self._feature_positions))
         positions = [self._feature_positions[index] for index in taken]
         last = max(positions)
         intermediates: list[Tensor] = []
@@ -437,7 +437,7 @@ class TResNet(nn.Module):
         Returns:
             The indices, counted from the front.
         """
-        taken = take_indices(indices, len(self._feature_positions))
+        taken = resolve_indices(indices, len(self._feature_positions))
         end = self._feature_positions[max(taken)] + 1
         pruned = end < len(self.body)
         if prune_head or pruned:

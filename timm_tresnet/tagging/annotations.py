@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from timm_tresnet.conversion.reading import name_some
+from timm_tresnet.conversion.reading import shorten_names
 from timm_tresnet.tagging.forms import ReadingOptions, Row, choose_reader, name_numbers, read_text, rename
 from timm_tresnet.utils.images import FORMATS, printable
-from timm_tresnet.utils.schema import TEXT, show
+from timm_tresnet.utils.schema import TEXT, format_value
 
 __all__ = [
     "Annotations",
@@ -64,7 +64,7 @@ class Annotations:
         return any(example.absent is not None for example in self.examples)
 
 
-def read_annotations(path: Path, reading: ReadingOptions = _USUAL) -> Annotations:
+def read_annotations(path: Path, options: ReadingOptions = _USUAL) -> Annotations:
     """Read annotations in any form of `timm_tresnet.tagging.forms`.
 
     COCO's categories are ordered by ascending id, as ASL and ML-Decoder number them. Columns and the labels of a
@@ -73,7 +73,7 @@ def read_annotations(path: Path, reading: ReadingOptions = _USUAL) -> Annotation
 
     Args:
         path: the file or folder.
-        reading: how to read it.
+        options: how to read it.
 
     Returns:
         The images and labels. Images without any known label are left out and counted, unless `keep_empty` is set.
@@ -82,35 +82,35 @@ def read_annotations(path: Path, reading: ReadingOptions = _USUAL) -> Annotation
         OSError: if the file cannot be read.
         ValueError: if the form is unknown, there are no images, or files or labels are named that do not exist.
     """
-    read, path = choose_reader(path, reading.class_folders)
+    read, path = choose_reader(path, options.class_folders)
     called = printable(path)
     left_out: Counter[str] = Counter()
     try:
-        found = name_numbers(read(path, reading, left_out), reading.names)
-        if reading.other_names:
-            found = rename(found, reading.other_names)
-        names = reading.names or found.names
+        found = name_numbers(read(path, options, left_out), options.names)
+        if options.other_names:
+            found = rename(found, options.other_names)
+        names = options.names or found.names
         _check_names(names)
-        folder = reading.images or (path if path.is_dir() else path.parent)
-        if not reading.outside:
+        folder = options.images or (path if path.is_dir() else path.parent)
+        if not options.outside:
             _refuse_outside([row.file for row in found.rows if _leaves(row.file.strip())], folder)
         images = _gather(found.rows, folder)
-        if not reading.outside:
+        if not options.outside:
             home = os.path.realpath(folder)
             _refuse_outside([str(image.relative_to(folder)) for image in images if _is_elsewhere(image, home)], folder)
         known = set(names)
         unknown = {label for each in images.values() for label in each.named if label not in known}
-        if unknown and not reading.skip_unknown:
+        if unknown and not options.skip_unknown:
             raise ValueError(
-                f"has labels that are not among the {len(names)} known labels: {name_some(sorted(unknown))}; add "
+                f"has labels that are not among the {len(names)} known labels: {shorten_names(sorted(unknown))}; add "
                 "them, or leave them out with --skip-unknown"
             )
         left_out["unknown labels"] += len(unknown)
         left_out["labels both present and absent"] += sum(each.contradictions for each in images.values())
         examples = [each.make_example(file, known) for file, each in images.items()]
-        examples = list(_leave_out(examples, reading, left_out))
+        examples = list(_leave_out(examples, options, left_out))
         if not examples:
-            raise ValueError(f"has no usable images{_tell(left_out, '; left out ')}")
+            raise ValueError(f"has no usable images{_format_counts(left_out, '; left out ')}")
     except ValueError as error:
         raise ValueError(f"{called} {error}") from error
     return Annotations(called, tuple(examples), tuple(names), +left_out)
@@ -118,10 +118,12 @@ def read_annotations(path: Path, reading: ReadingOptions = _USUAL) -> Annotation
 
 def describe_left_out(annotations: Annotations) -> str | None:
     """Return a sentence about what was left out of annotations; None if nothing was."""
-    return f"{annotations.called}: left out{_tell(annotations.left_out, ' ')}" if annotations.left_out else None
+    return (
+        f"{annotations.called}: left out{_format_counts(annotations.left_out, ' ')}" if annotations.left_out else None
+    )
 
 
-def _tell(counts: Counter[str], before: str) -> str:
+def _format_counts(counts: Counter[str], before: str) -> str:
     told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     return before + told if told else ""
 
@@ -131,10 +133,10 @@ def _check_names(names: Sequence[str]) -> None:
         raise ValueError("has no labels")
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise ValueError(f"needs each label once, got more than once: {name_some(twice)}")
+        raise ValueError(f"needs each label once, got more than once: {shorten_names(twice)}")
     odd = [name for name in names if not TEXT.fits(name)]
     if odd:
-        raise ValueError(f"needs labels to be {TEXT.words}, got {name_some([show(name) for name in odd])}")
+        raise ValueError(f"needs labels to be {TEXT.words}, got {shorten_names([format_value(name) for name in odd])}")
 
 
 @dataclass
@@ -196,7 +198,7 @@ def _refuse_outside(names: Sequence[str], folder: Path) -> None:
     if outside:
         raise ValueError(
             f"names {len(outside)} files outside {printable(folder)}, by absolute paths, .. or links: "
-            f"{name_some(outside)}; if you trust the annotations, allow these files with --outside"
+            f"{shorten_names(outside)}; if you trust the annotations, allow these files with --outside"
         )
 
 
@@ -212,12 +214,12 @@ def _is_elsewhere(path: Path, home: str) -> bool:
     return found != home and not found.startswith(home.rstrip(os.sep) + os.sep)
 
 
-def _leave_out(examples: Sequence[Example], reading: ReadingOptions, left_out: Counter[str]) -> Iterator[Example]:
-    labelled = [example for example in examples if example.labels or example.absent or reading.keep_empty]
+def _leave_out(examples: Sequence[Example], options: ReadingOptions, left_out: Counter[str]) -> Iterator[Example]:
+    labelled = [example for example in examples if example.labels or example.absent or options.keep_empty]
     left_out["images without labels"] += len(examples) - len(labelled)
     missing = [example for example in labelled if not example.path.is_file()]
-    if missing and not reading.skip_missing:
-        shown = name_some([printable(example.path) for example in missing])
+    if missing and not options.skip_missing:
+        shown = shorten_names([printable(example.path) for example in missing])
         raise ValueError(
             f"names {len(missing)} of {len(labelled)} files that do not exist, {shown}; say where they are with "
             "--images, or leave them out with --skip-missing"
@@ -263,10 +265,10 @@ def read_numbers(path: Path, names: Sequence[str]) -> dict[str, float]:
             if 0 <= number < math.inf:
                 numbers[name] = number
             elif line > 1:
-                raise ValueError(f"needs a number from 0 on in line {line}, got {show(text)}")
+                raise ValueError(f"needs a number from 0 on in line {line}, got {format_value(text)}")
         missing = [name for name in names if name not in numbers]
         if missing:
-            raise ValueError(f"has no number for {len(missing)} of {len(names)} labels: {name_some(missing)}")
+            raise ValueError(f"has no number for {len(missing)} of {len(names)} labels: {shorten_names(missing)}")
     except ValueError as error:
         raise ValueError(f"{printable(path)} {error}") from error
     return {name: numbers[name] for name in names}

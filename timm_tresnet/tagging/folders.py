@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from timm_tresnet.conversion.reading import name_some
+from timm_tresnet.conversion.reading import shorten_names
 from timm_tresnet.tagging.annotations import Annotations, Example
 from timm_tresnet.tagging.forms import read_class_folders
 from timm_tresnet.utils.images import printable
@@ -36,7 +36,7 @@ def read_folders(folder: Path, val: Path | None = None) -> tuple[Annotations, An
     training = _read(folder, "train")
     if len(training.names) < 2:
         raise ValueError(
-            f"{training.called} needs two class folders or more, got {name_some(list(training.names)) or 'none'}; "
+            f"{training.called} needs two class folders or more, got {shorten_names(list(training.names)) or 'none'}; "
             "give it a folder for each class, or folders `train` and `validation` with a folder for each class"
         )
     if val is not None and not val.is_dir():
@@ -46,7 +46,7 @@ def read_folders(folder: Path, val: Path | None = None) -> tuple[Annotations, An
     measuring = _read(val or folder, "validation")
     unknown = sorted(set(measuring.names) - set(training.names))
     if unknown:
-        raise ValueError(f"{measuring.called} has classes that {training.called} lacks: {name_some(unknown)}")
+        raise ValueError(f"{measuring.called} has classes that {training.called} lacks: {shorten_names(unknown)}")
     return training, dataclasses.replace(measuring, names=training.names)
 
 
@@ -56,7 +56,7 @@ def _read(root: Path, split: str) -> Annotations:
     outside = [printable(root / row.file) for row in found.rows if not row.labels[0]]
     if outside:
         raise ValueError(
-            f"{printable(folder)} needs every image in the folder of its class, got {name_some(outside)} outside "
+            f"{printable(folder)} needs every image in the folder of its class, got {shorten_names(outside)} outside "
             "class folders"
         )
     examples = tuple(Example(root / row.file, row.labels) for row in found.rows)

@@ -12,10 +12,10 @@ from typing import Any
 from huggingface_hub import metadata_load
 from yaml import YAMLError
 
-from timm_tresnet.conversion.reading import name_some
+from timm_tresnet.conversion.reading import shorten_names
 from timm_tresnet.utils.errors import summarise
 from timm_tresnet.utils.images import FORMATS, find_images, printable
-from timm_tresnet.utils.schema import TEXT, Kind, Table, find_fault, show
+from timm_tresnet.utils.schema import TEXT, Kind, Table, find_fault, format_value
 
 SEPARATOR = ";"
 _PLAIN_SEPARATORS = (";", ",", "|")  # few labels contain one
@@ -130,7 +130,7 @@ def choose_reader(path: Path, class_folders: bool = False) -> tuple[_Reader, Pat
         if class_folders and any(image.parent != path for image in images):
             return _read_class_folders, path
         below = sorted(str(each.parent.relative_to(path)) for name in _METADATA for each in path.glob(f"*/{name}"))
-        hint = f"; there is one in {name_some(below)}" if below else ", or a .txt with labels beside each image"
+        hint = f"; there is one in {shorten_names(below)}" if below else ", or a .txt with labels beside each image"
         raise ValueError(f"{printable(path)} needs to contain {_METADATA[0]}, as dataset folders of the Hub do{hint}")
     if path.suffix.lower() not in readers:
         raise ValueError(
@@ -160,7 +160,7 @@ def _parse_json(text: str) -> Any:
         raise ValueError(f"is not JSON: {error}") from error
 
 
-def _read_coco(path: Path, reading: ReadingOptions, left_out: Counter[str]) -> Rows:
+def _read_coco(path: Path, options: ReadingOptions, left_out: Counter[str]) -> Rows:
     """Read COCO or LVIS annotations. LVIS also lists categories that were verified as absent from an image."""
     content = _parse_json(read_text(path))
     fault = find_fault(content, _COCO) or next(filter(None, _find_faulty_entries(content)), None)
@@ -175,14 +175,14 @@ def _read_coco(path: Path, reading: ReadingOptions, left_out: Counter[str]) -> R
         of_image, category = labels.get(entry["image_id"]), categories.get(entry["category_id"])
         if of_image is not None and category is not None:
             of_image.append(category)
-        elif reading.skip_unknown:
+        elif options.skip_unknown:
             left_out["annotations of unknown images or categories"] += 1
         else:
             what = "image_id" if of_image is None else "category_id"
             raise ValueError(
                 f"needs annotations[{index}].{what} to be the id of an entry of "
-                f"{'images' if of_image is None else 'categories'}, got {show(entry[what])}; leave such annotations "
-                "out with --skip-unknown"
+                f"{'images' if of_image is None else 'categories'}, got {format_value(entry[what])}; leave such "
+                "annotations out with --skip-unknown"
             )
     partial = any("neg_category_ids" in entry for entry in content["images"])
     rows = [
@@ -206,7 +206,7 @@ def _find_faulty_entries(content: dict[str, list[Any]]) -> Iterator[str | None]:
             yield f"needs images[{index}].file_name, which is missing"
         for each in entry.get("neg_category_ids", ()):
             if not _ID.fits(each) or each not in known:
-                yield f"needs images[{index}].neg_category_ids to be ids of categories, got {show(each)}"
+                yield f"needs images[{index}].neg_category_ids to be ids of categories, got {format_value(each)}"
 
 
 def _name_coco_file(entry: dict[str, Any]) -> str:
@@ -215,7 +215,7 @@ def _name_coco_file(entry: dict[str, Any]) -> str:
     return name
 
 
-def _read_table(path: Path, reading: ReadingOptions, left_out: Counter[str]) -> Rows:
+def _read_table(path: Path, options: ReadingOptions, left_out: Counter[str]) -> Rows:
     """Read a CSV file: a column of labels, perhaps with a column of confidences, or one column for each label."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     lines = csv.reader(read_text(path).splitlines(keepends=True), delimiter=delimiter, strict=True)
@@ -226,23 +226,23 @@ def _read_table(path: Path, reading: ReadingOptions, left_out: Counter[str]) -> 
             if line and len(line) != len(header):
                 raise ValueError(
                     f"has {len(line)} cells in line {lines.line_num}, and {len(header)} in its first; put a cell that "
-                    f'holds commas in quotes, as in photo.jpg,"red, round{reading.separator or SEPARATOR}cat"'
+                    f'holds commas in quotes, as in photo.jpg,"red, round{options.separator or SEPARATOR}cat"'
                 )
             if line:
                 table.append([cell.strip() for cell in line])
     except csv.Error as error:
         raise ValueError(f"is not valid CSV in line {lines.line_num}: {error}") from error
-    file = _find_column(header, _FILE_COLUMNS, reading.file_column)
-    labels = _find_column(header, _LABEL_COLUMNS, reading.column)
+    file = _find_column(header, _FILE_COLUMNS, options.file_column)
+    labels = _find_column(header, _LABEL_COLUMNS, options.column)
     if file is None:
-        raise _miss_column(header, _FILE_COLUMNS[:2], reading.file_column, "--file-column")
-    if labels is None and reading.column is None:
-        rows = _read_one_hot(header, table, file, reading, left_out)
+        raise _miss_column(header, _FILE_COLUMNS[:2], options.file_column, "--file-column")
+    if labels is None and options.column is None:
+        rows = _read_one_hot(header, table, file, options, left_out)
         if rows is not None:
             return rows
     if labels is None:
-        raise _miss_column(header, _LABEL_COLUMNS[:3], reading.column, "--column")
-    cells = _split_cells([line[labels] for line in table], reading.separator, SEPARATOR)
+        raise _miss_column(header, _LABEL_COLUMNS[:3], options.column, "--column")
+    cells = _split_cells([line[labels] for line in table], options.separator, SEPARATOR)
     confidence = _find_column(header, (_CONFIDENCE,), None)
     if confidence is None:
         labelled = [Row(line[file], names) for line, names in zip(table, cells, strict=True)]
@@ -262,7 +262,7 @@ def _miss_column(header: Sequence[str], usual: Sequence[str], wanted: str | None
     one_hot = "" if wanted or flag != "--column" else ", or a column of 0 and 1 for each label"
     return ValueError(
         f"needs a first line that names its columns, one of them {' or '.join((wanted,) if wanted else usual)}"
-        f"{one_hot}, got {show(','.join(header))}; {flag} names another"
+        f"{one_hot}, got {format_value(','.join(header))}; {flag} names another"
     )
 
 
@@ -278,8 +278,8 @@ def _weigh_rows(
         state = _STATES.get(line[confidence].lower())
         if state is None:
             raise ValueError(
-                f"needs each {_CONFIDENCE} to be 0 or 1, got {show(line[confidence])}; leave out unverified labels, or "
-                "rename the column"
+                f"needs each {_CONFIDENCE} to be 0 or 1, got {format_value(line[confidence])}; leave out unverified "
+                "labels, or rename the column"
             )
         states.append(state)
     partial = not all(states)
@@ -288,7 +288,7 @@ def _weigh_rows(
 
 
 def _read_one_hot(
-    header: Sequence[str], table: Sequence[Sequence[str]], file: int, reading: ReadingOptions, left_out: Counter[str]
+    header: Sequence[str], table: Sequence[Sequence[str]], file: int, options: ReadingOptions, left_out: Counter[str]
 ) -> Rows | None:
     """Read columns of 1 (present), 0 (absent) and -1 or an empty cell (unknown); None if there are no such columns.
 
@@ -297,12 +297,12 @@ def _read_one_hot(
     columns = []
     for index, name in enumerate(header):
         cells = {line[index].lower() for line in table}
-        if index != file and (not reading.names or name in reading.names) and cells <= _STATES.keys() and cells != {""}:
+        if index != file and (not options.names or name in options.names) and cells <= _STATES.keys() and cells != {""}:
             columns.append(index)
     if not columns or not table:
         return None
     others = len(header) - 1 - len(columns)
-    left_out["columns with values other than 0 and 1"] += 0 if reading.names else others
+    left_out["columns with values other than 0 and 1"] += 0 if options.names else others
     states = [{header[index]: _STATES[line[index].lower()] for index in columns} for line in table]
     no_zeros = not any(state is False for line in states for state in line.values())
     complete = no_zeros or not any(state is None for line in states for state in line.values())
@@ -345,8 +345,8 @@ def _check_separator(cells: Sequence[str], usual: str | None) -> None:
         fewer = len({name for cell in plain for name in _split(cell, other)}) < len(whole)
         if fewer or (seldom and other in _PLAIN_SEPARATORS):
             raise ValueError(
-                f"has labels such as {show(having[0])}: use --separator {other!r} if these are several labels, or "
-                f"--separator {usual or SEPARATOR!r} if this is one label"
+                f"has labels such as {format_value(having[0])}: use --separator {other!r} if these are several labels, "
+                f"or --separator {usual or SEPARATOR!r} if this is one label"
             )
 
 
@@ -375,14 +375,16 @@ def _as_names(value: Any, called: str) -> tuple[str, ...]:
     """Return label names from a JSON value: text, a number, or a list of these."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(_ID.fits(each) for each in values):
-        raise ValueError(f"needs {called} to be a label or a list of labels, each {_ID.words}, got {show(value)}")
+        raise ValueError(
+            f"needs {called} to be a label or a list of labels, each {_ID.words}, got {format_value(value)}"
+        )
     return tuple(name for name in (str(each).strip() for each in values) if name)
 
 
-def _read_metadata(path: Path, reading: ReadingOptions, left_out: Counter[str]) -> Rows:
+def _read_metadata(path: Path, options: ReadingOptions, left_out: Counter[str]) -> Rows:
     """Read metadata.jsonl of a Hub dataset folder; a string is one label unless a separator is given."""
-    column, entries = reading.column or "", []
-    wanted_file = reading.file_column or "file_name"
+    column, entries = options.column or "", []
+    wanted_file = options.file_column or "file_name"
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -391,16 +393,16 @@ def _read_metadata(path: Path, reading: ReadingOptions, left_out: Counter[str]) 
             fault = find_fault(entry, Table({wanted_file: TEXT}, (wanted_file,)))
             if fault:
                 raise ValueError(fault)
-            column = reading.column or next((name for name in _LABEL_COLUMNS if name in entry), "")
+            column = options.column or next((name for name in _LABEL_COLUMNS if name in entry), "")
             if column not in entry:
-                wanted = reading.column or " or ".join(_LABEL_COLUMNS[:3])
+                wanted = options.column or " or ".join(_LABEL_COLUMNS[:3])
                 raise ValueError(
-                    f"needs a column {wanted}, got {name_some(sorted(entry))}; name the one with labels with --column"
+                    f"needs a column {wanted}, got {shorten_names(sorted(entry))}; name the label column with --column"
                 )
             entries.append((entry[wanted_file], entry[column], _as_names(entry[column], column)))
         except ValueError as error:
             raise ValueError(f"{error} (line {number})") from error
-    strings = iter(_split_cells([value for _, value, _ in entries if isinstance(value, str)], reading.separator, None))
+    strings = iter(_split_cells([value for _, value, _ in entries if isinstance(value, str)], options.separator, None))
     rows = [Row(file, next(strings) if isinstance(value, str) else names) for file, value, names in entries]
     return Rows(rows, _collect_names(rows), _read_classes(path, column))
 
@@ -439,7 +441,7 @@ def _find_class_label(feature: Any) -> tuple[str, ...] | None:
     return next((names for names in found if names is not None), None)
 
 
-def _read_sidecars(path: Path, reading: ReadingOptions, left_out: Counter[str]) -> Rows:
+def _read_sidecars(path: Path, options: ReadingOptions, left_out: Counter[str]) -> Rows:
     """Read a .txt beside each image: labels separated by commas or newlines, or YOLO boxes."""
     images = list(find_images([path]))
     texts = {image: image.with_suffix(".txt") for image in images}
@@ -453,7 +455,7 @@ def _read_sidecars(path: Path, reading: ReadingOptions, left_out: Counter[str]) 
         ]
     else:
         lines = [(file, line.strip()) for file, content in contents.items() for line in content.splitlines() or [""]]
-        cells = _split_cells([line for _, line in lines], reading.separator, ",")
+        cells = _split_cells([line for _, line in lines], options.separator, ",")
         rows = [Row(file, names) for (file, _), names in zip(lines, cells, strict=True)]
     return Rows(rows, _collect_names(rows))
 
@@ -469,7 +471,7 @@ def _is_share(word: str) -> bool:
         return False
 
 
-def _read_class_folders(path: Path, reading: ReadingOptions, left_out: Counter[str]) -> Rows:
+def _read_class_folders(path: Path, options: ReadingOptions, left_out: Counter[str]) -> Rows:
     """Read class folders: a folder for each label, or a folder `validation` that contains them."""
     _, found = read_class_folders(path, "validation", left_out)
     rows = [row for row in found.rows if row.labels[0]]
@@ -532,7 +534,7 @@ def name_numbers(found: Rows, names: tuple[str, ...] | None) -> Rows:
         return found
     beyond = [name for name in found.names if int(name) >= len(listed)]
     if beyond:
-        raise ValueError(f"has class numbers beyond the {len(listed)} names: {name_some(beyond)}")
+        raise ValueError(f"has class numbers beyond the {len(listed)} names: {shorten_names(beyond)}")
     return _rename(found, {name: listed[int(name)] for name in found.names}, tuple(listed))
 
 

@@ -110,7 +110,7 @@ class Tagger(pl.LightningModule):
             self._predicted += logits[readable].detach().sigmoid().sum(0)
         count = int(readable.sum())
         self._loss_count += count
-        return loss / max(1, count) if self.task.averages else loss
+        return loss / max(1, count) if self.task.averages_loss else loss
 
     @property
     def mean_loss(self) -> float:
@@ -132,7 +132,7 @@ class Tagger(pl.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         measured = {name: batch[name] for name in ("index", "readable", "target")}
         for name, network in zip(NETWORKS, (self.network, self.average.module), strict=True):
-            measured[name] = self.task.read(network(batch["image"]).float())
+            measured[name] = self.task.compute_outputs(network(batch["image"]).float())
         self._measured.append(measured)
 
     def on_validation_epoch_end(self) -> None:
@@ -160,7 +160,7 @@ class Tagger(pl.LightningModule):
         targets = measured["target"][kept]
         for name in NETWORKS:
             row[name] = self.task.score(measured[name][kept], targets)
-        self._keep_best(row, {name: measured[name][kept] for name in NETWORKS}, targets)
+        self._store_best(row, {name: measured[name][kept] for name in NETWORKS}, targets)
         self.history.append(row)
         self.log_dict(
             {"loss": row["loss"], **{f"{name}_{key}": row[name][key] for name in NETWORKS for key in row[name]}}
@@ -171,7 +171,7 @@ class Tagger(pl.LightningModule):
         gathered: Any = self.all_gather(values)
         return (gathered.flatten(0, 1) if gathered.dim() > values.dim() else gathered).cpu()
 
-    def _keep_best(self, row: dict[str, Any], outputs: dict[str, Tensor], targets: Tensor) -> None:
+    def _store_best(self, row: dict[str, Any], outputs: dict[str, Tensor], targets: Tensor) -> None:
         figure = self.task.figures[0]
         name = max(NETWORKS, key=lambda each: row[each][figure])
         if self.best is not None and not row[name][figure] > self.best[figure]:
@@ -181,7 +181,7 @@ class Tagger(pl.LightningModule):
             "epoch": row["epoch"],
             "name": name,
             figure: row[name][figure],
-            **self.task.conclude(outputs[name], targets),
+            **self.task.summarise(outputs[name], targets),
             "weights": {key: value.detach().cpu().clone() for key, value in network.state_dict().items()},
         }
 

@@ -7,10 +7,10 @@ from typing import Any
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from timm_tresnet.conversion.reading import name_some, read_checkpoint
+from timm_tresnet.conversion.reading import read_checkpoint, shorten_names
 from timm_tresnet.tagging.module import NETWORKS, Tagger
 from timm_tresnet.tagging.tasks import Classification
-from timm_tresnet.utils.files import whole
+from timm_tresnet.utils.files import atomic_write
 from timm_tresnet.utils.images import printable
 from timm_tresnet.utils.schema import Kind, Table, choice, find_fault, integer, list_of, number
 from timm_tresnet.utils.terminal import escape
@@ -27,7 +27,7 @@ class CheckpointError(ValueError):
     """A file is not a checkpoint of this training; the message says why."""
 
 
-class WholeCheckpoints(TorchCheckpointIO):
+class AtomicCheckpoints(TorchCheckpointIO):
     """Lightning's checkpoints, written atomically: a kill or a full disk leaves the old file or the new one.
 
     Args:
@@ -39,7 +39,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         self._find_fault = find_fault
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with whole(Path(path)) as unfinished:
+        with atomic_write(Path(path)) as unfinished:
             super().save_checkpoint(checkpoint, unfinished, storage_options)
 
     def load_checkpoint(self, path: Any, *arguments: Any, **kwargs: Any) -> dict[str, Any]:
@@ -122,7 +122,8 @@ def _find_difference(found: Any, expected: Any, name: str) -> str | None:
             return f"needs {name} to be a dict, got {type(found).__name__}"
         if found.keys() != expected.keys():
             missing, unexpected = (
-                name_some(sorted(map(str, names))[:3]) for names in (expected.keys() - found, found.keys() - expected)
+                shorten_names(sorted(map(str, names))[:3])
+                for names in (expected.keys() - found, found.keys() - expected)
             )
             return f"has {name} of another training: missing {missing}, unexpected {unexpected}, and perhaps more"
         parts = (_find_difference(found[each], expected[each], f"{name}.{each}") for each in found)

@@ -48,12 +48,12 @@ def make_network(
     if network.in_chans != 3:
         raise ValueError(f"{name} needs images with {network.in_chans} channels; training reads images with 3")
     if source is not None:
-        _take_weights(network, source, labels, multi_label)
+        _copy_weights(network, source, labels, multi_label)
     of_weights = _arguments_of_weights(name)
     return network, drop_inherited({**of_weights, **model_args}, of_weights)
 
 
-def _take_weights(network: nn.Module, source: Any, labels: Sequence[str], multi_label: bool) -> None:
+def _copy_weights(network: nn.Module, source: Any, labels: Sequence[str], multi_label: bool) -> None:
     same = is_multi_label(source.pretrained_cfg) == multi_label and source.num_classes == len(labels)
     if not (same and list(map(label_lookup(source), range(len(labels)))) == list(labels)):
         source.reset_classifier(len(labels))

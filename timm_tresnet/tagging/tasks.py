@@ -22,13 +22,13 @@ class Task(Protocol):
     """
 
     figures: tuple[str, ...]
-    averages: bool
+    averages_loss: bool
 
     def make_loss(self) -> nn.Module:
         """Make the loss: logits (N, labels) and targets (N, labels) -> (), summed over images."""
         ...
 
-    def read(self, logits: Tensor) -> Tensor:
+    def compute_outputs(self, logits: Tensor) -> Tensor:
         """Turn logits (N, labels) into the outputs (N, labels) that the metrics are computed from."""
         ...
 
@@ -36,7 +36,7 @@ class Task(Protocol):
         """Compute the metrics of outputs (N, labels) and targets (N, labels)."""
         ...
 
-    def conclude(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
+    def summarise(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
         """Return what is stored with the best weights: "scores", and thresholds or accuracies."""
         ...
 
@@ -45,7 +45,7 @@ class Tagging:
     """Any number of labels an image, each with a sigmoid and a threshold of its own."""
 
     figures: tuple[str, ...] = ("mAP", "CF1", "OF1")
-    averages = False  # as in official training
+    averages_loss = False  # as in official training
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -53,13 +53,13 @@ class Tagging:
     def make_loss(self) -> nn.Module:
         return LabelLoss(self._settings)
 
-    def read(self, logits: Tensor) -> Tensor:
+    def compute_outputs(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
 
     def score(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
         return score(outputs, targets, _THRESHOLD)
 
-    def conclude(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
+    def summarise(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
         thresholds = choose_thresholds(outputs, targets)
         return {
             "scores": score(outputs, targets, torch.tensor(thresholds)),
@@ -72,7 +72,7 @@ class Classification:
     """One class an image, by a softmax."""
 
     figures: tuple[str, ...] = ("top-1", "top-5")
-    averages = True  # as in timm's train.py
+    averages_loss = True  # as in timm's train.py
 
     def __init__(self, settings: ClassSettings) -> None:
         self._settings = settings
@@ -80,7 +80,7 @@ class Classification:
     def make_loss(self) -> nn.Module:
         return nn.CrossEntropyLoss(label_smoothing=self._settings.smoothing, reduction="sum")
 
-    def read(self, logits: Tensor) -> Tensor:
+    def compute_outputs(self, logits: Tensor) -> Tensor:
         return logits  # a softmax could round different values to equal ones
 
     def score(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
@@ -89,7 +89,7 @@ class Classification:
         top1, top5 = accuracy(outputs, targets.argmax(1), topk=(1, 5))
         return {"top-1": top1.item(), "top-5": top5.item()}
 
-    def conclude(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
+    def summarise(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
         right = (outputs.argmax(1) == targets.argmax(1))[:, None] * targets
         accuracies = right.sum(0) / targets.sum(0)  # nan where no image has the class
         return {"scores": self.score(outputs, targets), "accuracies": accuracies.tolist()}

@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from timm_tresnet.conversion.reading import name_some
+from timm_tresnet.conversion.reading import shorten_names
 from timm_tresnet.conversion.writing import check_free
 from timm_tresnet.tagging.annotations import Annotations
 from timm_tresnet.tagging.card import Training
@@ -32,16 +32,16 @@ from timm_tresnet.tagging.data import LabelledImages, make_loader
 from timm_tresnet.tagging.folders import hold_out_of_each
 from timm_tresnet.tagging.losses import LabelLoss, order_numbers, weigh_positives
 from timm_tresnet.tagging.module import Tagger
-from timm_tresnet.tagging.resuming import CheckpointError, WholeCheckpoints, find_checkpoint_fault
+from timm_tresnet.tagging.progress import ProgressBar, choose_device, choose_precision, describe_start
+from timm_tresnet.tagging.resuming import AtomicCheckpoints, CheckpointError, find_checkpoint_fault
 from timm_tresnet.tagging.settings import ClassSettings, Settings, TrainingSettings
 from timm_tresnet.tagging.start import make_network, make_pretrained_cfg
-from timm_tresnet.tagging.telling import ProgressBar, choose_device, choose_precision, tell_start
 from timm_tresnet.tagging.transforms import make_class_transform, make_transform
-from timm_tresnet.tagging.writing import Tagged, write_tagger
+from timm_tresnet.tagging.writing import TrainedNetwork, write_tagger
 from timm_tresnet.utils.errors import summarise
-from timm_tresnet.utils.files import whole
+from timm_tresnet.utils.files import atomic_write
 from timm_tresnet.utils.images import printable
-from timm_tresnet.utils.schema import read_json, show
+from timm_tresnet.utils.schema import format_value, read_json
 
 _RUN = "run.json"
 _CHECKPOINT = "last.ckpt"
@@ -87,7 +87,7 @@ def train_network(
     training: Annotations,
     measuring: Annotations | None,
     settings: TrainingSettings,
-    place: TrainingFolder,
+    folder: TrainingFolder,
     *,
     device: str = "auto",
     workers: int = 0,
@@ -101,7 +101,7 @@ def train_network(
         measuring: validation images, which choose the best epoch and the thresholds; None to hold out some training
             images.
         settings: the training settings; `ClassSettings` if each image has one label, its class.
-        place: where to write.
+        folder: where to write.
         device: "auto", "cpu", "cuda" or "mps".
         workers: processes that read images, for each training process.
         command: the command to name in the model card; "" for none.
@@ -118,9 +118,9 @@ def train_network(
     if measuring is None:
         hold = hold_out if multi_label else hold_out_of_each
         training, measuring = hold(training, settings.held_out, settings.seed)
-    finished = place.resume and not place.overwrite and place.checkpoint.exists() and _holds_result(place.output)
+    finished = folder.resume and not folder.overwrite and folder.checkpoint.exists() and _holds_result(folder.output)
     if not finished:
-        check_free(place.output, place.overwrite)
+        check_free(folder.output, folder.overwrite)
     torch.manual_seed(settings.seed)
     network, model_args = make_network(
         settings.model,
@@ -135,25 +135,27 @@ def train_network(
         network.to(memory_format=torch.channels_last)
     data = _make_data_sets(training, measuring, settings, pretrained_cfg)
     if training.partial and isinstance(settings, Settings):
-        say(_tell_known(data["training"], training, settings))
+        say(_describe_known(data["training"], training, settings))
     _check_positives(data["measuring"])
     processes, process = count_processes(), int(os.environ.get("RANK", "0"))
     if process == 0:
-        _prepare_place(place, {"settings": dataclasses.asdict(settings), "processes": processes, **_fingerprint(data)})
+        _prepare_folder(
+            folder, {"settings": dataclasses.asdict(settings), "processes": processes, **_fingerprint(data)}
+        )
     if finished:
-        say(f"{printable(place.output)} is already finished with these settings; train again with --overwrite")
-        return place.output
-    checkpoint = place.checkpoint if place.resume and place.checkpoint.exists() else None
+        say(f"{printable(folder.output)} is already finished with these settings; train again with --overwrite")
+        return folder.output
+    checkpoint = folder.checkpoint if folder.resume and folder.checkpoint.exists() else None
     if checkpoint:
         say(f"resuming from {printable(checkpoint)}")
 
     counts, size = (len(data["training"]), len(data["measuring"])), pretrained_cfg["input_size"][-1]
-    for line in tell_start(network, settings, counts, size, device, processes, place.work):
+    for line in describe_start(network, settings, counts, size, device, processes, folder.work):
         say(line)
     loss = _make_loss(settings, data["training"], training.names) if isinstance(settings, Settings) else None
     tagger = Tagger(network, settings, len(data["measuring"]), loss)
     with _quiet():
-        trainer = _make_trainer(settings, place, device, processes, say, tagger, len(data["training"]))
+        trainer = _make_trainer(settings, folder, device, processes, say, tagger, len(data["training"]))
         loaders = {
             name: make_loader(
                 images, settings.batch_size, name == "training", workers, process, processes, settings.seed
@@ -179,12 +181,12 @@ def train_network(
             ) from error
     if process == 0:
         if training.partial:
-            _write_prior(tagger, training.names, place.work / PRIOR)
+            _write_prior(tagger, training.names, folder.work / PRIOR)
         tagged = _summarise(tagger, model_args, pretrained_cfg, data, training, measuring, command)
-        write_tagger(tagged, place.output, tagger.network, place.overwrite)
-        for line in _tell_result(tagger, data, place.output):
+        write_tagger(tagged, folder.output, tagger.network, folder.overwrite)
+        for line in _describe_result(tagger, data, folder.output):
             say(line)
-    return place.output
+    return folder.output
 
 
 def hold_out(annotations: Annotations, share: float, seed: int) -> tuple[Annotations, Annotations]:
@@ -248,7 +250,7 @@ def _check_positives(images: LabelledImages) -> None:
         )
 
 
-def _tell_known(images: LabelledImages, training: Annotations, settings: Settings) -> str:
+def _describe_known(images: LabelledImages, training: Annotations, settings: Settings) -> str:
     known = int(images.count_labels().sum() + images.count_absent().sum())
     share = known / (len(images) * len(training.names))
     return f"{training.called}: {share:.1%} of all labels of all images are known, others --unknown {settings.unknown}"
@@ -265,7 +267,7 @@ def _make_loss(settings: Settings, images: LabelledImages, names: Sequence[str])
 
 def _write_prior(tagger: Tagger, names: Sequence[str], path: Path) -> None:
     prior = (tagger.predicted_sum / max(tagger.predicted_count, 1)).tolist()
-    with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["label", "prior"])
         rows.writerows(zip(names, prior, strict=True))
@@ -275,27 +277,27 @@ def _fingerprint(data: dict[str, LabelledImages]) -> dict[str, str]:
     return {f"{name} images": images.fingerprint() for name, images in data.items()}
 
 
-def _prepare_place(place: TrainingFolder, run: dict[str, Any]) -> None:
+def _prepare_folder(folder: TrainingFolder, run: dict[str, Any]) -> None:
     """Make the folder of checkpoints; when resuming, check that it belongs to the same training."""
-    note = place.work / _RUN
+    note = folder.work / _RUN
     before = read_json(note) if note.exists() else None
-    if before is not None and place.resume:
+    if before is not None and folder.resume:
         differing = _find_differences(before, run)
         if differing:
             raise ValueError(
-                f"{printable(place.work)} has a training with other {name_some(differing)}; resume it with the "
+                f"{printable(folder.work)} has a training with other {shorten_names(differing)}; resume it with the "
                 "settings and data that it was started with, or start again with --overwrite"
             )
         return
-    if place.work.exists() and any(place.work.iterdir()):
-        if not place.overwrite:
+    if folder.work.exists() and any(folder.work.iterdir()):
+        if not folder.overwrite:
             raise FileExistsError(
-                f"{printable(place.work)} has an earlier training; resume it with --resume, or start again with "
+                f"{printable(folder.work)} has an earlier training; resume it with --resume, or start again with "
                 "--overwrite"
             )
-        shutil.rmtree(place.work)
-    place.work.mkdir(parents=True, exist_ok=True)
-    with whole(note) as unfinished:
+        shutil.rmtree(folder.work)
+    folder.work.mkdir(parents=True, exist_ok=True)
+    with atomic_write(note) as unfinished:
         unfinished.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
@@ -307,13 +309,13 @@ def _find_differences(before: Any, now: dict[str, Any]) -> list[str]:
     pairs = {name: (settings.get(name), value) for name, value in now["settings"].items()}
     pairs |= {name: (before.get(name), value) for name, value in now.items() if name != "settings"}
     return [
-        name if name.endswith(" images") else f"{name} ({show(old)}, now {show(new)})"
+        name if name.endswith(" images") else f"{name} ({format_value(old)}, now {format_value(new)})"
         for name, (old, new) in pairs.items()
         if old != new
     ]
 
 
-class _Teller(Callback):
+class _EpochReporter(Callback):
     """Prints a line after each epoch and, after an interrupt, how to resume."""
 
     def __init__(self, epochs: int, say: Callable[[str], None]) -> None:
@@ -338,7 +340,7 @@ class _Teller(Callback):
 
 def _make_trainer(
     settings: TrainingSettings,
-    place: TrainingFolder,
+    folder: TrainingFolder,
     device: str,
     processes: int,
     say: Callable[[str], None],
@@ -371,20 +373,20 @@ def _make_trainer(
         log_every_n_steps=1,
         enable_model_summary=False,
         enable_progress_bar=bar,
-        plugins=[WholeCheckpoints(find_resuming_fault)],
-        logger=CSVLogger(place.work, name="", version=None),
+        plugins=[AtomicCheckpoints(find_resuming_fault)],
+        logger=CSVLogger(folder.work, name="", version=None),
         callbacks=[
-            _Teller(settings.epochs, say),
+            _EpochReporter(settings.epochs, say),
             ModelCheckpoint(
-                place.work,
-                filename=place.checkpoint.stem,
+                folder.work,
+                filename=folder.checkpoint.stem,
                 save_top_k=1,
                 save_on_train_epoch_end=True,
                 enable_version_counter=False,
             ),
             *([ProgressBar()] if bar else []),
         ],
-        default_root_dir=place.work,
+        default_root_dir=folder.work,
     )
     try:
         trainer = make()
@@ -425,7 +427,7 @@ def _summarise(
     training: Annotations,
     measuring: Annotations,
     command: str,
-) -> Tagged:
+) -> TrainedNetwork:
     best: Any = tagger.best  # not None after an epoch
     trained: Any = {
         "labels": training.names,
@@ -448,7 +450,7 @@ def _summarise(
             image_size=pretrained_cfg["input_size"][-1],
             **trained,
         )
-    return Tagged(
+    return TrainedNetwork(
         architecture=tagger.network.pretrained_cfg["architecture"],
         model_args=model_args,
         pretrained_cfg=pretrained_cfg,
@@ -461,15 +463,15 @@ def _holds_result(output: Path) -> bool:
     return (output / "config.json").exists() and (output / "model.safetensors").exists()
 
 
-def _tell_result(tagger: Tagger, data: dict[str, LabelledImages], output: Path) -> Iterator[str]:
+def _describe_result(tagger: Tagger, data: dict[str, LabelledImages], output: Path) -> Iterator[str]:
     best: Any = tagger.best  # not None after an epoch
     kind = "the moving average" if best["name"] == "average" else "the weights"
     scores = ", ".join(f"{name} {value:.2f}" for name, value in best["scores"].items())
     yield f"{printable(output)}: {kind} of epoch {best['epoch']}; on the held-out images: {scores}"
     if tagger.unreadable:
-        shown = name_some(printable(data["training"].paths[index]) for index in sorted(tagger.unreadable))
+        shown = shorten_names(printable(data["training"].paths[index]) for index in sorted(tagger.unreadable))
         yield f"skipped {len(tagger.unreadable)} unreadable training images: {shown}"
     if tagger.history[-1]["unreadable"]:
-        shown = name_some(printable(data["measuring"].paths[index]) for index in sorted(tagger.unmeasured))
+        shown = shorten_names(printable(data["measuring"].paths[index]) for index in sorted(tagger.unmeasured))
         named = f": {shown}" if shown else ""  # not known if the resumed training had no epoch left
         yield f"skipped {tagger.history[-1]['unreadable']} unreadable validation images{named}"

@@ -10,7 +10,7 @@ import timm.data
 import torch
 from torch import Tensor
 
-from timm_tresnet.conversion.reading import name_some
+from timm_tresnet.conversion.reading import shorten_names
 from timm_tresnet.tagging.annotations import Annotations, Example
 from timm_tresnet.tagging.data import LabelledImages, make_loader
 from timm_tresnet.tagging.scores import (
@@ -68,8 +68,8 @@ def match_labels(names: Sequence[str], network: Any, by_order: bool = False) -> 
     if not outputs:
         own = [each[-1] for each in known if each]
         raise ValueError(
-            f"none of the labels {name_some(names)} is among the network's {count} labels"
-            f"{f', {name_some(own)}' if own else ', which have no names'}; match labels by position with --by-order"
+            f"none of the labels {shorten_names(names)} is among the network's {count} labels"
+            f"{f', {shorten_names(own)}' if own else ', which have no names'}; match labels by position with --by-order"
         )
     unknown = tuple(name for name in names if name not in outputs)
     return Matching(outputs, unknown, tuple(sorted(set(range(count)) - set(outputs.values()))))

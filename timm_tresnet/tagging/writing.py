@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from timm_tresnet.conversion.writing import check_free
 from timm_tresnet.tagging.card import Training, make_card
 from timm_tresnet.tagging.class_card import ClassTraining, make_class_card
-from timm_tresnet.utils.files import whole
+from timm_tresnet.utils.files import atomic_write
 from timm_tresnet.weights.labels import make_notes
 from timm_tresnet.weights.loading import load_network
 
@@ -20,7 +20,7 @@ TOLERANCE = 1e-5  # relative L2 distance of the loaded network's logits
 
 
 @dataclass(frozen=True)
-class Tagged:
+class TrainedNetwork:
     """A trained tagger or classifier.
 
     Args:
@@ -54,7 +54,7 @@ class Tagged:
         return make_class_card(self.training, self.architecture)
 
 
-def write_tagger(tagged: Tagged, folder: Path, network: nn.Module, overwrite: bool = False) -> None:
+def write_tagger(tagged: TrainedNetwork, folder: Path, network: nn.Module, overwrite: bool = False) -> None:
     """Write model.safetensors, config.json and README.md: all of them or none.
 
     Before the files get their final names, `timm.create_model('local-dir:...')` loads them and its logits are compared
@@ -72,7 +72,7 @@ def write_tagger(tagged: Tagged, folder: Path, network: nn.Module, overwrite: bo
         RuntimeError: if the loaded network's logits differ.
     """
     check_free(folder, overwrite)
-    with whole(folder, overwrite) as partial:
+    with atomic_write(folder, overwrite) as partial:
         partial.mkdir()
         weights = {name: tensor.contiguous() for name, tensor in tagged.weights.items()}
         (partial / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
@@ -83,7 +83,7 @@ def write_tagger(tagged: Tagged, folder: Path, network: nn.Module, overwrite: bo
         check_free(folder, overwrite)  # again, since writing took a while
 
 
-def _compare(folder: Path, tagged: Tagged, network: nn.Module) -> None:
+def _compare(folder: Path, tagged: TrainedNetwork, network: nn.Module) -> None:
     network.load_state_dict(tagged.weights)
     images = torch.rand(2, *tagged.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

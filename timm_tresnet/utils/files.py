@@ -42,7 +42,7 @@ def read_bounded(path: Path, most: int, called: str | None = None) -> bytes:
 
 
 @contextmanager
-def whole(path: Path, overwrite: bool = True) -> Iterator[Path]:
+def atomic_write(path: Path, overwrite: bool = True) -> Iterator[Path]:
     """Write a file or folder under a temporary name; rename it to path when the block ends without an error.
 
     The temporary name is in a hidden folder beside path, `.NAME-….partial`. At the end of the block, everything in that
@@ -63,25 +63,25 @@ def whole(path: Path, overwrite: bool = True) -> Iterator[Path]:
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        with _alone(path.parent):
+        with _lock_folder(path.parent):
             _remove_leftovers(path)
             made = tempfile.TemporaryDirectory(
                 dir=path.parent, prefix=f".{path.name}-", suffix=_UNFINISHED, ignore_cleanup_errors=True
             )
             folder = Path(stack.enter_context(made))
-            stack.enter_context(_alone(folder))  # marks the folder as in use
+            stack.enter_context(_lock_folder(folder))  # marks the folder as in use
         yield folder / path.name
-        with _alone(path.parent):
+        with _lock_folder(path.parent):
             if not overwrite and path.exists() and not _is_empty_folder(path):
                 left = folder.with_suffix(".complete")
                 os.replace(folder / path.name, left)
                 raise FileExistsError(
                     f"{path} was created meanwhile and is not overwritten; the new result is in {left}"
                 )
-            _place(folder, path)
+            _move_entries(folder, path)
 
 
-def _place(folder: Path, path: Path) -> None:
+def _move_entries(folder: Path, path: Path) -> None:
     """Move a folder's entries beside path, path last; companion files never appear beside an older path."""
     others = [entry for entry in folder.iterdir() if entry.name != path.name]
     replaced = folder / _REPLACED
@@ -101,7 +101,7 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 @contextmanager
-def _alone(folder: Path, wait: bool = True) -> Iterator[bool]:
+def _lock_folder(folder: Path, wait: bool = True) -> Iterator[bool]:
     """Hold a lock on a folder, at most until the process ends.
 
     Yields whether the lock is held: False if another process holds it, or the file system has no locks.
@@ -119,6 +119,6 @@ def _alone(folder: Path, wait: bool = True) -> Iterator[bool]:
 def _remove_leftovers(path: Path) -> None:
     """Remove hidden folders of killed processes: those that no process holds a lock on."""
     for left in path.parent.glob(f".{glob.escape(path.name)}-*{_UNFINISHED}"):
-        with _alone(left, wait=False) as abandoned:
+        with _lock_folder(left, wait=False) as abandoned:
             if abandoned:
                 shutil.rmtree(left, ignore_errors=True)

@@ -49,7 +49,7 @@ class Table:
     others: str | None = None
 
 
-def show(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a value as JSON, shortened for a message."""
     if isinstance(value, dict):
         return "an object"
@@ -75,7 +75,7 @@ def number(least: float, most: float, above: bool = False) -> Kind:
 
 def choice(*choices: str | int | bool | None) -> Kind:
     """One of the given values; the type must match too, so 1 is not true."""
-    words = ", ".join(map(show, choices))
+    words = ", ".join(map(format_value, choices))
     return Kind(
         f"one of {words}" if len(choices) > 1 else words,
         lambda value: any(type(value) is type(each) and value == each for each in choices),
@@ -116,9 +116,11 @@ def find_fault(value: Any, kind: Kind | Table, name: str = "") -> str | None:
         name: name of that part; "" for the whole content.
     """
     if isinstance(kind, Kind):
-        return None if kind.fits(value) else f"needs {name or 'its content'} to be {kind.words}, got {show(value)}"
+        return (
+            None if kind.fits(value) else f"needs {name or 'its content'} to be {kind.words}, got {format_value(value)}"
+        )
     if not isinstance(value, dict):
-        return f"needs {name or 'its content'} to be an object, got {show(value)}"
+        return f"needs {name or 'its content'} to be an object, got {format_value(value)}"
     prefix = f"{name}." if name else ""
     missing = [each for each in kind.required if each not in value]
     if missing:
@@ -127,7 +129,7 @@ def find_fault(value: Any, kind: Kind | Table, name: str = "") -> str | None:
         if each in kind.fields:
             fault = find_fault(part, kind.fields[each], prefix + each)
         else:
-            fault = kind.others and f"has {show(prefix + each)}, {kind.others}"
+            fault = kind.others and f"has {format_value(prefix + each)}, {kind.others}"
         if fault:
             return fault
     return None

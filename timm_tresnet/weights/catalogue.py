@@ -138,10 +138,10 @@ class PublicWeight(WeightFacts):
         head = {"head": self.head} if self.head in ("bottleneck", "ml_decoder", "query2label") else {}
         options = {"num_groups": self.num_groups, "decoder_embedding": self.decoder_embedding}
         given = {name: value for name, value in options.items() if value}
-        return {**self.slopes, **head, **given, **self.untold}
+        return {**self.slopes, **head, **given, **self.hidden_arguments}
 
     @property
-    def untold(self) -> dict[str, Any]:
+    def hidden_arguments(self) -> dict[str, Any]:
         """The arguments in `network_arguments` that tensors do not show, except slopes."""
         return {"learn_queries": True} if self.learn_queries else {}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from timm_tresnet.utils.files import read_bounded
 from timm_tresnet.utils.notes import MULTI_LABEL, NAMED_BY, THRESHOLDS, read_notes
-from timm_tresnet.utils.schema import LARGEST_FILE, TEXT, find_fault, list_of, number, read_json, show
+from timm_tresnet.utils.schema import LARGEST_FILE, TEXT, find_fault, format_value, list_of, number, read_json
 
 # MS-COCO's 80 "thing" categories by ascending category id, which is how ASL and ML-Decoder number them
 # (`CocoDetection.cat2cat` in their helper_functions.py); names from COCO's instances_val2014.json.
@@ -133,7 +133,7 @@ def order_names(in_file: Any, num_classes: int) -> tuple[tuple[str, ...], str]:
             return (), f"needs the keys 0 to {num_classes - 1}"
     for index, name in names.items():
         if not TEXT.fits(name) or not name.strip():
-            shown = show(name) if isinstance(name, str) else type(name).__name__
+            shown = format_value(name) if isinstance(name, str) else type(name).__name__
             return (), f"needs name {index} to be {TEXT.words}, got {shown}"
     twice = [name for name, count in Counter(names.values()).items() if count > 1]
     if twice:

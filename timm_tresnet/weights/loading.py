@@ -68,7 +68,7 @@ class Weights:
     pretrained_cfg: dict[str, Any]
 
 
-def look_up(name: str) -> Weights:
+def look_up_weights(name: str) -> Weights:
     """Look up weights by name, see `load_network`; from a repository, only config.json is downloaded.
 
     Raises:

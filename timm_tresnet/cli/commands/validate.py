@@ -174,19 +174,19 @@ def _check_plot(path: Path) -> None:
 
 
 def _tell_matching(matching: Any, annotated: Any, network: Any) -> list[str]:
-    from timm_tresnet.conversion.reading import name_some
+    from timm_tresnet.conversion.reading import shorten_names
 
     lines = []
     if matching.unknown:
         lines.append(
             f"{len(matching.unknown)} of {len(annotated.names)} labels of {annotated.called} are unknown to the "
-            f"network and left out: {name_some(matching.unknown)}"
+            f"network and left out: {shorten_names(matching.unknown)}"
         )
     if matching.missing:
         missing = [label_lookup(network)(index) for index in matching.missing]
         lines.append(
             f"{len(missing)} of the network's {network.num_classes} labels are not in {annotated.called} and not "
-            f"measured: {name_some(missing)}"
+            f"measured: {shorten_names(missing)}"
         )
     return lines
 
@@ -204,16 +204,16 @@ def _print_figures(figures: dict[str, Any], model: str, called: str) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    from timm_tresnet.utils.files import whole
+    from timm_tresnet.utils.files import atomic_write
 
-    with whole(path, overwrite=False) as unfinished:
+    with atomic_write(path, overwrite=False) as unfinished:
         unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_csv(path: Path, per_label: Sequence[dict[str, Any]]) -> None:
-    from timm_tresnet.utils.files import whole
+    from timm_tresnet.utils.files import atomic_write
 
-    with whole(path, overwrite=False) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path, overwrite=False) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         rows = csv.DictWriter(file, list(per_label[0]))
         rows.writeheader()
         rows.writerows(per_label)
@@ -224,7 +224,7 @@ def _draw(path: Path, outputs: Any, figures: dict[str, Any], model: str) -> None
     from matplotlib.figure import Figure
 
     from timm_tresnet.tagging.scores import rank
-    from timm_tresnet.utils.files import whole
+    from timm_tresnet.utils.files import atomic_write
 
     figure = Figure(figsize=(6, 6), layout="constrained")
     axes = figure.subplots()
@@ -245,5 +245,5 @@ def _draw(path: Path, outputs: Any, figures: dict[str, Any], model: str) -> None
     axes.plot([], [], color="0.8", label=f"{shown} of {len(indices)} labels, mAP {figures['scores']['mAP']:.2f}")
     axes.set(xlabel="recall, %", ylabel="precision, %", xlim=(0, 100), ylim=(0, 101), title=model)
     axes.legend(loc="lower left")
-    with whole(path, overwrite=False) as unfinished:
+    with atomic_write(path, overwrite=False) as unfinished:
         figure.savefig(unfinished, format=path.suffix.lower().removeprefix("."))

@@ -26,7 +26,7 @@ _Receive = Callable[[], Awaitable[_Message]]
 _Send = Callable[[_Message], Awaitable[None]]
 
 
-class Door:
+class RequestFilter:
     """ASGI middleware that passes on the requests of the demo's page and refuses all others.
 
     Files must be uploaded: a payload with a URL, which Gradio would fetch, is refused. A request's body is bounded in

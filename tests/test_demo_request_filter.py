@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from timm_tresnet.demo.door import Door
+from timm_tresnet.demo.request_filter import RequestFilter
 
 JOIN, UPLOAD = "/gradio_api/queue/join", "/gradio_api/upload"
 
@@ -36,7 +36,7 @@ def ask(method, path, *parts, wait=0.0, uploaded=frozenset(), root="", **options
 
         headers = [(b"content-length", b"7"), (b"host", b"x")]
         scope = {"type": "http", "method": method, "path": root + path, "root_path": root, "headers": headers}
-        door = Door(app, **{"largest": 1000, "uploaded": lambda: uploaded, **options})
+        door = RequestFilter(app, **{"largest": 1000, "uploaded": lambda: uploaded, **options})
         await asyncio.wait_for(door(scope, receive, send), 60)
 
     asyncio.run(run())
@@ -82,7 +82,7 @@ def test_whatever_the_page_does_not_need_is_not_there(method, path):
 @pytest.mark.parametrize(
     "path", ["/", "/config", "/theme.css", "/assets/a-b.js", "/gradio_api/file=/tmp/a b.jpg", "/gradio_api/queue/data"]
 )
-def test_what_the_page_needs_is_there(path, root):
+def test_requests_of_the_page_are_answered(path, root):
     for method in ("GET", "HEAD"):
         assert ask(method, path, root=root)[0] == 200
 

@@ -24,7 +24,7 @@ class ProgressBar(TQDMProgressBar):
         return {**metrics, "loss": f"{pl_module.mean_loss:.3f}"}
 
 
-def tell_start(
+def describe_start(
     network: Any,
     settings: TrainingSettings,
     images: tuple[int, int],
