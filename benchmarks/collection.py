@@ -147,7 +147,7 @@ def compare(expected: dict[str, tuple[int, float]], found: dict[str, tuple[int, 
     return len(same) / len(expected), max((abs(expected[name][1] - found[name][1]) for name in same), default=0.0)
 
 
-def measure(files: Path, called: str, names: Sequence[str], settings: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(files: Path, display_name: str, names: Sequence[str], settings: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the rows of the results: commands on the same files, in turns.
 
     Raises:
@@ -164,7 +164,11 @@ def measure(files: Path, called: str, names: Sequence[str], settings: argparse.N
                 times[name].append(time_command(words, Path(folder) / "printed"))
                 found[name] = read_results(name, output)
             seconds, cpu_s = times[name][-1]
-            print(f"{called}, round {turn}, {name}: {seconds:.1f} s, {cpu_s:.1f} s of CPU", file=sys.stderr, flush=True)
+            print(
+                f"{display_name}, round {turn}, {name}: {seconds:.1f} s, {cpu_s:.1f} s of CPU",
+                file=sys.stderr,
+                flush=True,
+            )
     rows = []
     for name in names:
         agreement, difference = compare(found[TIMM], found[name])
@@ -172,7 +176,13 @@ def measure(files: Path, called: str, names: Sequence[str], settings: argparse.N
             raise RuntimeError(f"{name} differs from {TIMM} in {1 - agreement:.1%} of files, and by {difference:.1e}")
         rows.append(
             {
-                **{"row": name, "files": called, "images": count, "agreement": agreement, "difference": difference},
+                **{
+                    "row": name,
+                    "files": display_name,
+                    "images": count,
+                    "agreement": agreement,
+                    "difference": difference,
+                },
                 "seconds": [seconds for seconds, _ in times[name]],
                 "cpu_s": [cpu_s for _, cpu_s in times[name]],
                 "ratios": [timm[0] / own[0] for timm, own in zip(times[TIMM], times[name], strict=True)],

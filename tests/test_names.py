@@ -10,7 +10,7 @@ from timm_tresnet.variants import DEPRECATED, WEIGHTS, explain_unknown
 
 def test_the_closest_names_are_asked_about():
     assert suggest("tresnet_xxl", ["tresnet_xl", "resnet"]) == "; did you mean tresnet_xl?"
-    assert suggest("AB", ["ab", "abc", "abd"], most=3) == "; did you mean ab, abd or abc?"
+    assert suggest("AB", ["ab", "abc", "abd"], limit=3) == "; did you mean ab, abd or abc?"
     assert suggest("q", ["tresnet_m"]) == ""
 
 

@@ -44,7 +44,7 @@ def test_kinds_take_what_they_say_and_nothing_else(make, good, bad):
     assert [find_fault(value, kind, "x") for value in good] == [None] * len(good)
     for value in bad:
         fault = find_fault(value, kind, "x")
-        assert fault.startswith(f"needs x to be {kind.words}, got ")
+        assert fault.startswith(f"needs x to be {kind.description}, got ")
         assert fault.isprintable()
 
 
@@ -60,7 +60,7 @@ def test_kinds_say_what_they_take():
         "an integer from 0 to 9 or null": integer(0, 9).or_null(),
         'an integer from 0 to 9 or "a"': integer(0, 9).or_else(choice("a")),
     }
-    assert [kind.words for kind in said.values()] == list(said)
+    assert [kind.description for kind in said.values()] == list(said)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_kinds_say_what_they_take():
     ],
 )
 def test_tables_name_the_first_fault_and_where_it_is(value, fault):
-    inner = Table({"c": TEXT}, others="which is not allowed")
+    inner = Table({"c": TEXT}, unknown_reason="which is not allowed")
     assert find_fault(value, Table({"a": integer(0, 9), "b": inner}, required=("b",))) == fault
 
 

@@ -148,7 +148,7 @@ def explain_unknown(name: str) -> str | None:
         tags = [known.partition(".")[2] for known in WEIGHTS if known.startswith(f"{variant}.")]
         meant = suggest(tag, tags)
         return f"{variant} has no weights {tag!r}{meant or '; it has ' + ', '.join(tags)}"
-    meant = suggest(name, [*ARCHITECTURES, *WEIGHTS, *DEPRECATED], most=3)
+    meant = suggest(name, [*ARCHITECTURES, *WEIGHTS, *DEPRECATED], limit=3)
     return f"there is no model {name}{meant or '; see `timm-tresnet list`'}"
 
 

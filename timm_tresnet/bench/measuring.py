@@ -44,12 +44,12 @@ def make_network(name: str, **kwargs: Any) -> nn.Module:
             )
         return timm.models.tresnet.TResNet(num_classes=_CLASSES, **_BUILTIN[variant], **kwargs)
     if not timm.is_model(name.partition(".")[0]):
-        meant = suggest(name, timm.list_models(), most=3)
+        meant = suggest(name, timm.list_models(), limit=3)
         raise ValueError(f"timm knows no model {name!r}{meant or '; see timm.list_models()'}")
     try:
         timm.models.get_pretrained_cfg(name)
     except RuntimeError as error:  # an unknown tag
-        meant = suggest(name, timm.list_models(f"{name.partition('.')[0]}.*", include_tags=True), most=3)
+        meant = suggest(name, timm.list_models(f"{name.partition('.')[0]}.*", include_tags=True), limit=3)
         raise ValueError(f"timm knows no weights {name!r}{meant}") from error
     return timm.create_model(name, num_classes=_CLASSES, **kwargs)
 

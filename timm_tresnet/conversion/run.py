@@ -187,10 +187,14 @@ def find_run(checkpoint: Mapping[str, Any], path: Path, args: Path | None = None
             sources.append((str(beside), _read_args(beside)))
         except (OSError, ValueError) as error:
             notes.append(f"{beside} was left out: {summarise(error)}")
-    for position, (called, found) in enumerate(sources):
+    for position, (display_name, found) in enumerate(sources):
         fault = _find_fault(found, checkpoint)
         if fault is None:
-            notes = [f"run of train.py: {called}", *notes, *_compare(found, called, sources[position + 1 :])]
+            notes = [
+                f"run of train.py: {display_name}",
+                *notes,
+                *_compare(found, display_name, sources[position + 1 :]),
+            ]
             known, left_out = _choose_known(found)
             start = None
             try:
@@ -203,13 +207,13 @@ def find_run(checkpoint: Mapping[str, Any], path: Path, args: Path | None = None
             if fault is None:
                 run = Run(known, start)
                 notes += [
-                    f"left out of {called}: it {each}; {_describe_fallback(name, run)}"
+                    f"left out of {display_name}: it {each}; {_describe_fallback(name, run)}"
                     for name, each in left_out.items()
                 ]
                 return dataclasses.replace(run, notes=tuple(notes)), ()
         if args is not None:
-            raise ValueError(f"{called} cannot be used: it {fault}")
-        notes.append(f"left out: {called}: it {fault}")
+            raise ValueError(f"{display_name} cannot be used: it {fault}")
+        notes.append(f"left out: {display_name}: it {fault}")
     return None, tuple(notes)
 
 
@@ -264,7 +268,7 @@ def _describe_fallback(name: str, run: Run) -> str:
     return "nothing is used instead" if instead is None else f"used instead: {format_value(instead)}"
 
 
-def _compare(args: Mapping[str, Any], called: str, others: list[tuple[str, Any]]) -> list[str]:
+def _compare(args: Mapping[str, Any], display_name: str, others: list[tuple[str, Any]]) -> list[str]:
     """Return a note on each other source whose arguments differ."""
     notes = []
     for other, found in others:
@@ -280,7 +284,7 @@ def _compare(args: Mapping[str, Any], called: str, others: list[tuple[str, Any]]
                 told = ", ".join(
                     f"{name} {_as_json(args.get(name))}, not {_as_json(found.get(name))}" for name in differ
                 )
-                notes.append(f"{other} differs; used from {called}: {told}")
+                notes.append(f"{other} differs; used from {display_name}: {told}")
     return notes
 
 

@@ -103,19 +103,19 @@ class Description:
         }
 
     @classmethod
-    def from_json(cls, described: Any, called: str = "the description") -> "Description":
+    def from_json(cls, described: Any, display_name: str = "the description") -> "Description":
         """Make a description from the content of a JSON file; the inverse of `to_json`.
 
         Args:
             described: content of the file.
-            called: name of the file in messages.
+            display_name: name of the file in messages.
 
         Raises:
             ValueError: if a field is missing or has a wrong type or range; the message names it.
         """
         fault = find_fault(described, _TABLE) or _find_contradiction(described)
         if fault:
-            raise ValueError(f"{called} {fault}")
+            raise ValueError(f"{display_name} {fault}")
         image = described["input"]
         as_they_are = ("model", "format", "precision", "preprocessing", "class_names", "multi_label")
         return cls(

@@ -47,13 +47,13 @@ class Annotations:
     """The content of an annotations file.
 
     Args:
-        called: name of the file in messages.
+        display_name: name of the file in messages.
         examples: its images, each once.
         names: its labels, in the order of a network's outputs.
         left_out: number of items left out, by their description.
     """
 
-    called: str
+    display_name: str
     examples: tuple[Example, ...]
     names: tuple[str, ...]
     left_out: Counter[str] = field(default_factory=Counter)
@@ -83,7 +83,7 @@ def read_annotations(path: Path, options: ReadingOptions = _USUAL) -> Annotation
         ValueError: if the form is unknown, there are no images, or files or labels are named that do not exist.
     """
     read, path = choose_reader(path, options.class_folders)
-    called = printable(path)
+    display_name = printable(path)
     left_out: Counter[str] = Counter()
     try:
         found = name_numbers(read(path, options, left_out), options.names)
@@ -112,14 +112,16 @@ def read_annotations(path: Path, options: ReadingOptions = _USUAL) -> Annotation
         if not examples:
             raise ValueError(f"has no usable images{_format_counts(left_out, '; left out ')}")
     except ValueError as error:
-        raise ValueError(f"{called} {error}") from error
-    return Annotations(called, tuple(examples), tuple(names), +left_out)
+        raise ValueError(f"{display_name} {error}") from error
+    return Annotations(display_name, tuple(examples), tuple(names), +left_out)
 
 
 def describe_left_out(annotations: Annotations) -> str | None:
     """Return a sentence about what was left out of annotations; None if nothing was."""
     return (
-        f"{annotations.called}: left out{_format_counts(annotations.left_out, ' ')}" if annotations.left_out else None
+        f"{annotations.display_name}: left out{_format_counts(annotations.left_out, ' ')}"
+        if annotations.left_out
+        else None
     )
 
 
@@ -136,7 +138,9 @@ def _check_names(names: Sequence[str]) -> None:
         raise ValueError(f"needs each label once, got more than once: {shorten_names(twice)}")
     odd = [name for name in names if not TEXT.fits(name)]
     if odd:
-        raise ValueError(f"needs labels to be {TEXT.words}, got {shorten_names([format_value(name) for name in odd])}")
+        raise ValueError(
+            f"needs labels to be {TEXT.description}, got {shorten_names([format_value(name) for name in odd])}"
+        )
 
 
 @dataclass

@@ -36,8 +36,9 @@ def read_folders(folder: Path, val: Path | None = None) -> tuple[Annotations, An
     training = _read(folder, "train")
     if len(training.names) < 2:
         raise ValueError(
-            f"{training.called} needs two class folders or more, got {shorten_names(list(training.names)) or 'none'}; "
-            "give it a folder for each class, or folders `train` and `validation` with a folder for each class"
+            f"{training.display_name} needs two class folders or more, got "
+            f"{shorten_names(list(training.names)) or 'none'}; give it a folder for each class, or "
+            "folders `train` and `validation` with a folder for each class"
         )
     if val is not None and not val.is_dir():
         raise ValueError(f"{printable(val)} needs to be a folder with a folder for each class")
@@ -46,7 +47,9 @@ def read_folders(folder: Path, val: Path | None = None) -> tuple[Annotations, An
     measuring = _read(val or folder, "validation")
     unknown = sorted(set(measuring.names) - set(training.names))
     if unknown:
-        raise ValueError(f"{measuring.called} has classes that {training.called} lacks: {shorten_names(unknown)}")
+        raise ValueError(
+            f"{measuring.display_name} has classes that {training.display_name} lacks: {shorten_names(unknown)}"
+        )
     return training, dataclasses.replace(measuring, names=training.names)
 
 
@@ -75,8 +78,8 @@ def hold_out_of_each(annotations: Annotations, share: float, seed: int) -> tuple
         members = [index for index, example in enumerate(annotations.examples) if example.labels == (name,)]
         if len(members) < 2:
             raise ValueError(
-                f"{annotations.called} has a single image of {name!r}, too few to hold one out; give validation images "
-                "with --val"
+                f"{annotations.display_name} has a single image of {name!r}, too few to hold one out; give validation "
+                "images with --val"
             )
         order = torch.randperm(len(members), generator=generator).tolist()
         count = min(max(1, round(share * len(members))), len(members) - 1)

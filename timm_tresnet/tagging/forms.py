@@ -371,12 +371,12 @@ def _parse_list(cell: str) -> Any:
         return value
 
 
-def _as_names(value: Any, called: str) -> tuple[str, ...]:
+def _as_names(value: Any, display_name: str) -> tuple[str, ...]:
     """Return label names from a JSON value: text, a number, or a list of these."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(_ID.fits(each) for each in values):
         raise ValueError(
-            f"needs {called} to be a label or a list of labels, each {_ID.words}, got {format_value(value)}"
+            f"needs {display_name} to be a label or a list of labels, each {_ID.description}, got {format_value(value)}"
         )
     return tuple(name for name in (str(each).strip() for each in values) if name)
 

@@ -198,8 +198,8 @@ def hold_out(annotations: Annotations, share: float, seed: int) -> tuple[Annotat
     count = max(1, round(share * len(annotations.examples)))
     if len(annotations.examples) <= count:
         raise ValueError(
-            f"{annotations.called} has {len(annotations.examples)} images, too few to hold {count} of them out; give "
-            "validation images with --val"
+            f"{annotations.display_name} has {len(annotations.examples)} images, too few to hold {count} of them out; "
+            "give validation images with --val"
         )
     order = torch.randperm(len(annotations.examples), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out, kept = sorted(order[:count]), sorted(order[count:])
@@ -253,7 +253,10 @@ def _check_positives(images: LabelledImages) -> None:
 def _describe_known(images: LabelledImages, training: Annotations, settings: Settings) -> str:
     known = int(images.count_labels().sum() + images.count_absent().sum())
     share = known / (len(images) * len(training.names))
-    return f"{training.called}: {share:.1%} of all labels of all images are known, others --unknown {settings.unknown}"
+    return (
+        f"{training.display_name}: {share:.1%} of all labels of all images are known, others --unknown "
+        f"{settings.unknown}"
+    )
 
 
 def _make_loss(settings: Settings, images: LabelledImages, names: Sequence[str]) -> LabelLoss:
@@ -434,7 +437,7 @@ def _summarise(
         "scores": best["scores"],
         "label_counts": data["training"].count_labels().tolist(),
         "images": (len(data["training"]), len(data["measuring"])),
-        "data": (training.called, measuring.called),
+        "data": (training.display_name, measuring.display_name),
         "settings": tagger.settings,
         "head": model_args.get("head", "linear"),
         "epoch": best["epoch"],

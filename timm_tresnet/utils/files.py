@@ -19,26 +19,26 @@ _UNFINISHED = ".partial"
 _REPLACED = ".replaced"  # the earlier file or folder, until the new one has its name
 
 
-def read_bounded(path: Path, most: int, called: str | None = None) -> bytes:
+def read_bounded(path: Path, max_bytes: int, display_name: str | None = None) -> bytes:
     """Return the content of a regular file of bounded size.
 
     Args:
         path: the file.
-        most: largest size, in bytes.
-        called: name of the file in messages; None for its path.
+        max_bytes: largest size.
+        display_name: name of the file in messages; None for its path.
 
     Raises:
         OSError: if the file does not exist or may not be read.
         ValueError: if it is too large, or not a regular file. Reading a pipe would block.
     """
-    called = called or str(path)
+    display_name = display_name or str(path)
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{called} is not a file")
-    if status.st_size > most:
-        raise ValueError(f"{called} needs to be at most {most} bytes long, got {status.st_size}")
+        raise ValueError(f"{display_name} is not a file")
+    if status.st_size > max_bytes:
+        raise ValueError(f"{display_name} needs to be at most {max_bytes} bytes long, got {status.st_size}")
     with path.open("rb") as file:
-        return file.read(most)
+        return file.read(max_bytes)
 
 
 @contextmanager

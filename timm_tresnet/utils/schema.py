@@ -18,20 +18,20 @@ class Kind:
     """A kind of value.
 
     Args:
-        words: description of the kind; in messages it follows "to be".
+        description: description of the kind; in messages it follows "to be".
         fits: whether a value from a JSON file is of this kind.
     """
 
-    words: str
+    description: str
     fits: Callable[[Any], bool]
 
     def or_null(self) -> "Kind":
         """This kind, or null."""
-        return Kind(f"{self.words} or null", lambda value: value is None or self.fits(value))
+        return Kind(f"{self.description} or null", lambda value: value is None or self.fits(value))
 
     def or_else(self, other: "Kind") -> "Kind":
         """This kind or another."""
-        return Kind(f"{self.words} or {other.words}", lambda value: self.fits(value) or other.fits(value))
+        return Kind(f"{self.description} or {other.description}", lambda value: self.fits(value) or other.fits(value))
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Table:
     Args:
         fields: the kind of each field by name; a field can be a table itself.
         required: names of the required fields.
-        others: why other names are refused; in messages it follows the name and a comma. None to allow other names.
+        unknown_reason: why other names are refused; in messages it follows the name and a comma. None to allow them.
     """
 
     fields: Mapping[str, "Kind | Table"]
     required: tuple[str, ...] = ()
-    others: str | None = None
+    unknown_reason: str | None = None
 
 
 def format_value(value: Any) -> str:
@@ -59,17 +59,19 @@ def format_value(value: Any) -> str:
     return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
 
 
-def integer(least: int, most: int) -> Kind:
-    """Integers from least to most."""
-    return Kind(f"an integer from {least} to {most}", lambda value: type(value) is int and least <= value <= most)
+def integer(minimum: int, maximum: int) -> Kind:
+    """Integers from minimum to maximum."""
+    return Kind(
+        f"an integer from {minimum} to {maximum}", lambda value: type(value) is int and minimum <= value <= maximum
+    )
 
 
-def number(least: float, most: float, above: bool = False) -> Kind:
-    """Finite numbers from least to most; if above is set, without least itself."""
-    words = f"a number above {least} and up to {most}" if above else f"a number from {least} to {most}"
+def number(minimum: float, maximum: float, above: bool = False) -> Kind:
+    """Finite numbers from minimum to maximum; if above is set, without minimum itself."""
+    words = f"a number above {minimum} and up to {maximum}" if above else f"a number from {minimum} to {maximum}"
     return Kind(
         words,
-        lambda value: type(value) in (int, float) and least <= value <= most and not (above and value == least),
+        lambda value: type(value) in (int, float) and minimum <= value <= maximum and not (above and value == minimum),
     )
 
 
@@ -82,19 +84,21 @@ def choice(*choices: str | int | bool | None) -> Kind:
     )
 
 
-def list_of(kind: Kind, least: int, most: int) -> Kind:
-    """Lists with least to most entries, each of a kind."""
-    count = f"{least}" if least == most else f"{least} to {most}"
+def list_of(kind: Kind, minimum: int, maximum: int) -> Kind:
+    """Lists with minimum to maximum entries, each of a kind."""
+    count = f"{minimum}" if minimum == maximum else f"{minimum} to {maximum}"
     return Kind(
-        f"a list of {count}, each {kind.words}",
-        lambda value: isinstance(value, list | tuple) and least <= len(value) <= most and all(map(kind.fits, value)),
+        f"a list of {count}, each {kind.description}",
+        lambda value: (
+            isinstance(value, list | tuple) and minimum <= len(value) <= maximum and all(map(kind.fits, value))
+        ),
     )
 
 
 def map_of(kind: Kind) -> Kind:
     """Objects whose values are all of a kind."""
     return Kind(
-        f"an object, each value {kind.words}",
+        f"an object, each value {kind.description}",
         lambda value: isinstance(value, dict) and all(TEXT.fits(key) and kind.fits(value[key]) for key in value),
     )
 
@@ -117,7 +121,9 @@ def find_fault(value: Any, kind: Kind | Table, name: str = "") -> str | None:
     """
     if isinstance(kind, Kind):
         return (
-            None if kind.fits(value) else f"needs {name or 'its content'} to be {kind.words}, got {format_value(value)}"
+            None
+            if kind.fits(value)
+            else f"needs {name or 'its content'} to be {kind.description}, got {format_value(value)}"
         )
     if not isinstance(value, dict):
         return f"needs {name or 'its content'} to be an object, got {format_value(value)}"
@@ -129,18 +135,18 @@ def find_fault(value: Any, kind: Kind | Table, name: str = "") -> str | None:
         if each in kind.fields:
             fault = find_fault(part, kind.fields[each], prefix + each)
         else:
-            fault = kind.others and f"has {format_value(prefix + each)}, {kind.others}"
+            fault = kind.unknown_reason and f"has {format_value(prefix + each)}, {kind.unknown_reason}"
         if fault:
             return fault
     return None
 
 
-def read_json(path: Path, called: str | None = None) -> Any:
+def read_json(path: Path, display_name: str | None = None) -> Any:
     """Read a JSON file.
 
     Args:
         path: the file.
-        called: name of the file in messages; None for its path.
+        display_name: name of the file in messages; None for its path.
 
     Returns:
         The decoded content.
@@ -149,8 +155,8 @@ def read_json(path: Path, called: str | None = None) -> Any:
         OSError: if the file does not exist or may not be read.
         ValueError: if it is not a regular file, too large, or not JSON in UTF-8.
     """
-    content = read_bounded(path, LARGEST_FILE, called)
+    content = read_bounded(path, LARGEST_FILE, display_name)
     try:
         return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{called or path} is not JSON: {error}") from error
+        raise ValueError(f"{display_name or path} is not JSON: {error}") from error

@@ -98,12 +98,12 @@ _LABELS = {name: PRETRAINED_CFG[name] for name in ("label_names", "label_descrip
 _NO_FIELD = "which is not a field of timm's pretrained config"
 
 
-def read_config(path: Path, called: str | None = None) -> dict[str, Any]:
+def read_config(path: Path, display_name: str | None = None) -> dict[str, Any]:
     """Read the config.json of a TResNet and check every field's type and range.
 
     Args:
         path: the file.
-        called: name of the file in messages; None for its path.
+        display_name: name of the file in messages; None for its path.
 
     Returns:
         The content.
@@ -113,13 +113,13 @@ def read_config(path: Path, called: str | None = None) -> dict[str, Any]:
         ValueError: if it is not JSON, or timm could not build a TResNet from it. The message names the first wrong
             field, the value that it needs and the value that it has.
     """
-    called = called or str(path)
-    config = read_json(path, called)
-    check_config(config, called)
+    display_name = display_name or str(path)
+    config = read_json(path, display_name)
+    check_config(config, display_name)
     return config
 
 
-def check_config(config: Any, called: str = NAME) -> None:
+def check_config(config: Any, display_name: str = NAME) -> None:
     """Check every field of the content of a config.json.
 
     Raises:
@@ -127,14 +127,14 @@ def check_config(config: Any, called: str = NAME) -> None:
     """
     fault = find_fault(config, _choose_table(config)) or _find_contradiction(config)
     if fault:
-        raise ValueError(f"{called} {fault}")
+        raise ValueError(f"{display_name} {fault}")
 
 
 def _choose_table(config: Any) -> Table:
     from timm_tresnet.variants import ARCHITECTURES  # which imports this folder
 
     ours = choice(*ARCHITECTURES)
-    architecture = Kind(f"a TResNet, {ours.words}", ours.fits)
+    architecture = Kind(f"a TResNet, {ours.description}", ours.fits)
     if isinstance(config, dict) and "pretrained_cfg" not in config:  # timm's first form, all in one
         names = {**PRETRAINED_CFG, "labels": PRETRAINED_CFG["label_names"], "num_features": integer(1, 10**9).or_null()}
         return Table({**names, "architecture": architecture}, ("architecture",), _NO_FIELD)

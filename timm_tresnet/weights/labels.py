@@ -134,7 +134,7 @@ def order_names(in_file: Any, num_classes: int) -> tuple[tuple[str, ...], str]:
     for index, name in names.items():
         if not TEXT.fits(name) or not name.strip():
             shown = format_value(name) if isinstance(name, str) else type(name).__name__
-            return (), f"needs name {index} to be {TEXT.words}, got {shown}"
+            return (), f"needs name {index} to be {TEXT.description}, got {shown}"
     twice = [name for name, count in Counter(names.values()).items() if count > 1]
     if twice:
         return (), f"needs a name for each class, got {', '.join(twice[:5])} more than once"

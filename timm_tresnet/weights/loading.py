@@ -77,9 +77,9 @@ def look_up_weights(name: str) -> Weights:
     try:
         source, rest = _split(name)
         if source:
-            path, pinned, called = _find_config(source, rest)
-            model_args = config.read_config(path, called).get("model_args", {})
-            pretrained_cfg: Any = build_skeleton(pinned, called).pretrained_cfg
+            path, pinned, display_name = _find_config(source, rest)
+            model_args = config.read_config(path, display_name).get("model_args", {})
+            pretrained_cfg: Any = build_skeleton(pinned, display_name).pretrained_cfg
         else:
             _check_name(rest)
             with torch.device("meta"), warnings.catch_warnings():
@@ -93,12 +93,12 @@ def look_up_weights(name: str) -> Weights:
     return Weights(pretrained_cfg["architecture"], dict(model_args), dict(pretrained_cfg))
 
 
-def build_skeleton(name: str, called: str = config.NAME) -> nn.Module:
+def build_skeleton(name: str, display_name: str = config.NAME) -> nn.Module:
     """Build the network of a checked config.json on the meta device, without memory for parameters, and run it.
 
     Args:
         name: local-dir:FOLDER or hf-hub:OWNER/NAME@REVISION.
-        called: name of the config in messages.
+        display_name: name of the config in messages.
 
     Returns:
         The network, on the meta device.
@@ -118,7 +118,7 @@ def build_skeleton(name: str, called: str = config.NAME) -> nn.Module:
                 raise ValueError("it needs a global_pool to classify images, got ''")
     # timm's layers raise these for combinations of arguments that are valid on their own.
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{called} describes a network that cannot run: {summarise(error)}") from error
+        raise ValueError(f"{display_name} describes a network that cannot run: {summarise(error)}") from error
     return model
 
 
@@ -174,9 +174,9 @@ def _check_file(path: Path) -> None:
 
 def _check_repository(name: str) -> str:
     """Check a repository; return its name with the checked commit, so that timm loads the same one."""
-    path, pinned, called = _find_config("hf-hub", name)
-    config.read_config(path, called)
-    build_skeleton(pinned, called)
+    path, pinned, display_name = _find_config("hf-hub", name)
+    config.read_config(path, display_name)
+    build_skeleton(pinned, display_name)
     _check_hash(name.partition("@")[0], path.parent.name)
     return pinned
 

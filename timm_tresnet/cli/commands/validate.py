@@ -148,9 +148,9 @@ def run(
     except (OSError, RuntimeError, ValueError) as error:
         raise CommandError(f"cannot measure {model}: {summarise(error)}") from error
     unreadable = [printable(path) for path in outputs.unreadable]
-    _print_figures(figures, model, annotated.called)
+    _print_figures(figures, model, annotated.display_name)
     if json_file:
-        about = {"command": shlex.join(["timm-tresnet", *words]), "model": model, "annotations": annotated.called}
+        about = {"command": shlex.join(["timm-tresnet", *words]), "model": model, "annotations": annotated.display_name}
         _write_json(json_file, {**about, **figures, "unknown_labels": matching.unknown, "unreadable": unreadable})
     if csv_file:
         _write_csv(csv_file, figures["per_label"])
@@ -179,22 +179,22 @@ def _tell_matching(matching: Any, annotated: Any, network: Any) -> list[str]:
     lines = []
     if matching.unknown:
         lines.append(
-            f"{len(matching.unknown)} of {len(annotated.names)} labels of {annotated.called} are unknown to the "
+            f"{len(matching.unknown)} of {len(annotated.names)} labels of {annotated.display_name} are unknown to the "
             f"network and left out: {shorten_names(matching.unknown)}"
         )
     if matching.missing:
         missing = [label_lookup(network)(index) for index in matching.missing]
         lines.append(
-            f"{len(missing)} of the network's {network.num_classes} labels are not in {annotated.called} and not "
+            f"{len(missing)} of the network's {network.num_classes} labels are not in {annotated.display_name} and not "
             f"measured: {shorten_names(missing)}"
         )
     return lines
 
 
-def _print_figures(figures: dict[str, Any], model: str, called: str) -> None:
+def _print_figures(figures: dict[str, Any], model: str, display_name: str) -> None:
     print(
-        f"{model}: {figures['images']} images of {called}, {figures['measured_labels']} of {figures['labels']} labels "
-        "measured"
+        f"{model}: {figures['images']} images of {display_name}, {figures['measured_labels']} of {figures['labels']} "
+        "labels measured"
     )
     print(", ".join(f"{name} {value:.2f}" for name, value in figures["scores"].items()))
     if "decisions" in figures:
