@@ -1,4 +1,4 @@
-"""What timm's unchanged scripts do with our TResNet, flag by flag, beside what they do with timm's own.
+"""timm's unchanged scripts with our TResNet, flag by flag, compared with timm's own TResNet.
 
     TIMM_SCRIPTS=pytorch-image-models python tests/acceptance.py
 
@@ -331,7 +331,7 @@ ROWS = [
 
 @dataclass(frozen=True)
 class Result:
-    """What one side made of a row: an error, or values to compare."""
+    """The result of one side of a row: an error, or values to compare."""
 
     error: str
     values: dict[str, Any]
@@ -389,7 +389,7 @@ class Sides:
 
 
 def make_images(folder: Path) -> None:
-    """Noise in two shades, sixteen images for training and eight for validation."""
+    """Write noise images of two brightnesses, sixteen for training and eight for validation."""
     import torch
     from PIL import Image
 
@@ -499,7 +499,7 @@ def fork(work: Callable[[], None], out: Path, environment: dict[str, Any]) -> in
 
 
 def wait(*children: int) -> None:
-    """Wait for forks; end those that take longer than TIME_LIMIT, or that wait for a failed one."""
+    """Wait for forks; kill those that exceed TIME_LIMIT or wait for a failed one."""
     left, deadline = set(children), time.monotonic() + TIME_LIMIT
     while left:
         for child in list(left):
@@ -524,7 +524,7 @@ def free_port() -> int:
 
 
 def read_result(out: Path, row: Row) -> Result:
-    """What a row left behind."""
+    """Files that a row left behind."""
     log = (out / "log.txt").read_text(errors="replace")
     error = out / "error.txt"
     if error.exists():
@@ -628,7 +628,7 @@ def compare(results: dict[str, Result]) -> tuple[str, float]:
 
 
 def meets(row: Row, relation: str) -> bool:
-    """Whether a row's result is what was expected of it."""
+    """Whether a row has the expected result."""
     return relation in {row.expected, *_ALSO.get(row.expected, ())}
 
 
@@ -729,7 +729,7 @@ def _find_version(package: str) -> str | None:
 
 
 def _hash_blob(path: Path) -> str:
-    """What `git hash-object` prints, so that the file can be found in timm's history."""
+    """Return the hash that `git hash-object` prints, to find the file in timm's history."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Wrong answers of a server, the doors that they come to, and what is in order behind them."""
+"""Wrong answers of a server, the commands that receive them, and checks of the outcome."""
 
 import re
 from collections.abc import Callable
@@ -106,7 +106,7 @@ class Doors:
 
 
 def find_disorder(door: str, repo_id: str, status: int, out: str, err: str) -> str:
-    """What is wrong with how a command ended, "" if nothing: it went well, or said what is wrong in one sentence."""
+    """Return the fault of a command's end; "" if it succeeded, or reported an error in one sentence."""
     if TOKEN in out + err:
         return "a login is printed"
     if "Traceback" in out + err:

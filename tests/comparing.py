@@ -1,4 +1,4 @@
-"""A small network, a training step, and what that gives and keeps: what tests compare with and with plain PyTorch."""
+"""A small network and a training step, with its results and stored bytes, for comparisons with plain PyTorch."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ each_setting = pytest.mark.parametrize(
 
 
 def make_model(setting="none", seed=0, **kwargs):
-    """Small network whose batch norm weights are positive, negative and zero."""
+    """Make a small network with positive, negative and zero batch norm weights."""
     torch.manual_seed(seed)
     model = TResNet(**{**SMALL, **kwargs}, recompute="activations" if setting == "checkpointing" else setting)
     if setting == "checkpointing":
@@ -35,7 +35,7 @@ def images(batch=2, size=64, **kwargs):
 
 
 def run_alone(layer, x, setting="activations"):
-    """Run a layer as a program of its own, or as it is with "none"."""
+    """Run a layer as a program of its own or, with "none", as plain PyTorch."""
     return layer(x) if setting == "none" else run_program(read_program(layer), x, Run(RECOMPUTED[setting]))
 
 

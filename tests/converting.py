@@ -1,4 +1,4 @@
-"""What tests of converted checkpoints share."""
+"""Helpers of the tests of converted checkpoints."""
 
 from pathlib import Path
 

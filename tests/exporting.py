@@ -1,4 +1,4 @@
-"""What the tests of exporting share."""
+"""Helpers of the tests of exporting."""
 
 import copy
 import importlib.util

@@ -1,4 +1,4 @@
-"""The doors that tests/fuzz.py knocks at: how an input is made for each, and what is a right answer to it."""
+"""The doors (entry points) that tests/fuzz.py tries: how to make an input for each, and which answers are right."""
 
 import argparse
 import asyncio
@@ -64,7 +64,7 @@ class Case:
 
 
 class RequestFilter:
-    """Makes inputs, with what it needs in a folder of its own."""
+    """Makes inputs; its files are in a folder of its own."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -283,7 +283,7 @@ class Servers(RequestFilter):
 
 
 class Writers(RequestFilter):
-    """Conversions and exports that are killed, each over what the one before has left."""
+    """Conversions and exports that are killed, each on top of the previous one's leftovers."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -418,7 +418,7 @@ class Resumed(RequestFilter):
 
 
 def judge_training(status: int, out: str, err: str) -> str:
-    """Of a training that ends well or says in a sentence why there is none."""
+    """Judge a training: it succeeds, or explains in a sentence why not."""
     if status == 0:
         assert not err, err
         return ANSWERED
@@ -485,7 +485,7 @@ class Payloads(RequestFilter):
 
 
 def _find(value: Any, name: str) -> Iterator[Any]:
-    """What a name stands for, anywhere in a payload."""
+    """Find the values of a name anywhere in a payload."""
     for key, each in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         if key == name:
             yield each

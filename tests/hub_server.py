@@ -27,7 +27,7 @@ import yaml
 
 @dataclass
 class Fault:
-    """What goes wrong with the next requests.
+    """A fault of the next requests.
 
     Attributes:
         request: regular expression for all of "METHOD /path".
@@ -65,7 +65,7 @@ class Repository:
 
 
 class HubServer:
-    """Serves repositories, whose every revision is a folder, while used as a context manager.
+    """Context manager that serves repositories; each revision is a folder.
 
     Attributes:
         url: what HF_ENDPOINT has to be.

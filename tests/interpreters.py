@@ -1,4 +1,4 @@
-"""How tests start a new interpreter, and what they ask it."""
+"""Start new interpreters for tests, and query them."""
 
 # For an interpreter in which no warning may pass, but what PyTorch 2.5 itself says of a folder that it made.
 STRICTLY = ["-W", "error", "-W", "ignore:Implicitly cleaning up:ResourceWarning"]

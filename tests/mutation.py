@@ -64,7 +64,7 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the tests do without a mutant: seconds of computing by test, tests by line of each file."""
+    """Results of the tests without a mutant: CPU seconds of each test, and the tests of each line."""
 
     seconds: dict[str, float]
     tests: dict[str, dict[int, list[str]]]
@@ -143,7 +143,7 @@ def _make_mutant(path, module, mutation) -> Mutant:
 
 
 def copy_tree(folder: Path) -> None:
-    """Copy what git knows."""
+    """Copy the files that git tracks."""
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(None, names.split("\0")):
         if (ROOT / name).is_file():
@@ -152,7 +152,7 @@ def copy_tree(folder: Path) -> None:
 
 
 def import_what_tests_need() -> None:
-    """Import, for the processes that are forked, what takes long and is not ours."""
+    """Import slow third-party packages before processes are forked."""
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     for name in ("torch", "torchvision", "timm", "torch._dynamo"):
         importlib.import_module(name)
@@ -200,7 +200,7 @@ def run_tests(folder: Path, tests: Sequence[str], *plugins: object) -> int:
 
 
 def enter(folder: Path) -> None:
-    """Make the copy what is imported, here and in what tests start."""
+    """Import from the copy, here and in processes that tests start."""
     os.chdir(folder)
     sys.path[:] = [
         str(folder),

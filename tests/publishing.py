@@ -1,4 +1,4 @@
-"""What the tests of publishing share."""
+"""Helpers of the tests of publishing."""
 
 import functools
 import importlib

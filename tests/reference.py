@@ -1,4 +1,4 @@
-"""Slow, obvious versions of what the package does, written from the paper and from the official code's key names."""
+"""Slow, obvious implementations, written from the paper and the official code's key names."""
 
 import math
 

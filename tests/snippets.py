@@ -1,4 +1,4 @@
-"""How tests run the snippets of README.md and of docs/: Python as it stands, commands through their own parsers.
+"""Run the snippets of README.md and docs/: Python unchanged, commands through their own parsers.
 
 Nothing is downloaded: `make_stand_ins` puts what the snippets name into a folder and onto a stand-in for the Hub, with
 networks that have each variant's name and kinds of blocks, but few and narrow ones.
@@ -122,7 +122,7 @@ def find_reason(words: Sequence[str]) -> str | None:
 
 
 def run_command(words: list[str]) -> None:
-    """Run a command, or what stands for it; a command that nobody knows fails."""
+    """Run a command or its substitute; an unknown command fails."""
     reason = find_reason(words)
     if words[0] == "timm-tresnet":
         if "onnx" in words:

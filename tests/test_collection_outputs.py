@@ -33,7 +33,7 @@ def make_row(number, path):
 
 
 def classify(path, process=0, processes=1, files=FILES, **others):
-    """What the command does, with results that are known."""
+    """Do what the command does, with known results."""
     output = Output(path, MADE_BY, {"model": "x"}, resume=True, process=process, processes=processes, **others)
     if not process:
         output.prepare()

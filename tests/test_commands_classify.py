@@ -275,7 +275,7 @@ def test_top_k_must_be_a_positive_number(top_k, capsys):
 
 @pytest.fixture
 def tagger(tmp_path):
-    """A folder with a model whose images have any number of five labels; its logits do not depend on the image."""
+    """A folder with a multi-label model of five labels; its logits do not depend on the image."""
     model = timm.create_model("test_tresnet", num_classes=5, pretrained_cfg_overlay={"notes": ("multi-label",)})
     torch.nn.init.zeros_(model.head.fc.weight)
     model.head.fc.bias.data = torch.tensor([3.0, -3.0, 0.5, -0.5, 6.0])
@@ -374,7 +374,7 @@ def test_photographs_are_turned_unless_they_are_asked_for_as_stored(tmp_path, ca
 
 @pytest.fixture
 def collection(tmp_path):
-    """A folder of 11 images in folders, of which two cannot be read."""
+    """A folder of 11 images in subfolders; two are unreadable."""
     folder = tmp_path / "collection"
     for index in range(11):
         (folder / str(index % 3)).mkdir(parents=True, exist_ok=True)

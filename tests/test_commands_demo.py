@@ -17,7 +17,7 @@ def test_missing_extra_is_named(monkeypatch, capsys):
 
 
 class Page:
-    """Stands in for `timm_tresnet.demo.page`, which tests of the browser run: notes what it is asked for."""
+    """Stands in for `timm_tresnet.demo.page` and records its calls; tests with a browser run the real page."""
 
     def __init__(self, embedded):
         self.list_weights = lambda: (embedded, ["on_the_hub"])

@@ -83,7 +83,7 @@ def plain_step(change=lambda model: model, x=None, dtype=torch.float64, **kwargs
 
 
 def mark(*cases, few):
-    """The first few are always tried, the others are further variants."""
+    """The first few are always tried, the rest are further variants."""
     return [
         pytest.param(
             *(case if isinstance(case, tuple) else (case,)), marks=[pytest.mark.thorough] if index >= few else []

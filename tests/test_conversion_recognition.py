@@ -173,7 +173,7 @@ def test_zero_shot_networks_answer_once_they_have_labels(tmp_path):
 
 
 def as_query2label(tensors):
-    """Names of the file without its wrapper, and those of the backbone as elsewhere."""
+    """Names of the file without its wrapper; the backbone has the official names."""
     return {name.removeprefix("module.").removeprefix("backbone.0.body."): tensor for name, tensor in tensors.items()}
 
 
@@ -221,7 +221,7 @@ NARROW_D = {"layers": [1, 1, 2, 1], "width_factor": 0.25, "block": ["bottleneck"
 
 
 def as_xformers(tensors):
-    """The attention of ML-Danbooru's decoder as it is where xformers was there in training."""
+    """The attention of ML-Danbooru's decoder as stored by a training with xformers."""
     attention = "head.decoder.layers.0.multihead_attn."
     tensors = dict(tensors)
     for kind in ("weight", "bias"):

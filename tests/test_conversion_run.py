@@ -1,4 +1,4 @@
-"""What timm's train.py leaves is converted as timm's validate.py would take it."""
+"""Runs of timm's train.py are converted with the preprocessing of timm's validate.py."""
 
 import argparse
 import os
@@ -39,7 +39,7 @@ def make_model(args):
 
 
 def train(folder, ema=False, file="model_best.pth.tar", **given):
-    """A step of training and what train.py's saver writes of it; returns the file, args and network."""
+    """Train a step and save it with train.py's saver; return the file, args and network."""
     args = argparse.Namespace(**{**USUAL, "model_ema": ema, **given})
     model = make_model(args)
     average = ModelEmaV2(model, decay=0.5) if ema else None

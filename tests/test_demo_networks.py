@@ -7,7 +7,7 @@ from timm_tresnet.demo.networks import Networks
 
 
 def wait_for(networks, name):
-    """What comes in the end; polls as the page does."""
+    """Poll for a network as the page does, and return it."""
     for _ in range(6000):
         network = networks.get(name)
         if network is not None:

@@ -44,7 +44,7 @@ socket.socket.connect = connect_to_this_machine
 
 
 class Demo:
-    """A demo that runs: where it is, and what it has printed by then."""
+    """A running demo: its address and its output so far."""
 
     def __init__(self, code, log, **variables):
         self.log = log

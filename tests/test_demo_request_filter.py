@@ -1,4 +1,4 @@
-"""The demo's door by itself, as an ASGI server calls it."""
+"""The demo's request filter alone, called as by an ASGI server."""
 
 import asyncio
 import json
@@ -11,7 +11,7 @@ JOIN, UPLOAD = "/gradio_api/queue/join", "/gradio_api/upload"
 
 
 def ask(method, path, *parts, wait=0.0, uploaded=frozenset(), root="", **options):
-    """What a request gets: status, and the body that the application behind the door has read."""
+    """Return the status of a request's response, and the body that the application has read."""
     read, sent = [], []
 
     async def app(scope, receive, send):

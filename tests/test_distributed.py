@@ -47,7 +47,7 @@ def mark(cases):
 
 
 def make_network(setting, norms):
-    """A network whose norms make two processes with a half of the batch each compute what one with all of it does."""
+    """A network with synchronized norms: two processes with half of the batch each compute what one process does."""
     model = make_model(setting, layers=LAYERS, dtype=torch.float64)
     if norms == "synchronized":
         return timm.layers.convert_sync_batchnorm(model)
@@ -78,7 +78,7 @@ def batches():
 
 
 def shard(setting, wrapped, norms):
-    """A network whose weights are spread over the processes, and gathered for a network, a stage or a block at once."""
+    """A network with sharded weights, gathered for the network, a stage or a block at a time."""
     from torch.distributed.fsdp import fully_shard
 
     model = make_network(setting, norms)
@@ -91,7 +91,7 @@ def shard(setting, wrapped, norms):
 
 
 def shard_mixed(setting):
-    """A network whose blocks gather bfloat16 weights, and whose norms gather float32 ones, which PyTorch's ask for."""
+    """A network whose blocks gather bfloat16 weights, and whose norms gather float32 ones, as PyTorch's need."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     model = make_model(setting, layers=LAYERS)
@@ -122,7 +122,7 @@ def save_gathered(model, path):
 
 
 def run_process(folder, thorough):
-    """One of two processes: what `processes` returns."""
+    """Run one of two processes; `processes` returns its results."""
 
     def choose(cases):
         return [case for case in cases if thorough or case in FEW]
@@ -169,14 +169,14 @@ def has_fully_shard():
 
 @pytest.fixture(scope="module")
 def folder(run_two_processes, request):
-    """Where two processes left what they computed."""
+    """Folder with the results of two processes."""
     tests = [item for item in request.session.items if item.module is request.module]
     return run_two_processes(__name__, any(item.get_closest_marker("thorough") for item in tests))
 
 
 @pytest.fixture(scope="module")
 def processes(folder):
-    """What each of two processes computed."""
+    """Results of each of two processes."""
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

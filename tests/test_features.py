@@ -1,4 +1,4 @@
-"""Lists of features and traced graphs: what they keep, and that checkpoints count a batch once."""
+"""Feature lists and traced graphs: their stored bytes, and that checkpoints count a batch once."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""The figures in README.md and docs/ are those of the files in benchmarks/results/ that stand beside them."""
+"""Numbers in README.md and docs/ agree with the files in benchmarks/results/ named beside them."""
 
 import functools
 import inspect
@@ -171,7 +171,7 @@ def test_cells_are_what_the_files_say(table):
 
 
 def _has(row: dict[str, Any], header: str) -> bool:
-    """Whether a file of a table has a row's number, since files differ in what they measured."""
+    """Whether a table's file has a row's number; files have different rows."""
     return header != "largest batch in 16 GB" or "largest_batch" in row
 
 

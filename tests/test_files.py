@@ -8,7 +8,7 @@ from timm_tresnet.utils.files import atomic_write
 
 
 class Interruption(BaseException):
-    """What ends a program rather than a function, as KeyboardInterrupt does."""
+    """Ends a program rather than a function, as KeyboardInterrupt does."""
 
 
 @pytest.fixture

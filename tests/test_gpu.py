@@ -1,4 +1,4 @@
-"""What only a GPU can show; everything here skips without one."""
+"""Tests that need a GPU; all of them are skipped without one."""
 
 import contextlib
 import gc
@@ -27,7 +27,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture(autouse=True)
 def exact_convolutions():
-    """The same algorithms every time, in full precision, so that only what this package does can differ."""
+    """Use deterministic algorithms in full precision, so that only this package's work can differ."""
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         yield
 

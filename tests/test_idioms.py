@@ -1,4 +1,4 @@
-"""What people do to timm's TResNet works on ours, and gives the same: the built-in is the reference.
+"""Common uses of timm's TResNet work on ours with the same results; the built-in is the reference.
 
 Each idiom is a function of a network, run on timm's own and on ours with the same weights.
 """

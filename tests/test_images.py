@@ -32,7 +32,7 @@ def with_alpha(image, alpha=99):
 
 
 def on_white(image, alpha=99):
-    """What an image looks like on a white page, with one opacity for all."""
+    """Return an image composed on white with a uniform opacity."""
     return Image.blend(Image.new("RGB", image.size, "white"), image.convert("RGB"), alpha / 255)
 
 
@@ -160,7 +160,7 @@ def test_deep_grey_is_neither_black_nor_saturated(pixels, options, tmp_path):
 
 
 def bomb(path, side):
-    """A PNG of few bytes whose header promises a square of that side."""
+    """Write a PNG of few bytes whose header declares a square of that side."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

@@ -1,4 +1,4 @@
-"""What is left of processes that are killed while they write, and of two that write to one place at once."""
+"""Files left by processes that are killed while they write, and by two that write to one path at once."""
 
 import functools
 import os

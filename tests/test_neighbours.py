@@ -1,4 +1,4 @@
-"""Packages that take models of timm take ours, and compute with it what they compute with timm's own.
+"""Packages that work with timm's models work with ours, with the same results as for timm's own.
 
 Each test has the real package; it is skipped where that is not installed (the extra `neighbours` has all of them).
 """

@@ -1,4 +1,4 @@
-"""notebooks/fine_tune.ipynb as it stands, and run from its first cell to its last with small data."""
+"""notebooks/fine_tune.ipynb: its form, and a run of all cells with small data."""
 
 import importlib.util
 import os
@@ -41,7 +41,7 @@ def photographs(tmp_path):
 
 
 def run(notebook, folder, **parameters):
-    """Run every cell in a fresh kernel, with other parameters; gives what each printed, by its id."""
+    """Run every cell in a fresh kernel with other parameters; return the output of each by its id."""
     from nbclient import NotebookClient
 
     (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))

@@ -1,4 +1,4 @@
-"""benchmarks/on_gpu.py, rehearsed on the CPU: every row with a tiny network, and what happens when one fails."""
+"""benchmarks/on_gpu.py, rehearsed on the CPU: every row with a tiny network, and failing rows."""
 
 import contextlib
 import json

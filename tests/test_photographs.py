@@ -39,7 +39,7 @@ needs_scripts = pytest.mark.skipif(not SCRIPTS, reason="TIMM_SCRIPTS does not na
 
 @contextmanager
 def as_a_program(words):
-    """What a script changes is put back: arguments, modules' folder, logging."""
+    """Restore what a script changes: arguments, module path, logging."""
     argv, path, root = sys.argv, sys.path[:], logging.getLogger()
     handlers, level = root.handlers[:], root.level
     sys.argv = words
@@ -61,7 +61,7 @@ def run_script(*words):
 
 
 def run_command(words):
-    """A command of the page, made quick; returns what it prints, or of a script its result."""
+    """Run a shortened command of the page; return its output or, for a script, its result."""
     quick = next((extra for name, extra in QUICK.items() if name in words[:2]), "").split()
     if words[0] == "python":
         return run_script(*words[1:], *quick)
@@ -82,7 +82,7 @@ def draw(folder, count, generator):
 
 
 def count_right(printed):
-    """Share of images, in percent, whose first label is the name of their folder, from a table of `classify`."""
+    """Return the percentage of images whose first label is their folder's name, from a table of `classify`."""
     rows = [re.match(r"(\S+)\s+(\S+) [\d.]+%", line) for line in printed.splitlines()]
     right = [Path(row[1]).parent.name == row[2] for row in rows]
     return 100 * sum(right) / len(right)

@@ -7,7 +7,7 @@ from scripts import load_script
 
 
 class Photographs:
-    """What torchvision's CIFAR10 is to the script: classes, and pairs of an image and the index of its class."""
+    """A stand-in for torchvision's CIFAR10: classes, and pairs of image and class index."""
 
     classes = ("cat", "dog")
 

@@ -1,4 +1,4 @@
-"""Names of PyTorch that are not public, each with what it does for us: one list, one test a name.
+"""Private names of PyTorch that this package uses, each with its purpose: one list, one test a name.
 
 Where a release of PyTorch drops or changes one, its test fails, and `private` above it says who uses it and what else
 there is.

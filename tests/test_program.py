@@ -1,4 +1,4 @@
-"""What blocks are read into, and why some are not."""
+"""Programs that blocks are read into, and reasons why some are not."""
 
 import pytest
 import timm

@@ -504,7 +504,7 @@ def test_unfit_space_is_refused_before_a_request(hub, publish_space, space, dama
 
 
 def copy_of_published(folder):
-    """The folder as it is after publishing, committed by hand."""
+    """Commit a folder by hand, with the content that publishing gives it."""
     return {
         path.name: path.read_bytes().replace(PLACEHOLDER.encode(), f"hf-hub:{REPO}".encode())
         for path in folder.iterdir()

@@ -1,4 +1,4 @@
-"""Backward uses the random masks that the forward drew, whatever is kept; where PyTorch does not, a test says so."""
+"""Backward uses the forward's random masks with every setting; exceptions of PyTorch have a test each."""
 
 import pytest
 import timm

@@ -31,7 +31,7 @@ HEADINGS = ["Source: ", "Published", "Not expressed:", "Give it: "]
 
 
 def find_gaps(text):
-    """What a recipe's file does not say."""
+    """Settings that a recipe's file leaves open."""
     head, _, body = text.partition("\n\n")
     summary, *rest = head.splitlines()
     gaps = [] if re.fullmatch(r"# [A-Z].{20,110}\.", summary) else ["what it is for, in a sentence"]
@@ -48,7 +48,7 @@ def find_gaps(text):
 
 
 def find_faults(parser, recipe):
-    """What train.py would not take, or would take without a word and without effect."""
+    """Find settings that train.py refuses, or silently ignores."""
     actions = {action.dest: action for action in parser._actions}
     faults = []
     for name, value in recipe.items():

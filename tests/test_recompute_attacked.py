@@ -1,4 +1,4 @@
-"""What an attack on the block program found: user code where modules are expected, and modes that it leaves open."""
+"""Attacks on the block program: user code in place of modules, and modes that it leaves open."""
 
 import contextlib
 import sys

@@ -1,4 +1,4 @@
-"""Checkpoints and hooks on saved tensors of others, in and around the network."""
+"""User-defined checkpoints and saved-tensor hooks, in and around the network."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""Edits of a network between forward and backward, which works with what forward had."""
+"""Edits of a network between forward and backward; backward uses the forward's values."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""Feature maps that users take out and edit, and modules that edit what autograd has not saved."""
+"""Feature maps that user code extracts and edits, and modules that edit tensors which autograd has not saved."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Hooks of users on modules and tensors, and edits of what hooks have seen."""
+"""User-defined hooks on modules and tensors, and edits of the tensors that hooks have received."""
 
 import torch
 from comparing import RECOMPUTING, collect, train_step
@@ -59,7 +59,7 @@ TARGETS = [
 
 
 def out_of_place(model):
-    """Let no activation work in place, which PyTorch refuses on what backward hooks have seen."""
+    """Turn off in-place activations, which PyTorch refuses after backward hooks."""
     for module in model.modules():
         if hasattr(module, "inplace"):
             module.inplace = False

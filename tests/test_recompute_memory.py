@@ -61,7 +61,7 @@ class Live(TorchDispatchMode):
 
 @contextlib.contextmanager
 def counting(model):
-    """Count what is alive, without Python's collector of cycles, which could hide that a cycle keeps a graph alive."""
+    """Count live bytes without Python's garbage collector, which could hide that a cycle keeps a graph alive."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     gc.disable()
@@ -76,7 +76,7 @@ def counting(model):
 
 @functools.cache
 def measure(setting, freeze=freeze_nothing, retain=False, **kwargs):
-    """Most bytes alive in forward, those after it, most in backward, those at its end and after it, the loss alive."""
+    """Live bytes: peak in forward, after it, peak in backward, at its end, and after it with the loss alive."""
     model = build(setting, **kwargs)
     freeze(model)
     x = inputs(8)

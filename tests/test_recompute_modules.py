@@ -1,4 +1,4 @@
-"""Modules of users at each place of the network, some of which edit behind autograd's back."""
+"""User-defined modules in each position of the network; some edit tensors unnoticed by autograd."""
 
 import torch
 import torch.nn.functional as F

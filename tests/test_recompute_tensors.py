@@ -12,7 +12,7 @@ from timm_tresnet.models.layers import ActivatedBatchNorm2d, BlurPool2d
 
 
 class Image(torch.Tensor):
-    """A class that operations preserve, as those of fastai and MONAI are."""
+    """A tensor class that operations preserve, like those of fastai and MONAI."""
 
 
 class Weight(nn.Parameter):

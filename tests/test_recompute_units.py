@@ -1,4 +1,4 @@
-"""Units whose convolution is an adapter's, parametrized or user-defined: what is behind it is recomputed."""
+"""Units with an adapter, a parametrized or a user-defined convolution: the rest of the unit is recomputed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is published: the sdist and the wheel, and the files that publish them."""
+"""The sdist, the wheel, and the files that publish them."""
 
 import importlib.util
 import json

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def make_wheel(folder, version="0.1.0", extra=()):
-    """What `pip wheel .` makes, and in the package also the modules named extra; needs no build backend."""
+    """Make the wheel of `pip wheel .` without a build backend, with the additional modules in extra."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     files = {
         f"timm_tresnet/{path.relative_to(ROOT / 'timm_tresnet').as_posix()}": path.read_bytes()

@@ -38,7 +38,7 @@ def test_tensor_is_made_of_what_it_is_made_of(made):
 
 
 def save(x, source):
-    """The square of x, whose node asks the source for both factors."""
+    """The square of x; its node requests both factors from the source."""
     y = x * x
     node = y.grad_fn
     discard(node._raw_saved_self, source.pack)

@@ -1,4 +1,4 @@
-"""What classify, hub/verify.py and hub/publish.py make of a server that answers anything at all."""
+"""classify, hub/verify.py and hub/publish.py with a server that gives arbitrary answers."""
 
 import itertools
 import time

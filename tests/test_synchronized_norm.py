@@ -65,7 +65,7 @@ def test_gradients_of_the_synchronized_norm_are_those_of_its_output(affine):
 
 @pytest.fixture(scope="module")
 def processes(run_two_processes):
-    """What each of two processes computed."""
+    """Results of each of two processes."""
     folder = run_two_processes(__name__)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 

@@ -22,7 +22,7 @@ def training_memory():
 
 
 class Toy(nn.Module):
-    """Images of 3 channels to 8 classes; `keep` chooses what backward finds there."""
+    """A network from 3 channels to 8 classes; `keep` chooses the tensors that backward needs."""
 
     def __init__(self, keep):
         super().__init__()

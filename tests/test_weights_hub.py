@@ -1,4 +1,4 @@
-"""What is said where the Hub cannot be reached, without its client's retries."""
+"""Messages when the Hub cannot be reached, without its client's retries."""
 
 import socket
 import threading
@@ -26,7 +26,7 @@ def endpoint(monkeypatch, tmp_path):
 
 @pytest.fixture
 def closed():
-    """A port of this machine at which nobody listens."""
+    """A port of this machine without a server."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]

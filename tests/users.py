@@ -1,4 +1,4 @@
-"""What users do, under every setting and with plain PyTorch: the same to the last bit, or the same kind of error."""
+"""User actions under every setting and in plain PyTorch: bit-equal results, or the same kind of error."""
 
 import functools
 import re
@@ -26,7 +26,7 @@ def build(setting, **kwargs):
 
 
 def another(model, **kwargs):
-    """Another network with the setting of the one given, and other arguments."""
+    """Make another network with the same setting and other arguments."""
     return build("checkpointing" if model.body.layer1.grad_checkpointing else model.recompute, **kwargs)
 
 
@@ -49,7 +49,7 @@ _OF_THE_TEST = (AttributeError, ImportError, NameError, TypeError)  # its own mi
 
 
 def same_as_plain(*variants, few=3, settings=RECOMPUTING, tolerance=None, raises=None):
-    """Make a test of what a user does, a function from a network to tensors by name.
+    """Make a test of a user action, a function from a network to tensors by name.
 
     Args:
         variants: what the function takes before the network; a tuple where that is more than one argument.
@@ -204,7 +204,7 @@ PLACES = [act_of_norm, act_of_block, module_in_stage, shortcut]  # for a module 
 
 
 def everywhere(makers):
-    """Each way to make a module, in the first place, then in the others."""
+    """Each way to make a module, in the first position, then in the rest."""
     return [(put, make) for put in PLACES for make in makers]
 
 
