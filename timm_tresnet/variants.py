@@ -13,8 +13,8 @@ from timm_tresnet.weights.catalogue import PublicWeight, load_catalogue, make_pr
 from timm_tresnet.weights.labels import make_notes
 from timm_tresnet.weights.preprocessing import NAMES, note_assumed
 
-# Arguments of `TResNet` for each variant; others have their defaults. The registry, `timm-tresnet list`, README.md's
-# test, the converter, the benchmarks and the tests read these rows.
+# Arguments of `TResNet` for each variant; missing ones have their defaults. The registry, `timm-tresnet list`,
+# README.md's test, the converter, the benchmarks and the tests read these rows.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "tresnet_s": {"layers": (3, 4, 7, 3)},  # requested in Alibaba-MIIL/TResNet#40
     "tresnet_m": {"layers": (3, 4, 11, 3)},  # M, L, XL: Table "TResNet variants", arXiv:2003.13630

@@ -3,7 +3,8 @@
     python hub/mosaic_cifar10/prepare.py CIFAR10 FOLDER
 
 CIFAR10 is a folder that hub/test_tresnet/prepare.py wrote. FOLDER gets train.csv, val.csv, test.csv and the mosaics.
-Mosaics of train and val consist of training photographs, no photograph is in both; those of test of test photographs.
+Mosaics of train and val consist of training photographs, and no photograph is in both. Mosaics of test consist of test
+photographs.
 """
 
 import argparse

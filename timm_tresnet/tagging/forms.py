@@ -271,7 +271,7 @@ def _weigh_rows(
 ) -> Iterator[Row]:
     """Yield rows with a confidence of 1 (present) or 0 (absent).
 
-    Without a 0, the file does not tell unknown labels from absent ones; all others then count as absent.
+    Without a 0, the file does not distinguish unknown from absent labels; every label without a 1 is then absent.
     """
     states = []
     for line in table:

@@ -1,4 +1,4 @@
-"""Find image files and read them as 8-bit images, with bounds on what an untrusted file can cost."""
+"""Find image files and read them as 8-bit images, with bounds on the memory that untrusted files need."""
 
 import os
 import stat
