@@ -201,7 +201,7 @@ def test_artifact_of_another_network_is_refused_in_one_sentence(format, kwargs, 
     assert output == ""
     *names, line = error.splitlines()
     assert str(path) in line
-    assert [name.partition(", ")[0] for name in names] in ([], ["timm-tresnet: class names: none known"])
+    assert [name.partition(", ")[0] for name in names] in ([], ["timm-tresnet: class names: no names are known"])
 
 
 def test_artifact_must_be_a_file_and_named_like_its_format(artifact, tmp_path, capfd):

@@ -538,12 +538,12 @@ REFUSED = {
         lambda tensors: {"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1)},
         "needs a TResNet, with body.conv1.0.weight or body.conv1.conv.weight, got conv1.weight, fc.weight",
     ),
-    "empty": (lambda tensors: {}, "no TResNet: .* among nothing"),
+    "empty": (lambda tensors: {}, "needs a TResNet, with .*, got nothing"),
     "list": (lambda tensors: list(tensors.values()), "needs a dict of tensors, got list"),
-    "cyclic": (lambda tensors: make_cyclic(), "no TResNet: .* among nothing"),
+    "cyclic": (lambda tensors: make_cyclic(), "needs a TResNet, with .*, got nothing"),
     "wrapped_resnet": (
         lambda tensors: {"model_state_dict": {"conv1.weight": torch.zeros(1)}, "epoch": 7},
-        "no TResNet: .* among model_state_dict.conv1.weight",
+        "needs a TResNet, with .*, got model_state_dict.conv1.weight",
     ),
     "two": (
         lambda tensors: {"student": tensors, "teacher": dict(tensors)},
@@ -564,7 +564,7 @@ REFUSED = {
     ),
     "two_names": (
         lambda tensors: {**tensors, "body.layer1.0.conv1.0.0.weight": tensors["body.layer1.0.conv1.0.weight"]},
-        "one behind .*body.layer1.0.conv1",
+        "one after .*body.layer1.0.conv1",
     ),
     "some_blurred": (
         lambda tensors: {name.replace("layer3.0.conv2.0.", "layer3.0.conv2."): t for name, t in tensors.items()},

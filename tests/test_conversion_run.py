@@ -271,7 +271,7 @@ def test_args_of_other_training_code_are_left_out(args, tmp_path):
     conversion = convert_checkpoint(file)
     assert any(note.startswith("left out: the checkpoint's args: it ") for note in conversion.notes)
     assert any(
-        note.startswith("unknown, and left out: input_size, interpolation, mean, std") for note in conversion.notes
+        note.startswith("unknown and left out: input_size, interpolation, mean, std") for note in conversion.notes
     )
 
 

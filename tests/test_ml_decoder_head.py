@@ -386,7 +386,7 @@ def test_names_of_labels_come_with_their_word_embeddings():
         (None, torch.zeros(2, 5), "a list of names, got None"),
         (["a", "b"], "ab", "vectors as a tensor, an array or a list .*, got str"),
         (["a", "b"], None, "vectors as a tensor, an array or a list .*, got NoneType"),
-        (["a", "b"], [torch.zeros(5), torch.zeros(4)], "one of equal width for each label, got list"),
+        (["a", "b"], [torch.zeros(5), torch.zeros(4)], "a vector of equal width for each label, got list"),
         (["a", "b"], torch.zeros(2, 5).to_sparse(), r"dense vectors, got torch.sparse_coo; call to_dense\(\)"),
     ],
     ids=[
