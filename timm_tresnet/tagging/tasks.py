@@ -18,7 +18,7 @@ class Task(Protocol):
 
     Attributes:
         figures: names of the metrics, in percent; the first one chooses the best epoch.
-        averages: whether the loss of a batch is the mean over its images, not the sum.
+        averages_loss: whether the loss of a batch is the mean over its images, not the sum.
     """
 
     figures: tuple[str, ...]
