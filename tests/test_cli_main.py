@@ -11,6 +11,9 @@ import pytest
 from timm_tresnet.cli import main as cli
 from timm_tresnet.utils.images import SAMPLES
 
+COMMAND = Path(sys.executable).parent / "timm-tresnet"
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
 
 def test_an_option_that_no_command_has_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -30,9 +33,8 @@ def test_wrong_use_of_a_command_is_answered_with_an_example(name, capsys):
 
 
 def test_installed_command_works_offline():
-    command = Path(sys.executable).parent / "timm-tresnet"
     process = subprocess.run(
-        [command, "classify", SAMPLES / "cat.jpg"],
+        [COMMAND, "classify", SAMPLES / "cat.jpg"],
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -41,13 +43,35 @@ def test_installed_command_works_offline():
     assert "cat.jpg" in process.stdout
 
 
-def test_output_that_is_cut_off_ends_the_command_quietly():
-    command = Path(sys.executable).parent / "timm-tresnet"
-    process = subprocess.Popen([command, "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("words", [[], ["--help"], ["list"]], ids=["no_command", "help", "list"])
+def test_output_that_is_cut_off_ends_the_command_quietly(words):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([COMMAND, *words], env=BUFFERED, text=True, **pipes)
     process.stdout.close()  # as `head` does
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait() == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("words", [["--help"], ["list"]], ids=["help", "list"])
+def test_output_to_a_full_disk_ends_in_a_sentence(words):
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [COMMAND, *words], env=BUFFERED, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert process.stderr == "timm-tresnet: the disk is full, no room for standard output\n"
+    assert process.returncode == 2
+
+
+def test_ctrl_c_ends_a_command_in_one_line(monkeypatch, capsys):
+    def interrupt(words, **options):
+        print("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli._COMMANDS["list"], "run", interrupt)
+    assert cli.main(["list"]) == 130
+    assert capsys.readouterr() == ("half\n", "timm-tresnet: interrupted\n")
 
 
 def test_version_names_the_packages_that_matter(capsys):

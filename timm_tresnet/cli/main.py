@@ -1,6 +1,7 @@
 """The `timm-tresnet` command: its parser, and how errors end it."""
 
 import argparse
+import errno
 import importlib.metadata
 import io
 import os
@@ -41,6 +42,7 @@ _COMMANDS = {
     "benchmark": benchmark,
 }
 _PASSING_ON = {"recipe": "train.py"}  # command -> program that gets the words after --
+_INTERRUPTED = 130  # exit status, as shells have it
 
 
 class _ShowVersions(argparse.Action):
@@ -115,9 +117,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit status: 0 if all went well, 1 if an image or a checkpoint could not be used, 2 for a mistake in the
-        arguments.
+        arguments or a file that cannot be read or written, 130 after Ctrl-C.
     """
-    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        try:
+            return _run_command(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            print(end="", flush=True)  # here, since what fails at the interpreter's end is a trace
+    except CommandError as error:
+        print(f"timm-tresnet: {escape(str(error), lines=True)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("timm-tresnet: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe has ended, such as `head`
+        _discard_output()
+        return 1
+    except OSError as error:  # of a file that a command did not expect to fail, or of standard output
+        _discard_output()
+        if error.filename is None and error.errno == errno.ENOSPC:
+            error.filename = "standard output"
+        print(f"timm-tresnet: {summarise(error)}", file=sys.stderr)
+        return 2
+
+
+def _discard_output() -> None:
+    """Discard what standard output does not accept: the interpreter would try again at its end."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run_command(words: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # which may be unable to encode a file name
         sys.stdout.reconfigure(errors="backslashreplace")
     parser = make_parser()
@@ -133,17 +165,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; write flags of {_PASSING_ON[words[0]]} after --" if words[0] in _PASSING_ON else ""
         parser.commands[options.command].error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     arguments = vars(options)
-    command = _COMMANDS[arguments.pop("command")]
-    try:
-        status = command.run(words, **arguments)
-        print(end="", flush=True)
-    except CommandError as error:
-        print(f"timm-tresnet: {escape(str(error), lines=True)}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of a pipe has ended, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush at its end
-        return 1
-    except OSError as error:  # of a file that a command did not expect to fail
-        print(f"timm-tresnet: {summarise(error)}", file=sys.stderr)
-        return 2
-    return status
+    return _COMMANDS[arguments.pop("command")].run(words, **arguments)
