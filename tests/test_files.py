@@ -1,4 +1,6 @@
+import errno
 import os
+import signal
 import stat
 from pathlib import Path
 
@@ -29,6 +31,45 @@ def break_off(path, error):
     with atomic_write(path) as unfinished:
         unfinished.write_text("half")
         raise error
+
+
+def test_an_error_of_the_operating_system_names_the_final_file(path):
+    def write():
+        with whole(path) as unfinished:
+            unfinished.mkdir()
+            (unfinished / "weights").write_text("half")
+            (unfinished / "weights" / "more").write_text("")
+
+    with pytest.raises(NotADirectoryError) as raised:
+        write()
+    assert raised.value.filename == f"{path}/weights/more"
+
+
+def test_without_room_the_error_names_the_file(path):
+    with pytest.raises(OSError, match="No space left") as raised:
+        break_off(path, OSError(errno.ENOSPC, "No space left on device"))
+    assert raised.value.filename == str(path)
+
+
+@pytest.mark.parametrize("moment", range(3))
+def test_ctrl_c_while_files_get_their_places_waits_for_the_last(moment, path, monkeypatch):
+    replace, moments = os.replace, iter(range(9))
+
+    def interrupt(source, target):
+        if next(moments) == moment:
+            signal.raise_signal(signal.SIGINT)
+        replace(source, target)
+
+    def write(text):
+        with whole(path) as unfinished:
+            unfinished.write_text(text)
+            unfinished.with_name("other").write_text(text)
+
+    write("old")
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write("new")
+    assert {each.name: each.read_text() for each in path.parent.iterdir()} == {path.name: "new", "other": "new"}
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, Interruption])

@@ -1,11 +1,14 @@
 """Read files of bounded size; write files and folders atomically."""
 
 import contextlib
+import errno
 import glob
 import os
 import shutil
+import signal
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +20,7 @@ except ImportError:  # Windows; there, concurrent writers are not kept apart
 
 _UNFINISHED = ".partial"
 _REPLACED = ".replaced"  # the earlier file or folder, until the new one has its name
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # which come without a file's name when a file is written
 
 
 def read_bounded(path: Path, max_bytes: int, display_name: str | None = None) -> bytes:
@@ -59,19 +63,31 @@ def atomic_write(path: Path, overwrite: bool = True) -> Iterator[Path]:
 
     Raises:
         FileExistsError: if path has come to exist and overwrite is not set; the message names the complete result.
+        OSError: if it cannot be written; it names the final file, not the one in the hidden folder.
     """
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         with _lock_folder(path.parent):
             _remove_leftovers(path)
-            made = tempfile.TemporaryDirectory(
-                dir=path.parent, prefix=f".{path.name}-", suffix=_UNFINISHED, ignore_cleanup_errors=True
-            )
+            try:
+                made = tempfile.TemporaryDirectory(
+                    dir=path.parent, prefix=f".{path.name}-", suffix=_UNFINISHED, ignore_cleanup_errors=True
+                )
+            except OSError as error:
+                error.filename = str(path)
+                raise
             folder = Path(stack.enter_context(made))
             stack.enter_context(_lock_folder(folder))  # marks the folder as in use
-        yield folder / path.name
-        with _lock_folder(path.parent):
+        try:
+            yield folder / path.name
+        except OSError as error:
+            if isinstance(error.filename, str):
+                error.filename = error.filename.replace(str(folder), str(path.parent))
+            elif error.errno in _NO_ROOM:
+                error.filename = str(path)
+            raise
+        with _lock_folder(path.parent), _uninterrupted():
             if not overwrite and path.exists() and not _is_empty_folder(path):
                 left = folder.with_suffix(".complete")
                 os.replace(folder / path.name, left)
@@ -98,6 +114,23 @@ def _move_entries(folder: Path, path: Path) -> None:
 
 def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Have Ctrl-C wait for the end, so that of files that belong together all get their place."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is None or threading.current_thread() is not threading.main_thread():  # where it is not Python's to wait
+        yield
+        return
+    came: list[object] = []
+    signal.signal(signal.SIGINT, lambda *signalled: came.append(signalled))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager
