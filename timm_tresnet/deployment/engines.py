@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -143,7 +144,7 @@ def _write_openvino(model: nn.Module, path: Path, description: Description) -> N
 
 def _write_torch_export(model: nn.Module, path: Path, description: Description) -> None:
     example, dims = _make_example(description)
-    torch.export.save(torch.export.export(model, (example,), dynamic_shapes=_bind(model, dims)), path)
+    _save(torch.export.save, torch.export.export(model, (example,), dynamic_shapes=_bind(model, dims)), path)
 
 
 def _write_torchscript(model: nn.Module, path: Path, description: Description) -> None:
@@ -154,7 +155,14 @@ def _write_torchscript(model: nn.Module, path: Path, description: Description) -
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", torch.jit.TracerWarning)  # the artifact is compared on other shapes
                 program = torch.jit.trace(model, _make_example(description)[0], check_trace=False)
-        program.save(path)
+        _save(torch.jit.save, program, path)
+
+
+def _save(save: Callable[[Any, Any], None], program: Any, path: Path) -> None:
+    """Save through memory: on a full disk, PyTorch's own writer of files ends the process."""
+    content = io.BytesIO()
+    save(program, content)
+    path.write_bytes(content.getbuffer())
 
 
 @contextmanager

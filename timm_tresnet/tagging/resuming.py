@@ -1,9 +1,11 @@
 """Training checkpoints: written atomically, and checked completely before a training is resumed from one."""
 
+import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
@@ -39,8 +41,10 @@ class AtomicCheckpoints(TorchCheckpointIO):
         self._find_fault = find_fault
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
         with atomic_write(Path(path)) as unfinished:
-            super().save_checkpoint(checkpoint, unfinished, storage_options)
+            unfinished.write_bytes(content.getbuffer())
 
     def load_checkpoint(self, path: Any, *arguments: Any, **kwargs: Any) -> dict[str, Any]:
         try:
