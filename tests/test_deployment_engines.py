@@ -1,6 +1,7 @@
 import importlib.util
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,18 @@ from reference import relative_error
 
 import timm_tresnet
 from timm_tresnet.cli import main as cli
+from timm_tresnet.deployment import engines
 from timm_tresnet.deployment.engines import OPSET
 
 pytestmark = exporters_warn
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_torchscript_on_a_full_disk_is_an_error_of_the_disk():
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        program = torch.jit.script(torch.nn.ReLU())
+    with pytest.raises(OSError, match="No space left"):  # PyTorch's own writer ends the process
+        engines._save(torch.jit.save, program, Path("/dev/full"))
 
 
 @needs("onnx")
