@@ -158,7 +158,7 @@ def _write_torchscript(model: nn.Module, path: Path, description: Description) -
         _save(torch.jit.save, program, path)
 
 
-def _save(save: Callable[[Any, Any], None], program: Any, path: Path) -> None:
+def _save(save: Callable[[Any, Any], object], program: Any, path: Path) -> None:
     """Save through memory: on a full disk, PyTorch's own writer of files ends the process."""
     content = io.BytesIO()
     save(program, content)
