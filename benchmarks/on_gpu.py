@@ -209,6 +209,14 @@ class Bench:
             return {**json.loads(path.read_text())["rows"][-1], "engine": "max-autotune"}
 
 
+class Unfinished(Exception):
+    """A process that was not done at its time limit; output is what it had printed by then."""
+
+    def __init__(self, limit_s: float, output: str) -> None:
+        super().__init__(f"not done after {limit_s:.0f} s")
+        self.output = output
+
+
 def run_process(command: Sequence[str], limit_s: float, done: Sequence[int] = (0,)) -> str:
     """Run a process and return its output; at its time limit, it is killed with all of its children.
 
@@ -218,7 +226,7 @@ def run_process(command: Sequence[str], limit_s: float, done: Sequence[int] = (0
         done: exit statuses that mean success.
 
     Raises:
-        TimeoutError: at the time limit; its second argument is the output until then.
+        Unfinished: at the time limit.
         ChildProcessError: if the process ends with another status; the message has the last line of its output.
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
@@ -234,7 +242,7 @@ def run_process(command: Sequence[str], limit_s: float, done: Sequence[int] = (0
         output.seek(0)
         text = output.read()
     if status is None:
-        raise TimeoutError(f"not done after {limit_s:.0f} s", text)
+        raise Unfinished(limit_s, text)
     if status not in done:
         last = (text.strip().splitlines() or ["no output"])[-1]
         raise ChildProcessError(f"ended with status {status}: {last}")
@@ -247,9 +255,9 @@ def run_tests(left_s: float) -> dict[str, Any]:
     reason = {}
     try:
         text = run_process([*command, str(TESTS)], min(_LIMITS_S["tests"], left_s), done=(0, 1))
-    except TimeoutError as error:
-        message, text = error.args
-        reason = {"unfinished": message}
+    except Unfinished as error:
+        text = error.output
+        reason = {"unfinished": str(error)}
     outcomes: dict[str, str] = dict(_OUTCOME.findall(text))
     counts = Counter(outcomes.values())
     failed = sorted(name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR"))

@@ -35,7 +35,7 @@ def break_off(path, error):
 
 def test_an_error_of_the_operating_system_names_the_final_file(path):
     def write():
-        with whole(path) as unfinished:
+        with atomic_write(path) as unfinished:
             unfinished.mkdir()
             (unfinished / "weights").write_text("half")
             (unfinished / "weights" / "more").write_text("")
@@ -61,7 +61,7 @@ def test_ctrl_c_while_files_get_their_places_waits_for_the_last(moment, path, mo
         replace(source, target)
 
     def write(text):
-        with whole(path) as unfinished:
+        with atomic_write(path) as unfinished:
             unfinished.write_text(text)
             unfinished.with_name("other").write_text(text)
 
