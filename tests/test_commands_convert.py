@@ -29,7 +29,7 @@ def test_convert_writes_a_folder_that_classify_loads(checkpoints, tmp_path, caps
     assert cli.main(["convert", str(checkpoints / "a.pth"), "--output", str(output), "--multi-label", *known]) == 0
     first, names, norms = capsys.readouterr().out.splitlines()
     assert first == f"{output}: test_tresnet, 10 classes, official names, no public weight"
-    assert names == "  class names: unknown; give them with --labels FILE"
+    assert names == "  class names: none found; give them with --labels FILE"
     assert norms.startswith("  In-Place ABN weights")
     assert cli.main(["classify", "--json", "--threshold", "0", "--model", f"local-dir:{output}"]) == 0
     results = json.loads(capsys.readouterr().out)

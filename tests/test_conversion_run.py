@@ -457,7 +457,7 @@ def test_missing_or_surplus_names_are_reported(given, fault, tmp_path, monkeypat
     conversion = convert_checkpoint(file)
     assert conversion.labels == {}
     assert any(fault in note for note in conversion.notes), conversion.notes
-    assert any(note.startswith("class names: unknown; give them with --labels") for note in conversion.notes)
+    assert any(note.startswith("class names: none found; give them with --labels") for note in conversion.notes)
 
 
 FEW_NAMES = {  # what a run with six outputs was given, the names, and where they are said to be from

@@ -60,7 +60,7 @@ def test_held_out_mosaics_share_no_photograph_with_those_to_train_on(prepare, ph
     written = {}
     monkeypatch.setattr(prepare, "write_mosaics", lambda mosaics, folder, name: written.update({name: list(mosaics)}))
     monkeypatch.setattr(sys, "argv", ["prepare.py", str(photographs), str(tmp_path / "mosaics")])
-    monkeypatch.setattr(prepare, "whole", lambda path, overwrite: contextlib.nullcontext(path))
+    monkeypatch.setattr(prepare, "atomic_write", lambda path, overwrite: contextlib.nullcontext(path))
     prepare.main()
     used = {name: {photograph for mosaic in mosaics for photograph in mosaic} for name, mosaics in written.items()}
     assert not used["train"] & used["val"]

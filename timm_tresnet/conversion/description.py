@@ -269,7 +269,7 @@ def _note(
     if fault:
         yield fault
     if found.num_classes:
-        yield f"class names: {source or 'unknown; give them with --labels FILE'}"
+        yield f"class names: {source or 'none found; give them with --labels FILE'}"
     if found.inplace_abn:
         yield "In-Place ABN weights became batch norm weights, |w| + 1e-5"
     if found.dtypes:

@@ -1,1 +1,1 @@
-"""What backward recomputes instead of storing."""
+"""Recompute saved tensors in backward instead of storing them."""

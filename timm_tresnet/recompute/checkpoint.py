@@ -17,14 +17,14 @@ def run_checkpointed(block: nn.Module, call: Callable[[Tensor], Tensor], x: Tens
     hooks_work = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]  # PyTorch's stubs lack it
     if not hooks_work or find_transform() is not None or not can_run_again(block):
         return call(x)
-    with torch.utils.checkpoint.set_checkpoint_early_stop(False):  # else it may stop before a random mask is drawn
+    with torch.utils.checkpoint.set_checkpoint_early_stop(False):  # it could skip drawing a random mask
         return torch.utils.checkpoint.checkpoint(
             call, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _KeepRunningStatistics(block))
         )
 
 
 def can_run_again(block: nn.Module) -> bool:
-    """Whether a block does the same a second time; user code may not, and spectral norm takes another step."""
+    """Whether a second run gives the same result; user code may not, and spectral norm takes another step."""
     if is_user_defined(block):
         return False
     parts = (each for part in block.modules() for each in (part, *part._forward_pre_hooks.values()))
@@ -32,9 +32,9 @@ def can_run_again(block: nn.Module) -> bool:
 
 
 class _KeepRunningStatistics:
-    """Give a block that runs again copies of its running statistics to update."""
+    """While a block runs again, let it update copies of its running statistics."""
 
-    _lock = threading.RLock()  # backward passes of several threads do so in turn
+    _lock = threading.RLock()  # backward passes of several threads take turns
 
     def __init__(self, block: nn.Module) -> None:
         self._block = block

@@ -24,7 +24,7 @@ _aten = torch.ops.aten
 _STORED = (
     _aten.mean.dim,
     _aten.var_mean.correction,
-    _aten.copy_.default,  # into running statistics; a backend that runs Dynamo's graph as it is would do that twice
+    _aten.copy_.default,  # into running statistics; a backend that runs Dynamo's graph unchanged would repeat it
 )
 
 _in_region = False  # while the compiler traces one
@@ -36,7 +36,7 @@ def is_in_region() -> bool:
 
 
 def run_steps(steps: list[Step], x: Tensor) -> Tensor:
-    """Run modules one after the other, in regions with one policy each, which end where an output is stored."""
+    """Run modules in order, in regions with one policy each. A region ends where an output is stored."""
     region: list[nn.Module] = []
     for index, (module, setting, stored) in enumerate(steps):
         if setting == "none":
@@ -73,7 +73,7 @@ def is_transformed() -> bool:
 
 
 def _choose(setting: str, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """What to do with the output of an operator, args being its arguments."""
+    """Return the policy for the output of an operator with arguments args."""
     if operator is _aten.convolution.default:
         kind = classify_convolution(args[0].shape, args[1].shape)
         stored = kind not in RECOMPUTED_BY_COMPILER[setting]

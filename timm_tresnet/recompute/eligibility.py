@@ -25,12 +25,12 @@ _ADAPTERS = ("torch.nn.utils.", "torch.nn.modules.dropout", "peft.tuners.")
 _KNOWN = ("torch.", "timm.", "timm_tresnet.")
 _METHODS = ("forward", "_conv_forward", "_call_impl", "_compiled_call_impl")
 
-_find_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # PyTorch 2.5 has it not
+_find_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # missing in PyTorch 2.5
 _methods: list[tuple[type, str, Any]] = []
 
 
 def stand_for(kind: type, name: str = "forward") -> bool:
-    """Note a method that a program stands for; False if it is not PyTorch's, timm's or ours already."""
+    """Record a method that a program replaces; False if it is no longer PyTorch's, timm's or ours."""
     _methods.append((kind, name, method := getattr(kind, name)))
     return all((each.__module__ or "").startswith(_KNOWN) for each in (kind, method))
 
@@ -83,7 +83,7 @@ def has_global_hooks() -> bool:
 def _has_saved_tensor_hooks() -> bool:
     if _find_top_hooks is not None:
         return _find_top_hooks(True) is not None
-    # PyTorch refuses further hooks on what was saved under them.
+    # PyTorch refuses further hooks on tensors saved under such hooks.
     node: Any = torch.ones((), device="cpu", requires_grad=True).exp().grad_fn
     try:
         node._raw_saved_result.register_hooks(lambda tensor: tensor, lambda tensor: tensor)
@@ -115,7 +115,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def original_class(module: nn.Module) -> type:
-    """Class of a module, before FSDP2 has derived one of it."""
+    """Class of a module before FSDP2 derived its own from it."""
     return type(module).__mro__[2] if is_sharded(module) else type(module)
 
 
@@ -149,7 +149,7 @@ def _look_up(name: str, adapters: bool) -> bool:
     return name in _KNOWN_MODULES or name.startswith(("timm_tresnet.", *_FSDP, *(_ADAPTERS if adapters else ())))
 
 
-_is_known = functools.cache(_look_up)  # which the compiler cannot trace
+_is_known = functools.cache(_look_up)  # the compiler cannot trace functools.cache
 
 
 def is_plain(x: object) -> bool:

@@ -21,7 +21,7 @@ import math
 from collections.abc import Sequence
 
 SETTINGS = ("none", "activations", "expansions")
-CHECKPOINTING = "checkpointing"  # set_grad_checkpointing, whatever the setting is
+CHECKPOINTING = "checkpointing"  # set_grad_checkpointing, regardless of the setting
 
 CONVOLUTION, EXPANSION, WIDER_EXPANSION, BLUR, GATE = "convolution", "expansion", "wider expansion", "blur", "gate"
 
@@ -34,7 +34,7 @@ RECOMPUTED_BY_COMPILER = {**RECOMPUTED, "activations": frozenset({WIDER_EXPANSIO
 
 
 def classify_convolution(input_shape: Sequence[int], weight_shape: Sequence[int]) -> str:
-    """Row of the table, by shapes alone, for the compiler."""
+    """Return the table's row by shapes alone, for the compiler."""
     if math.prod(input_shape[2:]) == 1:
         return GATE
     outputs, inputs, *kernel = weight_shape

@@ -20,7 +20,7 @@ _block_readers: dict[type, Callable[[Any], Program]] = {}
 
 
 class Unreadable(Exception):
-    """Why a module runs as plain PyTorch; the message."""
+    """A module runs as plain PyTorch; the message says why."""
 
 
 def reads(kind: type, table: dict[type, Any] = _readers) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

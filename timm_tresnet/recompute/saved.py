@@ -26,7 +26,7 @@ class Stored:
         self.version = tensor._version
 
     def add_consumer(self) -> None:
-        """Nothing to count here."""
+        """A stored tensor needs no count."""
 
     def materialize(self) -> Tensor:
         # Compiled autograd knows no versions yet.
