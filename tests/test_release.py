@@ -119,6 +119,8 @@ def test_workflows_run_ci_and_publish_without_a_secret():
     read = {path.stem: path.read_text() for path in (ROOT / ".github" / "workflows").iterdir()}
     ci, release = (yaml.safe_load(read[name])["jobs"] for name in ("ci", "release"))
     assert {"run": "bash .ci/run"} in ci["run"]["steps"]
+    assert {"run": "bash .ci/run default thorough extras neighbours"} in ci["rest"]["steps"]
+    assert [row["session"] for row in ci["versions"]["strategy"]["matrix"]["include"]] == ["oldest", "newest"]
     assert release["check"]["uses"] == "./.github/workflows/ci.yml"
     publish = release["publish"]
     assert set(publish["needs"]) == {"check", "build", "try"}
