@@ -45,6 +45,17 @@ def make_builtin(model=None, **kwargs):
     return builtin
 
 
+class SquaredFeatures(nn.Module):
+    """Feature maps, each of which backward needs, as it does where a decoder takes them."""
+
+    def __init__(self, recompute, **kwargs):
+        super().__init__()
+        self.features = make_network(recompute, features_only=True, out_indices=(1, 2, 3, 4), **kwargs)
+
+    def forward(self, x):
+        return torch.stack([feature.square().sum() for feature in self.features(x)])
+
+
 @pytest.mark.parametrize(
     ("decoder", "settings"),
     [("Unet", {}), ("Unet", {"in_channels": 4}), ("DeepLabV3Plus", {"encoder_output_stride": 16})],
@@ -71,14 +82,13 @@ def test_segmentation_models_train_on_our_features_with_less_memory(decoder, set
         return collect(model, loss)
 
     assert_same(step("activations"), step("none"))
-    alone = [
-        saved_bytes(make_network(recompute, in_chans=channels).train(), x) for recompute in ("none", "activations")
-    ]
-    saved = [saved_bytes(make(recompute), x) for recompute in ("none", "activations")]
-    assert saved[0] - saved[1] > 0.8 * (alone[0] - alone[1])  # the decoder keeps what the stages hand it
     encoder = make("activations").eval().encoder
     assert encoder.out_channels == [channels, 0, 16, 32, 256, 512]
-    expected = make_network(in_chans=channels, output_stride=encoder.output_stride).eval()
+    kwargs = {"in_chans": channels, "output_stride": encoder.output_stride}
+    saved = [saved_bytes(make(recompute), x) for recompute in ("none", "activations")]
+    alone = [saved_bytes(SquaredFeatures(recompute, **kwargs).train(), x) for recompute in ("none", "activations")]
+    assert saved[0] - saved[1] == alone[0] - alone[1] > 0.35 * alone[0]
+    expected = make_network(**kwargs).eval()
     maps = expected.forward_intermediates(x, 4, intermediates_only=True)
     torch.testing.assert_close(encoder(x)[2:], maps, rtol=0, atol=0)
 
