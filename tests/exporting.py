@@ -132,7 +132,7 @@ def prune_weights(model):
 
 def adapt_by_lora(model):
     """LoRA on a convolution, a widening one and the classifier, with weights that are not zero."""
-    peft = pytest.importorskip("peft", reason="peft is not installed; the extra `neighbours` has it")
+    peft = pytest.importorskip("peft", reason="peft is not installed; the extra `lora` has it")
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["conv1.conv", "conv3.conv", "fc"], r=2)).eval()
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:

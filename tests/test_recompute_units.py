@@ -13,7 +13,7 @@ def convolutions(model):
 
 
 def add_lora(model, part=""):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed; the extra `lora` has it")
     names = [name for name, module in model.named_modules() if type(module) is nn.Conv2d and part in name]
     torch.manual_seed(5)
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False))
