@@ -44,6 +44,7 @@ class FeatureGraph(_Checkpointing, FeatureGraphNet):
         out_map: names of the features; None for the modules' names.
         output_fmt: "NCHW", the only supported layout.
         return_dict: return a dict by name instead of a list.
+        flatten_sequential: ignored; timm 1.0.29 passes it to every class.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class FeatureGraph(_Checkpointing, FeatureGraphNet):
         out_map: Any = None,
         output_fmt: str = "NCHW",
         return_dict: bool = False,
+        flatten_sequential: bool = True,
     ) -> None:
         nn.Module.__init__(self)  # timm's constructor would trace into the stages
         self.feature_info = FeatureInfo(model.feature_info, out_indices)
