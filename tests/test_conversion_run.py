@@ -20,6 +20,7 @@ from timm.utils import CheckpointSaver, ModelEmaV2
 
 from timm_tresnet import convert_checkpoint, write_folder
 from timm_tresnet.cli import main as cli
+from timm_tresnet.conversion.run import Run, find_checkpoint, find_run, name_classes
 from timm_tresnet.weights.loading import look_up_weights
 
 USUAL = {  # train.py's defaults, but for what only its training is about
@@ -113,7 +114,7 @@ def test_images_are_prepared_as_validate_py_does(given, start, tmp_path):
     file, args, model = train(tmp_path / "run", **given)
     converted, conversion = convert(tmp_path, file)
     assert resolve(model=converted) == resolve(args=vars(args), model=model, use_test_size=True)
-    assert not any("unknown" in note for note in conversion.notes)
+    assert not any(note.startswith("unknown") for note in conversion.notes)
     assert_same_network(converted, model, model.in_chans)
 
 
@@ -154,6 +155,28 @@ def test_arguments_that_no_config_can_say_are_refused(tmp_path):
         convert_checkpoint(file)
 
 
+def test_arguments_of_the_structure_are_those_of_a_custom_network():
+    structure = {
+        "layers": (1, 1, 1, 1), "width_factor": 0.5, "block": "basic", "stem": "conv7x7", "use_se": False, "v2": True,
+        "aa_layer": False,
+    }  # fmt: skip
+    given = [{name: value} for name, value in structure.items()]
+    assert [name for each in given for name in each if Run({"model_kwargs": each}, None).custom] == list(structure)
+    usual = {**dict.fromkeys(structure), "drop_rate": 0.1, "num_classes": 3}  # None: train.py was not told
+    assert not Run({"model_kwargs": usual, "gp": "max"}, None).custom
+    assert not Run({"model_kwargs": None}, None).custom
+
+
+def test_arguments_that_tensors_tell_are_not_those_of_the_run():
+    untold = {
+        "act_layer": "silu", "negative_slope": 0.2, "stem_negative_slope": 0.3, "norm_layer": "frn",
+        "output_stride": 16, "global_pool": "max", "aa_layer": False, "learn_queries": True,
+    }  # fmt: skip
+    told = {"layers": (1, 1, 1, 1), "head": "bottleneck", "num_classes": 3, "drop_rate": 0.1}
+    assert Run({"model_kwargs": {**untold, **told}}, None).hidden_arguments == untold
+    assert Run({"gp": "avg", "model_kwargs": {"global_pool": None}}, None).hidden_arguments == {"global_pool": "avg"}
+
+
 @pytest.mark.parametrize(
     ("given", "key"),
     [
@@ -189,6 +212,33 @@ def test_a_folder_of_a_run_stands_for_its_best_checkpoint(tmp_path, capsys):
             file.unlink()
     with pytest.raises(FileNotFoundError, match=r"first has none of model_best.pth.tar, last.pth.tar, .*name the"):
         convert_checkpoint(tmp_path / "first")
+
+
+def test_of_a_folder_the_best_checkpoint_is_taken(tmp_path):
+    for name in ("pytorch_model.bin", "model.safetensors", "last.pth.tar", "model_best.pth.tar"):  # best last
+        (tmp_path / name).touch()
+        assert find_checkpoint(tmp_path) == tmp_path / name
+    assert find_checkpoint(tmp_path / "last.pth.tar") == tmp_path / "last.pth.tar"
+    (tmp_path / "empty" / "model.safetensors").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError) as caught:
+        find_checkpoint(tmp_path / "empty")
+    names = "model_best.pth.tar, last.pth.tar, model.safetensors, pytorch_model.bin"
+    assert str(caught.value) == f"{tmp_path / 'empty'} has none of {names}; name the checkpoint itself"
+
+
+@pytest.mark.parametrize(
+    ("args", "measured"),
+    [
+        ({"model_ema": True, "val_split": "validation"}, True),
+        ({"model_ema": True}, True),
+        ({"model_ema": True, "val_split": ""}, False),
+        ({"model_ema": True, "model_ema_force_cpu": True}, False),
+        ({"model_ema": False}, None),
+        ({}, None),
+    ],
+)
+def test_the_average_is_measured_if_it_was_validated(args, measured):
+    assert Run(args, None).average_measured is measured
 
 
 def average(folder):
@@ -227,9 +277,12 @@ def test_args_in_the_checkpoint_override_args_beside_it(tmp_path):
 
 
 NO_RUNS = {
-    "objects": ("!!python/object/apply:os.mkdir [executed]\n", "is not YAML"),
+    "objects": (
+        "!!python/object/apply:os.mkdir [executed]\n",
+        "args.yaml is not YAML: ConstructorError: could not determine a constructor for the tag",
+    ),
     "text": ("just text\n", "is not a mapping"),
-    "deep": ("[" * 5000, "is not YAML"),
+    "deep": ("[" * 5000, "args.yaml is not YAML: maximum recursion depth exceeded"),
     "ultralytics": ("model: yolov8n.pt\nimgsz: 640\n", "names an unknown model"),
     "another_network": ("model: resnet50\n", "it is not a TResNet"),
     "another_run": ("model: tresnet_l\n", 'names the model "tresnet_l", the checkpoint "test_tresnet"'),
@@ -252,6 +305,52 @@ def test_args_that_are_none_of_a_run_are_left_out_and_the_note_says_why(text, fa
     with pytest.raises(ValueError, match=re.escape(fault)):
         convert_checkpoint(file, args=file.parent / "args.yaml")
     assert not (tmp_path / "executed").exists()
+
+
+def test_args_are_found_in_the_file_or_beside_it_and_what_differs_is_said(tmp_path):
+    path, beside = tmp_path / "a.pth", tmp_path / "args.yaml"
+    assert find_run({}, path) == (None, ())
+    own = {**USUAL, "img_size": 48, "num_classes": None, "data_dir": None}
+    beside.write_text(yaml.safe_dump({**own, "lr": 3.0}))
+    run, faults = find_run({"args": own}, path)
+    assert (run.notes, faults) == (("run of train.py: the checkpoint's args",), ())
+    # What train.py completes once it has begun is in the checkpoint only.
+    completed = {**own, "num_classes": 3, "data_dir": "images"}
+    assert find_run({"args": completed}, path)[0].notes == run.notes
+    beside.write_text(yaml.safe_dump({**own, "img_size": 64, "gp": "max", "num_classes": 5}))
+    told = 'img_size 48, not 64, gp null, not "max"'
+    differs = f"{beside} differs; used from the checkpoint's args: num_classes 3, not 5, {told}"
+    assert find_run({"args": argparse.Namespace(**completed)}, path)[0].notes == (*run.notes, differs)
+    assert find_run({}, path)[0].notes == (f"run of train.py: {beside}",)
+    assert find_run({"args": [own]}, path)[0].args["img_size"] == 64
+    found = find_run({"args": own}, tmp_path / "elsewhere" / "b.pth", beside)[0]
+    assert (found.args["img_size"], found.notes) == (64, (f"run of train.py: {beside}",))
+    beside.write_bytes(b"#" * (2**20 + 1))
+    long = f"{beside} needs to be at most 1048576 bytes long, got 1048577"
+    assert find_run({}, path) == (None, (f"{beside} was left out: {long}",))
+    with pytest.raises(ValueError, match=f"^{re.escape(long)}$"):
+        find_run({}, path, beside)
+    beside.write_text("- text\n")
+    assert find_run({}, path) == (None, (f"left out: {beside}: it is not a mapping",))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(beside))} cannot be used: it is not a mapping$"):
+        find_run({}, path, beside)
+    assert find_run({"args": {"lr": 1}, "arch": "test_tresnet"}, tmp_path / "b" / "c")[1] == (
+        "left out: the checkpoint's args: it needs model, which is missing",
+    )
+
+
+def test_the_model_in_args_is_that_of_the_checkpoint(tmp_path):
+    def find(arch, model="test_tresnet"):
+        return find_run({"args": {"model": model}, "arch": arch}, tmp_path / "a.pth")
+
+    for arch in ("test_tresnet", "TResNet", None, 3):  # a class's name is none of timm's
+        assert find(arch)[0].start.architecture == "test_tresnet"
+    for arch in ("tresnet_m", "hf-hub:owner/name"):
+        fault = f'it names the model "test_tresnet", the checkpoint "{arch}"'
+        assert find(arch) == (None, (f"left out: the checkpoint's args: {fault}",))
+    run, (fault,) = find(None, "resnet50")
+    assert run is None
+    assert fault.startswith("left out: the checkpoint's args: it names an unknown model: cannot look up")
 
 
 @pytest.mark.parametrize(
@@ -281,7 +380,7 @@ LEFT_OUT = {  # fields of args that cannot be used, and what is said of them
     "size": ({"img_size": "large"}, r"needs img_size to be an integer .*; used instead: \[3, 64, 64\]"),
     "one_size": ({"input_size": 224}, r"needs input_size to be a list of 3, .*; used instead: \[3, 48, 48\]"),
     "tensor": ({"mean": torch.zeros(3)}, r"needs mean .*; used instead: \[0.0, 0.0, 0.0\]"),
-    "two_numbers": ({"std": [0.5, 0.5]}, r"needs std to have a number for each of 3 channels, got \[0.5, 0.5\]; taken"),
+    "two_numbers": ({"std": [0.5, 0.5]}, r"needs std to have a number for each of 3 channels, got \[0.5, 0.5\]; used"),
     "grey": ({"std": [0.5], "mean": [0.1, 0.2], "in_chans": 1}, r"needs mean to have a number for each of 1 channels"),
     "pooling": ({"gp": "mean"}, "needs gp to be one of .*; it counts as not given"),
     "place": ({"data_dir": "images\n"}, "needs data_dir to be text without control .*; it counts as not given"),
@@ -387,6 +486,16 @@ def test_folders_name_the_classes_in_the_order_of_timms_reader(split, names, tmp
     )
 
 
+def test_images_of_the_runs_type_name_the_classes(tmp_path):
+    images = draw(tmp_path / "images", "train/cat", "train/dog")
+    draw(images, "train/cow", suffix="jpg")
+    args = {"data_dir": str(images)}
+    for num_classes, types in ((3, None), (2, ".png"), (1, ".jpg"), (3, ".jpg;.png")):
+        names, source, fault = name_classes(Run({**args, "input_key": types}, None), num_classes)
+        assert list(names) == read_by_timm(images, input_key=types)
+        assert (len(names), source, fault) == (num_classes, "folders of the training images", "")
+
+
 def test_class_maps_name_the_classes(tmp_path):
     images = draw(tmp_path / "images", "train/cat", "train/dog", "train/cow")
     (images / "train" / "map.txt").write_text("dog\ncow\ncat\n")
@@ -427,19 +536,39 @@ def test_a_class_map_runs_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
+FAULTY = "the run's folders of images, {}, were left out: it"
 NO_NAMES = {
-    "gone": ({"data_dir": "nowhere"}, "has no class folders at nowhere; name the classes with --labels FILE"),
-    "not_said": ({}, "has no class folders at None"),
-    "none": ({"data_dir": "none"}, "were left out: it needs 3 names, one for each class, got 0"),
-    "more": ({"data_dir": "many"}, "were left out: it needs 3 names, one for each class, got 4"),
-    "case": ({"data_dir": "case"}, "names that differ only in case, whose order in timm is undefined"),
-    "data_set": ({"dataset": "torch/cifar10", "data_dir": "two"}, 'the data set "torch/cifar10" are not read'),
-    "no_map": ({"class_map": "gone.txt", "data_dir": "three"}, "the run's class map was left out: "),
+    "gone": (
+        {"data_dir": "nowhere"},
+        "the run has no class folders at nowhere; name the classes with --labels FILE",
+    ),
+    "not_said": ({}, "the run has no class folders at None; name the classes with --labels FILE"),
+    "none": ({"data_dir": "none"}, f"{FAULTY.format('none')} needs 3 names, one for each class, got 0"),
+    "more": ({"data": "many"}, f"{FAULTY.format('many')} needs 3 names, one for each class, got 4"),
+    "loose": (
+        {"data_dir": "loose"},
+        f'{FAULTY.format("loose")} needs name 0 to be text without control characters, got ""',
+    ),
+    "case": (
+        {"data_dir": "case"},
+        f"{FAULTY.format('case')} has names that differ only in case, whose order in timm is undefined",
+    ),
+    "case_of_few": (
+        {"data_dir": "both"},
+        f"{FAULTY.format('both')} has names that differ only in case, whose order in timm is undefined",
+    ),
+    "data_set": (
+        {"dataset": "torch/cifar10", "data_dir": "two"},
+        'classes of the data set "torch/cifar10" are not read; name them with --labels FILE',
+    ),
+    "no_map": (
+        {"class_map": "gone.txt", "data_dir": "three"},
+        "the run's class map was left out: there is no three/gone.txt",
+    ),
     "long_map": (
         {"class_map": "long.txt", "data_dir": "three"},
-        "left out: it needs 3 names, one for each class, got 4",
+        "the run's class map long.txt was left out: it needs 3 names, one for each class, got 4",
     ),
-    "case_of_few": ({"data_dir": "both"}, "names that differ only in case, whose order in timm is undefined"),
 }
 
 
@@ -452,12 +581,41 @@ def test_missing_or_surplus_names_are_reported(given, fault, tmp_path, monkeypat
     draw(tmp_path / "three", "a", "b", "c")
     draw(tmp_path / "many", "a", "b", "c", "d", "e", "f")
     draw(tmp_path / "case", "a", "B", "b")
+    draw(tmp_path / "loose", "a", ".")
     (tmp_path / "long.txt").write_text("a\nb\nc\nd\n")
-    file, _, _ = train(tmp_path / "run", **given)
+    assert name_classes(Run({**USUAL, **given}, None), 3) == ((), "", fault)
+
+
+def test_why_there_are_no_names_is_noted(tmp_path):
+    file, _, _ = train(tmp_path / "run", data_dir="nowhere")
     conversion = convert_checkpoint(file)
     assert conversion.labels == {}
-    assert any(fault in note for note in conversion.notes), conversion.notes
-    assert any(note.startswith("class names: none found; give them with --labels") for note in conversion.notes)
+    assert "the run has no class folders at nowhere; name the classes with --labels FILE" in conversion.notes
+    assert "class names: none found; give them with --labels FILE" in conversion.notes
+
+
+def test_folders_of_torchvision_are_numbered_by_their_letters(tmp_path):
+    images = draw(tmp_path / "images", *(f"train/{name}" for name in ("b10", "b9", "A", "B9")))
+    for data_set in ("torch/folder", "Torch/image_folder"):
+        found = timm.data.create_dataset(data_set.lower(), root=str(images), split="train").class_to_idx
+        run = Run({"data_dir": str(images), "dataset": data_set}, None)
+        assert name_classes(run, 4) == (tuple(sorted(found, key=found.get)), "folders of the training images", "")
+
+
+def test_splits_have_the_names_that_timm_looks_for(tmp_path):
+    for number, (there, asked) in enumerate(
+        [
+            *(("training", "train"), ("train", "training"), ("train", "train[:10%]"), ("eval", "validation")),
+            *(("valid", "val"), ("evaluation", "valid"), ("validation", "eval"), ("val", "evaluation")),
+            *(("test", "test"), ("", "test")),
+        ]
+    ):
+        root = tmp_path / str(number)
+        draw(root / there, "b", "a")
+        (root / "c").symlink_to(root / there / "a")
+        found = timm.data.create_dataset("", root=str(root), split=asked).reader.class_to_idx
+        names, _, fault = name_classes(Run({"data_dir": str(root), "train_split": asked}, None), len(found))
+        assert (list(names), fault) == (sorted(found, key=found.get), "")
 
 
 FEW_NAMES = {  # what a run with six outputs was given, the names, and where they are said to be from

@@ -189,28 +189,30 @@ def find_run(checkpoint: Mapping[str, Any], path: Path, args: Path | None = None
             notes.append(f"{beside} was left out: {summarise(error)}")
     for position, (display_name, found) in enumerate(sources):
         fault = _find_fault(found, checkpoint)
+        start: Weights | None = None
+        start_notes: list[str] = []
         if fault is None:
-            notes = [
-                f"run of train.py: {display_name}",
-                *notes,
-                *_compare(found, display_name, sources[position + 1 :]),
-            ]
-            known, left_out = _choose_known(found)
-            start = None
             try:
                 start = look_up_weights(found["model"])
             except ValueError as error:
                 if ":" in found["model"]:  # a folder or repository that is gone
-                    notes.append(f"the run's starting weights are unknown, only its args are used: {error}")
+                    start_notes.append(f"the run's starting weights are unknown, only its args are used: {error}")
                 else:
                     fault = f"names an unknown model: {error}"
-            if fault is None:
-                run = Run(known, start)
-                notes += [
+        if fault is None:
+            known, left_out = _choose_known(found)
+            run = Run(known, start)
+            notes = [
+                f"run of train.py: {display_name}",
+                *notes,
+                *_compare(found, display_name, sources[position + 1 :]),
+                *start_notes,
+                *(
                     f"left out of {display_name}: it {each}; {_describe_fallback(name, run)}"
                     for name, each in left_out.items()
-                ]
-                return dataclasses.replace(run, notes=tuple(notes)), ()
+                ),
+            ]
+            return dataclasses.replace(run, notes=tuple(notes)), ()
         if args is not None:
             raise ValueError(f"{display_name} cannot be used: it {fault}")
         notes.append(f"left out: {display_name}: it {fault}")
