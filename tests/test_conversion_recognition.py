@@ -533,80 +533,125 @@ def make_cyclic():
     return wrapper
 
 
-REFUSED = {
+NO_NETWORK = "needs a TResNet, with body.conv1.0.weight or body.conv1.conv.weight, got "
+NO_NUMBERS = "needs to hold plain floating-point numbers of 16 to 64 bits, got"
+BLURS = "body.layer2.0.conv1, body.layer3.0.conv2, body.layer4.0.conv2"
+REFUSED = {  # what is said behind the name of the file; ... for what is left out here
     "resnet": (
         lambda tensors: {"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1)},
-        "needs a TResNet, with body.conv1.0.weight or body.conv1.conv.weight, got conv1.weight, fc.weight",
+        f"{NO_NETWORK}conv1.weight, fc.weight",
     ),
-    "empty": (lambda tensors: {}, "needs a TResNet, with .*, got nothing"),
+    "empty": (lambda tensors: {}, f"{NO_NETWORK}nothing"),
     "list": (lambda tensors: list(tensors.values()), "needs a dict of tensors, got list"),
-    "cyclic": (lambda tensors: make_cyclic(), "needs a TResNet, with .*, got nothing"),
+    "cyclic": (lambda tensors: make_cyclic(), f"{NO_NETWORK}nothing"),
     "wrapped_resnet": (
         lambda tensors: {"model_state_dict": {"conv1.weight": torch.zeros(1)}, "epoch": 7},
-        "needs a TResNet, with .*, got model_state_dict.conv1.weight",
+        f"{NO_NETWORK}model_state_dict.conv1.weight",
+    ),
+    "deep_resnet": (
+        lambda tensors: {"a": {"b": {"c": {"x": torch.zeros(1), "d": {"y": torch.zeros(1)}}}}, "z": torch.zeros(1)},
+        f"{NO_NETWORK}a.b.c.x, z",
     ),
     "two": (
         lambda tensors: {"student": tensors, "teacher": dict(tensors)},
-        "has 2 networks, 'student', 'teacher'; choose one by its key",
+        "has 2 networks, 'student', 'teacher'; choose one by its key (--key in the command)",
     ),
-    "extra": (lambda tensors: {**tensors, "loss.weight": torch.zeros(1)}, "unexpected loss.weight"),
+    "extra": (
+        lambda tensors: {**tensors, "loss.weight": torch.zeros(1)},
+        "does not fit test_tresnet  with 10 classes: missing nothing; unexpected loss.weight; wrong shape nothing",
+    ),
     "truncated": (
         lambda tensors: {name: t for name, t in tensors.items() if not name.startswith(("body.layer3", "body.layer4"))},
-        r"no tensors of body.layer3: missing body.layer3.\*, body.layer4.\*",
+        "no tensors of body.layer3: missing body.layer3.*, body.layer4.*",
     ),
     "one_block_lost": (
         lambda tensors: {name: t for name, t in tensors.items() if not name.startswith("body.layer3.2")},
-        r"is none of the variants: .*\(2, 2, 2, 1\)",
+        "is none of the variants: {'layers': (2, 2, 2, 1), 'planes': 16, 'block': ('basic', 'basic', 'bottleneck', "
+        "'bottleneck')}, use_se=[True, True, True, False], aa_layer=True, stem=space_to_depth. The variants are "
+        "tresnet_s {'layers': (3, 4, 7, 3), 'planes': 64, 'block': ('basic', 'basic', 'bottleneck', 'bottleneck')}; "
+        "tresnet_m {...}; all have use_se=[True, True, True, False], aa_layer=True, stem=space_to_depth. Perhaps the "
+        "file is incomplete; if the network is meant to differ, convert it as a custom one",
     ),
     "twice": (
         lambda tensors: {**{f"module.{name}": t for name, t in tensors.items()}, "head.fc.bias": torch.zeros(10)},
-        "two tensors for head.fc.bias: with and without 'module.'",
+        "the checkpoint has two tensors for head.fc.bias: with and without 'module.'",
     ),
     "two_names": (
         lambda tensors: {**tensors, "body.layer1.0.conv1.0.0.weight": tensors["body.layer1.0.conv1.0.weight"]},
-        "one after .*body.layer1.0.conv1",
+        f"needs a blur after all of {BLURS} or after none, got one after body.layer1.0.conv1, {BLURS}: missing "
+        "nothing, unexpected body.layer1.0.conv1.0.0.weight",
     ),
     "some_blurred": (
         lambda tensors: {name.replace("layer3.0.conv2.0.", "layer3.0.conv2."): t for name, t in tensors.items()},
-        "missing body.layer3.0.conv2.0.0.weight",
+        f"needs a blur after all of {BLURS} or after none, got one after body.layer2.0.conv1, body.layer4.0.conv2: "
+        "missing body.layer3.0.conv2.0.0.weight, unexpected nothing",
     ),
     "deep_block": (
         lambda tensors: {**tensors, "body.layer3.99999999.conv1.0.weight": torch.zeros(1)},
-        "unexpected body.layer3.99999999.conv1.conv.weight",
+        "does not fit test_tresnet  with 10 classes: missing nothing; unexpected body.layer3.99999999.conv1.conv.weight"
+        "; wrong shape nothing",
     ),
     "stem": (
         lambda tensors: {**tensors, "body.conv1.0.weight": torch.zeros(16, 50, 3, 3)},
-        "needs the shape of a TResNet stem",
+        "body.conv1.conv.weight needs the shape of a TResNet stem, got (16, 50, 3, 3)",
     ),
-    "classifier": (lambda tensors: {**tensors, "head.fc.weight": torch.zeros(10)}, "needs 2 or 3 dimensions"),
+    "kernel": (
+        lambda tensors: {**tensors, "body.conv1.0.weight": torch.zeros(16, 48, 5, 5)},
+        "body.conv1.conv.weight needs the shape of a TResNet stem, got (16, 48, 5, 5)",
+    ),
+    "no_channels": (
+        lambda tensors: {**tensors, "body.conv1.0.weight": torch.zeros(16, 0, 3, 3)},
+        "body.conv1.conv.weight needs the shape of a TResNet stem, got (16, 0, 3, 3)",
+    ),
+    "no_planes": (
+        lambda tensors: {**tensors, "body.conv1.0.weight": torch.zeros(0, 48, 3, 3)},
+        "body.conv1.conv.weight needs the shape of a TResNet stem, got (0, 48, 3, 3)",
+    ),
+    "classifier": (
+        lambda tensors: {**tensors, "head.fc.weight": torch.zeros(10)},
+        "head.fc.weight needs 2 or 3 dimensions, got shape (10,)",
+    ),
+    "bias": (
+        lambda tensors: {**tensors, "head.fc.bias": torch.zeros(10, 1)},
+        "head.fc.bias needs 1 dimensions, got shape (10, 1)",
+    ),
+    "no_features": (
+        lambda tensors: {**tensors, "head.fc.weight": torch.zeros(10, 0)},
+        "head.fc.weight needs 2 or 3 dimensions, got shape (10, 0)",
+    ),
     "repeated": (
         lambda tensors: {**tensors, "head.fc.weight": torch.zeros(1, 1).expand(10**7, 10**7)},
-        "head.fc.weight of shape .* is larger than its data in the file",
+        "head.fc.weight of shape (10000000, 10000000) is larger than its data in the file",
     ),
     "sparse": (
         lambda tensors: {**tensors, "head.fc.bias": torch.zeros(10).to_sparse()},
-        "head.fc.bias needs to hold plain floating-point numbers of 16 to 64 bits, got torch.float32, torch.sparse_coo",
+        f"head.fc.bias {NO_NUMBERS} torch.float32, torch.sparse_coo",
     ),
     "integers": (
         lambda tensors: {**tensors, "head.fc.bias": torch.zeros(10, dtype=torch.int8)},
-        "head.fc.bias needs to hold plain floating-point numbers of 16 to 64 bits, got torch.int8",
+        f"head.fc.bias {NO_NUMBERS} torch.int8, torch.strided",
     ),
     "eight_bits": (
         lambda tensors: {**tensors, "body.conv1.1.weight": tensors["body.conv1.1.weight"].to(torch.float8_e4m3fn)},
-        "body.conv1.1.weight needs to hold plain floating-point numbers of 16 to 64 bits, got torch.float8_e4m3fn",
+        f"body.conv1.1.weight {NO_NUMBERS} torch.float8_e4m3fn, torch.strided",
     ),
     "a_number": (
         lambda tensors: {**tensors, "body.conv1.1.bias": torch.tensor(1.0)},
-        "body.conv1.1.bias",
+        "body.conv1.1.bias needs at least one dimension, got a single number",
     ),
     "nowhere": (
         lambda tensors: {**tensors, "head.fc.bias": torch.zeros(10, device="meta")},
-        "head.fc.bias needs to hold plain floating-point numbers",
+        f"head.fc.bias {NO_NUMBERS} torch.float32, torch.strided",
     ),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
-def test_other_networks_are_refused(change, message, tensors, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        convert_checkpoint(save_checkpoint(change(tensors), tmp_path / "a.pth"))
+def test_what_is_no_tresnet_is_refused(change, message, tensors, tmp_path):
+    file = save_checkpoint(change(tensors), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"\Acannot (convert|read) ") as caught:
+        convert_checkpoint(file)
+    start, _, end = message.partition("...")
+    said = str(caught.value).partition(f" {file}: ")[2]
+    assert said.startswith(start)
+    assert said.endswith(end) if "..." in message else said == message

@@ -178,9 +178,10 @@ def _find_blurs(weights: Mapping[str, Tensor]) -> bool:
             expected.add(f"{block}.conv{2 if bottleneck else 1}")
     if nested != expected:
         raise ValueError(
-            f"needs a blur after all of {shorten_names(expected)} or after none, got one after {shorten_names(nested)}"
-            f": missing {shorten_names(f'{name}.0.0.weight' for name in expected - nested)}, unexpected "
-            f"{shorten_names(f'{name}.0.0.weight' for name in nested - expected)}"
+            f"needs a blur after all of {shorten_names(sorted(expected))} or after none, got one after "
+            f"{shorten_names(sorted(nested))}: missing "
+            f"{shorten_names(f'{name}.0.0.weight' for name in sorted(expected - nested))}, unexpected "
+            f"{shorten_names(f'{name}.0.0.weight' for name in sorted(nested - expected))}"
         )
     return True
 
