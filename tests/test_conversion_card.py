@@ -5,10 +5,11 @@ import pytest
 import timm
 from huggingface_hub import ModelCard
 from PIL import Image
+from publishing import PUBLIC_WEIGHT
 from timm.models import save_for_hf
 
-from timm_tresnet.conversion.card import PLACEHOLDER, make_card
-from timm_tresnet.weights.catalogue import load_catalogue
+from timm_tresnet.conversion.card import PLACEHOLDER, cite, make_card
+from timm_tresnet.weights.catalogue import NOTHING_KNOWN, load_catalogue
 
 CATALOGUE = load_catalogue()
 LINEAR = CATALOGUE["tresnet_m.miil_in21k_ft_in1k"]
@@ -51,6 +52,113 @@ def test_metadata_names_result_source_and_dataset():
     (result,) = data.eval_results
     assert (result.dataset_type, result.metric_type) == ("ILSVRC/imagenet-1k", "accuracy")
     assert result.source_url == "https://github.com/Alibaba-MIIL/ImageNet21K"
+
+
+TRESNET = "[arXiv:2003.13630](https://arxiv.org/abs/2003.13630)"
+CITATION = """```bibtex
+@misc{arxiv2003.13630,
+  title = {TResNet: High Performance GPU-Dedicated Architecture},
+  author = {Tal Ridnik and Hussam Lawen and Asaf Noy and Emanuel Ben Baruch and Gilad Sharir and Itamar Friedman},
+  year = {2020},
+  eprint = {2003.13630},
+  archivePrefix = {arXiv}
+}
+```"""
+
+
+def read_prose(card):
+    """Its paragraphs without the examples, and the rows of its table."""
+    paragraphs = [each for each in ModelCard(card).text.split("\n\n") if "```python" not in each]
+    text = re.sub(r"```python\n.*?```", "", ModelCard(card).text, flags=re.DOTALL)
+    prose = [each.strip() for each in text.split("\n\n") if each.strip() and not each.lstrip().startswith("|")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for each in paragraphs for line in each.splitlines()
+            if line.startswith("|")]  # fmt: skip
+    return prose, [row for row in rows if row[0].strip("-: ")]
+
+
+def test_card_of_a_public_weight_says_this_and_nothing_else():
+    prose, rows = read_prose(make_card(PUBLIC_WEIGHT, "test_tresnet", 3, "owner/insects"))
+    code = "(https://github.com/owner/insects)"
+    assert prose == [
+        "# test_tresnet.insects",
+        f"An image classifier: TResNet ({TRESNET}), variant `test_tresnet`, for timm with the plugin timm-tresnet. The "
+        f"weights of {TRESNET}, converted from `insects.pth` of its [code]{code}.",
+        "## Use",
+        "With timm and timm-tresnet installed; the preprocessing comes with the weights.",
+        *("### Classification", "### Feature maps", "### Embeddings", "### Fine-tuning"),
+        *("## Training data", "Insects."),
+        *("## Licence", f"mit, as the [official code]{code}."),
+        *("## Citation", CITATION),
+    ]
+    zeros, ones = "[0.0, 0.0, 0.0]", "[1.0, 1.0, 1.0]"
+    assert rows == [
+        ["classes", "3"],
+        ["image", f"RGB, resized to 64 × 64 pixels whatever its shape (bilinear); mean {zeros}, std {ones}"],
+        ["top-1 accuracy on Insects", "61.5 %, published in owner/insects, README.md"],
+    ]
+    data = ModelCard(make_card(PUBLIC_WEIGHT, "test_tresnet", 3)).data
+    (result,) = data.eval_results
+    assert (data.model_name, data.datasets, data.tags) == (
+        "test_tresnet.insects", None, ["image-classification", "timm", "tresnet"],
+    )  # fmt: skip
+    assert (result.task_type, result.dataset_type, result.dataset_name) == (
+        "image-classification", "insects", "Insects",
+    )  # fmt: skip
+    assert (result.metric_type, result.metric_name, result.metric_value) == ("accuracy", "top-1 accuracy", 61.5)
+    assert result.source_url == "https://github.com/owner/insects"
+
+
+def test_card_of_ones_own_weight_says_what_was_given_and_nothing_else():
+    facts = dataclasses.replace(
+        NOTHING_KNOWN, dataset="My birds", license="mit", multi_label=True, threshold=0.7, input_size=(64, 96)
+    )
+    prose, rows = read_prose(make_card(facts, "tresnet_s", 4))
+    assert prose == [
+        "# tresnet_s",
+        f"A multi-label image classifier: TResNet ({TRESNET}), variant `tresnet_s`, for timm with the plugin "
+        "timm-tresnet. Converted from a checkpoint trained on My birds.",
+        "## Use",
+        "With timm and timm-tresnet installed; the preprocessing comes with the weights.",
+        *("### Classification", "### Feature maps", "### Embeddings", "### Fine-tuning"),
+        *("## Training data", "My birds."),
+        *("## Licence", "mit, as given at the conversion of the weights."),
+        *("## Citation", CITATION),
+    ]
+    assert rows == [
+        ["classes", "4"],
+        ["outputs", "one sigmoid a class; an image can have any number of classes"],
+        ["threshold", "an image has each class with a probability of at least 0.7"],
+        ["image", "RGB, 64 × 96 pixels"],
+    ]
+
+
+def test_card_of_a_backbone_of_unknown_training_says_so():
+    prose, rows = read_prose(make_card(None, "tresnet_m", 0, "owner/insects"))
+    assert prose[:2] == [
+        "# insects",
+        f"An image feature extractor: TResNet ({TRESNET}), variant `tresnet_m`, for timm with the plugin timm-tresnet. "
+        "Converted from a checkpoint of unknown training.",
+    ]
+    assert prose[4:] == ["### Feature maps", "### Embeddings", "### Fine-tuning", "## Citation", CITATION]
+    assert rows == []
+
+
+def test_pretraining_files_and_papers_of_public_weights_are_named():
+    public = dataclasses.replace(
+        PUBLIC_WEIGHT, pretraining="Birds", files=("a.pth", "b.pth"), paper="arXiv:2104.10972", code="see the paper",
+        license=None, multi_label=True,
+    )  # fmt: skip
+    prose, _ = read_prose(make_card(public, "test_tresnet", 3))
+    paper = "[arXiv:2104.10972](https://arxiv.org/abs/2104.10972)"
+    assert prose[1].endswith(f"The weights of {paper}, converted from `a.pth` or `b.pth` of its code (see the paper).")
+    assert "Birds, then Insects." in prose
+    unlicensed = "The authors name no licence for these weights. Ask them before you use the weights."
+    assert prose[prose.index("## Licence") + 1] == unlicensed
+    assert prose[-1] == CITATION
+    assert cite(["arXiv:2104.10972", "arXiv:2003.13630"]) == f"{prose[-2]}\n\n{CITATION}"
+    assert prose[-2].startswith(
+        "```bibtex\n@misc{arxiv2104.10972,\n  title = {ImageNet-21K Pretraining for the Masses},"
+    )
 
 
 def test_unknown_weights_get_a_card_that_claims_nothing():

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import stat
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from converting import load_folder, save_checkpoint
+from safetensors import safe_open
 
 from timm_tresnet import convert_checkpoint, write_folder
 
@@ -29,21 +31,46 @@ def test_folder_holds_weights_config_and_card_and_nothing_else(conversion, tmp_p
     assert modes == {stat.S_IMODE((tmp_path / "probe").stat().st_mode)}
 
 
+def test_config_says_what_is_known_and_weights_say_their_format(tensors, tmp_path):
+    names = ["ä", *"bcdefghij"]
+    file = save_checkpoint({"model": tensors, "idx_to_class": names}, tmp_path / "a.pth")
+    for slope, model_args in ((None, {}), (0.2, {"model_args": {"negative_slope": 0.2}})):
+        folder = tmp_path / str(slope)
+        conversion = convert_checkpoint(file, negative_slope=slope)
+        write_folder(conversion, folder)
+        text = (folder / "config.json").read_text(encoding="utf-8")
+        config = {"architecture": "test_tresnet", "num_classes": 10, **model_args}
+        config |= {"pretrained_cfg": conversion.pretrained_cfg, "label_names": names}
+        assert text == json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        with safe_open(folder / "model.safetensors", "pt") as weights:
+            assert weights.metadata() == {"format": "pt"}
+
+
+def test_what_comes_into_the_folder_meanwhile_is_not_overwritten(conversion, tmp_path):
+    folder = tmp_path / "folder"
+    write_folder(conversion, folder)
+    with pytest.raises(FileExistsError, match="has thesis.tex, which are not overwritten"):
+        write_folder(conversion, folder, overwrite=True, check=lambda partial: (folder / "thesis.tex").touch())
+    assert len(os.listdir(folder)) == 4
+
+
 def test_only_an_earlier_conversion_is_overwritten_and_only_on_demand(conversion, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     write_folder(conversion, folder)  # empty is as good as new
     (folder / "README.md").write_text("mine")
-    with pytest.raises(FileExistsError, match="has README.md, config.json, model.safetensors; .* or overwrite it"):
-        write_folder(conversion, folder)
+
+    def refuse(path, said, **options):
+        with pytest.raises(FileExistsError, match=f"^{re.escape(f'{path} {said}')}$"):
+            write_folder(conversion, path, **options)
+
+    refuse(folder, "has README.md, config.json, model.safetensors; name another folder, or overwrite it")
     assert (folder / "README.md").read_text() == "mine"
     write_folder(conversion, folder, overwrite=True)
     assert (folder / "README.md").read_text() != "mine"
     (folder / "thesis.tex").touch()
-    with pytest.raises(FileExistsError, match="has thesis.tex, which are not overwritten"):
-        write_folder(conversion, folder, overwrite=True)
-    with pytest.raises(FileExistsError, match="is a file"):
-        write_folder(conversion, folder / "thesis.tex")
+    refuse(folder, "has thesis.tex, which are not overwritten; name another folder", overwrite=True)
+    refuse(folder / "thesis.tex", "is a file; name a folder to write to")
     assert sorted(os.listdir(tmp_path)) == ["a.pth", "folder"]
 
 
