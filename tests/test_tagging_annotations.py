@@ -322,8 +322,10 @@ def test_a_column_for_each_label_is_read_in_order(folder):
         (["1,", ",1"], {"a.jpg": ("x",), "b.jpg": ("y",)}),
         (["1,", "0,1"], {"a.jpg": (("x",), ()), "b.jpg": (("y",), ("x",))}),  # CheXpert
         (["1,-1", "0,1"], {"a.jpg": (("x",), ()), "b.jpg": (("y",), ("x",))}),
+        (["1.0,-1.0", "0.0,1.0"], {"a.jpg": (("x",), ()), "b.jpg": (("y",), ("x",))}),
+        (["True,nan", "False,TRUE"], {"a.jpg": (("x",), ()), "b.jpg": (("y",), ("x",))}),
     ],
-    ids=["minus_one_for_no", "nothing_for_no", "nothing_for_unknown", "minus_one_for_unknown"],
+    ids=["minus_one_for_no", "nothing_for_no", "nothing_for_unknown", "minus_one_for_unknown", "numbers", "words"],
 )
 def test_what_is_neither_0_nor_1_is_unknown_if_some_are_0(folder, cells, expected):
     lines = [f"{name},{cell}" for name, cell in zip(("a.jpg", "b.jpg"), cells, strict=True)]

@@ -65,6 +65,26 @@ def test_nothing_predicted_is_zero_and_nothing_there_is_nan():
     assert all(value != value for value in scores.score(torch.rand(4, 2), torch.zeros(4, 2), 0.5).values())
 
 
+def test_scores_have_their_names_whether_anything_can_be_measured_or_not(tagged):
+    probabilities, targets = tagged
+    names = ["CP", "CR", "CF1", "OP", "OR", "OF1"]
+    for count in (0, 5):
+        decisions = scores.decide(probabilities >= 0.5, targets if count else torch.zeros_like(targets))
+        assert list(decisions.score()) == names
+        assert list(scores.score(probabilities, targets, 0.5)) == ["mAP", "CF1", "OF1"]
+
+
+def test_one_right_decision_about_one_image_is_all_of_them():
+    found = scores.decide(torch.tensor([[True], [False]]), torch.tensor([[1], [0]])).score()
+    assert found == dict.fromkeys(found, 100)
+
+
+def test_thresholds_lie_halfway_to_the_next_probability():
+    probabilities = torch.tensor([[0.9], [0.8], [0.3]])
+    for targets, threshold in (([1, 0, 0], 0.85), ([1, 1, 0], 0.55), ([1, 1, 1], 0.15)):
+        assert scores.choose_thresholds(probabilities, torch.tensor(targets)[:, None]) == [pytest.approx(threshold)]
+
+
 def test_thresholds_give_the_best_f1_that_any_threshold_gives(tagged):
     probabilities, targets = tagged
     found = scores.choose_thresholds(probabilities, targets)
@@ -178,6 +198,7 @@ def test_top_labels_are_chosen_whatever_their_probability():
     probabilities = torch.tensor([[0.1, 0.3, 0.2], [0.9, 0.8, 0.7]])
     assert scores.choose_top(probabilities, 2).tolist() == [[False, True, True], [True, True, False]]
     assert scores.choose_top(probabilities, 9).all()
+    assert scores.choose_top(probabilities, 2).dtype == torch.bool
 
 
 def test_accuracy_is_that_of_timm():
