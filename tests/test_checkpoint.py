@@ -8,8 +8,10 @@ from timm_tresnet.weights.checkpoint import (
     adapt_stem,
     checkpoint_filter_fn,
     choose_network,
+    find_misfits,
     find_networks,
     from_official,
+    from_query2label,
     rename_head,
     unwrap,
 )
@@ -136,6 +138,20 @@ def test_of_several_networks_the_likeliest_is_taken(checkpoint, key):
     assert choose_network(networks, other.key) is other
 
 
+def test_words_tell_averages_and_plain_networks_from_others():
+    def choose(first, second):
+        networks = find_networks({first: {STEM: ONE}, second: {STEM: TWO}})
+        return choose_network(networks).key
+
+    plain = "state dict model models module net network params weights timm backbone state_dict model.0 net_3".split()
+    for word in plain:
+        assert choose("teacher", word) == word
+    for word in ("ema", "EMA", "model_ema", "swa_model", "avg", "average", "averaged", "ema.model", "net.avg_1"):
+        assert choose("model", word) == word
+    for word in ("schema", "swap", "averages", "emanet", "gavg"):
+        assert choose(word, "model") == "model"
+
+
 @pytest.mark.parametrize("names", [("student", "teacher"), ("ema_1", "ema_2"), ("best", "worst")])
 def test_networks_that_are_as_likely_are_named(names):
     networks = find_networks(make_two(*names))
@@ -212,6 +228,115 @@ def test_official_file_loads_through_timm(tmp_path):
     with torch.no_grad():
         actual, expected = model(x), reference.official_forward(tensors, x)
     assert (actual - expected).norm() / expected.norm() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("official", "head"),
+    [
+        ({"head": "bottleneck", "head_features": 24}, {"head": "bottleneck", "head_features": 24}),
+        ({"head": "ml_decoder", "num_groups": 3, "decoder_embedding": 64}, {"head": "ml_decoder", "num_groups": 3}),
+        (
+            {"head": "ml_decoder", "zero_shot": True, "decoder_embedding": 64},
+            {"head": "ml_decoder", "label_embedding": 300},
+        ),
+    ],
+    ids=["bottleneck", "groups", "labels"],
+)
+def test_official_heads_give_the_official_logits(official, head):
+    tensors = reference.official_state_dict(LAYERS, planes=16, **official)
+    head = {**head, **{name: official[name] for name in ("decoder_embedding",) if name in official}}
+    labels = torch.randn(7, 300) if "label_embedding" in head else None
+    model = TResNet(LAYERS, width_factor=0.25, num_classes=0 if labels is not None else 10, **head).eval()
+    missing, unexpected = model.load_state_dict(checkpoint_filter_fn({"model": tensors}, model), strict=False)
+    assert (set(missing) <= {"head.queries.vectors"}, unexpected) == (True, [])
+    options = {}
+    if labels is not None:
+        model.set_label_embeddings([f"label {index}" for index in range(7)], labels)
+        options = {"word_vectors": labels}
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        actual, expected = model(x), reference.official_forward(tensors, x, **options)
+    assert actual.shape == (2, 10 if labels is None else 7)
+    assert reference.relative_error(actual, expected) <= 1e-5
+
+
+def test_official_frelu_gives_the_official_logits():
+    tensors = reference.official_state_dict(LAYERS, planes=16, frelu=True, counters=True)
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        actual = load({"layers": LAYERS, "width_factor": 0.25, "act_layer": "frelu"}, tensors)(x)
+        assert reference.relative_error(actual, reference.official_forward(tensors, x)) <= 1e-5
+
+
+def test_official_query2label_gives_the_official_logits():
+    tensors = reference.official_state_dict(LAYERS, planes=16, head="query2label", head_features=24)
+    (network,) = find_networks(tensors)
+    weights = from_official(network.tensors) | from_query2label(network.beside)
+    head = {"head": "query2label", "head_features": 24, "decoder_embedding": 512}
+    model = TResNet(LAYERS, width_factor=0.25, num_classes=10, **head).eval()
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert (unexpected, [name for name in missing if not name.endswith("num_batches_tracked")]) == ([], [])
+    plain = {name.removeprefix("module.").removeprefix("backbone.0.body."): each for name, each in tensors.items()}
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert reference.relative_error(model(x), reference.official_forward(plain, x)) <= 1e-5
+    # Queries for other classes are left out.
+    other = TResNet(LAYERS, width_factor=0.25, num_classes=7, **head)
+    assert "head.queries.vectors" in checkpoint_filter_fn(weights, model)
+    assert "head.queries.vectors" not in checkpoint_filter_fn(weights, other)
+
+
+def test_transformers_other_than_query2labels_are_not_taken():
+    tensors = reference.official_state_dict(LAYERS, planes=16, head="query2label", head_features=24)
+    (network,) = find_networks(tensors)
+    beside = network.beside
+    assert from_query2label(beside)
+    decoder = {name: each for name, each in beside.items() if ".decoder.layers." in name}
+    for change in ({"1.": "2."}, {"multihead_attn": "self_attn"}, {"decoder": "encoder"}, {"linear1": "linear3"}):
+        ((old, new),) = change.items()
+        assert from_query2label({**beside, **{name.replace(old, new): each for name, each in decoder.items()}}) == {}
+    assert from_query2label({}) == {}
+
+
+def test_attention_of_xformers_is_that_of_pytorch_in_three_parts():
+    prefix = "head.decoder.layers.0.multihead_attn."
+    parts = [torch.full((2, 3), float(value)) for value in range(3)]
+    of_xformers = {
+        f"{prefix}in_proj_container.{name}_proj.weight": part for name, part in zip("qkv", parts, strict=True)
+    }
+    of_pytorch = {f"{prefix}in_proj_weight": torch.cat(parts)}
+    for renamed in (rename_head(of_xformers), rename_head(of_pytorch)):
+        assert renamed.keys() == {"head.queries.proj.weight", "head.decoder.kv.weight"}
+        assert torch.equal(renamed["head.queries.proj.weight"], parts[0])
+        assert torch.equal(renamed["head.decoder.kv.weight"], torch.cat(parts[1:]))
+    for name in ("proj", "out_proj"):
+        assert rename_head({f"{prefix}{name}.bias": ONE}) == {"head.decoder.proj.bias": ONE}
+    for odd in (dict(list(of_xformers.items())[:2]), {**of_xformers, f"{prefix}in_proj_container.k_proj.weight": ONE}):
+        assert rename_head(odd) == odd
+
+
+def test_two_tensors_of_a_head_under_one_name_are_refused():
+    twice = {"head.fc.bias": ONE, "head.decoder.duplicate_pooling_bias": TWO}
+    with pytest.raises(ValueError, match="^the checkpoint has two tensors for head.fc.bias$"):
+        rename_head(twice)
+
+
+def test_what_does_not_fit_is_listed():
+    shapes = {"a": (1, 2), "b": (3,), "d": torch.Size([4])}
+    expected = {"a": (1, 2), "b": [3, 1], "c": (1,), "d": (4,), "x.num_batches_tracked": ()}
+    assert find_misfits(shapes, expected) == (["c"], [], ["b (3,) instead of (3, 1)"])
+    assert find_misfits(expected, shapes)[1] == ["c", "x.num_batches_tracked"]
+
+
+def test_more_channels_repeat_the_old_ones_in_turn():
+    weight = torch.randn(4, 16 * 3, 3, 3)
+    old = weight.unflatten(1, (16, 3))
+    for channels in (2, 4, 5):
+        adapted = adapt_stem(weight, 16 * channels).unflatten(1, (16, channels))
+        for channel in range(channels):
+            torch.testing.assert_close(adapted[:, :, channel], old[:, :, channel % 3] * (3 / channels))
+    assert adapt_stem(weight, 48) is weight
+    assert adapt_stem(weight.double(), 16).dtype == torch.float64
 
 
 def test_projections_of_any_width_are_split_into_queries_and_the_rest():

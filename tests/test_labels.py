@@ -3,11 +3,16 @@ import timm
 
 from timm_tresnet.weights.labels import (
     LABEL_SETS,
+    describe_labels,
     is_multi_label,
+    join_source,
     label_config,
     label_lookup,
     list_names,
     make_notes,
+    note_source,
+    order_names,
+    read_labels,
     read_thresholds,
 )
 
@@ -92,6 +97,95 @@ def test_all_names_of_each_class_are_listed():
     assert list_names(model) == [()] * 3
 
 
+def test_where_the_names_are_from_is_said():
+    def describe(num_classes, name="test_tresnet", **config):
+        return describe_labels(
+            timm.create_model(name, pretrained_cfg_overlay=config, num_classes=num_classes, device="meta")
+        )
+
+    numbered = "no names are known, classes are numbered"
+    assert describe(2, label_names=["a", "b"]) == ""
+    noted = {"label_names": ["a", "b"], "notes": ("multi-label", note_source("a file of labels"))}
+    assert describe(2, **noted) == "a file of labels, in the weights' config"
+    assert describe(3, **noted) == f"the weights' config has 2 names for 3 classes; {numbered}"
+    assert describe(3, "tresnet_m") == numbered
+    assert describe(1000, "tresnet_m") == "timm's list for 1000 classes, imagenet-1k"
+    few = "the weights' config has 1 names for 11221 classes; timm's list for 11221 classes, imagenet-21k-miil"
+    assert describe(11221, "tresnet_m", label_names=["a"]) == few
+    assert (join_source("a list", ""), join_source("a list", "2 of 3")) == ("a list", "a list (2 of 3)")
+
+
+ORDERED = {  # names of three classes as files have them, and in the order of the outputs
+    "list": (["a", "b", "c"], ("a", "b", "c")),
+    "tuple": (("c", "b", "a"), ("c", "b", "a")),
+    "numbers": ({2: "c", 0: "a", 1: "b"}, ("a", "b", "c")),
+    "numbers_of_json": ({"2": "c", "000000000": "a", "1": "b"}, ("a", "b", "c")),
+    "by_name": ({"c": 2, "b": 1, "a": 0}, ("a", "b", "c")),
+    "by_name_of_json": ({"c": "2", "b": "1", "a": "0"}, ("a", "b", "c")),
+    "numbers_for_names": ({0: "2", 1: "1", 2: "0"}, ("2", "1", "0")),
+    "few": (["a"], ("a", "class 1", "class 2")),
+    "last": ({2: "c"}, ("class 0", "class 1", "c")),
+    "like_ours": (["class 2"], ("class 2", "unnamed class 1", "unnamed class 2")),
+    "not_like_ours": (["class 0"], ("class 0", "class 1", "class 2")),
+}
+
+
+@pytest.mark.parametrize(("in_file", "names"), ORDERED.values(), ids=ORDERED)
+def test_names_in_a_file_are_put_in_the_order_of_the_outputs(in_file, names):
+    gap = "" if len(in_file) == 3 else "1 names for 3 classes, the rest are numbered"
+    assert order_names(in_file, 3) == (names, gap)
+
+
+TEXT = "text without control characters"
+UNORDERED = {
+    "none": (None, "needs a dict or a list of names, got NoneType"),
+    "text": ("abc", "needs a dict or a list of names, got str"),
+    "empty": ([], "needs 3 names, one for each class, got 0"),
+    "more": ({0: "a", 1: "b", 2: "c", 3: "d"}, "needs 3 names, one for each class, got 4"),
+    "behind": ({0: "a", 3: "d"}, "needs the keys 0 to 2"),
+    "negative": ({-1: "a"}, "needs the keys 0 to 2"),
+    "bool": ({False: "a", True: "b"}, "needs the keys 0 to 2"),
+    "fraction": ({0.0: "a"}, "needs the keys 0 to 2"),
+    "long": ({"0000000000": "a"}, "needs the keys 0 to 2"),
+    "digits_elsewhere": ({"\u0661": "a"}, "needs the keys 0 to 2"),
+    "one_number": ({"a": 1, "b": 1}, "needs the keys 0 to 2"),
+    "blank": (["a", " "], f'needs name 1 to be {TEXT}, got " "'),
+    "escape": (["a", "b", "\x1b"], f'needs name 2 to be {TEXT}, got "\\u001b"'),
+    "no_text": (["a", 7], f"needs name 1 to be {TEXT}, got int"),
+    "twice": (["a", "b", "a"], "needs a name for each class, got a more than once"),
+}
+
+
+@pytest.mark.parametrize(("in_file", "fault"), UNORDERED.values(), ids=UNORDERED)
+def test_what_names_no_outputs_is_told(in_file, fault):
+    assert order_names(in_file, 3) == ((), fault)
+
+
+def test_of_names_that_come_twice_five_are_told():
+    names = [*"abcdefgh"] * 2
+    assert order_names(names, 16) == ((), "needs a name for each class, got a, b, c, d, e more than once")
+
+
+def test_files_of_labels_are_texts_or_json(tmp_path):
+    for name, content, expected in (
+        ("a.txt", " ä \r\n\nb\n\n", ["ä", "", "b"]),
+        ("a", "a\n", ["a"]),
+        ("a.JSON", '{"a": 1}', {"a": 1}),
+    ):
+        (tmp_path / name).write_bytes(content.encode())
+        assert read_labels(tmp_path / name) == expected
+    path = tmp_path / "b.txt"
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=f"^{path} is not text in UTF-8: 'utf-8' codec can't decode byte 0xff"):
+        read_labels(path)
+    with path.open("wb") as file:
+        file.truncate(2**26 + 1)  # sparse
+    with pytest.raises(ValueError, match=f"^{path} needs to be at most 67108864 bytes long, got 67108865"):
+        read_labels(path)
+    with pytest.raises(FileNotFoundError):
+        read_labels(tmp_path / "c.txt")
+
+
 @pytest.mark.parametrize(
     ("config", "multi_label"),
     [({}, False), ({"notes": None}, False), ({"notes": ["other"]}, False), ({"notes": ("multi-label",)}, True)],
@@ -110,6 +204,9 @@ def test_thresholds_are_read_as_they_were_noted():
     assert read_thresholds({"notes": make_notes(True)}, 3) is None
     assert read_thresholds({"notes": None}, 3) is None
     assert make_notes(False) == ()
+    assert make_notes(False, [0.12345678, 1]) == ("thresholds: [0.123457, 1.0]",)
+    assert make_notes(True, 0.12345678) == ("multi-label", "thresholds: 0.123457")
+    assert make_notes(True, 1) == ("multi-label", "thresholds: 1.0")
 
 
 def test_one_threshold_is_that_of_all_labels_of_the_weights():

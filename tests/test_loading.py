@@ -1,7 +1,9 @@
 import json
 import math
 import os
+import re
 import shutil
+import struct
 
 import pytest
 import timm
@@ -13,7 +15,7 @@ from timm_tresnet.cli import main as cli
 from timm_tresnet.utils.images import SAMPLES
 from timm_tresnet.utils.terminal import escape
 from timm_tresnet.weights.catalogue import load_catalogue
-from timm_tresnet.weights.loading import load_network, look_up_weights
+from timm_tresnet.weights.loading import build_skeleton, load_network, look_up_weights
 
 CAT = str(SAMPLES / "cat.jpg")
 TEXTS = {  # what is no config at all
@@ -155,15 +157,32 @@ def another_network(folder):
     shutil.copy(folder / "other" / "model.safetensors", folder)
 
 
-DAMAGED_WEIGHTS = [no_tensors, pipe, dangling_link, folder_for_a_file, cut, pickle_of_code, pickle_of_something]
-DAMAGED_WEIGHTS += [pickle_of_noise, another_network]
+def long_header(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 2**40) + path.read_bytes()[8:])
 
 
-@pytest.mark.parametrize("damage", DAMAGED_WEIGHTS, ids=lambda damage: damage.__name__)
-def test_damaged_weights_are_refused_in_one_sentence(damage, good, tmp_path, capfd):
+DAMAGED_WEIGHTS = {  # and what is said of them beside the folder
+    no_tensors: "",
+    pipe: "model.safetensors: not a file",
+    dangling_link: "model.safetensors",
+    folder_for_a_file: "model.safetensors: not a file",
+    cut: "",
+    long_header: "model.safetensors: damaged safetensors file: its header declares 1099511627776 bytes",
+    pickle_of_code: "",
+    pickle_of_something: "",
+    pickle_of_noise: "pytorch_model.bin: damaged file, or not written by torch.save: ",
+    another_network: "",
+}
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"), DAMAGED_WEIGHTS.items(), ids=[damage.__name__ for damage in DAMAGED_WEIGHTS]
+)
+def test_damaged_weights_are_refused_in_one_sentence(damage, said, good, tmp_path, capfd):
     folder = shutil.copytree(good, tmp_path / "folder")
     damage(folder)
-    assert_refused(f"local-dir:{folder}", capfd)
+    assert_refused(f"local-dir:{folder}", capfd, said and f"{folder}/{said}")
 
 
 def test_names_of_our_own_load_as_before():
@@ -228,3 +247,31 @@ def test_a_folder_is_looked_up_with_the_arguments_in_its_config(good):
     found = look_up_weights(f"local-dir:{good}")
     assert found.architecture == "test_tresnet"
     assert found.model_args.items() >= {"num_classes": 10, "in_chans": 3}.items()
+    assert look_up_weights(f"LOCAL_DIR:{good}").pretrained_cfg == found.pretrained_cfg
+
+
+NO_NETWORK = {  # arguments that are right each by itself
+    "large": ({"width_factor": 15}, "it has 2.3e+09 parameters, more than 1e+09"),
+    "no_pooling": ({"global_pool": ""}, "it needs a global_pool to classify images, got ''"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "fault"), NO_NETWORK.values(), ids=NO_NETWORK)
+def test_what_describes_no_network_that_can_be_run_is_refused(arguments, fault, good, config):
+    content = json.loads(config.read_text())
+    content["model_args"].update(arguments)
+    config.write_text(json.dumps(content))
+    for called in ("config.json", "the file"):
+        with pytest.raises(ValueError, match=f"^{called} describes a network that cannot run: {re.escape(fault)}$"):
+            build_skeleton(f"local-dir:{good}", *([called] if called == "the file" else []))
+
+
+def test_networks_for_other_channels_and_without_classes_are_run(good, config):
+    content = json.loads(config.read_text())
+    content["num_classes"] = content["model_args"]["num_classes"] = content["pretrained_cfg"]["num_classes"] = 0
+    content["model_args"].update(in_chans=5, global_pool="")
+    content["pretrained_cfg"].update(input_size=[5, 32, 48])
+    config.write_text(json.dumps(content))
+    model = build_skeleton(f"local-dir:{good}")
+    assert (model.in_chans, model.num_classes, model.training) == (5, 0, False)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

@@ -1,5 +1,6 @@
 """Messages when the Hub cannot be reached, without its client's retries."""
 
+import json
 import socket
 import threading
 
@@ -10,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from timm_tresnet.weights import hub
 from timm_tresnet.weights.hub import require_hub
-from timm_tresnet.weights.loading import load_network
+from timm_tresnet.weights.loading import load_network, look_up_weights
 
 
 @pytest.fixture
@@ -38,10 +39,39 @@ def refuse(*arguments, **options):
 
 def test_a_server_that_does_not_answer_is_named_with_the_reason(endpoint, closed):
     endpoint(f"http://127.0.0.1:{closed}")
-    with pytest.raises(
-        LocalEntryNotFoundError, match=r"config.json of a/b is not in the cache, and 127.0.0.1 cannot be"
-    ):
-        require_hub("a/b", "config.json")
+    with pytest.raises(LocalEntryNotFoundError) as caught:
+        require_hub("a/b", "config.json", "other.json")
+    assert str(caught.value) == (
+        "config.json of a/b is not in the cache, and 127.0.0.1 cannot be reached (Connection refused); connect to the "
+        "network, set HF_ENDPOINT to a mirror, or use a folder, local-dir:FOLDER"
+    )
+
+
+@pytest.mark.parametrize(
+    ("address", "port"),
+    [("https://hub.invalid", 443), ("http://hub.invalid", 80), ("https://hub.invalid:8080/api", 8080)],
+)
+def test_the_server_is_asked_for_at_its_port(address, port, endpoint, monkeypatch):
+    endpoint(address)
+    asked = []
+
+    def connect(address, timeout):
+        asked.append((address, 0 < timeout <= 10))
+        return socket.socket()
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    require_hub("a/b", "config.json")
+    assert asked == [(("hub.invalid", port), True)]
+
+
+def test_a_folder_for_downloads_is_looked_into(endpoint, closed, tmp_path):
+    endpoint(f"http://127.0.0.1:{closed}")
+    folder = tmp_path / "mine" / "models--a--b" / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    require_hub("a/b", "config.json", revision=folder.name, cache_dir=tmp_path / "mine")
+    with pytest.raises(LocalEntryNotFoundError, match="is not in the cache"):
+        require_hub("a/b", "config.json", revision=folder.name)
 
 
 def test_a_name_that_nobody_knows_is_a_reason(endpoint, monkeypatch):
@@ -102,3 +132,23 @@ def test_models_and_commands_ask_before_the_client(endpoint, closed, monkeypatch
     with pytest.raises(ValueError, match="cannot load the model hf-hub:a/b: config.json of a/b is not in the cache"):
         load_network("hf-hub:a/b")
     assert timm.create_model("test_tresnet", pretrained=True)  # in the package
+
+
+def test_a_commit_in_the_cache_is_looked_up_without_the_server(endpoint, closed, tmp_path):
+    endpoint(f"http://127.0.0.1:{closed}")
+    folder = tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
+    config = {"architecture": "test_tresnet", "num_classes": 3, "model_args": {"width_factor": 0.125}}
+    (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": {}}))
+    found = look_up_weights(f"hf-hub:a/b@{folder.name}")
+    assert (found.architecture, found.model_args) == ("test_tresnet", {"width_factor": 0.125})
+    for other in ("a/b", f"a/b@{'1' * 40}"):
+        with pytest.raises(ValueError, match=f"weights hf-hub:{other}: config.json of a/b is not in the cache"):
+            look_up_weights(f"hf-hub:{other}")
+    # Right field by field, but no network comes of it.
+    (folder / "config.json").write_text(json.dumps({**config, "model_args": {"act_layer": "x"}, "pretrained_cfg": {}}))
+    for load in (load_network, look_up_weights):
+        with pytest.raises(
+            ValueError, match=r"@0+: config.json of a/b describes a network that cannot run: .*act_layer"
+        ):
+            load(f"hf-hub:a/b@{folder.name}")
