@@ -5,6 +5,7 @@ import pytest
 import reference
 import timm
 import torch
+from publishing import PUBLIC_WEIGHT
 from timm.models import get_pretrained_cfg, list_models
 
 from timm_tresnet.conversion.description import _choose_public_weight
@@ -216,6 +217,13 @@ def test_every_fact_has_an_option_and_is_unknown_if_not_given():
     for field in dataclasses.fields(WeightFacts):
         parser.add_argument(f"--{field.name.replace('_', '-')}", **field.metadata)
     assert WeightFacts(**vars(parser.parse_args([]))) == NOTHING_KNOWN
+    usage = " ".join(parser.format_usage().split()).partition("[-h] ")[2]
+    assert usage == (
+        "[--input-size PIXELS] [--crop-pct FRACTION] [--crop-mode {center,squash}] [--interpolation "
+        "{nearest,bilinear,bicubic,lanczos}] [--mean M [M ...]] [--std S [S ...]] [--negative-slope SLOPE] "
+        "[--stem-negative-slope SLOPE] [--license NAME] [--dataset NAME] [--multi-label | --no-multi-label] "
+        "[--threshold P]"
+    )
     assert NOTHING_KNOWN.known == {}
     words = "--input-size 448 --mean 0.5 0.4 0.3 --crop-mode squash --no-multi-label --stem-negative-slope 0.1".split()
     assert WeightFacts(**vars(parser.parse_args(words))).known == {
@@ -238,6 +246,19 @@ def test_config_has_only_known_facts():
         "notes": (MULTI_LABEL,),
     }
     assert "notes" not in make_pretrained_cfg(known, 0)  # a backbone has no labels
+    said = {
+        "crop_pct": 0.8, "crop_mode": "squash", "interpolation": "nearest", "mean": (0.5,) * 3, "std": (0.2,) * 3,
+        "license": "mit",
+    }  # fmt: skip
+    facts = dataclasses.replace(NOTHING_KNOWN, **said, dataset="Birds", input_size=(96, 65))
+    sizes = {"input_size": (3, 96, 65), "pool_size": (3, 3)}
+    assert make_pretrained_cfg(facts, 5) == {**config, **said, **sizes, "description": "Trained on Birds"}
+    public = make_pretrained_cfg(PUBLIC_WEIGHT, 3)
+    assert (public["tag"], public["origin_url"], public["paper_ids"]) == (
+        "insects", "https://github.com/owner/insects", "arXiv:2003.13630",
+    )  # fmt: skip
+    multi_label = dataclasses.replace(PUBLIC_WEIGHT, multi_label=True, threshold=0.7)
+    assert make_pretrained_cfg(multi_label, 3)["notes"] == ("multi-label", "thresholds: 0.7")
     assert config == {
         "custom_load": False,
         "fixed_input_size": False,
