@@ -270,6 +270,59 @@ def test_other_separators_are_asked_about_where_they_make_fewer_labels(folder, s
     assert read(path)[1] == ("/m/01", "/m/02")
 
 
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ["1girl solo long_hair", "1girl blue_eyes hat", "dog"],  # of Danbooru
+        [" ".join(f"tag{(number * step + number) % 40}" for step in range(12)) for number in range(1, 9)],
+        ["dog cat emu", "cat emu ant", "dog ant bee", "bee fox"],
+    ],
+    ids=["underscores", "more_tags_than_images", "more_tags_than_combinations"],
+)
+@pytest.mark.parametrize("form", ["x.csv", "metadata.jsonl", "text"])
+def test_combinations_of_more_labels_than_there_are_images_are_asked_about(folder, form, cells):
+    names = [f"{number}.jpg" for number in range(len(cells))]
+    pairs = list(zip(names, cells, strict=True))
+    for name, cell in pairs:
+        Image.new("RGB", (8, 8)).save(folder / name)
+        if form == "text":
+            write(folder / name.replace("jpg", "txt"), cell)
+    if form == "x.csv":
+        path = write(folder / form, "\n".join(["file,tags", *map(",".join, pairs)]))
+    elif form == "metadata.jsonl":
+        path = write(folder / form, "\n".join(json.dumps({"file_name": name, "tags": cell}) for name, cell in pairs))
+    else:
+        path = folder
+    with pytest.raises(ValueError, match="use --separator ' ' if these are several labels"):
+        read(path)
+    assert set(read(path, separator=" ")[1]) == {tag for cell in cells for tag in cell.split()}
+    assert len(read(path, separator="|")[1]) == len(cells)
+
+
+def test_text_with_commas_in_metadata_is_asked_about_where_its_parts_recur(folder):
+    path = write(folder / "metadata.jsonl", '{"file_name": "a.jpg", "labels": "cat, dog"}\n')
+    assert read(path)[1] == ("cat, dog",)
+    write(path, '{"file_name": "a.jpg", "labels": "cat, dog"}\n{"file_name": "b.jpg", "labels": "cat"}\n')
+    with pytest.raises(ValueError, match="use --separator ','"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ["Human face", "Human eye", "dog", "Human hand"] * 2,  # OpenImages
+        ["Quercus alba", "Quercus rubra", "Acer rubrum", "Pica pica"],  # species, each once
+        ["/m/01", "/m/02", "/m/03", "/m/04"],
+        ["long hair;o_o", "^_^;red eyes", "long hair", "o_o"],
+    ],
+    ids=["words_in_common", "species", "paths", "emoticons"],
+)
+def test_labels_with_words_in_common_are_labels(folder, cells):
+    names = ["a.jpg", "b.jpg", "c.jpg", "sub/a.jpg"] * 2
+    path = write(folder / "x.csv", "\n".join(["file,labels", *map(",".join, zip(names, cells, strict=False))]))
+    assert set(read(path)[1]) == {name for cell in cells for name in cell.split(";")}
+
+
 def test_an_emoticon_is_no_reason_to_believe_in_semicolons(folder):
     cells = ["1girl solo ;)", "1girl hat", "hat solo", "1girl solo hat"]
     names = ["a.jpg", "b.jpg", "c.jpg", "sub/a.jpg"]

@@ -27,6 +27,7 @@ _CONFIDENCE = "confidence"  # OpenImages: 1 for a label that was verified as pre
 _STATES = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False} | dict.fromkeys(
     ("", "-1", "-1.0", "nan")
 )
+_RECURRENCE = 1.5  # parts of combinations recur at least this many times as often as the combinations
 _METADATA = ("metadata.jsonl", "metadata.csv")  # https://huggingface.co/docs/datasets/image_dataset
 _BOX = 5  # numbers in a line of a YOLO file: class, centre (2), size (2)
 
@@ -332,7 +333,8 @@ def _check_separator(cells: Sequence[str], usual: str | None) -> None:
     """Refuse cells whose separator is unclear; with a wrong separator, several labels would become one.
 
     A comma or similar in place of the usual separator is enough to refuse. Many labels contain spaces, so a space
-    counts only if splitting at it gives fewer distinct labels, as it does for combinations of a few labels.
+    counts only if splitting at it gives fewer distinct labels, as it does for combinations of a few labels, or if
+    labels look like combinations of many.
     """
     plain = [cell for cell in cells if not cell.startswith("[")]
     usual_count = sum(usual in cell for cell in plain) if usual else 0
@@ -343,11 +345,28 @@ def _check_separator(cells: Sequence[str], usual: str | None) -> None:
         if other == usual or not having or len(having) <= 2 * usual_count:
             continue
         fewer = len({name for cell in plain for name in _split(cell, other)}) < len(whole)
-        if fewer or (seldom and other in _PLAIN_SEPARATORS):
+        if fewer or (seldom and other in _PLAIN_SEPARATORS) or _look_combined(plain, usual, other):
             raise ValueError(
                 f"has labels such as {format_value(having[0])}: use --separator {other!r} if these are several labels, "
                 f"or --separator {usual or SEPARATOR!r} if this is one label"
             )
+
+
+def _look_combined(cells: Sequence[str], usual: str | None, other: str) -> bool:
+    """Return whether labels that contain another separator look like combinations, even if splitting gives more labels.
+
+    Danbooru's tags have underscores instead of spaces. Combinations of many labels rarely recur; their parts do.
+    """
+    if other not in (" ", *_PLAIN_SEPARATORS):
+        return False
+    whole = Counter(name for cell in cells for name in _split(cell, usual))
+    having = [name for name in whole if other in name]
+    if other == " " and any("_" in name for name in having):
+        return True
+    parts = Counter(part for cell in cells for part in set(_split(cell, other)))
+    once = sum(whole[name] == 1 for name in having)
+    recurrence = [count.total() / max(len(count), 1) for count in (whole, parts)]
+    return 2 * once > len(having) and recurrence[1] >= _RECURRENCE * recurrence[0]
 
 
 def _split(cell: str, separator: str | None) -> tuple[str, ...]:
