@@ -47,6 +47,13 @@ def test_existing_files_stay(make, tmp_path):
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_names_may_be_as_long_as_the_file_system_has_them(tmp_path):
+    for name in ("a" * 251, "ä" * 125, "b" * 247):  # names in collections often list all tags
+        assert Sidecars().write(tmp_path / f"{name}.jpg", ["cat"])
+        assert (tmp_path / f"{name}.txt").read_text() == "cat\n"
+    assert len(os.listdir(tmp_path)) == 3
+
+
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no_links"])
 def test_files_created_meanwhile_stay(links, tmp_path, monkeypatch):
     link = os.link

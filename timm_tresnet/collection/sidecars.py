@@ -1,11 +1,13 @@
 """Tags in a text file beside each image, the format that trainers of diffusion models read."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+_LONGEST_NAME = 255  # bytes, of a file in most file systems
 _WORD = re.compile(r"[^\W_]{2}")  # two letters or digits in a row; emoticons such as ^_^ and o_o have none
 
 
@@ -39,7 +41,7 @@ class Sidecars:
             OSError: if the file cannot be written.
         """
         path = image.with_suffix(".txt")
-        unfinished = path.with_name(f".{path.name}.partial")
+        unfinished = path.with_name(_name_unfinished(path.name))
         unfinished.unlink(missing_ok=True)  # left by a killed process, or a link to another place
         if self.is_done(image):
             return False
@@ -72,3 +74,11 @@ class Sidecars:
         if self.replace_underscores and _WORD.search(tag):
             tag = tag.replace("_", " ")
         return re.sub(r"([()])", r"\\\1", tag) if self.escape_parentheses else tag
+
+
+def _name_unfinished(name: str) -> str:
+    """Return the name of a file until it is complete: always the same, so that the next process removes a leftover."""
+    unfinished = f".{name}.partial"
+    if len(os.fsencode(unfinished)) <= _LONGEST_NAME:
+        return unfinished
+    return f".{hashlib.sha256(os.fsencode(name)).hexdigest()}.partial"
