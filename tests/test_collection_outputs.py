@@ -127,6 +127,21 @@ def test_killed_in_the_middle_of_a_line_and_gone_on_with_the_file_is_the_same(su
 
 
 @pytest.mark.parametrize("suffix", EVERY)
+def test_rows_are_as_long_as_all_labels_of_a_large_set(suffix, tmp_path):
+    usual = csv.field_size_limit(131072)  # Python's own
+    try:
+        entries = [{"label": f"label {index}", "index": index, "probability": 1 / 3} for index in range(11221)]
+        for _ in range(2):
+            with Output(tmp_path / f"tags{suffix}", MADE_BY, resume=True) as output:
+                output.prepare()
+                if not output.done:
+                    output.write([{"image": "a.jpg", "predictions": entries}])
+        assert output.done == {"a.jpg": 1}
+    finally:
+        csv.field_size_limit(usual)
+
+
+@pytest.mark.parametrize("suffix", EVERY)
 def test_finished_files_are_skipped_and_new_ones_added(suffix, tmp_path):
     path = classify_all(tmp_path / f"tags{suffix}")
     before = path.read_bytes()
