@@ -1,3 +1,4 @@
+import csv
 import json
 
 import pytest
@@ -359,6 +360,95 @@ def test_tabs_and_lists_of_pandas_are_read(folder):
     assert read(path)[:2] == ({"a.jpg": ("dog", "it, is"), "c.jpg": ("3",)}, ("3", "dog", "it, is"))
     with pytest.raises(ValueError, match="is not JSON"):
         read(write(folder / "x.tsv", "file\tlabel\na.jpg\t[open('x')]\n"))
+
+
+@pytest.mark.parametrize(
+    "name", [" lead", "-dash", "com,ma", 'qu"ote', "new\nline", "a\u2028b", "n\x85l", "v\x0bt", "e\u0301"]
+)
+@pytest.mark.parametrize("form", ["x.csv", "x.tsv", "text"])
+def test_files_may_have_any_name(folder, name, form):
+    Image.new("RGB", (8, 8)).save(folder / f"{name}.jpg")
+    if form == "text":
+        write(folder / f"{name}.txt", "cat")
+        path = folder
+    else:
+        path = folder / form
+        with path.open("w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file, delimiter="\t" if form == "x.tsv" else ",")
+            rows.writerows([("labels", "file"), ("cat", f"{name}.jpg")])
+    assert read(path)[0] == {f"{name}.jpg": ("cat",)}
+
+
+def test_spaces_around_the_name_of_a_file_are_the_tables_unless_it_has_them(folder):
+    path = write(folder / "x.csv", "labels, file\ncat, a.jpg \ndog, sub/a.jpg\n")
+    assert read(path)[0] == {"a.jpg": ("cat",), "sub/a.jpg": ("dog",)}
+    with pytest.raises(ValueError, match="names 1 files outside"):
+        read(write(path, "labels, file\ncat, ../a.jpg\n"))
+
+
+def test_rows_with_and_without_a_suffix_are_about_one_file(folder):
+    Image.new("RGB", (8, 8)).save(folder / "D.JPG")
+    for names in (("a", "a.jpg"), ("a.jpg", "a")):
+        lines = "".join(f"{name},{label}\n" for name, label in zip((*names, "D"), ("cat", "dog", "emu"), strict=True))
+        assert read(write(folder / "x.csv", f"ImageID,LabelName\n{lines}"))[0] == {
+            "a.jpg": ("cat", "dog"),
+            "D.JPG": ("emu",),
+        }
+        lines = "".join(
+            f"{name},{label},{label == 'cat':d}\n" for name, label in zip(names, ("cat", "dog"), strict=True)
+        )
+        path = write(folder / "x.csv", f"ImageID,LabelName,Confidence\n{lines}")
+        assert read(path)[0] == {"a.jpg": (("cat",), ("dog",))}
+
+
+def test_empty_rows_of_spreadsheets_are_no_rows(folder):
+    path = write(folder / "x.csv", "file,labels\na.jpg,cat\n,\n  \n\n,\n")
+    assert read(path) == ({"a.jpg": ("cat",)}, ("cat",), {})
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_other_separators_of_columns_are_named(folder, separator):
+    path = write(folder / "x.csv", f"file{separator}labels\na.jpg{separator}cat,dog\n")
+    with pytest.raises(ValueError, match=r"needs commas between its columns, or tabs if it is a \.tsv, got .file"):
+        read(path)
+
+
+def test_cells_are_as_long_as_all_labels_of_a_large_set(folder):
+    names = [f"label {number}, of a large set" for number in range(11221)]
+    path = write(folder / "x.csv", 'file,labels\na.jpg,"' + ";".join(names) + '"\n')
+    assert len(read(path)[0]["a.jpg"]) == len(names)
+
+
+def test_columns_of_labels_that_are_given_are_all_used_or_unknown(folder):
+    path = write(folder / "x.csv", "file,cat,dog\na.jpg,1,0\nb.jpg,2,1\n")
+    with pytest.raises(
+        ValueError, match="needs 1, 0, -1 or nothing in each cell of a label's column, got others in cat"
+    ):
+        read(path, names=("cat", "dog"))
+    names = ("cat", "emu")  # there is no column of the second
+    found = read(write(path, "file,cat,dog\na.jpg,1,0\nb.jpg,0,1\n"), names=names)[0]
+    assert found == {"a.jpg": (("cat",), ()), "b.jpg": ((), ("cat",))}
+    found = read(write(path, "file,cat,dog\na.jpg,1,-1\nb.jpg,-1,1\n"), names=names)[0]
+    assert found == {"a.jpg": (("cat",), ()), "b.jpg": ((), ("cat",))}
+    path = write(folder / "x.csv", "file,/m/1,dog\na.jpg,1,0\nb.jpg,0,1\n")
+    found = read(path, names=("cat", "dog"), other_names={"/m/1": "cat"})[0]
+    assert found == {"a.jpg": ("cat",), "b.jpg": ("dog",)}
+    found = read(path, names=("/m/1", "dog"), other_names={"/m/1": "dog", "dog": "/m/1"})[0]
+    assert found == {"a.jpg": ("dog",), "b.jpg": ("/m/1",)}
+
+
+def test_the_index_of_pandas_is_no_label_and_empty_cells_have_many_names(folder):
+    path = write(folder / "x.csv", ",file,cat,dog\n0,a.jpg,1,NA\n1,b.jpg,<NA>,1\n")
+    assert read(path)[:2] == ({"a.jpg": ("cat",), "b.jpg": ("dog",)}, ("cat", "dog"))
+
+
+def test_rows_that_say_different_things_of_a_file_leave_it_unknown(folder):
+    path = write(folder / "x.csv", "file,cat,dog\na.jpg,1,0\na.jpg,0,0\nb.jpg,0,1\nb.jpg,0,1\n")
+    found = read_annotations(path)
+    assert [(each.labels, each.absent) for each in found.examples] == [((), ("dog",)), (("dog",), None)]
+    assert found.left_out == {"labels both present and absent": 1}
+    path = write(folder / "x.csv", "file,cat,dog\na.jpg,1,\na.jpg,,1\n")  # a row a label
+    assert read(path)[0] == {"a.jpg": ("cat", "dog")}
 
 
 def test_a_column_for_each_label_is_read_in_order(folder):

@@ -24,6 +24,9 @@ def test_labels_are_found_by_name_description_and_whatever_their_case():
     found = validation.match_labels(["n02", "red fox", "EMU", "crane", "yak"], network)
     assert found == validation.Matching({"n02": 1, "red fox": 0, "EMU": 3}, ("crane", "yak"), (2,))
     assert validation.match_labels(["Red_Fox"], network).outputs == {"Red_Fox": 0}
+    assert validation.match_labels(["red  fox"], network).outputs == {"red  fox": 0}
+    accents = Named(["caf\u00e9", "cafe"], {})  # a folder of macOS may be named by the second form below
+    assert validation.match_labels(["cafe\u0301"], accents).outputs == {"cafe\u0301": 0}
     assert validation.match_labels(["3", "0"], network).outputs == {"3": 3, "0": 0}
     assert validation.match_labels(list("abcd"), network, by_order=True).outputs == dict(
         zip("abcd", range(4), strict=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from timm_tresnet.conversion.reading import shorten_names
-from timm_tresnet.tagging.forms import ReadingOptions, Row, choose_reader, name_numbers, read_text, rename
+from timm_tresnet.tagging.forms import ReadingOptions, Row, choose_reader, name_numbers, read_csv, read_text, rename
 from timm_tresnet.utils.images import FORMATS, printable
 from timm_tresnet.utils.schema import TEXT, format_value
 
@@ -158,7 +158,7 @@ class _Gathered:
     def contradictions(self) -> int:
         return len(self.labels & (self.absent or set()))
 
-    def add(self, row: Row) -> None:
+    def add(self, row: "Row | _Gathered") -> None:
         self.labels.update(row.labels)
         if row.absent is not None:
             self.absent = set() if self.absent is None else self.absent
@@ -176,14 +176,21 @@ def _gather(rows: Iterable[Row], folder: Path) -> dict[Path, _Gathered]:
     by_name: dict[str, _Gathered] = {}  # creating a Path is slow, and OpenImages has ten rows an image
     for row in rows:
         if row.file not in by_name:
-            by_name[row.file] = gathered.setdefault(folder / row.file.strip(), _Gathered())
+            by_name[row.file] = gathered.setdefault(_locate(folder, row.file), _Gathered())
         by_name[row.file].add(row)
     return _add_suffixes(gathered)
+
+
+def _locate(folder: Path, name: str) -> Path:
+    """Return the path of a file; spaces around its name belong to the table, unless a file with them exists."""
+    stripped = name.strip()
+    return path if name != stripped and (path := folder / name).is_file() else folder / stripped
 
 
 def _add_suffixes(gathered: dict[Path, _Gathered]) -> dict[Path, _Gathered]:
     """Add the suffix of the existing file to names without an image suffix, such as OpenImages' ImageID."""
     usual = [suffix for suffixes in FORMATS.values() for suffix in suffixes]
+    usual += map(str.upper, usual[:])
     completed: dict[Path, _Gathered] = {}
     for path, image in gathered.items():
         if path.suffix.lower() not in usual and not path.exists():
@@ -192,7 +199,10 @@ def _add_suffixes(gathered: dict[Path, _Gathered]) -> dict[Path, _Gathered]:
                     path = full
                     usual.insert(0, usual.pop(usual.index(suffix)))  # likely the suffix of all
                     break
-        completed[path] = image
+        if path in completed:  # other rows about it have its suffix
+            completed[path].add(image)
+        else:
+            completed[path] = image
     return completed
 
 
@@ -293,7 +303,7 @@ def read_other_names(path: Path) -> dict[str, str]:
 
 def _read_pairs(path: Path) -> Iterator[tuple[int, tuple[str, str]]]:
     """Yield the number and the two cells of each line."""
-    lines = csv.reader(read_text(path).splitlines(keepends=True), strict=True)
+    lines = read_csv(read_text(path))
     try:
         for line in filter(None, lines):
             if len(line) != 2:

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,9 +25,11 @@ _FILE_COLUMNS: tuple[str, ...] = ("file", "file_name", "filename", "filepath", "
 _FILE_COLUMNS += ("image_path", "imageid", "image_id")
 _LABEL_COLUMNS = ("labels", "tags", "label", "labelname")
 _CONFIDENCE = "confidence"  # OpenImages: 1 for a label that was verified as present, 0 for one verified as absent
+_BLANK = {"", "nan", "na", "n/a", "<na>", "null", "none"}  # empty cells, as pandas and R write them
 _STATES = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False} | dict.fromkeys(
-    ("", "-1", "-1.0", "nan")
+    (*_BLANK, "-1", "-1.0")
 )
+_LARGEST_CELL = 2**31 - 1  # characters; Python's default, 131072, is less than the labels of ImageNet-21K together
 _RECURRENCE = 1.5  # parts of combinations recur at least this many times as often as the combinations
 _METADATA = ("metadata.jsonl", "metadata.csv")  # https://huggingface.co/docs/datasets/image_dataset
 _BOX = 5  # numbers in a line of a YOLO file: class, centre (2), size (2)
@@ -154,6 +157,12 @@ def read_text(path: Path) -> str:
         raise ValueError(f"needs to be text in UTF-8: {error}") from error
 
 
+def read_csv(text: str, delimiter: str = ",") -> Any:
+    """Read the rows of a CSV file; `str.splitlines` would also split at characters such as U+2028 in file names."""
+    csv.field_size_limit(_LARGEST_CELL)
+    return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+
+
 def _parse_json(text: str) -> Any:
     try:
         return json.loads(text)
@@ -219,24 +228,30 @@ def _name_coco_file(entry: dict[str, Any]) -> str:
 def _read_table(path: Path, options: ReadingOptions, left_out: Counter[str]) -> Rows:
     """Read a CSV file: a column of labels, perhaps with a column of confidences, or one column for each label."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    lines = csv.reader(read_text(path).splitlines(keepends=True), delimiter=delimiter, strict=True)
+    lines = read_csv(read_text(path), delimiter)
     try:
         header = [name.strip() for name in next(lines, [])]
+        if len(header) == 1 and any(other in header[0] for other in ";\t,"):
+            raise ValueError(
+                f"needs commas between its columns, or tabs if it is a .tsv, got {format_value(header[0])}"
+            )
         table = []
         for line in lines:
-            if line and len(line) != len(header):
+            if not any(map(str.strip, line)):  # spreadsheets leave commas below the last row
+                continue
+            if len(line) != len(header):
                 raise ValueError(
                     f"has {len(line)} cells in line {lines.line_num}, and {len(header)} in its first; put a cell that "
                     f'holds commas in quotes, as in photo.jpg,"red, round{options.separator or SEPARATOR}cat"'
                 )
-            if line:
-                table.append([cell.strip() for cell in line])
+            table.append(line)
     except csv.Error as error:
         raise ValueError(f"is not valid CSV in line {lines.line_num}: {error}") from error
     file = _find_column(header, _FILE_COLUMNS, options.file_column)
     labels = _find_column(header, _LABEL_COLUMNS, options.column)
     if file is None:
         raise _miss_column(header, _FILE_COLUMNS[:2], options.file_column, "--file-column")
+    table = [[cell if index == file else cell.strip() for index, cell in enumerate(line)] for line in table]
     if labels is None and options.column is None:
         rows = _read_one_hot(header, table, file, options, left_out)
         if rows is not None:
@@ -293,28 +308,40 @@ def _read_one_hot(
 ) -> Rows | None:
     """Read columns of 1 (present), 0 (absent) and -1 or an empty cell (unknown); None if there are no such columns.
 
-    If no cell is 0, -1 and empty cells mean absent: some files have 1 and -1 (CelebA), or 1 and empty cells.
+    If no cell is 0, -1 and empty cells mean absent: some files have 1 and -1 (CelebA), or 1 and empty cells. Given
+    labels without a column are unknown, as are labels on which two rows of one file disagree.
     """
-    columns = []
-    for index, name in enumerate(header):
-        cells = {line[index].lower() for line in table}
-        if index != file and (not options.names or name in options.names) and cells <= _STATES.keys() and cells != {""}:
-            columns.append(index)
-    if not columns or not table:
+    called = [(options.other_names or {}).get(name, name) for name in header]
+    columns: list[int] = []
+    others: list[int] = []
+    for index, name in enumerate(called):
+        if index != file and (name in options.names if options.names else name):  # pandas' index has none
+            cells = {line[index].lower() for line in table}
+            is_label = cells <= _STATES.keys() and (options.names or not cells <= _BLANK)
+            (columns if is_label else others).append(index)
+    if not table or not (columns or (options.names and others)):
         return None
-    others = len(header) - 1 - len(columns)
-    left_out["columns with values other than 0 and 1"] += 0 if options.names else others
+    if options.names and others:
+        raise ValueError(
+            "needs 1, 0, -1 or nothing in each cell of a label's column, got others in "
+            f"{shorten_names([header[index] for index in others])}"
+        )
+    left_out["columns with values other than 0 and 1"] += len(others)
     states = [{header[index]: _STATES[line[index].lower()] for index in columns} for line in table]
     no_zeros = not any(state is False for line in states for state in line.values())
-    complete = no_zeros or not any(state is None for line in states for state in line.values())
-    rows = [
-        Row(
-            line[file],
-            tuple(name for name, state in of_line.items() if state),
-            None if complete else tuple(name for name, state in of_line.items() if state is False),
-        )
-        for line, of_line in zip(table, states, strict=True)
-    ]
+    complete = set(options.names or ()) <= {called[index] for index in columns} and (
+        no_zeros or not any(state is None for line in states for state in line.values())
+    )
+    first: dict[str, dict[str, bool | None]] = {}
+    differing = {
+        line[file] for line, state in zip(table, states, strict=True) if first.setdefault(line[file], state) != state
+    }
+    lacking = (False, None) if no_zeros else (False,)
+    rows = []
+    for line, of_line in zip(table, states, strict=True):
+        known = not complete or (not no_zeros and line[file] in differing)
+        absent = tuple(name for name, state in of_line.items() if state in lacking) if known else None
+        rows.append(Row(line[file], tuple(name for name, state in of_line.items() if state), absent))
     return Rows(rows, tuple(header[index] for index in columns))
 
 

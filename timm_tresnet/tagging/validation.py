@@ -1,5 +1,6 @@
 """Validate a network on annotated images."""
 
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -96,7 +97,8 @@ def _index(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 
 def _fold(name: str) -> str:
-    return name.casefold().replace("_", " ")
+    """Return a name without differences in case, underscores, repeated spaces and the encoding of accents."""
+    return " ".join(unicodedata.normalize("NFC", name).casefold().replace("_", " ").split())
 
 
 @dataclass(frozen=True)
