@@ -774,8 +774,7 @@ WHOLE = {  # file, text, options, and all that is said, with {path} and {folder}
         "file,labels\na.jpg,cat|dog\n",
         {},
         "{path} has labels such as \"cat|dog\": use --separator '|' if these are several labels, or "
-        "--separator ';' if it "
-        "is one",
+        "--separator ';' if this is one label",
     ),
     "list": (
         "x.csv",
