@@ -17,6 +17,7 @@ from PIL import Image
 
 from timm_tresnet.cli import main as cli
 from timm_tresnet.cli.commands import classify
+from timm_tresnet.cli.results import Results, print_predictions
 from timm_tresnet.utils.images import SAMPLES
 from timm_tresnet.weights.labels import make_notes
 
@@ -332,7 +333,7 @@ def test_the_mosaic_in_the_package_is_tagged_by_the_network_beside_it(capsys):
 
 
 def test_images_with_different_numbers_of_labels_make_a_table(capsys):
-    classify._print_predictions(
+    print_predictions(
         [
             {"image": "a.jpg", "predictions": []},
             {"image": "b.jpg", "predictions": [{"label": "cat", "index": 1, "probability": 0.75}]},
@@ -454,11 +455,11 @@ def test_a_killed_run_is_gone_on_with_to_the_last_byte(suffix, killed_at, collec
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--top-k", "4"], "by top_k 3, now 4"),
-        (["--as-stored"], "by as_stored false, now true"),
-        (["--fast-jpeg"], "by fast_jpeg false, now true"),
-        (["--amp", "bfloat16"], 'by amp null, now "bfloat16"'),
-        (["--model", "test_tresnet.mosaic_cifar10"], "by weights_sha256"),
+        (["--top-k", "4"], "top_k 3, now 4"),
+        (["--as-stored"], "as_stored false, now true"),
+        (["--fast-jpeg"], "fast_jpeg false, now true"),
+        (["--amp", "bfloat16"], 'amp null, now "bfloat16"'),
+        (["--model", "test_tresnet.mosaic_cifar10"], "weights_sha256"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -544,8 +545,8 @@ def test_ctrl_c_keeps_finished_results_and_says_how_to_resume(words, collection,
             raise KeyboardInterrupt
         return keep(*arguments)
 
-    keep = classify._keep
-    monkeypatch.setattr(classify, "_keep", interrupt)
+    keep = Results.add
+    monkeypatch.setattr(Results, "add", interrupt)
     command = ["classify", "collection", "--batch-size", "3", "-j", "0", "--device", "cpu", *words]
     if not words:
         with pytest.raises(KeyboardInterrupt):
@@ -553,7 +554,7 @@ def test_ctrl_c_keeps_finished_results_and_says_how_to_resume(words, collection,
         return
     assert cli.main(command) == 130
     assert "interrupted; the same command goes on, with --resume if it has --output" in capsys.readouterr().err
-    monkeypatch.setattr(classify, "_keep", keep)
+    monkeypatch.setattr(Results, "add", keep)
     assert cli.main([*command, *(["--resume"] if "--output" in words else [])]) == 1
     if "--output" in words:
         assert len((tmp_path / "tags.jsonl").read_text().splitlines()) == 13
