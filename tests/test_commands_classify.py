@@ -458,6 +458,7 @@ def test_a_killed_run_is_gone_on_with_to_the_last_byte(suffix, killed_at, collec
         (["--top-k", "4"], "top_k 3, now 4"),
         (["--as-stored"], "as_stored false, now true"),
         (["--fast-jpeg"], "fast_jpeg false, now true"),
+        (["--keep-ratio"], "keep_ratio false, now true"),
         (["--amp", "bfloat16"], 'amp null, now "bfloat16"'),
         (["--model", "test_tresnet.mosaic_cifar10"], "weights_sha256"),
     ],

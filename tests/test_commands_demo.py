@@ -23,8 +23,8 @@ class Page:
         self.list_weights = lambda: (embedded, ["on_the_hub"])
         self.asked = []
 
-    def build_demo(self, weights, beside):
-        self.asked += [weights, beside]
+    def build_demo(self, weights, beside, keep_ratio):
+        self.asked += [weights, beside, *["keep_ratio"] * keep_ratio]
 
     def serve_demo(self, page, host, port):
         self.asked += [host, port]
@@ -39,8 +39,9 @@ class Page:
         (["a", "b"], [], [["a", "b", "on_the_hub"], None, "127.0.0.1", None]),
         (["a", "b"], ["--model", "c", "--port", "8000"], [["c"], None, "127.0.0.1", 8000]),
         (["a"], ["--model", "c", "--model", "d", "--host", "0.0.0.0"], [["c", "d"], "d", "0.0.0.0", None]),
+        (["a"], ["--keep-ratio"], [["a", "on_the_hub"], None, "keep_ratio", "127.0.0.1", None]),
     ],
-    ids=["one", "two", "chosen", "two_chosen"],
+    ids=["one", "two", "chosen", "two_chosen", "keep_ratio"],
 )
 def test_nothing_is_downloaded_unasked_and_only_this_machine_is_served_unless_told(
     embedded, options, asked, monkeypatch

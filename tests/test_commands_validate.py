@@ -8,11 +8,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+import reference
 import timm
 import torch
 from PIL import Image
 from tagged import LABELS, SMALL, write_images
 from timm.models import save_for_hf
+from torchvision.transforms import functional as vision
 
 from timm_tresnet.cli import main as cli
 from timm_tresnet.tagging import validation
@@ -161,6 +163,63 @@ def test_a_picture_has_a_curve_for_each_label_and_one_for_all(tagger, images, tm
     assert (tmp_path / "x.svg").read_text().count('<g id="line2d_') > 4
     run("--model", tagger[0], images, "--plot", tmp_path / "x.docx", status=2)
     assert "--plot needs a file that ends with one of " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["--keep-ratio"]], ids=["squashed", "keep_ratio"])
+def test_a_file_of_ml_danbooru_is_measured_as_scikit_learn_measures_its_code(words, tmp_path, capsys):
+    """From its checkpoint and class.json to figures, with random weights, on images of several shapes."""
+    metrics = pytest.importorskip("sklearn.metrics", reason="install scikit-learn to compare with it")
+    names = ["1girl", "long_hair", "saber_(fate)", "o_o", "no_humans", "sky", "1boy"]
+    tensors = reference.official_state_dict(
+        (1, 1, 1, 1), planes=16, bottlenecks=(True,) * 4, num_classes=len(names), head="ml_decoder", num_groups=3,
+        decoder_embedding=64, frelu=True, counters=True,
+    )  # fmt: skip
+    torch.save(
+        {"model": {}, "ema": {f"module.{name}": tensor for name, tensor in tensors.items()}}, tmp_path / "a.ckpt"
+    )
+    (tmp_path / "class.json").write_text(json.dumps({str(index): name for index, name in enumerate(names)}))
+    rows, logits = ["file,labels"], []
+    for index, size in enumerate([(70, 50), (48, 48), (50, 70), (131, 64)] * 6):
+        pixels = torch.rand(3, 1, 1) + torch.rand(3, size[1], size[0]) / 4
+        image = vision.to_pil_image((pixels * 200).byte())
+        image.save(tmp_path / f"{index}.png")
+        labels = [name for name, drawn in zip(names[:-1], torch.rand(len(names) - 1), strict=True) if drawn < 0.4]
+        rows.append(f"{index}.png,{';'.join(labels)}")
+        x = vision.to_tensor(vision.resize(image, 64 if words else (64, 64)))
+        logits.append(reference.official_forward(tensors, x[None, :, : x.shape[1] // 4 * 4, : x.shape[2] // 4 * 4])[0])
+    (tmp_path / "x.csv").write_text("\n".join(rows))
+    made = ["convert", str(tmp_path / "a.ckpt"), "--output", str(tmp_path / "danbooru"), "--custom", "--multi-label"]
+    made += [
+        "--threshold",
+        "0.7",
+        "--labels",
+        str(tmp_path / "class.json"),
+        "--input-size",
+        "64",
+        "--crop-mode",
+        "squash",
+    ]
+    made += ["--crop-pct", "1", "--interpolation", "bilinear", "--mean", "0", "0", "0", "--std", "1", "1", "1"]
+    assert cli.main(made) == 0
+    options = ["--json", tmp_path / "x.json", "--csv", tmp_path / "rows.csv", "--batch-size", "5", "--keep-empty"]
+    run("--model", f"local-dir:{tmp_path / 'danbooru'}", tmp_path / "x.csv", *options, *words)
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert found["images"] == 24
+    probabilities = torch.stack(logits).sigmoid()[:, :-1]  # the last tag is on no image
+    targets = torch.tensor([[int(name in row.partition(",")[2].split(";")) for name in names[:-1]] for row in rows[1:]])
+    values = metrics.average_precision_score(targets.numpy(), probabilities.numpy(), average=None)
+    per_label = list(csv.DictReader((tmp_path / "rows.csv").read_text().splitlines()))
+    assert [row["label"] for row in per_label] == names[:-1]
+    assert [float(row["average_precision"]) for row in per_label] == pytest.approx(values, abs=1e-6)
+    assert {row["threshold"] for row in per_label} == {"0.7"}
+    assert found["scores"]["mAP"] == pytest.approx(100 * values.mean(), abs=1e-6)
+    precision, recall, *_ = metrics.precision_recall_fscore_support(
+        targets.numpy(), (probabilities >= 0.7).numpy(), average="micro"
+    )
+    own = found["decisions"]["own thresholds"]
+    assert 0.1 < recall < 0.9
+    assert [own["OP"], own["OR"]] == pytest.approx([100 * precision, 100 * recall])
+    assert ("--keep-ratio: short sides become 64 pixels" in capsys.readouterr().err) == bool(words)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torchvision.transforms import functional as vision
 
 from timm_tresnet.utils.images import SAMPLES, read_image
 from timm_tresnet.weights.labels import make_notes
@@ -73,6 +74,26 @@ def test_tags_are_sigmoids_and_a_map_without_evidence_is_the_photograph():
     expected = torch.tensor([3.0, 2.0, 1.0]).sigmoid().tolist()
     assert list(explanation.probabilities.values()) == pytest.approx(expected)
     assert explanation.heat_map.getextrema() == ((10, 10), (20, 20), (30, 30))
+
+
+def test_a_photograph_whose_ratio_is_kept_is_seen_and_shown_whole(embedded):
+    image = read_image(SAMPLES / "cat.jpg").resize((300, 200))
+    explanation = explain_image(embedded, image, count=10, keep_ratio=True)
+    config = timm.data.resolve_data_config(model=embedded)
+    x = vision.normalize(
+        vision.to_tensor(image.resize((96, 64), Image.Resampling.BICUBIC)), config["mean"], config["std"]
+    )
+    with torch.no_grad():
+        expected = embedded(x[None]).softmax(-1)[0]
+    assert list(explanation.probabilities.values()) == pytest.approx(
+        expected.sort(descending=True).values.tolist(), abs=1e-5
+    )
+    assert explanation.cells == (4, 6)
+    assert explanation.heat_map.size == (480, 320)
+    odd = explain_image(embedded, image.resize((203, 150)), keep_ratio=True)  # 64 x 86.6, of which 84 are seen
+    assert odd.heat_map.size == (420, 320)
+    with pytest.raises(ValueError, match="one side is over 8 times the other"):
+        explain_image(embedded, image.resize((300, 30)), keep_ratio=True)
 
 
 def make_tagger(biases, thresholds=None):

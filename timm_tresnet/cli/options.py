@@ -102,6 +102,16 @@ def add_machine_options(parser: Any) -> None:
     )
 
 
+def add_keep_ratio(parser: Any) -> None:
+    """Add the option of images that keep their aspect ratio to a parser or group."""
+    parser.add_argument(
+        "--keep-ratio",
+        action="store_true",
+        help="show the network whole images in their aspect ratio, their short side as long as the network's images, "
+        "as ML-Danbooru's --keep_ratio (default: as the weights say, which squash or crop them)",
+    )
+
+
 def default_workers() -> int:
     """How many processes read images, of each of those that torchrun starts on this machine."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from timm_tresnet.collection.reading import Batch, File, ImageFiles, plan_batches, read_batches
-from timm_tresnet.deployment.running import Runner
+from timm_tresnet.deployment.running import Runner, find_size_multiple
 from timm_tresnet.utils.images import printable
+from timm_tresnet.utils.stacks import Mixed
 from timm_tresnet.weights.labels import is_multi_label, label_lookup, read_thresholds
 from timm_tresnet.weights.preprocessing import resolve_preprocessing
 
@@ -31,6 +32,7 @@ class Settings:
             weights' config, or 0.5 without those.
         as_stored: read images as timm's scripts do, see `timm_tresnet.utils.images.read_image`.
         fast_jpeg: decode large JPEG files at reduced size, see `timm_tresnet.collection.reading.ImageFiles`.
+        keep_ratio: keep the aspect ratio of images, see `timm_tresnet.weights.aspect_ratio.KeepRatio`.
         device: device of the network; for this and the next three see `timm_tresnet.deployment.running.Runner`.
         amp: dtype of autocast, such as "bfloat16"; None for float32.
         channels_last: use the channels-last memory format for images and weights.
@@ -45,6 +47,7 @@ class Settings:
     threshold: float | None = None
     as_stored: bool = False
     fast_jpeg: bool = False
+    keep_ratio: bool = False
     device: str = "cpu"
     amp: str | None = None
     channels_last: bool = False
@@ -56,7 +59,7 @@ class Settings:
 
     def describe(self) -> dict[str, Any]:
         """Return the settings that change results by more than rounding, as JSON values."""
-        names = ("top_k", "threshold", "as_stored", "fast_jpeg", "amp")
+        names = ("top_k", "threshold", "as_stored", "fast_jpeg", "keep_ratio", "amp")
         return {**{name: getattr(self, name) for name in names}, "device": self.device.partition(":")[0]}
 
     def plan(self, paths: Iterable[Path], is_done: Callable[[Path], bool]) -> Iterator[list[File]]:
@@ -81,14 +84,15 @@ def classify_files(
     amp = getattr(torch, settings.amp) if settings.amp else None
     compile_for = settings.batch_size if settings.compiled else None
     run = Runner(network, settings.device, amp, settings.channels_last, compile_for)
-    images = ImageFiles(resolve_preprocessing(network), settings.as_stored, settings.fast_jpeg)
+    multiple = find_size_multiple(network) if settings.keep_ratio else None
+    images = ImageFiles(resolve_preprocessing(network), settings.as_stored, settings.fast_jpeg, multiple)
     batches = read_batches(images, settings.plan(paths, is_done), settings.workers)
     return classify_batches(network, run, batches, settings.top_k, settings.threshold)
 
 
 def classify_batches(
     network: Any,
-    run: Callable[[Tensor], Tensor],
+    run: Callable[[Tensor | Mixed], Tensor],
     batches: Iterable[Batch],
     top_k: int,
     threshold: float | None,

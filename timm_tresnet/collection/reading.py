@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm.data
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from timm_tresnet.utils.images import read_image
+from timm_tresnet.utils.stacks import Mixed, stack
+from timm_tresnet.weights.aspect_ratio import make_transform
 
 _REDUCED = 2  # a reduced JPEG has at least this many times the network's side; Pillow's thumbnail() does the same
 
@@ -39,11 +39,11 @@ class Batch:
 
     Args:
         files: all files of the batch.
-        pixels: of the N readable files, (N, in_chans, H, W), uint8; None if no file is readable.
+        pixels: of the N readable files, (N, in_chans, H, W) if they have one shape, uint8; None if no file is readable.
     """
 
     files: list[File]
-    pixels: Tensor | None
+    pixels: Tensor | Mixed | None
 
 
 def plan_batches(
@@ -81,10 +81,13 @@ class ImageFiles(Dataset):
         config: data config of timm, from `timm_tresnet.weights.preprocessing.resolve_preprocessing`.
         as_stored: read images as timm's scripts do, see `timm_tresnet.utils.images.read_image`.
         fast_jpeg: decode JPEG files at reduced size where a side is more than twice what the network needs.
+        multiple: keep the aspect ratio, see `timm_tresnet.weights.aspect_ratio.make_transform`.
     """
 
-    def __init__(self, config: dict[str, Any], as_stored: bool = False, fast_jpeg: bool = False) -> None:
-        self._transform = timm.data.create_transform(**config, normalize=False)
+    def __init__(
+        self, config: dict[str, Any], as_stored: bool = False, fast_jpeg: bool = False, multiple: int | None = None
+    ) -> None:
+        self._transform = make_transform(config, multiple, normalize=False)
         self._as_stored, self._in_chans = as_stored, config["input_size"][0]
         resized = max(config["input_size"][1:]) / (config["crop_pct"] or 1)
         self._least_side = math.ceil(_REDUCED * resized) if fast_jpeg else None
@@ -110,4 +113,4 @@ def read_batches(images: ImageFiles, plan: Iterable[list[File]], workers: int) -
 
 def _collate(items: list[tuple[File, Tensor | None]]) -> Batch:
     pixels = [pixels for _, pixels in items if pixels is not None]
-    return Batch([file for file, _ in items], torch.stack(pixels) if pixels else None)
+    return Batch([file for file, _ in items], stack(pixels) if pixels else None)

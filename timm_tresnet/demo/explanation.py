@@ -6,17 +6,20 @@ import time
 from typing import Any
 
 import matplotlib
-import timm.data
 import torch
 from captum.attr import LayerGradCam
 from PIL import Image
 from torch import Tensor, nn
 
+from timm_tresnet.deployment.running import find_size_multiple
 from timm_tresnet.models.network import TResNet
+from timm_tresnet.weights.aspect_ratio import make_transform
 from timm_tresnet.weights.labels import is_multi_label, label_lookup, read_thresholds
+from timm_tresnet.weights.preprocessing import resolve_preprocessing
 
 _LEAST_CELLS = 4  # least side of the heat map, in cells; for small images, the last stage's map is smaller
 _SHOWN_PIXELS = 320  # least side of the picture, in pixels
+_LONGEST_RATIO = 8  # of sides that is kept: visitors choose how much a network computes
 _THRESHOLD = 0.5  # for taggers without thresholds of their own
 _MOST_TAGS = 200  # tags to show; taggers can have thousands
 _OPACITY = 0.6  # of the colours at the map's maximum
@@ -50,7 +53,7 @@ class Explanation:
     thresholds: dict[str, float] | None = None
 
 
-def explain_image(model: TResNet, image: Image.Image, count: int = 5) -> Explanation:
+def explain_image(model: TResNet, image: Image.Image, count: int = 5, keep_ratio: bool = False) -> Explanation:
     """Classify a photograph and make a heat map of its most probable class.
 
     The heat map is Grad-CAM (arXiv:1610.02391) of the last stage whose feature map is at least 4x4.
@@ -59,20 +62,25 @@ def explain_image(model: TResNet, image: Image.Image, count: int = 5) -> Explana
         model: a TResNet with classes, in eval mode.
         image: the photograph, in mode RGB.
         count: largest number of classes; for a tagger, of tags below their thresholds.
+        keep_ratio: show the network the whole photograph in its aspect ratio.
 
     Returns:
         Labels, heat map and times.
 
     Raises:
-        ValueError: if the network has no classes or not 3 channels, or its logits are not finite.
+        ValueError: if the network has no classes or not 3 channels, or its logits are not finite; or if the photograph
+            is too long to keep its ratio.
     """
     if model.num_classes == 0 or model.in_chans != 3:
         raise ValueError(
             f"explain_image needs a network with classes for RGB images, got {model.num_classes} classes and "
             f"{model.in_chans} channels; choose another network"
         )
-    config = timm.data.resolve_data_config(model=model)
-    x = timm.data.create_transform(**config)(image)[None]
+    if keep_ratio and max(image.size) > _LONGEST_RATIO * min(image.size):
+        raise ValueError(f"one side is over {_LONGEST_RATIO} times the other, too much for a network to see as it is")
+    config = resolve_preprocessing(model)
+    multiple = find_size_multiple(model) if keep_ratio else None
+    x = make_transform(config, multiple)(image)[None]
     start = time.perf_counter()
     with torch.inference_mode():
         logits = model(x)[0]
@@ -97,7 +105,7 @@ def explain_image(model: TResNet, image: Image.Image, count: int = 5) -> Explana
     thresholds = None if own is None else {name: own[index] for name, index in zip(names, indices, strict=True)}
     return Explanation(
         probabilities=dict(zip(names, probabilities[indices].tolist(), strict=True)),
-        heat_map=_colour(_crop(image, config), heat.detach()),
+        heat_map=_colour(_crop(image, config, multiple), heat.detach()),
         cells=tuple(heat.shape[-2:]),
         classify_ms=1000 * (classified - start),
         explain_ms=1000 * (explained - explaining),
@@ -111,12 +119,12 @@ def _choose_layer(model: TResNet, x: Tensor) -> nn.Module:
     return model.get_submodule((large or [stages[0][0]])[-1])
 
 
-def _crop(image: Image.Image, config: dict[str, Any]) -> Tensor:
+def _crop(image: Image.Image, config: dict[str, Any], multiple: int | None) -> Tensor:
     """Return the network's crop of a photograph, (3, H, W) in [0, 1], enlarged if it is small."""
     channels, height, width = config["input_size"]
     times = math.ceil(_SHOWN_PIXELS / min(height, width))
     plain = {"input_size": (channels, times * height, times * width), "mean": (0.0,) * 3, "std": (1.0,) * 3}
-    return timm.data.create_transform(**{**config, **plain})(image)
+    return make_transform({**config, **plain}, multiple and times * multiple)(image)
 
 
 def _colour(shown: Tensor, heat: Tensor) -> Image.Image:

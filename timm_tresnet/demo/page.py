@@ -61,7 +61,7 @@ def list_weights() -> tuple[list[str], list[str]]:
     return embedded, [name for name, config in configs.items() if config.hf_hub_id and name not in embedded]
 
 
-def build_demo(weights: Sequence[str], beside: str | None = None) -> gradio.Blocks:
+def build_demo(weights: Sequence[str], beside: str | None = None, keep_ratio: bool = False) -> gradio.Blocks:
     """Build the page.
 
     Uploaded files are read by `timm_tresnet.utils.images.read_image`, and weights can only be chosen from the list.
@@ -71,6 +71,7 @@ def build_demo(weights: Sequence[str], beside: str | None = None) -> gradio.Bloc
     Args:
         weights: names to choose from, see `weights.loading.load_network`; the first is preselected.
         beside: the name preselected for the second column; None for none.
+        keep_ratio: show networks whole photographs in their aspect ratio.
 
     Returns:
         The page, for `serve_demo`.
@@ -78,7 +79,7 @@ def build_demo(weights: Sequence[str], beside: str | None = None) -> gradio.Bloc
     folders = sorted(SAMPLES.parent.iterdir(), key=lambda folder: folder != SAMPLES)  # of all models
     samples = [str(path) for path in find_images(folders)]
     keeping = (_KEPT_S, _KEPT_S)
-    explain = _Explainer(Networks(load_network)).explain
+    explain = _Explainer(Networks(load_network), keep_ratio).explain
     with gradio.Blocks(title="TResNet", analytics_enabled=False, delete_cache=keeping, fill_width=True) as page:
         gradio.Markdown(_ABOUT)
         shown = gradio.State()  # path of the photograph, in the server
@@ -205,8 +206,8 @@ async def _run_with_timeout(work: Callable[..., Any], *arguments: Any) -> Any:
 class _Explainer:
     """Fills a column of the page with an explanation."""
 
-    def __init__(self, networks: Networks) -> None:
-        self._networks = networks
+    def __init__(self, networks: Networks, keep_ratio: bool = False) -> None:
+        self._networks, self._keep_ratio = networks, keep_ratio
         self._working = threading.Lock()  # also held by work that goes on after its event timed out
 
     async def explain(self, path: str | None, name: str) -> list[Any]:
@@ -228,7 +229,7 @@ class _Explainer:
         if not self._working.acquire(timeout=_PATIENCE_S):
             raise ValueError("the machine is busy; try again later")
         try:
-            return explain_image(network, _read(path), _LABELS)
+            return explain_image(network, _read(path), _LABELS, self._keep_ratio)
         finally:
             self._working.release()
 

@@ -295,6 +295,7 @@ class ExportedModel:
             )
         self.description = description
         self.num_classes, self.in_chans = described.num_classes, described.shape[1]
+        self.size_multiple = None if any(described.shape[2:]) else described.size_limits[0]
         self.pretrained_cfg = {
             **described.preprocessing,
             "label_names": described.class_names,

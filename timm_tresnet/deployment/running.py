@@ -1,6 +1,8 @@
 """Run a network on batches of images: device, autocast, memory format, compilation."""
 
 import contextlib
+import math
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -8,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from timm_tresnet.deployment.folding import optimize_for_inference
+from timm_tresnet.models.layers import SpaceToDepth
+from timm_tresnet.utils.stacks import Mixed
 from timm_tresnet.weights.preprocessing import resolve_preprocessing
 
 
@@ -33,6 +37,7 @@ class Runner:
         compile_for: int | None = None,
     ) -> None:
         config = resolve_preprocessing(network)
+        self._square = math.prod(config["input_size"][1:])
         self._mean, self._std = (torch.tensor(config[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
         self._network = network.to(device) if isinstance(network, torch.nn.Module) else network
         if compile_for:
@@ -45,12 +50,16 @@ class Runner:
         self._autocast = torch.autocast(torch.device(device).type, amp) if amp else contextlib.nullcontext()
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor | Mixed) -> Tensor:
         """Compute logits, (N, C, H, W) -> (N, num_classes), float32 on the CPU.
 
         Args:
             images: preprocessed images, floating point; or uint8 pixels, which are scaled to 0..1 and normalised here.
+                Images of several shapes run in batches of one shape, with at most as many pixels as a batch of images
+                of the network's own size.
         """
+        if isinstance(images, Mixed):
+            return self._run_mixed(images)
         images = images.to(self._device)
         if images.dtype == torch.uint8:
             images = (images.float() / 255 - self._mean) / self._std
@@ -59,3 +68,33 @@ class Runner:
         with self._autocast:
             logits = self._network(images.contiguous(memory_format=self._layout))
         return logits[:count].float().cpu()
+
+    def _run_mixed(self, images: Mixed) -> Tensor:
+        single = images.split()
+        indices = defaultdict(list)
+        for index, shape in enumerate(images.shapes):
+            indices[shape].append(index)
+        logits: dict[int, Tensor] = {}
+        for shape, alike in indices.items():
+            most = max(1, len(images) * self._square // math.prod(shape[1:]))
+            for start in range(0, len(alike), most):
+                batch = alike[start : start + most]
+                logits.update(zip(batch, self(torch.stack([single[index] for index in batch])), strict=True))
+        return torch.stack([logits[index] for index in range(len(images))])
+
+
+def find_size_multiple(network: Any) -> int:
+    """Return the number of which the sides of a network's images are multiples.
+
+    Args:
+        network: a model from `timm.create_model`, or a `timm_tresnet.ExportedModel`.
+
+    Raises:
+        ValueError: if it takes images of one size only, as an artifact can.
+    """
+    if not isinstance(network, torch.nn.Module):
+        if network.size_multiple is None:
+            raise ValueError("the artifact takes images of one size only; export it without --size")
+        return int(network.size_multiple)
+    found = (module.block_size for module in network.modules() if isinstance(module, SpaceToDepth))
+    return next(found, 1)

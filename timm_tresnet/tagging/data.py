@@ -11,11 +11,12 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from timm_tresnet.tagging.annotations import Example
 from timm_tresnet.tagging.scores import UNKNOWN
 from timm_tresnet.utils.images import read_image
+from timm_tresnet.utils.stacks import stack
 
 
 class LabelledImages(Dataset):
@@ -130,8 +131,21 @@ def mix_seed(*parts: int) -> int:
     return mixed
 
 
+def collate_mixed(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch whose images may be of several shapes."""
+    images = stack([item.pop("image") for item in items])
+    return {**default_collate(items), "image": images}
+
+
 def make_loader(
-    images: LabelledImages, batch_size: int, training: bool, workers: int, process: int, processes: int, seed: int
+    images: LabelledImages,
+    batch_size: int,
+    training: bool,
+    workers: int,
+    process: int,
+    processes: int,
+    seed: int,
+    collate: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader:
     """Make the loader of one process's batches.
 
@@ -146,6 +160,7 @@ def make_loader(
         sampler=EpochSampler(images, processes, process, shuffle=training, seed=seed),
         num_workers=workers,
         drop_last=training,
+        collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
     )

@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm.data
 import torch
 from torch import Tensor
 
 from timm_tresnet.conversion.reading import shorten_names
 from timm_tresnet.tagging.annotations import Annotations, Example
-from timm_tresnet.tagging.data import LabelledImages, make_loader
+from timm_tresnet.tagging.data import LabelledImages, collate_mixed, make_loader
 from timm_tresnet.tagging.scores import (
     UNKNOWN,
     average_precisions,
@@ -23,6 +22,8 @@ from timm_tresnet.tagging.scores import (
     score_ranking,
     score_top,
 )
+from timm_tresnet.utils.stacks import Mixed
+from timm_tresnet.weights.aspect_ratio import make_transform
 from timm_tresnet.weights.labels import label_lookup, list_names, read_thresholds
 from timm_tresnet.weights.preprocessing import resolve_preprocessing
 
@@ -120,11 +121,12 @@ def run_network(
     network: Any,
     annotations: Annotations,
     matching: Matching,
-    run: Callable[[Tensor], Tensor],
+    run: Callable[[Tensor | Mixed], Tensor],
     *,
     batch_size: int = 32,
     workers: int = 0,
     as_stored: bool = False,
+    multiple: int | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Outputs:
     """Run a network on annotated images with the preprocessing of its pretrained config.
@@ -137,6 +139,7 @@ def run_network(
         batch_size: images in a batch.
         workers: processes that read images; 0 to read in this process.
         as_stored: read images as timm's scripts do, see `timm_tresnet.utils.images.read_image`.
+        multiple: keep the aspect ratio, see `timm_tresnet.weights.aspect_ratio.make_transform`.
         advance: called after each batch with its number of images.
 
     Raises:
@@ -145,11 +148,11 @@ def run_network(
     config = resolve_preprocessing(network)
     names = [str(index) for index in range(network.num_classes)]
     examples = [_number_labels(example, matching.outputs) for example in annotations.examples]
-    transform = timm.data.create_transform(**config)
+    transform = make_transform(config, multiple)
     in_chans, *size = config["input_size"]
     images = LabelledImages(examples, names, transform, tuple(size), as_stored=as_stored, in_chans=in_chans)
     logits, targets, readable = [], [], []
-    for batch in make_loader(images, batch_size, False, workers, 0, 1, 0):
+    for batch in make_loader(images, batch_size, False, workers, 0, 1, 0, collate=collate_mixed):
         logits.append(run(batch["image"]))
         targets.append(batch["target"].to(torch.int8))
         readable.append(batch["readable"])

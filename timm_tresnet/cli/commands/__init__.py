@@ -35,6 +35,38 @@ def require_channels(network: Any, name: str) -> None:
         raise CommandError(f"{name} takes {network.in_chans} channels, images are read in {some}")
 
 
+def refuse_compiled_ratios(keep_ratio: bool, compile: bool) -> None:
+    """Refuse to compile a network for images whose aspect ratio is kept.
+
+    Raises:
+        CommandError: if it is asked for.
+    """
+    if keep_ratio and compile:
+        raise CommandError("--compile is for images of one size, and would take its time for each; omit --keep-ratio")
+
+
+def prepare_keep_ratio(network: Any) -> int:
+    """Say on standard error what --keep-ratio does, and return of which number sides are multiples.
+
+    Raises:
+        CommandError: if the network takes images of one size only.
+    """
+    from timm_tresnet.deployment.running import find_size_multiple
+    from timm_tresnet.weights.aspect_ratio import choose_side
+    from timm_tresnet.weights.preprocessing import resolve_preprocessing
+
+    try:
+        multiple = find_size_multiple(network)
+    except ValueError as error:
+        raise CommandError(f"--keep-ratio: {error}") from error
+    print(
+        f"timm-tresnet: --keep-ratio: short sides become {choose_side(resolve_preprocessing(network))} pixels, long "
+        f"ones keep the ratio, and what is beyond a multiple of {multiple} is cut off",
+        file=sys.stderr,
+    )
+    return multiple
+
+
 def load_model(name: str) -> Any:
     """A TResNet with its weights, in eval mode, by a name as `timm_tresnet.weights.loading.load_network` takes it."""
     from timm_tresnet.weights.loading import load_network

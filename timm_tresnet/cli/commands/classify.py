@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING, Any
 from timm_tresnet.cli.commands import (
     CommandError,
     load_model,
+    prepare_keep_ratio,
+    refuse_compiled_ratios,
     require_channels,
     warn_of_assumed,
 )
 from timm_tresnet.cli.options import (
+    add_keep_ratio,
     add_machine_options,
     at_least,
     between,
@@ -118,6 +121,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=_FAST_JPEG,
     )
+    add_keep_ratio(parser)
     add_machine_options(parser.add_argument_group("machine"))
 
 
@@ -141,6 +145,7 @@ class _Options:
     escape_parentheses: bool
     prefix: str
     fast_jpeg: bool
+    keep_ratio: bool
     device: str
     amp: str | None
     channels_last: bool
@@ -202,6 +207,7 @@ def _check_options(asked: _Options) -> None:
         raise CommandError("several processes need --output or --sidecar")
     if asked.engine and (asked.device != "auto" or asked.amp or asked.channels_last or asked.compile):
         raise CommandError("--device, --amp, --channels-last and --compile are about models, not about --engine")
+    refuse_compiled_ratios(asked.keep_ratio, asked.compile)
 
 
 def _choose_device(asked: _Options) -> str:
@@ -237,6 +243,8 @@ def _tell(asked: _Options, network: Any) -> None:
         print(f"timm-tresnet: class names: {source}", file=sys.stderr)
     if asked.fast_jpeg:
         print(f"timm-tresnet: --fast-jpeg: {_FAST_JPEG}", file=sys.stderr)
+    if asked.keep_ratio:
+        prepare_keep_ratio(network)
 
 
 def _make_settings(asked: _Options, device: str, few: bool) -> "Settings":
@@ -247,6 +255,7 @@ def _make_settings(asked: _Options, device: str, few: bool) -> "Settings":
         threshold=asked.threshold,
         as_stored=asked.as_stored,
         fast_jpeg=asked.fast_jpeg,
+        keep_ratio=asked.keep_ratio,
         device=device,
         amp=asked.amp,
         channels_last=asked.channels_last,

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from timm_tresnet.cli.commands import CommandError
+from timm_tresnet.cli.options import add_keep_ratio
 from timm_tresnet.utils.errors import summarise
 from timm_tresnet.utils.extras import how_to_install
 
@@ -31,9 +32,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--host", default=_LOOPBACK, help="address to listen at (default: %(default)s, which only this machine reaches)"
     )
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    add_keep_ratio(parser)
 
 
-def run(words: Sequence[str], *, models: Sequence[str] | None, host: str, port: int | None) -> int:
+def run(words: Sequence[str], *, models: Sequence[str] | None, host: str, port: int | None, keep_ratio: bool) -> int:
     """Serve the page until it is interrupted."""
     try:
         from timm_tresnet.demo.page import build_demo, list_weights, serve_demo
@@ -42,7 +44,7 @@ def run(words: Sequence[str], *, models: Sequence[str] | None, host: str, port: 
     embedded, on_hub = list_weights()
     beside = models[1] if models and len(models) > 1 else None
     try:
-        serve_demo(build_demo(models or [*embedded, *on_hub], beside), host, port)
+        serve_demo(build_demo(models or [*embedded, *on_hub], beside, keep_ratio), host, port)
     except OSError as error:  # no such address, or no free port
         raise CommandError(f"cannot serve the demo: {summarise(error)}") from error
     return 0

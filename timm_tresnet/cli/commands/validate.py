@@ -10,9 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_tresnet.cli.commands import CommandError, load_model, require_channels
+from timm_tresnet.cli.commands import (
+    CommandError,
+    load_model,
+    prepare_keep_ratio,
+    refuse_compiled_ratios,
+    require_channels,
+)
 from timm_tresnet.cli.options import (
     FORMS,
+    add_keep_ratio,
     add_machine_options,
     add_reading_options,
     at_least,
@@ -64,6 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="read images as timm's validate.py and the official code do: not turned as their cameras were held, and "
         "transparent pixels not on white",
     )
+    add_keep_ratio(data)
     figures = parser.add_argument_group("figures")
     figures.add_argument("--top-k", type=at_least(1), default=3, metavar="K", help="(default: %(default)s)")
     figures.add_argument(
@@ -88,6 +96,7 @@ def run(
     by_order: bool,
     unknown: str,
     as_stored: bool,
+    keep_ratio: bool,
     top_k: int,
     multi_label: bool,
     json_file: Path | None,
@@ -108,10 +117,12 @@ def run(
         raise CommandError(str(error)) from error
     if plot:
         _check_plot(plot)
+    refuse_compiled_ratios(keep_ratio, compile)
     network = load_model(model)
     if network.num_classes == 0:
         raise CommandError(f"{model} is a backbone without classes")
     require_channels(network, model)
+    multiple = prepare_keep_ratio(network) if keep_ratio else None
     multi_label = multi_label or is_multi_label(network.pretrained_cfg)
     if (csv_file or plot) and not multi_label:
         raise CommandError(f"--csv and --plot are about taggers; {model} gives an image one label")
@@ -142,6 +153,7 @@ def run(
                 batch_size=batch_size,
                 workers=default_workers() if workers is None else workers,
                 as_stored=as_stored,
+                multiple=multiple,
                 advance=bar.update,
             )
         figures = validation.measure(network, outputs, top_k, multi_label)
