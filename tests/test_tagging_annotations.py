@@ -142,7 +142,8 @@ def test_coco_annotations_of_nothing_are_an_error_or_counted(folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[]", "x.json needs its content to be an object"),
+        ("3", "x.json needs its content to be an object"),
+        ("[]", "x.json has no labels"),
         ('{"images": []}', "x.json needs annotations, which is missing; COCO's annotations have"),
         ('{"images": [{"id": 1}], "annotations": [], "categories": []}', r"images\[0\].file_name, which is missing"),
         ("{", "x.json is not JSON"),
@@ -152,7 +153,7 @@ def test_coco_annotations_of_nothing_are_an_error_or_counted(folder):
         (coco([(1, "a.jpg")], [(1, 1)], [(1, "\x1b[31m")]), "without control characters"),
         (coco([]), "has no usable images"),
     ],
-    ids=["list", "part", "entry", "damaged", "ids", "names", "no_labels", "control", "no_images"],
+    ids=["number", "list", "part", "entry", "damaged", "ids", "names", "no_labels", "control", "no_images"],
 )
 def test_coco_that_is_none_is_refused_in_a_sentence(folder, text, message):
     path = write(folder / "x.json", text)
@@ -194,7 +195,7 @@ def test_a_folder_without_metadata_says_where_some_is(folder):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("x.txt", "", "needs to be COCO's .json, a .csv"),
+        ("x.txt", "", "needs to be COCO's or Label Studio's .json, CVAT's .xml, a .csv"),
         ("x.csv", "", "needs a first line that names its columns"),
         ("x.csv", "a.jpg,cat\n", "needs a first line that names its columns, one of them file or file_name"),
         ("x.csv", "file,labels\na.jpg,cat,dog\n", "has 3 cells in line 2, and 2 in its first; put a cell"),
@@ -835,9 +836,8 @@ WHOLE = {  # file, text, options, and all that is said, with {path} and {folder}
         "x.yaml",
         "",
         {},
-        "{path} needs to be COCO's .json, a .csv of file and labels, or a folder with metadata.jsonl or with "
-        "a .txt beside "
-        "each image",
+        "{path} needs to be COCO's or Label Studio's .json, CVAT's .xml, a .csv of file and labels, or a folder with "
+        "metadata.jsonl or with a .txt beside each image",
     ),
     "folder_without_labels": (
         ".",

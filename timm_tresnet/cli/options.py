@@ -158,7 +158,10 @@ def make_reading(options: dict[str, Any], **others: Any) -> Any:
 
 READING_OPTIONS: tuple[str, ...] = ("images", "labels", "other_names", "separator", "column", "file_column")
 READING_OPTIONS += ("skip_missing", "skip_unknown", "keep_empty", "outside")
-FORMS = "a .json of COCO or LVIS, a .csv or .tsv, a folder with metadata.jsonl or with a .txt beside each image"
+FORMS = (
+    "a .json of COCO, LVIS or Label Studio, CVAT's .xml, a .csv or .tsv, a folder with metadata.jsonl or with a .txt "
+)
+FORMS += "beside each image"
 
 
 def add_comparison_options(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from huggingface_hub import metadata_load
 from yaml import YAMLError
 
 from timm_tresnet.conversion.reading import shorten_names
+from timm_tresnet.tagging.exports import Pairs, is_label_studio, read_cvat, read_label_studio
 from timm_tresnet.utils.errors import summarise
 from timm_tresnet.utils.images import FORMATS, find_images, printable
 from timm_tresnet.utils.schema import TEXT, Kind, Table, find_fault, format_value
@@ -119,7 +120,8 @@ def choose_reader(path: Path, class_folders: bool = False) -> tuple[_Reader, Pat
         ValueError: if the form is unknown.
     """
     readers: dict[str, _Reader] = {
-        ".json": _read_coco,
+        ".json": _read_json,
+        ".xml": _read_cvat,
         ".csv": _read_table,
         ".tsv": _read_table,
         ".jsonl": _read_metadata,
@@ -138,8 +140,8 @@ def choose_reader(path: Path, class_folders: bool = False) -> tuple[_Reader, Pat
         raise ValueError(f"{printable(path)} needs to contain {_METADATA[0]}, as dataset folders of the Hub do{hint}")
     if path.suffix.lower() not in readers:
         raise ValueError(
-            f"{printable(path)} needs to be COCO's .json, a .csv of file and labels, or a folder with {_METADATA[0]} "
-            "or with a .txt beside each image"
+            f"{printable(path)} needs to be COCO's or Label Studio's .json, CVAT's .xml, a .csv of file and labels, or "
+            f"a folder with {_METADATA[0]} or with a .txt beside each image"
         )
     return readers[path.suffix.lower()], path
 
@@ -170,9 +172,31 @@ def _parse_json(text: str) -> Any:
         raise ValueError(f"is not JSON: {error}") from error
 
 
-def _read_coco(path: Path, options: ReadingOptions, left_out: Counter[str]) -> Rows:
-    """Read COCO or LVIS annotations. LVIS also lists categories that were verified as absent from an image."""
+def _read_json(path: Path, options: ReadingOptions, left_out: Counter[str]) -> Rows:
+    """Read COCO's annotations, an object, or Label Studio's, a list."""
     content = _parse_json(read_text(path))
+    if isinstance(content, list):
+        return _read_label_studio(content, path, options, left_out)
+    return _read_coco(content, options, left_out)
+
+
+def _read_label_studio(entries: Any, path: Path, options: ReadingOptions, left_out: Counter[str]) -> Rows:
+    folder = options.images or path.parent
+    return _make_rows(read_label_studio(entries, folder, options.file_column, _FILE_COLUMNS, options.column, left_out))
+
+
+def _read_cvat(path: Path, options: ReadingOptions, left_out: Counter[str]) -> Rows:
+    pairs, names = read_cvat(read_text(path), options.images or path.parent)
+    return Rows(_make_rows(pairs).rows, names)
+
+
+def _make_rows(pairs: Pairs) -> Rows:
+    rows = [Row(file, labels) for file, labels in pairs]
+    return Rows(rows, _collect_names(rows))
+
+
+def _read_coco(content: Any, options: ReadingOptions, left_out: Counter[str]) -> Rows:
+    """Read COCO or LVIS annotations. LVIS also lists categories that were verified as absent from an image."""
     fault = find_fault(content, _COCO) or next(filter(None, _find_faulty_entries(content)), None)
     if fault:
         raise ValueError(f"{fault}; COCO's annotations have images, annotations and categories")
@@ -247,6 +271,9 @@ def _read_table(path: Path, options: ReadingOptions, left_out: Counter[str]) -> 
             table.append(line)
     except csv.Error as error:
         raise ValueError(f"is not valid CSV in line {lines.line_num}: {error}") from error
+    if is_label_studio(header):
+        entries = [dict(zip(header, line, strict=True)) for line in table]
+        return _read_label_studio(entries, path, options, left_out)
     file = _find_column(header, _FILE_COLUMNS, options.file_column)
     labels = _find_column(header, _LABEL_COLUMNS, options.column)
     if file is None:
