@@ -9,8 +9,7 @@ import json
 import os
 import shlex
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -281,14 +280,15 @@ def _classify(
         count: how many these are, or, where they are more than a batch, fewer.
     """
     from timm_tresnet.collection.predictions import classify_files
-    from timm_tresnet.collection.processes import together
+    from timm_tresnet.collection.processes import shared, together
     from timm_tresnet.collection.sidecars import Sidecars
 
     sidecars = None
     if asked.sidecar:
         sidecars = Sidecars(asked.replace_underscores, asked.escape_parentheses, asked.prefix, asked.overwrite_sidecars)
     with together(settings.processes, COUNTED) as add_up:
-        with _open_output(words, asked, network, settings, lambda: add_up(Counter())) as writer:
+        writer = _make_output(words, asked, network, settings)
+        with shared(writer, asked.batch_size, not settings.process, add_up) if writer else contextlib.nullcontext():
             results = Results(writer, sidecars)
             if writer and not settings.process:
                 results.tally.update(there=writer.done.total(), errors=writer.errors)
@@ -303,40 +303,17 @@ def _classify(
     return results
 
 
-@contextlib.contextmanager
-def _open_output(
-    words: Sequence[str], asked: _Options, network: Any, settings: "Settings", wait: Callable[[], object]
-) -> "Iterator[Output | None]":
-    """Open the file of --output, and join the parts that several processes have written at the end.
-
-    Args:
-        words: of the whole command line.
-        asked: the options.
-        network: the network.
-        settings: of this process.
-        wait: waits until all processes have come as far.
-    """
+def _make_output(words: Sequence[str], asked: _Options, network: Any, settings: "Settings") -> "Output | None":
+    """The file of --output, with what made it; None without the option."""
     from timm_tresnet.collection.outputs import Output
     from timm_tresnet.collection.predictions import fingerprint
 
     if not asked.output:
-        yield None
-        return
+        return None
     files = _name_files(asked.engine[1]) if asked.engine else []
     made_by = {**settings.describe(), "engine": asked.engine and asked.engine[0], **fingerprint(network, files)}
     about = {"command": shlex.join(["timm-tresnet", *words]), "model": asked.name, "versions": _versions()}
-    writer = Output(asked.output, made_by, about, asked.resume, settings.process, settings.processes)
-    wait()  # all have looked at what is there
-    if not settings.process:
-        writer.prepare()
-    wait()
-    with writer:
-        wait()  # all have read what is done
-        yield writer
-    wait()
-    if not settings.process:
-        writer.join_parts(asked.batch_size)
-    wait()
+    return Output(asked.output, made_by, about, asked.resume, settings.process, settings.processes)
 
 
 def _name_files(artifact: str) -> list[Path]:
