@@ -177,6 +177,8 @@ class Output:
         left = self.done.copy()
 
         def is_done(path: Path) -> bool:
+            if not left:
+                return False
             name = printable(path)
             if left[name] < 1:  # reading a Counter adds no key
                 return False

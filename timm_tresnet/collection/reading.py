@@ -2,8 +2,9 @@
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +93,16 @@ class ImageFiles(Dataset):
         resized = max(config["input_size"][1:]) / (config["crop_pct"] or 1)
         self._least_side = math.ceil(_REDUCED * resized) if fast_jpeg else None
 
-    def __getitem__(self, file: File) -> tuple[File, Tensor | None]:
+    def __getitem__(self, path: str) -> Tensor | str:
+        """Pixels of a file, or why it cannot be read."""
         try:
-            image = read_image(file.path, self._as_stored, in_chans=self._in_chans, least_side=self._least_side)
-            return file, self._transform(image)
+            image = read_image(path, self._as_stored, in_chans=self._in_chans, least_side=self._least_side)
+            return self._transform(image)
         except ValueError as error:
-            return File(file.path, file.wanted, str(error)), None
+            return str(error)
 
 
-def read_batches(images: ImageFiles, plan: Iterable[list[File]], workers: int) -> DataLoader:
+def read_batches(images: ImageFiles, plan: Iterable[list[File]], workers: int) -> Iterator[Batch]:
     """Read the batches of a plan, in order.
 
     Args:
@@ -108,9 +110,23 @@ def read_batches(images: ImageFiles, plan: Iterable[list[File]], workers: int) -
         plan: the batches; consumed as workers become free.
         workers: processes that read files; 0 to read in this process.
     """
-    return DataLoader(images, batch_sampler=plan, num_workers=workers, collate_fn=_collate)
+    handed_out: deque[list[File]] = deque()  # they stay here: to send them to a worker and back takes time
+    loader = DataLoader(images, batch_sampler=_hand_out(plan, handed_out), num_workers=workers, collate_fn=_collate)
+    for errors, pixels in loader:
+        files = handed_out.popleft()
+        if any(error is not None for error in errors):
+            files = [replace(file, error=error) for file, error in zip(files, errors, strict=True)]
+        yield Batch(files, pixels)
 
 
-def _collate(items: list[tuple[File, Tensor | None]]) -> Batch:
-    pixels = [pixels for _, pixels in items if pixels is not None]
-    return Batch([file for file, _ in items], stack(pixels) if pixels else None)
+def _hand_out(plan: Iterable[list[File]], handed_out: deque[list[File]]) -> Iterator[list[str]]:
+    """Names of the files of each batch, as workers get them."""
+    for files in plan:
+        handed_out.append(files)
+        yield [str(file.path) for file in files]
+
+
+def _collate(items: list[Tensor | str]) -> tuple[list[str | None], Tensor | Mixed | None]:
+    """Why each file cannot be read, None if it can; and the pixels of the others."""
+    pixels = [item for item in items if not isinstance(item, str)]
+    return [item if isinstance(item, str) else None for item in items], stack(pixels) if pixels else None

@@ -62,9 +62,10 @@ class Runner:
             return self._run_mixed(images)
         images = images.to(self._device)
         if images.dtype == torch.uint8:
-            images = (images.float() / 255 - self._mean) / self._std
+            images = images.float().div_(255).sub_(self._mean).div_(self._std)
         count = len(images)
-        images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, max(0, self._compile_for - count)))
+        if count < self._compile_for:
+            images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, self._compile_for - count))
         with self._autocast:
             logits = self._network(images.contiguous(memory_format=self._layout))
         return logits[:count].float().cpu()

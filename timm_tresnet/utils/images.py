@@ -94,7 +94,7 @@ def printable(path: Path) -> str:
 
 
 def read_image(
-    path: Path,
+    path: str | Path,
     as_stored: bool = False,
     most_bytes: int = _MOST_BYTES,
     in_chans: int = 3,
@@ -124,7 +124,7 @@ def read_image(
     from PIL import Image, UnidentifiedImageError
 
     try:
-        mode = path.stat().st_mode
+        mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
             os.listdir(path)  # raises the reason if it cannot be listed
         if not stat.S_ISREG(mode):  # reading a pipe would block
