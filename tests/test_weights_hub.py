@@ -103,12 +103,17 @@ def test_looking_up_a_name_is_given_a_limit(endpoint, monkeypatch):
 def test_a_server_that_listens_is_left_to_the_client(endpoint):
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint(f"http://127.0.0.1:{server.getsockname()[1]}")
-        require_hub("a/b", "config.json")
+        assert require_hub("a/b", "config.json") is None
+        server.settimeout(60)
+        server.accept()[0].close()  # it was there that was asked
 
 
 @pytest.mark.parametrize("kind", ["offline", "proxy", "cached"])
 def test_what_the_client_can_do_without_the_server_is_left_to_it(endpoint, closed, monkeypatch, tmp_path, kind):
     endpoint(f"http://127.0.0.1:{closed}")
+    names = ("a/b", "other.json", "config.json")
+    with pytest.raises(LocalEntryNotFoundError, match="cannot be reached"):
+        require_hub(*names)
     if kind == "offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     elif kind == "proxy":
@@ -120,7 +125,7 @@ def test_what_the_client_can_do_without_the_server_is_left_to_it(endpoint, close
         (repository / "refs" / "main").write_text("0" * 40)
         (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
         (repository / "snapshots" / ("0" * 40) / "config.json").write_text("{}")
-    require_hub("a/b", "other.json", "config.json")
+    assert require_hub(*names) is None
 
 
 def test_models_and_commands_ask_before_the_client(endpoint, closed, monkeypatch):
