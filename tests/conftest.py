@@ -1,4 +1,5 @@
 import functools
+import gc
 import os
 import socket
 import subprocess
@@ -7,22 +8,30 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
-import reference
-import torch
 from children import start_child, wait_for_all
-from converting import SMALL
 from hub_server import HubServer
+
+if TYPE_CHECKING:  # imported where it is used, as timm is: xdist's controller, which runs no test, needs neither
+    import torch
 
 pytest.register_assert_rewrite("comparing", "users")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several of them share the cores
     os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Let Python's collector of cycles pass over what is imported by now, a million objects, in all the tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _start_afresh():
+    import torch
+
     torch.manual_seed(0)
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # which limits how often one piece of code is compiled
@@ -119,8 +128,11 @@ def tools(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> di
 
 
 @pytest.fixture
-def tensors() -> dict[str, torch.Tensor]:
+def tensors() -> "dict[str, torch.Tensor]":
     """Weights of a small network under the official names."""
+    import reference
+    from converting import SMALL
+
     return reference.official_state_dict(**SMALL, counters=True)
 
 
@@ -151,6 +163,7 @@ def artifact(tmp_path_factory, embedded):
 @pytest.fixture
 def crops(tmp_path):
     """Crops of the package's photographs, the size of its network's images."""
+    import torch
     from PIL import Image
 
     from timm_tresnet.utils.images import SAMPLES
