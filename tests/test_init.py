@@ -7,9 +7,9 @@ from interpreters import BUILTIN, OURS, WHO_BUILDS
 import timm_tresnet
 
 
-def test_import_of_torch_arms_the_hook_without_importing_timm(run_python):
+def test_import_of_torch_arms_the_hook_without_importing_timm(run_child):
     code = "import sys, torch; print(sorted(name for name in sys.modules if name.startswith(('timm', 'huggingface'))))"
-    assert run_python("-c", code).stdout.strip() == "['timm_tresnet', 'timm_tresnet.autoload']"
+    assert run_child(code).strip() == "['timm_tresnet', 'timm_tresnet.autoload']"
 
 
 def test_autoload_undoes_itself_where_the_variable_asks_for_it(run_child):
