@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 _CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree")
 
@@ -28,6 +29,26 @@ def run_killed(work: Callable[[], object], moment: int) -> bool:
     if not os.WIFSIGNALED(status) and os.waitstatus_to_exitcode(status):
         raise RuntimeError("the work itself failed")
     return os.WIFSIGNALED(status)
+
+
+def run_in_fork(work: Callable[[], int], output: Path) -> int:
+    """Run work in a fork of this process, what it prints going to a file.
+
+    Returns:
+        What it returns, as an exit status; 70 where it fails.
+    """
+    child = os.fork()
+    if not child:
+        status = 70
+        with (
+            contextlib.suppress(BaseException),
+            open(output, "w") as file,
+            contextlib.redirect_stdout(file),
+            contextlib.redirect_stderr(file),
+        ):
+            status = work()
+        os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def _kill_at(moment: int) -> None:

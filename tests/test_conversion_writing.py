@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 from converting import load_folder, save_checkpoint
+from killing import run_in_fork
 from safetensors import safe_open
 
 from timm_tresnet import convert_checkpoint, write_folder
+from timm_tresnet.cli import main as cli
 
 
 @pytest.fixture
@@ -105,18 +107,19 @@ def test_a_full_disk_leaves_nothing_and_a_later_run_works(conversion, tmp_path, 
     assert sorted(os.listdir(tmp_path)) == ["a.pth", "folder"]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
-def test_a_limit_on_the_size_of_files_is_an_error_without_a_traceback(conversion, tmp_path, run_child):
-    code = """
-import resource
-import sys
-from timm_tresnet.cli.main import main
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and a limit on the size of files")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.usefixtures("conversion")
+def test_a_limit_on_the_size_of_files_is_an_error_without_a_traceback(tmp_path, tmp_path_factory):
+    import resource
 
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-sys.stderr = sys.stdout
-assert main(sys.argv[1:]) == 1
-"""
-    printed = run_child(code, "convert", "a.pth", "--output", "folder")
+    def convert():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        return cli.main(["convert", str(tmp_path / "a.pth"), "--output", str(tmp_path / "folder")])
+
+    output = tmp_path_factory.mktemp("printed") / "printed"
+    assert run_in_fork(convert, output) == 1
+    printed = output.read_text()
     assert printed.splitlines()[-1] == "timm-tresnet: the file would exceed the largest possible file size"
     assert "Traceback" not in printed
     assert os.listdir(tmp_path) == ["a.pth"]
