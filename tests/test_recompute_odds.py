@@ -14,6 +14,7 @@ from users import (
     another,
     edit_data,
     edit_in_no_grad,
+    freeze_everything,
     inputs,
     same_as_plain,
     step_after,
@@ -45,7 +46,9 @@ def test_variant_trained_for_two_steps(kwargs, model):
     return train_step(model, inputs().flip(3))
 
 
-@same_as_plain(*FREEZES, few=len(FREEZES), raises="does not require grad")
+@same_as_plain(
+    *FREEZES, few=len(FREEZES), raises="does not require grad", when=lambda freeze: freeze is freeze_everything
+)
 def test_frozen(freeze, model):
     freeze(model)
     return train_step(model, inputs())
@@ -75,7 +78,7 @@ def test_networks_inside_hooks(model):
     return {**result, **{f"other {k}": v for k, v in collect(other, result["loss"]).items()}}
 
 
-@same_as_plain(edit_data, edit_in_no_grad, raises=MODIFIED)
+@same_as_plain(edit_data, edit_in_no_grad, raises=MODIFIED, when=lambda edit: edit is edit_in_no_grad)
 def test_features_of_a_network_inside_a_hook(edit, model):
     other = another(model, seed=5)
     seen = []

@@ -48,17 +48,17 @@ FREED = "backward through the graph a second time"
 _OF_THE_TEST = (AttributeError, ImportError, NameError, TypeError)  # its own mistakes, which prove nothing
 
 
-def same_as_plain(*variants, few=3, settings=RECOMPUTING, tolerance=None, raises=None):
+def same_as_plain(*variants, few=3, settings=RECOMPUTING, tolerance=None, raises=None, when=lambda *_: True):
     """Make a test of a user action, a function from a network to tensors by name.
 
     Args:
         variants: what the function takes before the network; a tuple where that is more than one argument.
-        few: how many variants are tried each time, each under one of the settings in turn, a single one under all; all
-            else is `thorough`.
+        few: how many variants are tried each time, each under one of the settings in turn, a single one under all but
+            "expansions"; all else is `thorough`.
         settings: those to compare with "none".
         tolerance: largest relative difference of a gradient; without it, all bits are the same.
-        raises: regular expression for the message of an error that plain PyTorch raises; some variants may raise none,
-            a single one must.
+        raises: regular expression for the message of the error that plain PyTorch raises; without it, it raises none.
+        when: whether a variant, given as its arguments, is one of those that raise it; all are by default.
     """
 
     def decorate(function):
@@ -68,18 +68,23 @@ def same_as_plain(*variants, few=3, settings=RECOMPUTING, tolerance=None, raises
             run = functools.partial(function, *arguments)
             for turn, setting in enumerate(settings):
                 name = "-".join([*map(_word, arguments), setting])
-                each_time = index < few and (len(variants) < 2 or index % len(settings) == turn)
+                chosen = index % len(settings) == turn if len(variants) > 1 else setting != "expansions"
+                each_time = index < few and chosen
                 marks = [] if each_time else [pytest.mark.thorough]
                 cases.append(pytest.param(run, setting, id=name, marks=marks))
+        raising = [run for run in {case.values[0] for case in cases} if raises and when(*run.args)]
+        assert bool(raising) == (raises is not None), f"no variant of {function.__name__} raises {raises}"
 
         @pytest.mark.parametrize(("run", "setting"), cases)
         def test(run, setting):
             expected = _plain_outcome(run)
-            if isinstance(expected, Raised):
-                assert raises is not None, f"plain PyTorch raises {expected}, and the test does not say so"
+            if run in raising:
+                assert isinstance(expected, Raised), f"plain PyTorch raises nothing, for {raises}"
                 assert re.search(raises, expected.message), expected
             else:
-                assert raises is None or len(variants) > 1, f"plain PyTorch raises nothing, for {raises}"
+                assert not isinstance(expected, Raised), (
+                    f"plain PyTorch raises {expected}, and the test does not say so"
+                )
             assert_same(outcome(run, setting), expected, tolerance)
 
         test.__name__, test.__doc__ = function.__name__, function.__doc__
