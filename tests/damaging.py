@@ -2,7 +2,10 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
+
+import pytest
 
 MISSING = object()
 HUGE = 10**30
@@ -81,6 +84,17 @@ DAMAGES = [  # where in config.json, and what is put there
         "recompute": ["everything", None, 1],
     }.items() for value in values),
 ]  # fmt: skip
+
+
+def first_of_each_path(damages: Sequence[tuple[str, Any]]) -> pytest.MarkDecorator:
+    """Parametrize a test with `path` and `value`; the first value at each path is always tried, the others thorough."""
+    seen, cases = set(), []
+    for path, value in damages:
+        word = "" if value is MISSING else repr(value)[:30]
+        marks = [pytest.mark.thorough] if path in seen else []
+        cases.append(pytest.param(path, value, id=f"{path}-{word}", marks=marks))
+        seen.add(path)
+    return pytest.mark.parametrize(("path", "value"), cases)
 
 
 def damage(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@ import json
 import math
 
 import pytest
+from damaging import MISSING, first_of_each_path
 from exporting import exporters_warn
 
 from timm_tresnet.cli import main as cli
@@ -12,10 +13,10 @@ pytestmark = exporters_warn
 
 
 def test_description_says_how_to_feed_the_artifact(artifact):
-    description = json.loads(artifact("torch-export").with_name("network.pt2.json").read_text())
+    description = json.loads(artifact("torchscript").with_name("network.pt.json").read_text())
     assert description["model"] == "test_tresnet.r64_cifar10"
     assert description["input"]["name"] == "image"
-    assert (description["input"]["size_multiple"], description["input"]["size_minimum"]) == (4, 36)
+    assert (description["input"]["size_multiple"], description["input"]["size_minimum"]) == (4, 20)
     assert description["class_names"][3] == "cat"
     assert description["preprocessing"] == {
         "input_size": [3, 64, 64],
@@ -56,7 +57,6 @@ def test_description_is_read_as_it_was_written(shape):
     assert Description.from_json(json.loads(json.dumps(written))) == description
 
 
-MISSING = object()
 DAMAGES = [
     *((path, MISSING) for path in [
         "model", "format", "precision", "input", "output", "preprocessing", "class_names", "multi_label", "input.shape",
@@ -89,21 +89,21 @@ DAMAGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("path", "value"), DAMAGES, ids=lambda each: "" if each is MISSING else repr(each)[:30])
+@first_of_each_path(DAMAGES)
 def test_damaged_description_is_refused_in_one_sentence(path, value, artifact, tmp_path, capfd):
-    described = json.loads(artifact("torch-export").with_name("network.pt2.json").read_text())
+    described = json.loads(artifact("torchscript").with_name("network.pt.json").read_text())
     *parents, name = path.split(".")
     table = functools.reduce(dict.__getitem__, parents, described)
     if value is MISSING:
         del table[name]
     else:
         table[name] = value
-    (tmp_path / "network.pt2").touch()
-    beside = tmp_path / "network.pt2.json"
+    (tmp_path / "network.pt").touch()
+    beside = tmp_path / "network.pt.json"
     beside.write_text(json.dumps(described))
-    assert cli.main(["classify", "--engine", "torch", str(tmp_path / "network.pt2"), "--trust"]) == 2
+    assert cli.main(["classify", "--engine", "torch", str(tmp_path / "network.pt"), "--trust"]) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"timm-tresnet: cannot load {tmp_path / 'network.pt2'}: {beside} needs ")
+    assert line.startswith(f"timm-tresnet: cannot load {tmp_path / 'network.pt'}: {beside} needs ")
     assert parents or f"needs {name}" in line
 
 
@@ -117,7 +117,7 @@ def test_invalid_descriptions_are_refused_in_one_sentence(content, tmp_path, cap
 
 
 def test_thresholds_are_one_for_each_class_or_left_out_as_by_older_versions(artifact):
-    description = json.loads(artifact("torch-export").with_name("network.pt2.json").read_text())
+    description = json.loads(artifact("torchscript").with_name("network.pt.json").read_text())
     del description["label_thresholds"]
     assert Description.from_json(description).label_thresholds is None
     with pytest.raises(ValueError, match="needs label_thresholds for 10 classes, got 2"):

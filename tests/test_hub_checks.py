@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import timm
-from damaging import DAMAGES, MISSING, damage
+from damaging import DAMAGES, damage, first_of_each_path
 from safetensors.torch import load_file
 
 from timm_tresnet.conversion.card import make_card
@@ -32,7 +32,7 @@ def good(tmp_path_factory):
     return folder, config, {name: tuple(each.shape) for name, each in load_file(folder / "model.safetensors").items()}
 
 
-@pytest.mark.parametrize(("path", "value"), DAMAGES, ids=lambda each: "" if each is MISSING else repr(each)[:30])
+@first_of_each_path(DAMAGES)
 def test_every_damage_of_a_config_is_found_in_one_sentence(path, value, good, checks):
     folder, config, shapes = good
     (folder / "config.json").write_text(json.dumps(damage(config, path, value)))

@@ -8,7 +8,7 @@ import struct
 import pytest
 import timm
 import torch
-from damaging import DAMAGES, damage
+from damaging import DAMAGES, damage, first_of_each_path
 from hub_server import Fault
 
 from timm_tresnet.cli import main as cli
@@ -60,7 +60,7 @@ def assert_refused(name, capfd, *parts):
         assert part in line
 
 
-@pytest.mark.parametrize(("path", "value"), DAMAGES, ids=[f"{path}-{at}" for at, (path, _) in enumerate(DAMAGES)])
+@first_of_each_path(DAMAGES)
 def test_damaged_config_is_refused_in_one_sentence(path, value, good, config, capfd):
     config.write_text(json.dumps(damage(json.loads(config.read_text()), path, value)))
     assert_refused(f"local-dir:{good}", capfd, str(config))
