@@ -108,7 +108,15 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("given", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(
+            given, id=name, marks=[] if name in ("silent", "rectangle", "crop", "grey") else pytest.mark.thorough
+        )
+        for name, given in RUNS.items()
+    ],
+)
 def test_images_are_prepared_as_validate_py_does(given, start, tmp_path):
     given = {**given, "model": given.get("model", "test_tresnet").format(start=start)}
     file, args, model = train(tmp_path / "run", **given)
@@ -139,7 +147,13 @@ KWARGS = {
 }
 
 
-@pytest.mark.parametrize("given", KWARGS.values(), ids=KWARGS)
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(given, id=name, marks=[] if name in ("slopes", "custom", "pooling") else pytest.mark.thorough)
+        for name, given in KWARGS.items()
+    ],
+)
 def test_arguments_without_tensors_come_from_the_run(given, tmp_path):
     file, _, model = train(tmp_path / "run", **given)
     assert_same_network(convert(tmp_path, file)[0], model)
