@@ -322,7 +322,9 @@ def run():
     }
 
 
-@pytest.mark.parametrize("wrapper", ["list", "dict", "hook", "getter", "fx"])
+@pytest.mark.parametrize(
+    "wrapper", ["list", "fx", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("dict", "hook", "getter"))]
+)
 @each_setting
 def test_feature_wrappers_of_timm_train_as_with_plain_pytorch_and_keep_no_more(wrapper, setting):
     x = images()
