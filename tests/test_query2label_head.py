@@ -72,7 +72,7 @@ def test_other_labels_keep_the_transformer_and_get_queries_of_their_own(tmp_path
     torch.testing.assert_close(maps(x), model.forward_features(x), rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch announces the end of TorchScript
 def test_scripted_exported_and_folded_networks_have_the_same_logits():
     model = reference.randomise(TResNet(**SMALL, num_classes=5)).eval()
     x = torch.rand(2, 3, 64, 96)
