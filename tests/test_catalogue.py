@@ -18,7 +18,8 @@ from timm_tresnet.weights.labels import read_thresholds
 CATALOGUE = load_catalogue()
 NOT_OURS = ("unknown",)  # heads that the registered network has not
 each_public_weight = pytest.mark.parametrize("public", CATALOGUE.values(), ids=CATALOGUE)
-KINDS = {(public.architecture, public.head): name for name, public in reversed(CATALOGUE.items())}
+# The first of each architecture, and of each head.
+KINDS = {kind: name for name, one in reversed(CATALOGUE.items()) for kind in (one.architecture, one.head)}
 one_of_each_kind = pytest.mark.parametrize(
     "public",
     [
