@@ -32,6 +32,7 @@ def test_wrong_use_of_a_command_is_answered_with_an_example(name, capsys):
     assert f"\nexample: timm-tresnet {cli._COMMANDS[name].EXAMPLE}\n" in capsys.readouterr().err
 
 
+@pytest.mark.thorough  # the next one starts it too
 def test_installed_command_works_offline():
     process = subprocess.run(
         [COMMAND, "classify", SAMPLES / "cat.jpg"],

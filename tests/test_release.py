@@ -76,16 +76,16 @@ def test_wheel_works_where_it_is_installed_alone(built, run_python, tmp_path):
         "files = [timm_tresnet.__file__, str(distribution('timm-tresnet').locate_file('.'))]\n"
         "model = timm.create_model('test_tresnet', pretrained=True)\n"
         "print(json.dumps([files, timm_tresnet.__version__, type(model).__module__]))\n"
-        "from timm_tresnet.cli.main import main; main(['classify'])"
+        "from timm_tresnet.cli.main import main; main(['classify']); main(['recipe', 'transfer', '--show'])"
     )
-    first, _, classified = run_python("-c", code, PYTHONPATH=str(target)).stdout.partition("\n")
+    first, _, printed = run_python("-c", code, PYTHONPATH=str(target)).stdout.partition("\n")
     files, version, module = json.loads(first)
     assert all(Path(file).is_relative_to(target) for file in files)
     assert version == PROJECT["version"]
     assert module == "timm_tresnet.models.network"
-    assert "cat" in classified
-    recipe = run_python("-m", "timm_tresnet", "recipe", "transfer", "--show", PYTHONPATH=str(target)).stdout
-    assert recipe == (ROOT / "recipes" / "transfer.yaml").read_text()
+    recipe = (ROOT / "recipes" / "transfer.yaml").read_text()
+    assert printed.endswith(recipe)
+    assert "cat" in printed.removesuffix(recipe)
 
 
 @needs_tools
