@@ -43,11 +43,15 @@ def test_regions_end_where_a_row_says():
     assert list_ends("blocks") == [True, True, True]
 
 
-def test_paper_tables_name_the_source_of_each_accuracy(tmp_path):
+@pytest.mark.thorough  # runs networks of full size
+def test_paper_tables_have_a_row_for_each_network(tmp_path):
     words = ["--models", "test_tresnet", "built-in:tresnet_m", "--image-size", "64", *QUICK]
     rows = {row["row"]: row for row in run("paper_tables", tmp_path, *words)["rows"]}
     assert list(rows) == ["resnet50", "test_tresnet", "built-in:tresnet_m"]
     assert all(row["top1"] is row["top1_source"] is None for row in rows.values())  # nobody published them at 64 px
+
+
+def test_paper_tables_name_the_source_of_each_accuracy():
     paper_tables = importlib.import_module("paper_tables")
     row = paper_tables.annotate({"row": "efficientnet_b1", "image_size": 240})
     assert row == {"top1": 79.2, "top1_source": "arXiv:2003.13630"}
