@@ -1,7 +1,21 @@
+import runpy
+import sys
+
 import pytest
 from interpreters import OURS, WHO_BUILDS
 
 
+def test_script_gets_its_own_arguments_and_what_lies_beside_it(monkeypatch, tmp_path, capsys):
+    (tmp_path / "beside_a_script.py").write_text("VALUE = 3\n")
+    script = tmp_path / "script.py"
+    script.write_text("import sys, beside_a_script\nprint(__name__, sys.argv[1:], beside_a_script.VALUE)\n")
+    monkeypatch.setattr(sys, "argv", ["timm_tresnet", str(script), "--model", "x"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    runpy.run_module("timm_tresnet", run_name="__main__")
+    assert capsys.readouterr().out == "__main__ ['--model', 'x'] 3\n"
+
+
+@pytest.mark.thorough
 def test_script_runs_with_the_plugin_and_its_own_arguments(run_python, tmp_path):
     (tmp_path / "beside.py").write_text("VALUE = 3\n")
     script = tmp_path / "script.py"
@@ -21,11 +35,14 @@ def test_script_runs_in_every_process_of_torchrun(run_python, tmp_path):
     assert sorted(process.stdout.split()) == ["2", "2", OURS, OURS]
 
 
-def test_missing_script_is_named(run_python):
-    process = run_python("-m", "timm_tresnet", "missing.py", check=False)
-    assert process.returncode == 1
-    assert "no file missing.py" in process.stderr
+def test_missing_script_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["timm_tresnet", "missing.py"])
+    with pytest.raises(SystemExit, match=r"no file missing\.py"):  # which Python prints, with exit status 1
+        runpy.run_module("timm_tresnet", run_name="__main__")
 
 
-def test_without_a_script_the_module_is_the_command(run_python):
-    assert "classify" in run_python("-m", "timm_tresnet", "--help").stdout
+def test_without_a_script_the_module_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["timm_tresnet", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("timm_tresnet", run_name="__main__")
+    assert "classify" in capsys.readouterr().out
