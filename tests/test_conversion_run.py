@@ -196,8 +196,8 @@ def test_arguments_that_tensors_tell_are_not_those_of_the_run():
     [
         ({}, "state_dict_ema"),
         ({"model_ema_force_cpu": True}, "state_dict"),
-        ({"val_split": ""}, "state_dict"),
-        ({"model_ema": None}, "state_dict_ema"),
+        pytest.param({"val_split": ""}, "state_dict", marks=pytest.mark.thorough),
+        pytest.param({"model_ema": None}, "state_dict_ema", marks=pytest.mark.thorough),
     ],
     ids=["validated", "on_the_cpu", "no_validation", "not_said"],
 )
@@ -305,7 +305,15 @@ NO_RUNS = {
 }
 
 
-@pytest.mark.parametrize(("text", "fault"), NO_RUNS.values(), ids=NO_RUNS)
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        pytest.param(
+            *case, id=name, marks=[] if name in ("objects", "another_run", "no_model") else pytest.mark.thorough
+        )
+        for name, case in NO_RUNS.items()
+    ],
+)
 def test_args_that_are_none_of_a_run_are_left_out_and_the_note_says_why(text, fault, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file, _, _ = train(tmp_path / "run")
