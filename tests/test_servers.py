@@ -42,7 +42,7 @@ def knock(doors, capsys):
     return call
 
 
-@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.thorough)], ids=["some", "all"])
+@pytest.mark.parametrize("step", [8, pytest.param(1, marks=pytest.mark.thorough)], ids=["some", "all"])
 @pytest.mark.parametrize("door", WHERE)
 def test_any_answer_to_any_request_ends_in_one_sentence(knock, door, step):
     requests = itertools.cycle(WHERE[door])  # tests/fuzz.py has all pairs
