@@ -47,7 +47,10 @@ ALIASES = {
 }
 SMALL = {"layers": (1, 1, 1, 1), "num_classes": 10}
 each_variant = pytest.mark.parametrize("variant", ARCHITECTURES)
-each_paper_variant = pytest.mark.parametrize("variant", PAPER_VARIANTS)
+each_paper_variant = pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=[] if name == "tresnet_m" else pytest.mark.thorough) for name in PAPER_VARIANTS],
+)
 
 
 def make_pair(variant, **kwargs):
