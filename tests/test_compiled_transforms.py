@@ -50,7 +50,7 @@ def differentiate(kind, model):
 
 
 @pytest.mark.parametrize(
-    "kind", ["grad_of_compiled", *(pytest.param(each, marks=pytest.mark.thorough) for each in ("grad", "vjp"))]
+    "kind", [pytest.param(each, marks=pytest.mark.thorough) for each in ("grad_of_compiled", "grad", "vjp")]
 )
 @pytest.mark.parametrize("setting", RECOMPUTING)
 def test_transforms_of_torch_func_give_the_gradients_and_leave_the_compiler_as_it_was(kind, setting):
@@ -63,9 +63,8 @@ def test_transforms_of_torch_func_give_the_gradients_and_leave_the_compiler_as_i
     assert_close({name.replace("_orig_mod.", ""): value for name, value in later.items()}, expected)
 
 
-@pytest.mark.parametrize(
-    "around_forward", [True, pytest.param(False, marks=pytest.mark.thorough)], ids=["step", "backward"]
-)
+@pytest.mark.thorough  # the next one has the compiler around both
+@pytest.mark.parametrize("around_forward", [True, False], ids=["step", "backward"])
 @pytest.mark.parametrize("setting", RECOMPUTING)
 def test_compiled_autograd_gives_the_gradients(around_forward, setting):
     """Around the forward too, nothing is recomputed."""
@@ -96,6 +95,7 @@ def test_compiled_step_with_compiled_autograd_gives_the_gradients(setting):
     assert_close(collect(model, loss), train_step(make("none"), batch()))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("setting", RECOMPUTING)
 def test_network_that_the_compiler_skips_trains_in_a_compiled_step(setting):
     model = make(setting)
@@ -113,7 +113,7 @@ def test_network_that_the_compiler_skips_trains_in_a_compiled_step(setting):
         torch.testing.assert_close(parameter.grad, expected[f"grad of {name}"], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("stages", [("layer1",), ("layer1", "layer2")])
+@pytest.mark.parametrize("stages", [("layer1", "layer2"), pytest.param(("layer1",), marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("setting", RECOMPUTING)
 def test_stages_compiled_alone_give_the_numbers_of_a_plain_step(stages, setting):
     model = make(setting)

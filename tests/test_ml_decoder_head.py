@@ -293,7 +293,11 @@ def test_copies_pickles_and_averages_are_whole():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch announces the end of TorchScript
-@pytest.mark.parametrize("options", [{}, {"num_groups": None, "label_embedding": 5}], ids=["groups", "labels"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"num_groups": None, "label_embedding": 5}, marks=pytest.mark.thorough)],
+    ids=["groups", "labels"],
+)
 def test_scripted_networks_give_the_same_logits(options):
     model = make_network(**options)
     x = torch.rand(2, 3, 64, 64)
@@ -303,6 +307,7 @@ def test_scripted_networks_give_the_same_logits(options):
     torch.testing.assert_close(torch.jit.script(model)(x), model(x))
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(
     Version(torch.__version__) < Version("2.11"), reason="PyTorch 2.5 exports it for one number of images alone"
 )
