@@ -21,6 +21,9 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+def create_short(name, **kwargs):
+    return timm.create_model(name, pretrained=True, layers=(1, 1, 1, 1), **kwargs)
+
 def assert_holds(model, folder):
     assert (type(model).__module__, type(model).__name__) == ("timm_tresnet.models.network", "TResNet"), type(model)
     weights = load_file(f"{folder}/model.safetensors")
@@ -39,7 +42,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 with pytest.raises(LocalEntryNotFoundError) as caught:
-    timm.create_model("tresnet_m.miil_in1k", pretrained=True)
+    create_short("tresnet_m.miil_in1k")
 for part in (
     "model.safetensors", "timm/tresnet_m.miil_in1k", "HF_ENDPOINT", "HF_HOME", "cache_dir",
     "'local-dir:FOLDER', pretrained=True", "test_tresnet",
@@ -63,10 +66,10 @@ def draw_weights(model: nn.Module, seed: int, dtype: torch.dtype) -> dict[str, T
 
 @pytest.fixture(scope="session")
 def tresnet_m(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository as timm/tresnet_m.* are, but in half precision, to write and send half as much."""
+    """A repository as timm/tresnet_m.* are, but in half precision and of a block a stage, to write and send less."""
     folder = tmp_path_factory.mktemp("tresnet_m")
     with torch.device("meta"):
-        model = timm.create_model("tresnet_m")
+        model = timm.create_model("tresnet_m", layers=(1, 1, 1, 1))
     save_file(draw_weights(model, 0, torch.float16), folder / "model.safetensors")
     return folder
 
@@ -88,17 +91,18 @@ def save_model(tmp_path: Path) -> Callable[..., Path]:
 def test_registry_name_downloads_the_safetensors_file_and_gives_exactly_its_weights(hub, run_child, tresnet_m):
     hub.add("timm/tresnet_m.miil_in1k", tresnet_m)
     run_child(
-        f"{TIMM}assert_holds(timm.create_model('tresnet_m.miil_in1k', pretrained=True), sys.argv[1])",
+        f"{TIMM}assert_holds(create_short('tresnet_m.miil_in1k'), sys.argv[1])",
         tresnet_m,
     )
     path = "/timm/tresnet_m.miil_in1k/resolve/main/model.safetensors"
     assert hub.requests == [("HEAD", path, 200), ("GET", path, 200)]
 
 
+@pytest.mark.thorough  # the client's own
 @pytest.mark.skipif(not RETRIES, reason="huggingface_hub older than 1.0 does not take up a broken download by itself")
 def test_download_that_breaks_off_is_resumed(hub, run_child, tresnet_m):
     hub.add("timm/tresnet_m.miil_in1k", tresnet_m)
-    hub.faults.append(Fault(r"GET .*/model\.safetensors", break_off_at=32 * 2**20))
+    hub.faults.append(Fault(r"GET .*/model\.safetensors", break_off_at=8 * 2**20))
     run_child(
         """
 import filecmp
@@ -163,6 +167,7 @@ assert_holds(timm.create_model("hf-hub:owner/insects", pretrained=True), sys.arg
     )
 
 
+@pytest.mark.thorough  # the client's own
 def test_two_processes_that_load_at_once_download_once(hub, run_child, save_model, tmp_path):
     folder = save_model("insects", seed=1)
     hub.add("owner/insects", folder)
@@ -197,7 +202,7 @@ weights = load_file(f"{sys.argv[1]}/model.safetensors")
 by_pixel = weights.pop("body.conv1.conv.weight").float().unflatten(1, (16, 3))
 del weights["head.fc.weight"], weights["head.fc.bias"]
 for in_chans in (1, 2, 4, 6):
-    model = timm.create_model("tresnet_m.miil_in1k", pretrained=True, in_chans=in_chans, num_classes=5)
+    model = create_short("tresnet_m.miil_in1k", in_chans=in_chans, num_classes=5)
     state_dict = dict(model.state_dict())
     if in_chans == 1:
         stem = by_pixel.sum(2, keepdim=True)
@@ -312,7 +317,7 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, Repositor
 
 def assert_refused(name, error, **kwargs):
     with pytest.raises(error, match=f"/timm/{name}/resolve/") as caught:
-        timm.create_model(name, pretrained=True, **kwargs)
+        create_short(name, **kwargs)
     return caught.type
 
 assert assert_refused("tresnet_m.miil_in1k", RepositoryNotFoundError) is not GatedRepoError
