@@ -12,7 +12,6 @@ from comparing import (
     assert_same,
     collect,
     compare,
-    each_setting,
     images,
     make_model,
     saved_bytes,
@@ -23,6 +22,11 @@ from torch import nn
 from timm_tresnet.models.layers import ActivatedBatchNorm2d
 from timm_tresnet.recompute.run import Run
 from timm_tresnet.recompute.saved import Recomputed
+
+# Checkpointing, too, has its tests by default in the files tests/test_recompute_*.py.
+each_setting = pytest.mark.parametrize(
+    "setting", [pytest.param(each, marks=[] if each == "activations" else pytest.mark.thorough) for each in RECOMPUTING]
+)
 
 
 @each_setting
@@ -47,18 +51,11 @@ def test_recomputing_changes_no_number(setting, dtype, kwargs):
 @pytest.mark.parametrize(
     "act_layer",
     [
-        "leaky_relu",
-        "relu",
-        "silu",
-        "gelu",
-        "mish",
-        "elu",
-        "hard_swish",
-        "hard_sigmoid",
-        "prelu",
-        "relu6",
-        "tanh",
-        "selu",
+        *("leaky_relu", "silu", "prelu"),
+        *(
+            pytest.param(name, marks=pytest.mark.thorough)
+            for name in ("relu", "gelu", "mish", "elu", "hard_swish", "hard_sigmoid", "relu6", "tanh", "selu")
+        ),
     ],
 )
 def test_any_activation_can_be_recomputed(act_layer):
@@ -325,23 +322,11 @@ def test_threads_do_not_share_tapes(setting):
         assert_same(got, want)
 
 
-def test_empty_batch_and_single_value_fail_or_pass_as_with_plain_pytorch():
-    for x in (images(0), images(1, 32)):
-        outcomes = []
-        for setting in ("activations", "none"):
-            try:
-                outcomes.append(make_model(setting)(x).shape)
-            except (ValueError, RuntimeError) as error:
-                outcomes.append(type(error))
-        assert outcomes[0] == outcomes[1]
-
-
 def live_bytes():
     gc.collect()
     tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
-    tensors = (
-        tensor for tensor in tensors if tensor.layout is torch.strided
-    )  # sparse ones of other tests have no storage
+    # Of other tests, sparse ones have no storage, and those of the compiler none of a known size.
+    tensors = (each for each in tensors if each.layout is torch.strided and type(each).__name__ != "FakeTensor")
     return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
@@ -354,24 +339,28 @@ def test_memory_returns_after_a_step_a_lost_forward_and_an_exception(setting):
     model = make_model(setting)
     x = images()
     train_step(model, x)
-    level = live_bytes()
+    level = live_bytes()  # of which those of other tests may go meanwhile
     recomputed = count_recomputed()
     train_step(model, x)
-    assert live_bytes() == level
+    assert live_bytes() <= level
     model(x)  # no backward
-    assert live_bytes() == level
+    assert live_bytes() <= level
     handle = model.body.layer3[2].register_forward_hook(lambda *_: 1 / 0)
     with contextlib.suppress(ZeroDivisionError):  # pytest.raises would keep the frames and what is in them
         model(x)
         pytest.fail("the hook did not run")
     handle.remove()
-    assert live_bytes() == level
-    assert count_recomputed() <= recomputed  # those of other tests may go meanwhile
+    assert live_bytes() <= level
+    assert count_recomputed() <= recomputed
     assert train_step(model, x)["loss"].isfinite()
 
 
 @each_setting
-@pytest.mark.parametrize("kwargs", [{}, {"aa_layer": False}, {"act_layer": "silu"}], ids=["blurred", "strided", "silu"])
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, *(pytest.param(each, marks=pytest.mark.thorough) for each in ({"aa_layer": False}, {"act_layer": "silu"}))],
+    ids=["blurred", "strided", "silu"],
+)
 def test_double_backward_is_right(setting, kwargs):
     def run(model):
         x = images(dtype=torch.float64).requires_grad_()
