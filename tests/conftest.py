@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import gc
 import os
@@ -146,16 +147,24 @@ def embedded():
 
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory, embedded):
-    """A function that gives the embedded network in a format, exported once."""
+    """A function that gives the embedded network in a format, exported once, which xdist's workers share."""
     from exporting import SUFFIXES
 
     from timm_tresnet import export_model
 
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
     @functools.cache
     def export_once(format):
-        path = tmp_path_factory.mktemp(format) / f"network{SUFFIXES[format]}"
-        export_model(embedded, path, format)
-        return path
+        file, folder = f"network{SUFFIXES[format]}", shared / f"artifact-{format}"
+        if not folder.exists():
+            made = tmp_path_factory.mktemp(format) / "made"
+            export_model(embedded, made / file, format)
+            with contextlib.suppress(OSError):  # another worker was quicker
+                made.rename(folder)
+        return folder / file
 
     return export_once
 
