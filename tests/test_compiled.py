@@ -347,7 +347,7 @@ def test_hooks_on_all_modules_run_once_in_each():
 
     hook = torch.nn.modules.module.register_module_forward_hook(note)
     try:
-        step, _ = compiled_step("activations")
+        step, _ = compiled_step("activations", backend="eager")
         compiled_calls = list(calls)
         calls.clear()
         expected = plain_step()
@@ -388,7 +388,7 @@ def test_graphs_with_regions_can_be_cached_on_the_disk():
 
 @pytest.mark.parametrize(
     ("norm_layer", "act_layer"),
-    mark(("groupnorm1", "silu"), ("batchnorm2d", "frelu"), ("batchnorm2d", "relu"), ("batchnorm2d", "mish"), few=2),
+    mark(("batchnorm2d", "frelu"), ("groupnorm1", "silu"), ("batchnorm2d", "relu"), ("batchnorm2d", "mish"), few=1),
 )
 def test_other_norms_and_activations_give_the_same_numbers(norm_layer, act_layer):
     kwargs = {"norm_layer": norm_layer, "act_layer": act_layer}
@@ -474,6 +474,6 @@ def _step(network, x):
 def test_a_single_value_a_channel_is_refused_as_by_pytorch():
     torch.compiler.reset()
     model = make_model("activations", **SMALL)
-    model.body.layer4.compile(backend="aot_eager", fullgraph=True)
+    model.body.layer4.compile(backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="more than one value per channel when training|more than 1 value per channel"):
         model(images(1, 32))
