@@ -120,7 +120,8 @@ def test_a_limit_on_the_size_of_files_is_an_error_without_a_traceback(tmp_path, 
     output = tmp_path_factory.mktemp("printed") / "printed"
     assert run_in_fork(convert, output) == 1
     printed = output.read_text()
-    assert printed.splitlines()[-1] == "timm-tresnet: the file would exceed the largest possible file size"
+    sentence = f"timm-tresnet: {tmp_path / 'folder'} would exceed the largest possible file size"
+    assert printed.splitlines()[-1] == sentence
     assert "Traceback" not in printed
     assert os.listdir(tmp_path) == ["a.pth"]
 
