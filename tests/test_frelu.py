@@ -6,7 +6,7 @@ import pytest
 import reference
 import timm
 import torch
-from comparing import RECOMPUTING, compare, images, make_model, saved_bytes, train_step
+from comparing import compare, each_setting, images, make_model, saved_bytes, train_step
 from packaging.version import Version
 from torch import nn
 from users import MODIFIED, another, inputs, same_as_plain
@@ -95,7 +95,7 @@ def test_block_is_read_into_operations_without_calls():
 
 
 @pytest.mark.parametrize("kwargs", CASES, ids=["bottlenecks", "basic", "dilated", "groupnorm", "frozen"])
-@pytest.mark.parametrize("setting", RECOMPUTING)
+@each_setting
 def test_a_step_is_that_of_plain_pytorch_to_the_last_bit(setting, kwargs):
     steps = []
     for each in (setting, "none"):
@@ -107,7 +107,7 @@ def test_a_step_is_that_of_plain_pytorch_to_the_last_bit(setting, kwargs):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("setting", RECOMPUTING)
+@each_setting
 def test_half_precision_channels_last_and_an_oblong_image_are_the_same_to_the_last_bit(setting, batch):
     x = torch.randn(batch, 3, 48, 80).contiguous(memory_format=torch.channels_last)
     steps = []
@@ -120,7 +120,7 @@ def test_half_precision_channels_last_and_an_oblong_image_are_the_same_to_the_la
     assert all(torch.equal(actual, expected) for actual, expected in zip(*steps, strict=True))
 
 
-@pytest.mark.parametrize("setting", RECOMPUTING)
+@each_setting
 def test_double_backward_is_that_of_plain_pytorch(setting):
     def run(model):
         x = images(2, 48, dtype=torch.float64).requires_grad_()
