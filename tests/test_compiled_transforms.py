@@ -4,7 +4,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torch._dynamo.compiled_autograd
 from comparing import assert_close, collect, images, make_model, train_step
 
 SMALL = {"layers": (1, 1, 1, 1), "width_factor": 0.125, "num_classes": 5}
@@ -68,6 +67,8 @@ def test_transforms_of_torch_func_give_the_gradients_and_leave_the_compiler_as_i
 @pytest.mark.parametrize("setting", RECOMPUTING)
 def test_compiled_autograd_gives_the_gradients(around_forward, setting):
     """Around the forward too, nothing is recomputed."""
+
+    import torch._dynamo.compiled_autograd
 
     def enable():
         return torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager"))
