@@ -6,7 +6,7 @@ from PIL import Image
 
 from timm_tresnet.tagging.annotations import (
     ReadingOptions,
-    describe_left_out,
+    list_notes,
     read_annotations,
     read_names,
     read_numbers,
@@ -84,9 +84,9 @@ def test_rows_about_one_file_are_put_together(folder):
 def test_images_without_labels_are_counted_or_kept(folder):
     path = write(folder / "x.csv", "file,labels\na.jpg,cat\nb.jpg,\nc.jpg, ; \n")
     assert read(path) == ({"a.jpg": ("cat",)}, ("cat",), {"images without labels": 2})
-    assert "left out 2 images without labels" in describe_left_out(read_annotations(path))
+    assert list_notes(read_annotations(path)) == [f"{path}: left out 2 images without labels"]
     assert read(path, keep_empty=True)[0] == {"a.jpg": ("cat",), "b.jpg": (), "c.jpg": ()}
-    assert describe_left_out(read_annotations(path, ReadingOptions(keep_empty=True))) is None
+    assert list_notes(read_annotations(path, ReadingOptions(keep_empty=True))) == []
 
 
 def test_missing_files_are_an_error_or_counted(folder):
@@ -452,9 +452,17 @@ def test_rows_that_say_different_things_of_a_file_leave_it_unknown(folder):
     assert read(path)[0] == {"a.jpg": ("cat", "dog")}
 
 
+def test_labels_that_look_like_one_are_named(folder):
+    path = write(folder / "x.csv", "file,labels\na.jpg,Red fox;sea\nb.jpg,red  fox;sea;red_fox\n")
+    assert read(path)[1] == ("Red fox", "red  fox", "red_fox", "sea")
+    (note,) = list_notes(read_annotations(path))
+    assert note.startswith(f"{path}: labels that differ in case, spaces or underscores alone are different labels: ")
+    assert "labels: Red fox, red  fox, red_fox; merge them" in note
+
+
 def test_a_column_for_each_label_is_read_in_order(folder):
     path = write(folder / "x.csv", "filename, Dog, Cat,size\na.jpg,1,0,8\nb.jpg,0,1.0,9\nc.jpg,0,0,9\n")
-    left_out = {"images without labels": 1, "columns with values other than 0 and 1": 1}
+    left_out = {"images without labels": 1, "columns with values other than 0 and 1 (size)": 1}
     assert read(path) == ({"a.jpg": ("Dog",), "b.jpg": ("Cat",)}, ("Dog", "Cat"), left_out)
     assert read(path, names=("Cat",), keep_empty=True)[0]["a.jpg"] == ()
 
@@ -860,7 +868,7 @@ def test_faults_are_reported_in_whole_sentences(folder, name, text, options, mes
 def test_omissions_are_reported_in_a_whole_sentence(folder):
     path = write(folder / "x.csv", "file,labels\na.jpg,cat\nb.jpg,emu\n")
     found = read_annotations(path, ReadingOptions(names=("cat",), skip_unknown=True))
-    assert describe_left_out(found) == f"{path}: left out 1 unknown labels, 1 images without labels"
+    assert list_notes(found) == [f"{path}: left out 1 unknown labels, 1 images without labels"]
 
 
 def test_an_image_that_was_searched_for_nothing_may_say_so_or_not(folder):

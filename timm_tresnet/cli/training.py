@@ -141,7 +141,7 @@ def run_training(
         workers: likewise.
         **settings: of the training.
     """
-    from timm_tresnet.tagging.annotations import describe_left_out
+    from timm_tresnet.tagging.annotations import list_notes
 
     try:
         from timm_tresnet.tagging.training import TrainingFolder, is_first_process, train_network
@@ -164,8 +164,8 @@ def run_training(
     try:
         training, measuring = read()
         for each in filter(None, (training, measuring)):
-            if left_out := describe_left_out(each):
-                say(left_out)
+            for note in list_notes(each):
+                say(note)
         train_network(
             training,
             measuring,

@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,6 @@ __all__ = [
     "Annotations",
     "Example",
     "ReadingOptions",
-    "describe_left_out",
     "read_annotations",
     "read_names",
     "read_numbers",
@@ -116,13 +116,26 @@ def read_annotations(path: Path, options: ReadingOptions = _USUAL) -> Annotation
     return Annotations(display_name, tuple(examples), tuple(names), +left_out)
 
 
-def describe_left_out(annotations: Annotations) -> str | None:
-    """Return a sentence about what was left out of annotations; None if nothing was."""
-    return (
-        f"{annotations.display_name}: left out{_format_counts(annotations.left_out, ' ')}"
-        if annotations.left_out
-        else None
-    )
+def list_notes(annotations: Annotations) -> list[str]:
+    """Return sentences about what was left out of annotations, and about labels that look like one."""
+    notes = []
+    if annotations.left_out:
+        notes.append(f"{annotations.display_name}: left out{_format_counts(annotations.left_out, ' ')}")
+    similar: dict[str, list[str]] = {}
+    for name in annotations.names:
+        similar.setdefault(fold_name(name), []).append(name)
+    alike = [name for names in similar.values() if len(names) > 1 for name in names]
+    if alike:
+        notes.append(
+            f"{annotations.display_name}: labels that differ in case, spaces or underscores alone are different "
+            f"labels: {shorten_names(alike)}; merge them with --other-names FILE if they are not"
+        )
+    return notes
+
+
+def fold_name(name: str) -> str:
+    """Return a name without differences in case, underscores, repeated spaces and the encoding of accents."""
+    return " ".join(unicodedata.normalize("NFC", name).casefold().replace("_", " ").split())
 
 
 def _format_counts(counts: Counter[str], before: str) -> str:

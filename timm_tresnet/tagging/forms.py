@@ -353,7 +353,9 @@ def _read_one_hot(
             "needs 1, 0, -1 or nothing in each cell of a label's column, got others in "
             f"{shorten_names([header[index] for index in others])}"
         )
-    left_out["columns with values other than 0 and 1"] += len(others)
+    if others:
+        names = shorten_names([header[index] for index in others])
+        left_out[f"columns with values other than 0 and 1 ({names})"] += len(others)
     states = [{header[index]: _STATES[line[index].lower()] for index in columns} for line in table]
     no_zeros = not any(state is False for line in states for state in line.values())
     complete = set(options.names or ()) <= {called[index] for index in columns} and (

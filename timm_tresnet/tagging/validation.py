@@ -1,6 +1,5 @@
 """Validate a network on annotated images."""
 
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from timm_tresnet.conversion.reading import shorten_names
-from timm_tresnet.tagging.annotations import Annotations, Example
+from timm_tresnet.tagging.annotations import Annotations, Example, fold_name
 from timm_tresnet.tagging.data import LabelledImages, collate_mixed, make_loader
 from timm_tresnet.tagging.scores import (
     UNKNOWN,
@@ -81,10 +80,10 @@ def _find_by_name(names: Iterable[str], known: Sequence[tuple[str, ...]]) -> Ite
     tables = [
         _index((each[0], index) for index, each in enumerate(known) if each),
         _index((each[-1], index) for index, each in enumerate(known) if each),
-        _index((_fold(each[-1]), index) for index, each in enumerate(known) if each),
+        _index((fold_name(each[-1]), index) for index, each in enumerate(known) if each),
     ]
     for name in names:
-        found = (table.get(key) for table, key in zip(tables, (name, name, _fold(name)), strict=True))
+        found = (table.get(key) for table, key in zip(tables, (name, name, fold_name(name)), strict=True))
         index = next((each for each in found if each is not None), None)
         if index is not None:
             yield name, index
@@ -95,11 +94,6 @@ def _index(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
     pairs = list(pairs)
     counts = Counter(name for name, _ in pairs)
     return {name: index for name, index in pairs if counts[name] == 1}
-
-
-def _fold(name: str) -> str:
-    """Return a name without differences in case, underscores, repeated spaces and the encoding of accents."""
-    return " ".join(unicodedata.normalize("NFC", name).casefold().replace("_", " ").split())
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def run(
 
     from timm_tresnet.deployment.running import Runner
     from timm_tresnet.tagging import validation
-    from timm_tresnet.tagging.annotations import describe_left_out, read_annotations
+    from timm_tresnet.tagging.annotations import list_notes, read_annotations
 
     try:
         annotated = read_annotations(annotations, make_reading(reading, class_folders=True))
@@ -139,7 +139,7 @@ def run(
             examples = tuple(dataclasses.replace(example, absent=None) for example in annotated.examples)
             annotated = dataclasses.replace(annotated, examples=examples)
         matching = validation.match_labels(annotated.names, network, by_order)
-        for line in filter(None, (describe_left_out(annotated), *_tell_matching(matching, annotated, network))):
+        for line in (*list_notes(annotated), *_tell_matching(matching, annotated, network)):
             print(f"timm-tresnet: {line}", file=sys.stderr)
         with tqdm(total=len(annotated.examples), disable=None, unit="image") as bar:  # None: on terminals
             runner = Runner(
