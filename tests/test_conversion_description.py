@@ -24,7 +24,7 @@ def test_unknown_values_are_left_out_and_named(tensors, tmp_path):
     )
 
 
-NAMELESS = "class names: unknown; give them with --labels FILE"
+NAMELESS = "class names: none found; give them with --labels FILE"
 ABN = "In-Place ABN weights became batch norm weights, |w| + 1e-5"
 UNKNOWN = (
     "unknown and left out: input_size, interpolation, mean, std, crop_pct; when loaded, the values of test_tresnet are "

@@ -613,7 +613,7 @@ def test_why_there_are_no_names_is_noted(tmp_path):
     conversion = convert_checkpoint(file)
     assert conversion.labels == {}
     assert "the run has no class folders at nowhere; name the classes with --labels FILE" in conversion.notes
-    assert "class names: unknown; give them with --labels FILE" in conversion.notes
+    assert "class names: none found; give them with --labels FILE" in conversion.notes
 
 
 def test_folders_of_torchvision_are_numbered_by_their_letters(tmp_path):
