@@ -10,6 +10,7 @@ and saved as JPEG. The script checks that both commands give the same result for
 """
 
 import argparse
+import contextlib
 import csv
 import importlib.util
 import json
@@ -228,6 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):  # timm's script imports pandas; imported here, no fork spends time on it
         parser.error("timm's inference.py needs pandas; pip install pandas")
     importlib.import_module("pandas")
+    with contextlib.suppress(ImportError):  # timm's script does without it
+        importlib.import_module("functorch.compile")
     for module in ("outputs", "predictions", "sidecars"):
         importlib.import_module(f"timm_tresnet.collection.{module}")
     results = start_results(format_command(__file__, words), "cpu", settings, unrecorded=("scripts", "data"))
