@@ -2,9 +2,11 @@
 
 import functools
 
-from comparing import train_step
+import pytest
+import torch
+from comparing import assert_same, train_step
 from torch import nn
-from users import MODIFIED, another, everywhere, inputs, module_in_stage, same_as_plain, shortcut
+from users import MODIFIED, another, build, everywhere, inputs, module_in_stage, same_as_plain, shortcut
 
 
 @same_as_plain(
@@ -61,6 +63,7 @@ ACTIVATIONS = [
     made_of(partial(nn.Dropout, inplace=True), partial(nn.LeakyReLU, inplace=True)),
     made_of(partial(nn.SiLU, inplace=True), partial(nn.Dropout, inplace=True)),
 ]
+PAIRS_IN_PLACE = ACTIVATIONS[-2:]
 
 
 def is_refused(put, make):
@@ -68,6 +71,27 @@ def is_refused(put, make):
     return "inplace" in make.__name__ and (put in (module_in_stage, shortcut) or "-0.1" in make.__name__)
 
 
-@same_as_plain(*everywhere(ACTIVATIONS), few=len(ACTIVATIONS), raises=f"{MODIFIED}|negative slope", when=is_refused)
+PUT = [each for each in everywhere(ACTIVATIONS) if each[0] is not shortcut or each[1] not in PAIRS_IN_PLACE]
+
+
+@same_as_plain(*PUT, few=len(ACTIVATIONS), raises=f"{MODIFIED}|negative slope", when=is_refused)
 def test_activation_put_in(put, make, model):
     return train_step(put(model, make), inputs())
+
+
+@pytest.mark.parametrize("setting", ["activations", "expansions"])
+@pytest.mark.parametrize("make", PAIRS_IN_PLACE, ids=lambda make: make.__name__)
+def test_a_shortcut_that_works_in_place_as_pytorch_refuses_gives_the_gradients_of_a_copy(make, setting):
+    """PyTorch has saved the block's input, which is overwritten here; recomputed, it is as it was."""
+
+    def step(setting, copy):
+        torch.manual_seed(3)
+        model = shortcut(build(setting), make)
+        if copy:
+            for part in (model.body.layer3[2], model.body.layer3[4].drop_path):
+                part.register_forward_pre_hook(lambda module, args: (args[0].clone(),))
+        return train_step(model, inputs())
+
+    with pytest.raises(RuntimeError, match=MODIFIED):
+        step("none", copy=False)
+    assert_same(step(setting, copy=False), step("none", copy=True))
