@@ -1,4 +1,4 @@
-"""Results of `timm-tresnet classify`: written as they come, or printed at the end."""
+"""Write the results of `timm-tresnet classify` as they come, or print them at the end."""
 
 import sys
 from collections import Counter
@@ -12,19 +12,19 @@ from timm_tresnet.weights.labels import label_lookup
 
 COUNTED = ("images", "there", "errors", "sidecars", "sidecars_there")
 _BAR_WIDTH = 20
-_FEW_CLASSES = 20  # that are named on one line
+_FEW_CLASSES = 20  # fit on one line
 
 
 class Results:
-    """Results of image files: in a file, in text beside images, or kept to be printed.
+    """Results of image files, written to a file or to text beside the images, or stored for printing.
 
     Args:
-        writer: the file, a `timm_tresnet.collection.outputs.Output`; None for none.
-        sidecars: the text, a `timm_tresnet.collection.sidecars.Sidecars`; None for none.
+        writer: writes the file, a `timm_tresnet.collection.outputs.Output`; None for no file.
+        sidecars: writes the text, a `timm_tresnet.collection.sidecars.Sidecars`; None for no text.
 
     Attributes:
-        kept: results to be printed.
-        tally: counts by the names in `COUNTED`.
+        kept: results for printing.
+        tally: counts, by the names in `COUNTED`.
     """
 
     def __init__(self, writer: Any, sidecars: Any) -> None:
@@ -33,7 +33,7 @@ class Results:
         self.tally: Counter[str] = Counter()
 
     def add(self, batch: list[Any]) -> None:
-        """Take the results of a batch: sidecars first, so that those of every line that is written are there."""
+        """Add the results of a batch. Sidecars come first, so every line in the file has its sidecar."""
         for path, result in batch:
             self.tally["images"] += 1
             self.tally["errors"] += "error" in result
@@ -49,7 +49,7 @@ class Results:
 
 
 def show_progress(batches: Iterable[list[Any]], total: int, shown: bool) -> Iterator[list[Any]]:
-    """Batches as they come, with a bar on standard error."""
+    """Yield batches as they come, with a progress bar on standard error."""
     from tqdm import tqdm
 
     bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} images, {rate_noinv_fmt}, {remaining} left"
@@ -60,7 +60,7 @@ def show_progress(batches: Iterable[list[Any]], total: int, shown: bool) -> Iter
 
 
 def describe_written(tally: Counter[str], output: Path | None, sidecar: bool) -> str:
-    """What was written, in a line or two."""
+    """Return one or two lines about what was written."""
     lines = []
     if output:
         count, new = tally["images"] + tally["there"], f", {tally['images']} of them new" if tally["there"] else ""
@@ -72,7 +72,7 @@ def describe_written(tally: Counter[str], output: Path | None, sidecar: bool) ->
 
 
 def describe_samples(paths: Sequence[Path], network: Any, name: str) -> str:
-    """What the photographs in the package are, and what a network can say of them."""
+    """Return a sentence about the package's photographs and the network's classes."""
     describe, count = label_lookup(network), network.num_classes
     named = f": {', '.join(map(describe, range(count)))}" if count <= _FEW_CLASSES else ""
     shown = f"{len(paths)} photographs" if len(paths) > 1 else "photograph"
@@ -80,7 +80,7 @@ def describe_samples(paths: Sequence[Path], network: Any, name: str) -> str:
 
 
 def print_predictions(results: list[dict[str, Any]]) -> None:
-    """Print a line for each image; on a terminal, one for each of its classes, with a bar."""
+    """Print a line for each image; on a terminal, a line with a bar for each of its classes."""
     done = [result for result in results if "predictions" in result]
     if not done:
         return
@@ -95,7 +95,7 @@ def print_predictions(results: list[dict[str, Any]]) -> None:
 
 
 def print_errors(results: list[dict[str, Any]]) -> None:
-    """Print on standard error a line for each image that has no predictions."""
+    """Print a line on standard error for each image without predictions."""
     for result in results:
         if "error" in result:
             _print_skipped(result)

@@ -1,4 +1,4 @@
-"""Processes that `torchrun` has started, which wait for each other."""
+"""Synchronise the processes that `torchrun` has started."""
 
 import contextlib
 import datetime
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from timm_tresnet.collection.outputs import Output
 
-_LONGEST_WAIT = datetime.timedelta(days=30)  # of one process for the last of the others
+_LONGEST_WAIT = datetime.timedelta(days=30)  # of a process for the slowest one
 
 
 @contextlib.contextmanager
@@ -15,11 +15,11 @@ def together(processes: int, names: Sequence[str]) -> Iterator[Callable[[Counter
     """Connect processes.
 
     Args:
-        processes: how many these are.
-        names: of what is counted.
+        processes: number of processes.
+        names: names of the counts.
 
     Yields:
-        A function that waits until all processes have called it, and returns the sum of their counts.
+        A function that waits for all processes to call it and returns the sums of their counts.
     """
     if processes == 1:
         yield lambda counts: counts
@@ -33,7 +33,7 @@ def together(processes: int, names: Sequence[str]) -> Iterator[Callable[[Counter
         try:
             torch.distributed.all_reduce(values)
         except RuntimeError as error:
-            raise RuntimeError("another of the processes has ended, see what it says") from error
+            raise RuntimeError("another process has ended; see its message") from error
         return Counter(dict(zip(names, values.tolist(), strict=True)))
 
     try:
@@ -49,17 +49,17 @@ def shared(
     """Open an output that several processes write, and join their parts at the end.
 
     Args:
-        writer: the output, as this process has it.
-        batch_size: with which files were dealt out.
-        is_first: whether this process prepares and joins.
-        add_up: of `together`; waits for the others.
+        writer: this process's output.
+        batch_size: files in a batch, by which files were shared.
+        is_first: whether this process prepares the output and joins the parts.
+        add_up: the function from `together`; it waits for the other processes.
     """
-    add_up(Counter())  # all have looked at what is there
+    add_up(Counter())  # all processes have checked the existing output
     if is_first:
         writer.prepare()
     add_up(Counter())
     with writer:
-        add_up(Counter())  # all have read what is done
+        add_up(Counter())  # all processes have read which files are done
         yield
     add_up(Counter())
     if is_first:

@@ -94,7 +94,7 @@ class ImageFiles(Dataset):
         self._least_side = math.ceil(_REDUCED * resized) if fast_jpeg else None
 
     def __getitem__(self, path: str) -> Tensor | str:
-        """Pixels of a file, or why it cannot be read."""
+        """Return the pixels of a file, or the reason why it cannot be read."""
         try:
             image = read_image(path, self._as_stored, in_chans=self._in_chans, least_side=self._least_side)
             return self._transform(image)
@@ -110,7 +110,7 @@ def read_batches(images: ImageFiles, plan: Iterable[list[File]], workers: int) -
         plan: the batches; consumed as workers become free.
         workers: processes that read files; 0 to read in this process.
     """
-    handed_out: deque[list[File]] = deque()  # they stay here: to send them to a worker and back takes time
+    handed_out: deque[list[File]] = deque()  # kept here, since sending them to a worker and back takes time
     loader = DataLoader(images, batch_sampler=_hand_out(plan, handed_out), num_workers=workers, collate_fn=_collate)
     for errors, pixels in loader:
         files = handed_out.popleft()
@@ -120,13 +120,13 @@ def read_batches(images: ImageFiles, plan: Iterable[list[File]], workers: int) -
 
 
 def _hand_out(plan: Iterable[list[File]], handed_out: deque[list[File]]) -> Iterator[list[str]]:
-    """Names of the files of each batch, as workers get them."""
+    """Yield the file names of each batch, for the workers."""
     for files in plan:
         handed_out.append(files)
         yield [str(file.path) for file in files]
 
 
 def _collate(items: list[Tensor | str]) -> tuple[list[str | None], Tensor | Mixed | None]:
-    """Why each file cannot be read, None if it can; and the pixels of the others."""
+    """Return for each file the reason why it cannot be read, or None, and the pixels of the readable files."""
     pixels = [item for item in items if not isinstance(item, str)]
     return [item if isinstance(item, str) else None for item in items], stack(pixels) if pixels else None

@@ -1,4 +1,4 @@
-"""Images of one shape or of several, each as one tensor."""
+"""Batches of images whose shapes may differ."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mixed:
-    """Images of several shapes, one behind the other: a process hands over one tensor, however many images there are.
+    """Images of different shapes in one flat tensor, which is fast to send to another process.
 
     Args:
-        values: of all images.
-        shapes: (C, H, W) of each.
+        values: the values of all images, flattened and concatenated.
+        shapes: (C, H, W) of each image.
     """
 
     values: Tensor
@@ -23,13 +23,13 @@ class Mixed:
         return len(self.shapes)
 
     def split(self) -> list[Tensor]:
-        """The images."""
+        """Return the images."""
         sizes = [torch.Size(shape).numel() for shape in self.shapes]
         return [part.view(shape) for part, shape in zip(self.values.split(sizes), self.shapes, strict=True)]
 
 
 def stack(images: Sequence[Tensor]) -> Tensor | Mixed:
-    """Put images together: (N, C, H, W) if they have one shape."""
+    """Stack images to (N, C, H, W) if they have the same shape, else to a `Mixed`."""
     shapes = tuple(tuple(image.shape) for image in images)
     if len(set(shapes)) == 1:
         return torch.stack(list(images))

@@ -1,4 +1,4 @@
-"""Images that keep their aspect ratio on the way to a network."""
+"""Preprocessing that keeps the aspect ratio of images."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 class KeepRatio:
-    """Resize an image until its short side has a given length, and cut both sides to a multiple.
+    """Resize an image so that its short side has a given length, and crop both sides to a multiple.
 
-    `demo.py` of 7eu7d7/ML-Danbooru (commit bd0e61e) does so with `--keep_ratio`: what is beyond the multiple is cut off
-    at the right and at the bottom.
+    The crop removes pixels at the right and at the bottom. `demo.py` of 7eu7d7/ML-Danbooru (commit bd0e61e) does the
+    same with `--keep_ratio`.
 
     Args:
         side: length of the short side, in pixels.
-        multiple: of which both sides are.
-        interpolation: one of Pillow's, by its name in small letters.
+        multiple: both sides of the result are multiples of this.
+        interpolation: name of Pillow's interpolation, in lower case.
     """
 
     def __init__(self, side: int, multiple: int, interpolation: str) -> None:
@@ -32,19 +32,22 @@ class KeepRatio:
 
 
 def choose_side(config: Mapping[str, Any]) -> int:
-    """Length that a network's preprocessing gives to the short side of images whose aspect ratio is kept."""
+    """Return the length of the short side, from a network's preprocessing."""
     return min(config["input_size"][1:])
 
 
 def make_transform(
     config: dict[str, Any], multiple: int | None = None, normalize: bool = True
 ) -> Callable[[Image.Image], Tensor]:
-    """The transform of image files for a network.
+    """Make the transform of images for a network.
 
     Args:
-        config: of `timm_tresnet.weights.preprocessing.resolve_preprocessing`.
-        multiple: keep the aspect ratio, with sides that are multiples of this; None to resize and crop as config says.
-        normalize: give float32, less the mean and divided by the standard deviation; else pixels of 8 bits.
+        config: data config from `timm_tresnet.weights.preprocessing.resolve_preprocessing`.
+        multiple: keep the aspect ratio, with sides that are multiples of this; None to resize and crop by config.
+        normalize: whether the transform returns float32, normalised by mean and std; else uint8.
+
+    Returns:
+        A function from an image to a tensor (C, H, W).
     """
     import timm.data
     from torchvision import transforms
