@@ -19,10 +19,10 @@ pytestmark = exporters_warn
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_torchscript_on_a_full_disk_is_an_error_of_the_disk():
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PyTorch announces its end
         program = torch.jit.script(torch.nn.ReLU())
-    with pytest.raises(OSError, match="No space left"):  # PyTorch's own writer ends the process
-        engines._save(torch.jit.save, program, Path("/dev/full"))
+        with pytest.raises(OSError, match="No space left"):  # PyTorch's own writer ends the process
+            engines._save(torch.jit.save, program, Path("/dev/full"))
 
 
 @needs("onnx")

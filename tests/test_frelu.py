@@ -91,7 +91,7 @@ def test_block_is_read_into_operations_without_calls():
         assert inner
         assert all(kinds == [Convolution, Norm] for kinds in inner)
         assert program.is_repeatable()
-        assert not program.shows_input()
+        assert not program.exposes_input()
 
 
 @pytest.mark.parametrize("kwargs", CASES, ids=["bottlenecks", "basic", "dilated", "groupnorm", "frozen"])

@@ -76,7 +76,7 @@ def rename(tensors):
     [
         (spoil, "cannot be compared: NaN or infinite values in head.fc.bias"),
         (rename, "needs a file of the official code to compare with, got timm names"),
-        (lambda tensors: {}, "no TResNet"),
+        (lambda tensors: {}, "needs a TResNet, with body.conv1"),
     ],
     ids=["nan", "timm", "empty"],
 )

@@ -213,7 +213,7 @@ def test_an_existing_file_is_not_overwritten(training_memory, tmp_path, capsys):
         (["--rows", "all"], "invalid choice: 'all'"),
         (["--amp", "float16"], "need --device cuda"),
         (["--max-batch", "8"], "need --device cuda"),
-        (["--rows", "compiled-graphs-activations"], "rows that begin with compiled-graphs need --device cuda"),
+        (["--rows", "compiled-graphs-activations"], "use CUDA graphs and need --device cuda"),
     ],
     ids=["no_images", "odd_size", "unknown_row", "float16_on_the_cpu", "largest_batch_on_the_cpu", "graphs_on_the_cpu"],
 )
