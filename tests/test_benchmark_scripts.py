@@ -293,7 +293,16 @@ def test_results_of_an_unknown_script_are_refused(tmp_path):
 
 
 @needs_matplotlib
-@pytest.mark.parametrize("script", ["paper_tables", "ablation", "resolution", "training_memory", "transfer"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "training_memory",
+        *(
+            pytest.param(script, marks=pytest.mark.thorough)
+            for script in ("paper_tables", "ablation", "resolution", "transfer")
+        ),
+    ],
+)
 def test_pictures_are_drawn_from_committed_results(script, tmp_path, capsys):
     plots = importlib.import_module("plots")
     files = [path for path in find_results(script) if "compiled" not in path.stem]
