@@ -41,6 +41,19 @@ def test_version_counts_the_edits_of_a_tensor_and_all_its_views():
 
 
 @private(
+    "_storage_Use_Count",
+    used_by="utils/references.py, to see whether user code has kept the memory of a tensor that it has returned",
+    instead="taking each such tensor for kept, so that nothing is recomputed from it",
+)
+def test_references_to_memory_are_counted():
+    x = torch.ones(3)
+    count = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+    other = x.detach()
+    assert torch._C._storage_Use_Count(x.untyped_storage()._cdata) == count + 1
+    assert other is not x
+
+
+@private(
     "_cdata",
     used_by="tests/comparing.py, to count storages once",
     instead="untyped_storage().data_ptr(), which is 0 for all of the meta device",

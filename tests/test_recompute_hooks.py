@@ -7,6 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from users import EDITS, FREED, MODIFIED, Steeper, edit_data, inputs, same_as_plain, step_after
 
 
+def kept(y):
+    return y
+
+
 def targets(model):
     block = model.body.layer3[2]
     return {
@@ -181,6 +185,17 @@ def test_seen_and_edited_later(edit, target, model):
     seen = []
     targets(model)[target].register_forward_hook(lambda m, a, y: seen.append(y))
     return step_after(model, lambda _: edit(seen))
+
+
+@same_as_plain(
+    *((keep, target) for target in ("conv", "conv3") for keep in (kept, torch.Tensor.detach, torch.Tensor.flatten)),
+    few=6,
+)
+def test_output_of_a_convolution_that_is_kept_and_edited_later(keep, target, model):
+    """By its data, which PyTorch does not see: nothing may be recomputed from memory that user code has."""
+    seen = []
+    targets(model)[target].register_forward_hook(lambda m, a, y: seen.append(keep(y)))
+    return step_after(model, lambda _: edit_data(seen))
 
 
 @same_as_plain(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from timm_tresnet.recompute.eligibility import find_obstacle, is_plain
 from timm_tresnet.recompute.saved import Recomputed, Source, Stored, discard_result, unpack
+from timm_tresnet.utils.references import is_held
 
 Result = tuple[Tensor, Source]
 _add, _relu_ = torch.add, torch.relu_
@@ -90,7 +91,8 @@ class Call(Operation):
             run.recheck(y)
         elif not is_plain(y):
             run.closed = True
-        return y, None if run.closed or not self.is_saved or y.grad_fn is None else Stored(y)
+        stays = run.closed or not self.is_saved or y.grad_fn is None or (self.is_user_defined and is_held(y))
+        return y, None if stays else Stored(y)
 
 
 class Program(NamedTuple):

@@ -29,8 +29,7 @@ class Stored:
         """A stored tensor needs no count."""
 
     def materialize(self) -> Tensor:
-        # Compiled autograd knows no versions yet.
-        if self.tensor._version != self.version and not torch.compiler.is_compiling():
+        if self.tensor._version != self.version and not torch.compiler.is_compiling():  # which has no versions
             what = f"A tensor of shape {tuple(self.tensor.shape)} that backward needs"
             versions = f"version {self.tensor._version}, needed {self.version}"
             raise RuntimeError(f"{what} has been modified by an inplace operation ({versions}); modify a clone of it")
