@@ -7,14 +7,13 @@ policy. It recomputes everything else, without hooks. Regions end where eager mo
 
 import functools
 import hashlib
-from pathlib import Path
+import pkgutil
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from timm_tresnet.recompute import policy
 from timm_tresnet.recompute.eligibility import is_autograd_compiled
 from timm_tresnet.recompute.policy import RECOMPUTED_BY_COMPILER, classify_convolution
 
@@ -83,7 +82,8 @@ def _choose(setting: str, context: Any, operator: Any, *args: Any, **kwargs: Any
 
 
 # Of the files that decide, which may change without the version.
-_POLICY_HASH = hashlib.sha256(Path(__file__).read_bytes() + Path(policy.__file__).read_bytes()).hexdigest()
+_SOURCES = [pkgutil.get_data(__package__, name) or b"" for name in ("compiled.py", "policy.py")]  # from a zip too
+_POLICY_HASH = hashlib.sha256(b"".join(_SOURCES)).hexdigest()
 
 
 def _make_contexts(setting: str) -> functools.partial:
