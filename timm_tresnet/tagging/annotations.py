@@ -128,7 +128,7 @@ def list_notes(annotations: Annotations) -> list[str]:
     if alike:
         notes.append(
             f"{annotations.display_name}: labels that differ in case, spaces or underscores alone are different "
-            f"labels: {shorten_names(alike)}; merge them with --other-names FILE if they are not"
+            f"labels: {shorten_names(alike)}; merge them with --other-names FILE if they mean the same"
         )
     return notes
 
