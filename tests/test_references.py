@@ -22,3 +22,16 @@ def test_the_result_of_an_operation_is_not_held():
     weight = torch.ones(3, requires_grad=True)
     x = weight * 2
     assert not is_held(x)
+
+
+def test_an_error_of_the_compiler_changes_nothing():
+    """After it every call of a Python function holds one more reference to its arguments."""
+    compiled = torch.compile(lambda x: x + 1, backend="eager")
+    compiled(torch.ones(2))
+    with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError, match="recompile"):
+        compiled(torch.ones(2, 2))
+    x = torch.ones(3)
+    assert not is_held(x)
+    other = x[1:]
+    assert is_held(x)
+    del other

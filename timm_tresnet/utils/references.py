@@ -8,7 +8,7 @@ from torch import Tensor
 
 def is_held(x: Tensor) -> bool:
     """Whether anything but one variable of the caller refers to a tensor or its memory, and may edit it later."""
-    return _count_references(x) > _REFERENCES_OF_ONE_VARIABLE
+    return _count_references(x) > _count_of_one_variable()
 
 
 def _count_references(x: Tensor) -> int:
@@ -20,8 +20,10 @@ def _count_in_call(x: Tensor) -> int:
 
 
 def _count_of_one_variable() -> int:
-    x = torch.empty(1, device="cpu")
+    """Counts the references of a tensor in one variable.
+
+    It is counted anew each time: an error of the compiler (`set_stance("fail_on_recompile")`) can leave its evaluation
+    of frames in place of CPython's, and then every call of a Python function holds its arguments once more.
+    """
+    x = torch.empty(0, device="cpu")
     return _count_in_call(x)
-
-
-_REFERENCES_OF_ONE_VARIABLE = _count_of_one_variable()
