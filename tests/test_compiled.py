@@ -5,6 +5,7 @@ import torch
 from comparing import assert_close, each_setting, images, make_model, train_step
 from timm.layers import convert_splitbn_model, freeze_batch_norm_2d
 from torch import nn
+from users import MODIFIED, step_between
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo reads it
 
@@ -476,3 +477,10 @@ def test_a_single_value_a_channel_is_refused_as_by_pytorch():
     model.body.layer4.compile(backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="more than one value per channel when training|more than 1 value per channel"):
         model(images(1, 32))
+
+
+@pytest.mark.parametrize("setting", ["activations", pytest.param("expansions", marks=pytest.mark.thorough)])
+def test_fused_step_before_backward_is_an_error(setting):
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError, match=MODIFIED):
+        step_between(setting, torch.optim.SGD, compiled=True, fused=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm.layers
 import torch
-from comparing import HIDES_SAVED, RECOMPUTING, SHOWS_SAVED, images, make_model, saved_bytes
+from comparing import HIDES_SAVED, RECOMPUTING, SHOWS_SAVED, images, make_model, saved_bytes, train_step
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,6 +30,9 @@ WRAPPED = ["network", "stages", "blocks"]  # what FSDP gathers at a time
 FSDP_CASES = [(setting, wrapped, "frozen") for setting in SETTINGS for wrapped in WRAPPED]
 FSDP_CASES += [(setting, "blocks", "synchronized") for setting in SETTINGS]
 COMPILED_CASES = [("none", "stages"), ("activations", "stages"), ("activations", "blocks")]  # and what FSDP gathers
+CONVERTERS = {"timm": timm.layers.convert_sync_batchnorm, "torch": nn.SyncBatchNorm.convert_sync_batchnorm}
+UNEVEN_CASES = [("activations", "torch"), *((setting, "timm") for setting in SETTINGS)]  # and who converts the norms
+UNEVEN = [2, 5]  # images of the two processes
 FEW = {  # one of each kind; the others are thorough
     ("none", "plain", "synchronized"),
     ("activations", "plain", "synchronized"),
@@ -38,6 +41,8 @@ FEW = {  # one of each kind; the others are thorough
     ("checkpointing", "plain", "frozen"),
     ("activations", "blocks", "synchronized"),
     ("checkpointing", "blocks", "synchronized"),
+    ("activations", "timm"),
+    ("activations", "torch"),
 }
 
 
@@ -121,6 +126,20 @@ def save_gathered(model, path):
         torch.save(state_dict, path)
 
 
+def train_uneven(setting, convert, rank):
+    """Loss, gradients and buffers of one step on a part of a batch, and what it has kept."""
+    model = CONVERTERS[convert](make_model(setting, dtype=torch.float64))
+    part = images(sum(UNEVEN), dtype=torch.float64).split(UNEVEN)[rank]
+    loss = DistributedDataParallel(model)(part).square().sum()
+    loss = loss * len(UNEVEN) / (sum(UNEVEN) * 10)  # it averages over processes
+    loss.backward()
+    total = loss.detach() / len(UNEVEN)
+    torch.distributed.all_reduce(total)
+    gradients = {f"grad of {name}": parameter.grad for name, parameter in model.named_parameters()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return {"loss": total, **gradients, **buffers}, saved_bytes(model, part) if SHOWS_SAVED else None
+
+
 def run_process(folder, thorough):
     """Run one of two processes; `processes` returns its results."""
 
@@ -140,6 +159,11 @@ def run_process(folder, thorough):
     if rank == 0:
         torch.save(parallel.module.state_dict(), Path(folder) / "module.pt")
         torch.save(parallel.state_dict(), Path(folder) / "parallel.pt")
+    for setting, convert in choose(UNEVEN_CASES):
+        results["uneven", setting, convert] = train_uneven(setting, convert, rank)
+    empty = make_network("activations", "synchronized").body.conv1(torch.randn(3 * rank, 48, 4, 4).double())
+    empty.sum().backward()
+    results["empty"] = empty.detach()
     for setting, wrapped, norms in choose(FSDP_CASES) if has_fully_shard() else []:
         model = shard(setting, wrapped, norms)
         results[setting, wrapped, norms] = gather(train(model, model, parts))
@@ -204,6 +228,26 @@ def assert_equal_weights(actual, expected):
 def test_two_processes_train_like_one_with_the_whole_batch(processes, alone, case):
     for result in processes:
         assert_equal_weights(result[case], alone(*case[1:]))
+
+
+@pytest.mark.parametrize("case", mark(UNEVEN_CASES))
+def test_synchronized_norms_count_images_and_not_processes(processes, case):
+    setting, _ = case
+    expected = train_step(make_model(dtype=torch.float64), images(sum(UNEVEN), dtype=torch.float64))
+    for result, batch in zip(processes, UNEVEN, strict=True):
+        actual, kept = result["uneven", *case]
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-12, msg=name)
+        if SHOWS_SAVED:
+            plain = saved_bytes(make_model(setting, dtype=torch.float64), images(batch, dtype=torch.float64))
+            assert kept <= 1.02 * plain
+
+
+def test_process_without_images_takes_part(processes):
+    assert processes[0]["empty"].shape == (0, 16, 4, 4)
+    assert processes[1]["empty"].isfinite().all()
+    assert processes[1]["empty"].shape == (3, 16, 4, 4)
 
 
 @pytest.mark.skipif(not SHOWS_SAVED, reason=HIDES_SAVED)

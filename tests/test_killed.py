@@ -43,7 +43,7 @@ def which(conversions, folder):
     return index
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("overwrite", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_a_killed_conversion_leaves_nothing_or_the_whole_and_nothing_in_the_way(conversions, tmp_path, overwrite):
     folder = tmp_path / "out" / "folder"
     seen = set()
@@ -114,7 +114,7 @@ def test_random_moments_leave_nothing_or_the_whole_of_files_that_belong_together
     assert sorted(os.listdir(path.parent)) == ["a.bin", "a.bin.b", "a.bin.c"]
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("overwrite", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_two_that_write_one_folder_at_once_do_not_mix(conversions, tmp_path, overwrite):
     folder = tmp_path / "out" / "folder"
     for _ in range(3):

@@ -37,6 +37,7 @@ def run(on_gpu, path, *words):
     return {row["row"]: row for row in on_gpu.load_results(path)["rows"]}
 
 
+@pytest.mark.thorough
 def test_a_few_rows_are_rehearsed_on_the_cpu(on_gpu, tmp_path, monkeypatch, capsys):
     chosen = {
         "tests",

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from comparing import RECOMPUTING
+from comparing import RECOMPUTING, each_setting
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from users import FREEZES, build, freeze_nothing, inputs
@@ -15,7 +15,6 @@ from users import FREEZES, build, freeze_nothing, inputs
 from timm_tresnet.recompute import run, stage
 
 SLACK = 40_000  # bytes: statistics, gates and what Python frees a little later
-each_setting = pytest.mark.parametrize("setting", RECOMPUTING)
 each_network = pytest.mark.parametrize(
     "kwargs",
     [

@@ -66,6 +66,7 @@ def test_wheel_holds_the_package_with_its_data_and_nothing_else(built):
     assert "timm-tresnet = timm_tresnet.cli.main:main" in entry_points
 
 
+@pytest.mark.thorough
 @needs_tools
 def test_wheel_works_where_it_is_installed_alone(built, run_python, tmp_path):
     target = tmp_path / "installed"

@@ -4,6 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
+import pytest
 import timm
 
 import timm_tresnet.tresnet
@@ -34,6 +35,7 @@ def read_row():
     return re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
 
 
+@pytest.mark.thorough
 def test_the_row_of_contributing_is_all_that_a_variant_needs(run_python, tmp_path):
     package = tmp_path / "clone" / "timm_tresnet"
     shutil.copytree(ROOT / "timm_tresnet", package, ignore=shutil.ignore_patterns("__pycache__"))

@@ -43,6 +43,18 @@ class Steeper(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def step_between(setting, optimizer, compiled=False, **kwargs):
+    """Outcome of a backward after a step of an optimizer has changed the weights."""
+    model = make_model(setting, layers=(1, 1, 2, 1), width_factor=0.125)
+    network = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    loss = network(inputs()).square().mean()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer(model.parameters(), lr=0.1, **kwargs).step()
+    loss.backward()
+    return collect(model, loss)
+
+
 MODIFIED = "modified by an inplace operation"
 FREED = "backward through the graph a second time"
 _OF_THE_TEST = (AttributeError, ImportError, NameError, TypeError)  # its own mistakes, which prove nothing
