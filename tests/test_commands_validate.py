@@ -11,11 +11,13 @@ import pytest
 import reference
 import timm
 import torch
+from exporting import ENGINES, SUFFIXES, few_formats
 from PIL import Image
 from tagged import LABELS, SMALL, write_images
 from timm.models import save_for_hf
 from torchvision.transforms import functional as vision
 
+from timm_tresnet import export_model
 from timm_tresnet.cli import main as cli
 from timm_tresnet.tagging import validation
 from timm_tresnet.tagging.annotations import read_annotations
@@ -97,6 +99,19 @@ def test_batches_workers_and_order_change_nothing(tagger, images, tmp_path):
     first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "12")
     for part in ("scores", "decisions"):
         assert json.dumps(first[part]) == json.dumps(second[part])
+
+
+@few_formats
+def test_an_artifact_has_the_figures_of_its_network(format, tagger, images, tmp_path):
+    artifact = tmp_path / f"tagger{SUFFIXES[format]}"
+    export_model(tagger[1], artifact, format)
+    trust = ["--trust"] if ENGINES[format] == "torch" else []
+    run("--engine", ENGINES[format], artifact, *trust, images, "--json", tmp_path / "artifact.json")
+    run("--model", tagger[0], images, "--json", tmp_path / "model.json")
+    found, expected = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("artifact", "model"))
+    assert found["model"] == str(artifact)
+    assert found["scores"] == pytest.approx(expected["scores"])
+    assert found["decisions"] == expected["decisions"]
 
 
 def test_half_precision_is_close(tagger, images, tmp_path):
@@ -271,12 +286,16 @@ def test_accuracy_is_that_of_timms_validate_py_to_the_image(folders, tmp_path):
     ("words", "message"),
     [
         (["--model", "resnet50"], "it is not a TResNet"),
+        ([], "needs either --model or --engine"),
+        (["--model", "test_tresnet", "--engine", "torch", "x.pt"], "needs either --model or --engine"),
+        (["--engine", "torch", "x.pt", "--amp", "bfloat16"], "--compile are about models, not about --engine"),
+        (["--engine", "onnx", "x.onnx"], "cannot load x.onnx: "),
         (
             ["--model", "test_tresnet", "--csv", "x.csv"],
             "--csv and --plot are about taggers; test_tresnet gives an image",
         ),
     ],
-    ids=["foreign", "csv"],
+    ids=["foreign", "neither", "both", "model_options", "no_artifact", "csv"],
 )
 def test_mistakes_are_said_in_a_sentence(words, message, images, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

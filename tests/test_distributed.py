@@ -130,8 +130,8 @@ def train_uneven(setting, convert, rank):
     """Loss, gradients and buffers of one step on a part of a batch, and what it has kept."""
     model = CONVERTERS[convert](make_model(setting, dtype=torch.float64))
     part = images(sum(UNEVEN), dtype=torch.float64).split(UNEVEN)[rank]
-    loss = DistributedDataParallel(model)(part).square().sum()
-    loss = loss * len(UNEVEN) / (sum(UNEVEN) * 10)  # it averages over processes
+    parallel = DistributedDataParallel(model)
+    loss = parallel(part).square().sum() * len(UNEVEN) / (sum(UNEVEN) * 10)  # it averages over processes
     loss.backward()
     total = loss.detach() / len(UNEVEN)
     torch.distributed.all_reduce(total)

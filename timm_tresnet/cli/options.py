@@ -86,6 +86,21 @@ def add_reading_options(parser: Any) -> None:
     )
 
 
+def add_engine_options(parser: Any) -> None:
+    """Add the options of artifacts, in place of --model, to a parser or group."""
+    parser.add_argument(
+        "--engine",
+        nargs=2,
+        metavar=("ENGINE", "ARTIFACT"),
+        help="run a file that `timm-tresnet export` wrote, in the engine torch, onnx or openvino, instead of a model",
+    )
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="load an ARTIFACT of the engine torch, which can run anything on this machine; those of the others cannot",
+    )
+
+
 def add_machine_options(parser: Any) -> None:
     """Add the options of where and how fast a network runs, to a parser or group; `choose_device` takes the device."""
     from timm_tresnet.tagging.settings import DEVICES

@@ -8,6 +8,8 @@ name, and returns the exit status.
 import sys
 from typing import Any
 
+from timm_tresnet.utils.errors import summarise
+
 
 class CommandError(Exception):
     """Says what keeps a command from running; ends it with exit status 2."""
@@ -20,19 +22,6 @@ def warn_of_assumed(network: Any) -> None:
     explained = explain_assumed(network)
     if explained:
         print(f"timm-tresnet: {explained}", file=sys.stderr)
-
-
-def require_channels(network: Any, name: str) -> None:
-    """Refuse a network that takes other images than files hold.
-
-    Raises:
-        CommandError: if it takes neither grey nor RGB images.
-    """
-    from timm_tresnet.utils.images import CHANNELS
-
-    if network.in_chans not in CHANNELS:
-        some = " or ".join(map(str, CHANNELS))
-        raise CommandError(f"{name} takes {network.in_chans} channels, images are read in {some}")
 
 
 def refuse_compiled_ratios(keep_ratio: bool, compile: bool) -> None:
@@ -65,6 +54,48 @@ def prepare_keep_ratio(network: Any) -> int:
         file=sys.stderr,
     )
     return multiple
+
+
+def choose_machine(device: str, amp: str | None, channels_last: bool, compile: bool, engine: Any) -> str:
+    """The device that a model runs on, or, for an artifact, that its images are on.
+
+    Raises:
+        CommandError: if this machine has no such device, or the options are not about artifacts.
+    """
+    from timm_tresnet.cli.options import choose_device
+
+    if engine and (device not in ("auto", "cpu") or amp or channels_last or compile):
+        raise CommandError("--device, --amp, --channels-last and --compile are about models, not about --engine")
+    try:
+        return "cpu" if engine else choose_device(device)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def load_classifier(model: str, engine: tuple[str, str] | None, trust: bool) -> Any:
+    """A model with its weights, or the artifact of --engine.
+
+    Raises:
+        CommandError: if it cannot be loaded, has no classes, or takes neither grey nor RGB images.
+    """
+    from timm_tresnet.utils.images import CHANNELS
+
+    network, name = (_load_artifact(*engine, trust), engine[1]) if engine else (load_model(model), model)
+    if network.num_classes == 0:
+        raise CommandError(f"{name} is a backbone without classes")
+    if network.in_chans not in CHANNELS:
+        some = " or ".join(map(str, CHANNELS))
+        raise CommandError(f"{name} takes {network.in_chans} channels, images are read in {some}")
+    return network
+
+
+def _load_artifact(engine: str, artifact: str, trust: bool) -> Any:
+    from timm_tresnet import ExportedModel
+
+    try:
+        return ExportedModel(artifact, engine, trust=trust)
+    except (OSError, ValueError, ImportError) as error:
+        raise CommandError(f"cannot load {artifact}: {summarise(error)}") from error
 
 
 def load_model(name: str) -> Any:

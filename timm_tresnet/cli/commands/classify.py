@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from timm_tresnet.cli.commands import (
     CommandError,
-    load_model,
+    choose_machine,
+    load_classifier,
     prepare_keep_ratio,
     refuse_compiled_ratios,
-    require_channels,
     warn_of_assumed,
 )
 from timm_tresnet.cli.options import (
+    add_engine_options,
     add_keep_ratio,
     add_machine_options,
     at_least,
     between,
-    choose_device,
     default_workers,
 )
 from timm_tresnet.cli.results import (
@@ -66,17 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a model with weights: a name from `timm-tresnet list`, hf-hub:ORG/NAME or local-dir:FOLDER "
         "(default: %(default)s, ten CIFAR-10 classes, works offline)",
     )
-    parser.add_argument(
-        "--engine",
-        nargs=2,
-        metavar=("ENGINE", "ARTIFACT"),
-        help="run a file that `timm-tresnet export` wrote, in the engine torch, onnx or openvino, instead of a model",
-    )
-    parser.add_argument(
-        "--trust",
-        action="store_true",
-        help="load an ARTIFACT of the engine torch, which can run anything on this machine; those of the others cannot",
-    )
+    add_engine_options(parser)
     parser.add_argument("--top-k", default=3, type=at_least(1), metavar="K", help="how many classes (default: 3)")
     parser.add_argument(
         "--threshold",
@@ -166,8 +156,8 @@ def run(words: Sequence[str], **options: Any) -> int:
     first = list(itertools.islice(found, asked.batch_size + 1))
     if asked.images and not first:
         raise CommandError(f"no images in {', '.join(map(printable, asked.images))}")
-    device = _choose_device(asked)
-    network = _load_network(asked)
+    device = choose_machine(asked.device, asked.amp, asked.channels_last, asked.compile, asked.engine)
+    network = load_classifier(asked.model, asked.engine, asked.trust)
     if not asked.images:
         first = list(find_images([find_samples(network.pretrained_cfg)]))
     few = len(first) <= asked.batch_size  # for one batch, which one process reads
@@ -204,34 +194,7 @@ def _check_options(asked: _Options) -> None:
             raise CommandError("--output and --sidecar need IMAGE")
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise CommandError("several processes need --output or --sidecar")
-    if asked.engine and (asked.device != "auto" or asked.amp or asked.channels_last or asked.compile):
-        raise CommandError("--device, --amp, --channels-last and --compile are about models, not about --engine")
     refuse_compiled_ratios(asked.keep_ratio, asked.compile)
-
-
-def _choose_device(asked: _Options) -> str:
-    try:
-        return "cpu" if asked.engine else choose_device(asked.device)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-
-
-def _load_network(asked: _Options) -> Any:
-    """Load the model or the artifact; refuse one that classifies no image files."""
-    network = _load_artifact(*asked.engine, asked.trust) if asked.engine else load_model(asked.model)
-    if network.num_classes == 0:
-        raise CommandError(f"{asked.name} is a backbone without classes")
-    require_channels(network, asked.name)
-    return network
-
-
-def _load_artifact(engine: str, artifact: str, trust: bool) -> Any:
-    from timm_tresnet import ExportedModel
-
-    try:
-        return ExportedModel(artifact, engine, trust=trust)
-    except (OSError, ValueError, ImportError) as error:
-        raise CommandError(f"cannot load {artifact}: {summarise(error)}") from error
 
 
 def _tell(asked: _Options, network: Any) -> None:

@@ -12,18 +12,19 @@ from typing import Any
 
 from timm_tresnet.cli.commands import (
     CommandError,
-    load_model,
+    choose_machine,
+    load_classifier,
     prepare_keep_ratio,
     refuse_compiled_ratios,
-    require_channels,
+    warn_of_assumed,
 )
 from timm_tresnet.cli.options import (
     FORMS,
+    add_engine_options,
     add_keep_ratio,
     add_machine_options,
     add_reading_options,
     at_least,
-    choose_device,
     default_workers,
     make_reading,
     new_file,
@@ -49,9 +50,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "annotations", type=Path, metavar="ANNOTATIONS", help=f"{FORMS}, or a folder of folders named after labels"
     )
-    parser.add_argument(
-        "--model", required=True, metavar="NAME", help="a model with weights, as --model of classify takes it"
-    )
+    parser.add_argument("--model", metavar="NAME", help="a model with weights, as --model of classify takes it")
+    add_engine_options(parser)
     data = parser.add_argument_group("data")
     add_reading_options(data)
     data.add_argument(
@@ -92,7 +92,9 @@ def run(
     words: Sequence[str],
     *,
     annotations: Path,
-    model: str,
+    model: str | None,
+    engine: tuple[str, str] | None,
+    trust: bool,
     by_order: bool,
     unknown: str,
     as_stored: bool,
@@ -111,21 +113,19 @@ def run(
     **reading: Any,
 ) -> int:
     """Measure, print the figures, and name what was left out."""
-    try:
-        where = choose_device(device)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    name = engine[1] if engine else model
+    if name is None or (engine and model):
+        raise CommandError("needs either --model or --engine, which says what to measure")
+    where = choose_machine(device, amp, channels_last, compile, engine)
     if plot:
         _check_plot(plot)
     refuse_compiled_ratios(keep_ratio, compile)
-    network = load_model(model)
-    if network.num_classes == 0:
-        raise CommandError(f"{model} is a backbone without classes")
-    require_channels(network, model)
+    network = load_classifier(name, engine, trust)
+    warn_of_assumed(network)
     multiple = prepare_keep_ratio(network) if keep_ratio else None
     multi_label = multi_label or is_multi_label(network.pretrained_cfg)
     if (csv_file or plot) and not multi_label:
-        raise CommandError(f"--csv and --plot are about taggers; {model} gives an image one label")
+        raise CommandError(f"--csv and --plot are about taggers; {name} gives an image one label")
     import torch
     from tqdm import tqdm
 
@@ -158,16 +158,16 @@ def run(
             )
         figures = validation.measure(network, outputs, top_k, multi_label)
     except (OSError, RuntimeError, ValueError) as error:
-        raise CommandError(f"cannot measure {model}: {summarise(error)}") from error
+        raise CommandError(f"cannot measure {name}: {summarise(error)}") from error
     unreadable = [printable(path) for path in outputs.unreadable]
-    _print_figures(figures, model, annotated.display_name)
+    _print_figures(figures, name, annotated.display_name)
     if json_file:
-        about = {"command": shlex.join(["timm-tresnet", *words]), "model": model, "annotations": annotated.display_name}
+        about = {"command": shlex.join(["timm-tresnet", *words]), "model": name, "annotations": annotated.display_name}
         _write_json(json_file, {**about, **figures, "unknown_labels": matching.unknown, "unreadable": unreadable})
     if csv_file:
         _write_csv(csv_file, figures["per_label"])
     if plot:
-        _draw(plot, outputs, figures, model)
+        _draw(plot, outputs, figures, name)
     for path in unreadable:
         print(f"timm-tresnet: skipped {path}, which cannot be read", file=sys.stderr)
     return 1 if unreadable else 0
