@@ -564,7 +564,7 @@ NO_NAMES = {
         {"data_dir": "nowhere"},
         "the run has no class folders at nowhere; name the classes with --labels FILE",
     ),
-    "not_said": ({}, "the run has no class folders at None; name the classes with --labels FILE"),
+    "not_said": ({}, "the run does not say where its images were; name the classes with --labels FILE"),
     "none": ({"data_dir": "none"}, f"{FAULTY.format('none')} needs 3 names, one for each class, got 0"),
     "more": ({"data": "many"}, f"{FAULTY.format('many')} needs 3 names, one for each class, got 4"),
     "loose": (

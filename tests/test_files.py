@@ -51,6 +51,15 @@ def test_without_room_the_error_names_the_file(path):
     assert raised.value.filename == str(path)
 
 
+@pytest.fixture
+def _ctrl_c_interrupts():
+    """As in a terminal; a shell starts a process in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_interrupts")
 @pytest.mark.parametrize("moment", range(3))
 def test_ctrl_c_while_files_get_their_places_waits_for_the_last(moment, path, monkeypatch):
     replace, moments = os.replace, iter(range(9))

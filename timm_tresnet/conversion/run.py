@@ -323,7 +323,8 @@ def name_classes(run: Run, num_classes: int) -> tuple[tuple[str, ...], str, str]
             return (), "", f"the run's class map {path} was left out: it {fault}"
         return names, join_source("the run's class map", fault), ""
     if split is None or not split.is_dir():
-        return (), "", f"the run has no class folders at {root}; name the classes with --labels FILE"
+        where = f"has no class folders at {root}" if root else "does not say where its images were"
+        return (), "", f"the run {where}; name the classes with --labels FILE"
     found = find_folders(split, num_classes, args.get("input_key") or "", torch=bool(kind))
     names, fault = order_names(found, num_classes)
     if names and not kind and len({name.lower() for name in found}) < len(found):
