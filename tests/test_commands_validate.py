@@ -104,7 +104,7 @@ def test_batches_workers_and_order_change_nothing(tagger, images, tmp_path):
 @few_formats
 def test_an_artifact_has_the_figures_of_its_network(format, tagger, images, tmp_path):
     artifact = tmp_path / f"tagger{SUFFIXES[format]}"
-    export_model(tagger[1], artifact, format)
+    export_model(tagger[1], artifact, format, image_size=(32, 32))
     trust = ["--trust"] if ENGINES[format] == "torch" else []
     run("--engine", ENGINES[format], artifact, *trust, images, "--json", tmp_path / "artifact.json")
     run("--model", tagger[0], images, "--json", tmp_path / "model.json")

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import timm
 import torch
@@ -133,6 +135,16 @@ def test_mistakes_in_arguments_are_named(format, suffix, kwargs, message, tmp_pa
     with pytest.raises(ValueError, match=message):
         export_model(embedded, tmp_path / f"network{suffix}", format, **kwargs)
     assert not list(tmp_path.iterdir())
+
+
+def test_images_too_small_for_any_size_are_exported_with_theirs(tmp_path, embedded):
+    network = copy.deepcopy(embedded)
+    network.pretrained_cfg = {**embedded.pretrained_cfg, "input_size": (3, 32, 32)}
+    artifact = tmp_path / "network.pt2"
+    with pytest.raises(ValueError, match=r"at least 36, .* images are 32x32; fix .* image_size=\(32, 32\)"):
+        export_model(network, artifact, "torch-export")
+    assert not list(tmp_path.iterdir())
+    assert export_model(network, artifact, "torch-export", image_size=(32, 32))["input"]["shape"][2:] == [32, 32]
 
 
 FEW = (hook_unit, patch_unit, prune_weights)  # of each kind that a trace can miss

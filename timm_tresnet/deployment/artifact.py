@@ -123,6 +123,14 @@ def _check_arguments(
             f"{type(model).__name__} needs image sizes in multiples of {multiple}, at least {minimum}, got "
             f"{image_size[0]}x{image_size[1]}"
         )
+    height, width = resolve_preprocessing(model)["input_size"][1:]
+    multiple, minimum = _size_limits(model, kind)
+    if kind.size_minimum and not image_size and any(side % multiple or side < minimum for side in (height, width)):
+        raise ValueError(
+            f"{format} for any size needs image sizes in multiples of {multiple}, at least {minimum}, and the "
+            f"network's images are {height}x{width}; fix their size with image_size=({height}, {width}), in the command --size "
+            f"{height} {width}, or export in another format"
+        )
     engine = ENGINES[kind.engine]
     packages = (*kind.packages, *engine.packages, *(kind.packages_int8 if calibration else ()))
     require(f"exporting to {format}", engine.extra, packages)
