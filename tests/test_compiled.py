@@ -479,7 +479,8 @@ def test_a_single_value_a_channel_is_refused_as_by_pytorch():
         model(images(1, 32))
 
 
-@pytest.mark.parametrize("setting", ["activations", pytest.param("expansions", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("setting", ["activations", "expansions"])
 def test_fused_step_before_backward_is_an_error(setting):
     torch.compiler.reset()
     with pytest.raises(RuntimeError, match=MODIFIED):

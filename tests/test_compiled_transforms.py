@@ -4,11 +4,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from comparing import assert_close, collect, images, make_model, train_step
+from comparing import RECOMPUTING, assert_close, collect, images, make_model, train_step
 
 SMALL = {"layers": (1, 1, 1, 1), "width_factor": 0.125, "num_classes": 5}
-_MORE = [pytest.param(each, marks=pytest.mark.thorough) for each in ("expansions", "checkpointing")]
-RECOMPUTING = ["activations", *_MORE]
+each_setting = pytest.mark.parametrize(
+    "setting", ["activations", *(pytest.param(each, marks=pytest.mark.thorough) for each in RECOMPUTING[1:])]
+)
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo reads it
 
 
@@ -48,10 +49,11 @@ def differentiate(kind, model):
     return {name.removeprefix("_orig_mod."): grad for name, grad in compiled(parameters, batch()).items()}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
-    "kind", [pytest.param(each, marks=pytest.mark.thorough) for each in ("grad_of_compiled", "grad", "vjp")]
+    ("kind", "setting"),
+    [("grad", "activations"), ("vjp", "checkpointing"), *(("grad_of_compiled", each) for each in RECOMPUTING)],
 )
-@pytest.mark.parametrize("setting", RECOMPUTING)
 def test_transforms_of_torch_func_give_the_gradients_and_leave_the_compiler_as_it_was(kind, setting):
     expected = train_step(make("none"), batch())
     grads = differentiate(kind, make(setting))
@@ -64,24 +66,30 @@ def test_transforms_of_torch_func_give_the_gradients_and_leave_the_compiler_as_i
 
 @pytest.mark.thorough  # the next one has the compiler around both
 @pytest.mark.parametrize("around_forward", [True, False], ids=["step", "backward"])
-@pytest.mark.parametrize("setting", RECOMPUTING)
+@each_setting
 def test_compiled_autograd_gives_the_gradients(around_forward, setting):
-    """Around the forward too, nothing is recomputed."""
+    """Around the forward too, nothing is recomputed. It takes long to trace what is, so this is one stage."""
 
     import torch._dynamo.compiled_autograd
 
     def enable():
         return torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager"))
 
-    model = make(setting)
-    with enable() if around_forward else nullcontext():
-        loss = model(batch()).square().mean()
+    def run(stage, context):
+        x = torch.rand(2, stage[0].conv1.conv.in_channels, 8, 8, dtype=torch.float64, generator=torch.manual_seed(1))
+        with context:
+            return stage(x).square().mean()
+
+    stage, plain = make(setting).body.layer3, make("none").body.layer3
+    loss = run(stage, enable() if around_forward else nullcontext())
     with enable():
         loss.backward()
-    assert_close(collect(model, loss), train_step(make("none"), batch()))
+    expected = run(plain, nullcontext())
+    expected.backward()
+    assert_close(collect(stage, loss), collect(plain, expected))
 
 
-@pytest.mark.parametrize("setting", RECOMPUTING)
+@each_setting
 def test_compiled_step_with_compiled_autograd_gives_the_gradients(setting):
     model = make(setting)
 
@@ -97,7 +105,7 @@ def test_compiled_step_with_compiled_autograd_gives_the_gradients(setting):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("setting", RECOMPUTING)
+@each_setting
 def test_network_that_the_compiler_skips_trains_in_a_compiled_step(setting):
     model = make(setting)
     skipped = torch.compiler.disable(model)
@@ -115,7 +123,7 @@ def test_network_that_the_compiler_skips_trains_in_a_compiled_step(setting):
 
 
 @pytest.mark.parametrize("stages", [("layer1", "layer2"), pytest.param(("layer1",), marks=pytest.mark.thorough)])
-@pytest.mark.parametrize("setting", RECOMPUTING)
+@each_setting
 def test_stages_compiled_alone_give_the_numbers_of_a_plain_step(stages, setting):
     model = make(setting)
     for stage in stages:

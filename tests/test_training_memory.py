@@ -109,6 +109,7 @@ def test_results_compare_every_setting_with_the_builtin_network(training_memory,
     assert [path.name for path in results.parent.iterdir()] == ["results.json"]
 
 
+@pytest.mark.thorough
 def test_memory_is_measured_in_a_process_of_its_own(training_memory):
     words = ["--model", "test_tresnet", "--image-size", "64", "--batch-size", "2"]
     measured = training_memory._measure_memory_in_process("expansions", words)
