@@ -141,7 +141,7 @@ def test_images_too_small_for_any_size_are_exported_with_theirs(tmp_path, embedd
     network = copy.deepcopy(embedded)
     network.pretrained_cfg = {**embedded.pretrained_cfg, "input_size": (3, 32, 32)}
     artifact = tmp_path / "network.pt2"
-    with pytest.raises(ValueError, match=r"at least 36, .* images are 32x32; fix .* image_size=\(32, 32\)"):
+    with pytest.raises(ValueError, match=r"at least 36, .* images are 32x32; fix the size with image_size=\(32, 32\)"):
         export_model(network, artifact, "torch-export")
     assert not list(tmp_path.iterdir())
     assert export_model(network, artifact, "torch-export", image_size=(32, 32))["input"]["shape"][2:] == [32, 32]

@@ -128,8 +128,8 @@ def _check_arguments(
     if kind.size_minimum and not image_size and any(side % multiple or side < minimum for side in (height, width)):
         raise ValueError(
             f"{format} for any size needs image sizes in multiples of {multiple}, at least {minimum}, and the "
-            f"network's images are {height}x{width}; fix their size with image_size=({height}, {width}), in the command --size "
-            f"{height} {width}, or export in another format"
+            f"network's images are {height}x{width}; fix the size with image_size=({height}, {width}), in the command "
+            f"--size {height} {width}, or export in another format"
         )
     engine = ENGINES[kind.engine]
     packages = (*kind.packages, *engine.packages, *(kind.packages_int8 if calibration else ()))
