@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import pytest
 import timm
@@ -8,7 +9,6 @@ from exporting import (
     ENGINES,
     SUFFIXES,
     adapt_by_lora,
-    each_alteration,
     each_format,
     exporters_warn,
     few_formats,
@@ -170,12 +170,16 @@ def test_artifact_computes_the_altered_network(alter, tmp_path):
     check_altered(alter, "torchscript", tmp_path / "network.pt")
 
 
-@each_format
 @pytest.mark.thorough
-@each_alteration
-def test_artifact_of_each_format_computes_the_altered_network(alter, format, tmp_path):
-    if (alter, format) != (patch_convolution, "torchscript"):
-        check_altered(alter, format, tmp_path / f"network{SUFFIXES[format]}")
+@pytest.mark.parametrize(
+    ("alter", "format"),  # the other formats in turn: torch.export traces for all of them
+    [
+        pytest.param(alter, format, marks=needs(format))
+        for alter, format in zip(ALTERATIONS, itertools.cycle(("onnx", "openvino", "torch-export")))
+    ],
+)
+def test_artifact_of_another_format_computes_the_altered_network(alter, format, tmp_path):
+    check_altered(alter, format, tmp_path / f"network{SUFFIXES[format]}")
 
 
 @pytest.mark.parametrize(
