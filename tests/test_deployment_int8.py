@@ -80,9 +80,9 @@ def test_folders_that_cannot_calibrate_are_named(tmp_path, embedded):
     folder = tmp_path / "images"
     folder.mkdir()
     for name in ("a.jpg", "b.jpg"):
-        with pytest.raises(ValueError, match=f"{folder} has [01], and [01] of those"):
+        with pytest.raises(ValueError, match=f"{folder} with [01] images, of which [01] are"):
             export_model(embedded, tmp_path / "network.onnx", "onnx", calibration=folder)
         (folder / name).write_bytes(b"not an image")
-    with pytest.raises(ValueError, match="missing has 0"):
+    with pytest.raises(ValueError, match="missing with 0 images"):
         export_model(embedded, tmp_path / "network.onnx", "onnx", calibration=tmp_path / "missing")
     assert [path.name for path in tmp_path.iterdir()] == ["images"]

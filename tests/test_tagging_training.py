@@ -65,7 +65,8 @@ def script(tmp_path_factory):
     """A script that is the command; with KILL_AT, a process sends itself the signal KILL_WITH in that step."""
     path = tmp_path_factory.mktemp("script") / "command.py"
     path.write_text(
-        "import os, sys\n"
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "from timm_tresnet.cli import main as cli\n"
         "if 'KILL_AT' in os.environ:\n"
         "    from timm_tresnet.tagging.module import Tagger\n"
