@@ -105,7 +105,7 @@ def test_tests_run_from_the_sdist(unpacked, run_python):
     files = [unpacked / "tests" / name for name in ("test_space_to_depth.py", "test_catalogue.py", "test_schema.py")]
     assert " passed" in run_python(*command, *files, PYTHONPATH=str(unpacked)).stdout
     collected = run_python(*command, "--collect-only", unpacked / "tests", PYTHONPATH=str(unpacked)).stdout
-    assert "tests/test_release.py::test_wheel_works_where_it_is_installed_alone" in collected
+    assert "tests/test_release.py::test_metadata_are_what_pypi_takes" in collected
 
 
 def test_changelog_has_the_version_below_what_is_unreleased():
