@@ -182,18 +182,16 @@ def test_forward_mode(kwargs, model):
         return {"t": forward_ad.unpack_dual(y).tangent.detach()}
 
 
-@same_as_plain("in_place_block", "block", "stage", "network", few=0, tolerance=1e-4)  # tests/test_compiled.py
+@same_as_plain("in_place_block", "block", "stage", few=0, tolerance=1e-4)  # networks: tests/test_compiled.py
 def test_compiled(what, model):
     torch.compiler.reset()
     kwargs = {"backend": "aot_eager"}
     model = another(model, layers=(1, 1, 2, 1))
-    if what == "network":
-        model.compile(**kwargs)
-    elif what == "stage":
+    if what == "stage":
         model.body.layer3.compile(**kwargs)
     elif what == "block":
         model.body.layer3[1] = torch.compile(model.body.layer3[1], **kwargs)
-    elif what == "in_place_block":
+    else:
         model.body.layer3[1].compile(**kwargs)
     return train_step(model, inputs())
 
