@@ -167,6 +167,7 @@ def is_refused(hook, target):
 @same_as_plain(
     *((hook, target) for target in TARGETS for hook in HOOKS),
     few=len(HOOKS),
+    in_turn=True,
     raises=f"{MODIFIED}|{FREED}",
     when=is_refused,
 )

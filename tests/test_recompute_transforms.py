@@ -215,7 +215,7 @@ def put_break(where, model):
     return model
 
 
-@same_as_plain("block_act", "act", "module", few=0, tolerance=1e-4)
+@same_as_plain("block_act", "act", "module", few=0, in_turn=True, tolerance=1e-4)
 def test_compiled_stage_with_graph_break(where, model):
     model = put_break(where, model)
     model.body.layer3.compile(backend="aot_eager")

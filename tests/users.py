@@ -60,7 +60,9 @@ FREED = "backward through the graph a second time"
 _OF_THE_TEST = (AttributeError, ImportError, NameError, TypeError)  # its own mistakes, which prove nothing
 
 
-def same_as_plain(*variants, few=3, settings=RECOMPUTING, tolerance=None, raises=None, when=lambda *_: True):
+def same_as_plain(
+    *variants, few=3, settings=RECOMPUTING, in_turn=False, tolerance=None, raises=None, when=lambda *_: True
+):
     """Make a test of a user action, a function from a network to tensors by name.
 
     Args:
@@ -68,6 +70,7 @@ def same_as_plain(*variants, few=3, settings=RECOMPUTING, tolerance=None, raises
         few: how many variants are tried each time, each under one of the settings in turn, a single one under all but
             "expansions"; all else is `thorough`.
         settings: those to compare with "none".
+        in_turn: whether each variant is tried under one of the settings in turn, not under all.
         tolerance: largest relative difference of a gradient; without it, all bits are the same.
         raises: regular expression for the message of the error that plain PyTorch raises; without it, it raises none.
         when: whether a variant, given as its arguments, is one of those that raise it; all are by default.
@@ -79,6 +82,8 @@ def same_as_plain(*variants, few=3, settings=RECOMPUTING, tolerance=None, raises
             arguments = variant if isinstance(variant, tuple) else (variant,)
             run = functools.partial(function, *arguments)
             for turn, setting in enumerate(settings):
+                if in_turn and index % len(settings) != turn:
+                    continue
                 name = "-".join([*map(_word, arguments), setting])
                 chosen = index % len(settings) == turn if len(variants) > 1 else setting != "expansions"
                 each_time = index < few and chosen
