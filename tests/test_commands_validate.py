@@ -1,3 +1,4 @@
+import copy
 import csv
 import importlib.util
 import json
@@ -17,7 +18,7 @@ from tagged import LABELS, SMALL, write_images
 from timm.models import save_for_hf
 from torchvision.transforms import functional as vision
 
-from timm_tresnet import export_model
+from timm_tresnet import ExportedModel, export_model
 from timm_tresnet.cli import main as cli
 from timm_tresnet.tagging import validation
 from timm_tresnet.tagging.annotations import read_annotations
@@ -112,6 +113,25 @@ def test_an_artifact_has_the_figures_of_its_network(format, tagger, images, tmp_
     assert found["model"] == str(artifact)
     assert found["scores"] == pytest.approx(expected["scores"])
     assert found["decisions"] == expected["decisions"]
+
+
+def test_an_artifact_knows_the_identifiers_of_its_classes(tagger, tmp_path):
+    network = copy.deepcopy(tagger[1])
+    names = {"n1": "cat", "n2": "dog", "n3": "dog"}
+    network.pretrained_cfg = network.pretrained_cfg | {"label_names": list(names), "label_descriptions": names}
+    artifact = tmp_path / "a$b_{$.pt"  # which is no formula in the picture
+    export_model(network, artifact, "torchscript")
+    exported = ExportedModel(artifact, "torch", trust=True)
+    assert list(map(label_lookup(exported), range(3))) == list(names.values())
+    write_images(tmp_path / "images", 12)
+    labels = tmp_path / "images" / "labels.csv"
+    text = labels.read_text()
+    for index, label in enumerate(LABELS):
+        text = text.replace(label, f"n{index + 1}")
+    labels.write_text(text)
+    plot = ["--plot", tmp_path / "x.svg"] if importlib.util.find_spec("matplotlib") else []
+    run("--engine", "torch", artifact, "--trust", labels, "--json", tmp_path / "x.json", *plot)
+    assert json.loads((tmp_path / "x.json").read_text())["measured_labels"] == 3
 
 
 def test_half_precision_is_close(tagger, images, tmp_path):
@@ -290,12 +310,13 @@ def test_accuracy_is_that_of_timms_validate_py_to_the_image(folders, tmp_path):
         (["--model", "test_tresnet", "--engine", "torch", "x.pt"], "needs either --model or --engine"),
         (["--engine", "torch", "x.pt", "--amp", "bfloat16"], "--compile are about models, not about --engine"),
         (["--engine", "onnx", "x.onnx"], "cannot load x.onnx: "),
+        (["--engine", "x.onnx", "onnx"], "--engine needs one of torch, onnx, openvino and a file, got x.onnx onnx"),
         (
             ["--model", "test_tresnet", "--csv", "x.csv"],
             "--csv and --plot are about taggers; test_tresnet gives an image",
         ),
     ],
-    ids=["foreign", "neither", "both", "model_options", "no_artifact", "csv"],
+    ids=["foreign", "neither", "both", "model_options", "no_artifact", "swapped", "csv"],
 )
 def test_mistakes_are_said_in_a_sentence(words, message, images, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -23,7 +23,13 @@ from timm_tresnet.utils.errors import summarise
 from timm_tresnet.utils.files import atomic_write
 from timm_tresnet.utils.images import CHANNELS, SAMPLES, find_images, read_image
 from timm_tresnet.utils.schema import read_json
-from timm_tresnet.weights.labels import is_multi_label, label_lookup, make_notes, read_thresholds
+from timm_tresnet.weights.labels import (
+    is_multi_label,
+    label_lookup,
+    list_identifiers,
+    make_notes,
+    read_thresholds,
+)
 from timm_tresnet.weights.preprocessing import find_assumed, note_assumed, resolve_preprocessing
 
 MIN_AGREEMENT = 0.9  # the default; benchmarks/int8_accuracy.py finds 98 % for a trained network
@@ -59,8 +65,8 @@ def export_model(
 
     Returns:
         The content of the JSON file, FILE.onnx.json and so on: "input" (name, shape, dtype, and the multiple and
-        minimum of a dynamic size), "output", "preprocessing" in timm's terms, "class_names", "multi_label",
-        "label_thresholds", "precision", "check" and "versions".
+        minimum of a dynamic size), "output", "preprocessing" in timm's terms, "class_names", "class_identifiers",
+        "multi_label", "label_thresholds", "precision", "check" and "versions".
 
     Raises:
         ValueError: if an argument is invalid, the network does not return `model.num_classes` logits an image, or the
@@ -125,7 +131,7 @@ def _check_arguments(
         )
     height, width = resolve_preprocessing(model)["input_size"][1:]
     multiple, minimum = _size_limits(model, kind)
-    if kind.size_minimum and not image_size and any(side % multiple or side < minimum for side in (height, width)):
+    if kind.size_minimum and not image_size and min(height, width) < minimum:
         raise ValueError(
             f"{format} for any size needs image sizes in multiples of {multiple}, at least {minimum}, and the "
             f"network's images are {height}x{width}; fix the size with image_size=({height}, {width}), in the command "
@@ -204,6 +210,7 @@ def _describe(
         num_classes=model.num_classes,
         preprocessing=resolve_preprocessing(model, image_size),
         class_names=list(map(label_lookup(model), range(model.num_classes))),
+        class_identifiers=list_identifiers(model),
         multi_label=is_multi_label(config),
         label_thresholds=read_thresholds(config, model.num_classes),
         preprocessing_assumed=find_assumed(config),
@@ -304,9 +311,11 @@ class ExportedModel:
         self.description = description
         self.num_classes, self.in_chans = described.num_classes, described.shape[1]
         self.size_multiple = None if any(described.shape[2:]) else described.size_limits[0]
+        names = described.class_identifiers or described.class_names
         self.pretrained_cfg = {
             **described.preprocessing,
-            "label_names": described.class_names,
+            "label_names": names,
+            "label_descriptions": dict(zip(names, described.class_names, strict=True)),
             "architecture": described.model.partition(".")[0],
             "notes": note_assumed(
                 make_notes(described.multi_label, described.label_thresholds), described.preprocessing_assumed

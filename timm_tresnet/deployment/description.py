@@ -40,6 +40,7 @@ _TABLE = Table(
         "output": Table({"shape": Kind("a list of batch and number of classes", _is_output)}, ("shape",)),
         "preprocessing": Table(PREPROCESSING, tuple(PREPROCESSING)),
         "class_names": list_of(TEXT, 0, 1_000_000),
+        "class_identifiers": list_of(TEXT, 0, 1_000_000).or_null(),
         "multi_label": FLAG,
         "label_thresholds": list_of(number(0, 1), 0, 1_000_000).or_null(),
         "preprocessing_assumed": list_of(choice(*PREPROCESSING), 0, len(PREPROCESSING)),
@@ -66,6 +67,7 @@ class Description:
         num_classes: number of logits of an image.
         preprocessing: preprocessing of an image file, in timm's terms.
         class_names: a name for each logit.
+        class_identifiers: where names describe identifiers, as of ImageNet, the identifier of each; else None.
         multi_label: whether an image can have several classes.
         label_thresholds: the least probability with which an image has each class; None if unset.
         preprocessing_assumed: names of preprocessing fields that are assumed, since the weights' own are unknown.
@@ -80,6 +82,7 @@ class Description:
     preprocessing: dict[str, Any]
     class_names: list[str]
     multi_label: bool
+    class_identifiers: list[str] | None = None
     label_thresholds: list[float] | None = None
     preprocessing_assumed: list[str] = field(default_factory=list)
 
@@ -98,6 +101,7 @@ class Description:
             "preprocessing": self.preprocessing,
             "preprocessing_assumed": self.preprocessing_assumed,
             "class_names": self.class_names,
+            "class_identifiers": self.class_identifiers,
             "multi_label": self.multi_label,
             "label_thresholds": self.label_thresholds,
         }
@@ -122,8 +126,9 @@ class Description:
             shape=tuple(None if side in AXES else side for side in image["shape"]),
             size_limits=(image.get("size_multiple", 1), image.get("size_minimum", 1)),
             num_classes=described["output"]["shape"][1],
-            label_thresholds=described.get("label_thresholds"),  # missing in older files
-            preprocessing_assumed=described.get("preprocessing_assumed", []),  # missing in older files
+            class_identifiers=described.get("class_identifiers"),  # this and the next are missing in older files
+            label_thresholds=described.get("label_thresholds"),
+            preprocessing_assumed=described.get("preprocessing_assumed", []),
             **{name: described[name] for name in as_they_are},
         )
 
@@ -134,6 +139,9 @@ def _find_contradiction(described: dict[str, Any]) -> str | None:
     preprocessing, classes = described["preprocessing"], described["output"]["shape"][1]
     if len(described["class_names"]) != classes:
         return f"needs class_names for {classes} classes, got {len(described['class_names'])}"
+    identifiers = described.get("class_identifiers")
+    if identifiers is not None and not len(set(identifiers)) == len(identifiers) == classes:
+        return f"needs another of class_identifiers for each of {classes} classes, got {len(set(identifiers))}"
     thresholds = described.get("label_thresholds")
     if thresholds is not None and len(thresholds) != classes:
         return f"needs label_thresholds for {classes} classes, got {len(thresholds)}"

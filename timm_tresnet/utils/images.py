@@ -88,7 +88,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def printable(path: Path) -> str:
+def printable(path: Path | str) -> str:
     """Return a file's name for messages and results, with control characters and bytes outside UTF-8 escaped."""
     return escape(os.fsencode(path).decode("utf-8", "backslashreplace"))
 

@@ -8,7 +8,9 @@ from torch import Tensor
 
 def is_held(x: Tensor) -> bool:
     """Whether anything but one variable of the caller refers to a tensor or its memory, and may edit it later."""
-    return _count_references(x) > _count_of_one_variable()
+    before = _count_of_one_variable()  # twice, since another thread may compile meanwhile
+    count = _count_references(x)
+    return count > min(before, _count_of_one_variable())
 
 
 def _count_references(x: Tensor) -> int:

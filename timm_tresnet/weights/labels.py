@@ -185,6 +185,14 @@ def list_names(model: Any) -> list[tuple[str, ...]]:
     return [tuple(dict.fromkeys((name, descriptions.get(name, name)))) for name in names]
 
 
+def list_identifiers(model: Any) -> list[str] | None:
+    """Return the identifier of each class, such as WordNet's of ImageNet; None if names are all there is."""
+    known = list_names(model)
+    found = [names[0] for names in known if names]
+    described = any(len(names) > 1 for names in known)
+    return found if described and len(set(found)) == len(known) else None
+
+
 def is_multi_label(pretrained_cfg: Mapping[str, Any]) -> bool:
     """Return whether the weights are multi-label: an image has any number of classes, each with a sigmoid."""
     return MULTI_LABEL in read_notes(pretrained_cfg)

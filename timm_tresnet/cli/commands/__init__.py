@@ -91,7 +91,10 @@ def load_classifier(model: str, engine: tuple[str, str] | None, trust: bool) -> 
 
 def _load_artifact(engine: str, artifact: str, trust: bool) -> Any:
     from timm_tresnet import ExportedModel
+    from timm_tresnet.deployment import ENGINES
 
+    if engine not in ENGINES:
+        raise CommandError(f"--engine needs one of {', '.join(ENGINES)} and a file, got {engine} {artifact}")
     try:
         return ExportedModel(artifact, engine, trust=trust)
     except (OSError, ValueError, ImportError) as error:

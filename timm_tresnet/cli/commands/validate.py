@@ -113,14 +113,14 @@ def run(
     **reading: Any,
 ) -> int:
     """Measure, print the figures, and name what was left out."""
-    name = engine[1] if engine else model
-    if name is None or (engine and model):
+    if bool(engine) == bool(model):
         raise CommandError("needs either --model or --engine, which says what to measure")
+    name = printable(engine[1] if engine else str(model))
     where = choose_machine(device, amp, channels_last, compile, engine)
     if plot:
         _check_plot(plot)
     refuse_compiled_ratios(keep_ratio, compile)
-    network = load_classifier(name, engine, trust)
+    network = load_classifier(model or "", engine, trust)
     warn_of_assumed(network)
     multiple = prepare_keep_ratio(network) if keep_ratio else None
     multi_label = multi_label or is_multi_label(network.pretrained_cfg)
@@ -162,7 +162,11 @@ def run(
     unreadable = [printable(path) for path in outputs.unreadable]
     _print_figures(figures, name, annotated.display_name)
     if json_file:
-        about = {"command": shlex.join(["timm-tresnet", *words]), "model": name, "annotations": annotated.display_name}
+        about = {
+            "command": printable(shlex.join(["timm-tresnet", *words])),
+            "model": name,
+            "annotations": annotated.display_name,
+        }
         _write_json(json_file, {**about, **figures, "unknown_labels": matching.unknown, "unreadable": unreadable})
     if csv_file:
         _write_csv(csv_file, figures["per_label"])
@@ -195,7 +199,7 @@ def _tell_matching(matching: Any, annotated: Any, network: Any) -> list[str]:
             f"network and left out: {shorten_names(matching.unknown)}"
         )
     if matching.missing:
-        missing = [label_lookup(network)(index) for index in matching.missing]
+        missing = list(map(label_lookup(network), matching.missing))
         lines.append(
             f"{len(missing)} of the network's {network.num_classes} labels are not in {annotated.display_name} and not "
             f"measured: {shorten_names(missing)}"
@@ -255,7 +259,8 @@ def _draw(path: Path, outputs: Any, figures: dict[str, Any], model: str) -> None
     )
     shown = min(_MOST_CURVES, len(indices))
     axes.plot([], [], color="0.8", label=f"{shown} of {len(indices)} labels, mAP {figures['scores']['mAP']:.2f}")
-    axes.set(xlabel="recall, %", ylabel="precision, %", xlim=(0, 100), ylim=(0, 101), title=model)
+    axes.set(xlabel="recall, %", ylabel="precision, %", xlim=(0, 100), ylim=(0, 101))
+    axes.set_title(model, parse_math=False)
     axes.legend(loc="lower left")
     with atomic_write(path, overwrite=False) as unfinished:
         figure.savefig(unfinished, format=path.suffix.lower().removeprefix("."))
