@@ -21,6 +21,7 @@ from timm_tresnet.utils.errors import summarise
 from timm_tresnet.utils.extras import how_to_install
 from timm_tresnet.utils.files import atomic_write
 from timm_tresnet.utils.images import printable
+from timm_tresnet.utils.tables import allow_large_cells
 
 try:
     import fcntl
@@ -31,7 +32,6 @@ FORMATS = (".jsonl", ".csv", ".parquet")
 _COLUMNS = ("image", "labels", "probabilities", "error")
 _SEPARATOR = ";"
 _ROW_GROUP = 4096  # rows of a .parquet file held in memory at once
-_LARGEST_CELL = 2**31 - 1  # characters; Python's default, 131072, is less than the labels of ImageNet-21K together
 _BLOCK = 2**16  # bytes
 _MADE_BY = "made_by"  # settings that must be equal when a run is resumed
 _Row = dict[str, Any]
@@ -307,7 +307,7 @@ def _read_names(path: Path) -> Iterator[tuple[str, bool]]:
     with path.open("rb") as file:
         if path.suffix == ".csv":
             file.readline()
-            csv.field_size_limit(_LARGEST_CELL)
+            allow_large_cells()
         for number, line in enumerate(file, start=1):
             try:
                 if path.suffix == ".csv":

@@ -18,6 +18,7 @@ from timm_tresnet.tagging.exports import Pairs, is_label_studio, read_cvat, read
 from timm_tresnet.utils.errors import summarise
 from timm_tresnet.utils.images import FORMATS, find_images, printable
 from timm_tresnet.utils.schema import TEXT, Kind, Table, find_fault, format_value
+from timm_tresnet.utils.tables import allow_large_cells
 
 SEPARATOR = ";"
 _PLAIN_SEPARATORS = (";", ",", "|")  # few labels contain one
@@ -30,7 +31,6 @@ _BLANK = {"", "nan", "na", "n/a", "<na>", "null", "none"}  # empty cells, as pan
 _STATES = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False} | dict.fromkeys(
     (*_BLANK, "-1", "-1.0")
 )
-_LARGEST_CELL = 2**31 - 1  # characters; Python's default, 131072, is less than the labels of ImageNet-21K together
 _RECURRENCE = 1.5  # parts of combinations recur at least this many times as often as the combinations
 _METADATA = ("metadata.jsonl", "metadata.csv")  # https://huggingface.co/docs/datasets/image_dataset
 _BOX = 5  # numbers in a line of a YOLO file: class, centre (2), size (2)
@@ -161,7 +161,7 @@ def read_text(path: Path) -> str:
 
 def read_csv(text: str, delimiter: str = ",") -> Any:
     """Read the rows of a CSV file; `str.splitlines` would also split at characters such as U+2028 in file names."""
-    csv.field_size_limit(_LARGEST_CELL)
+    allow_large_cells()
     return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
 
 

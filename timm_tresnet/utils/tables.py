@@ -1,10 +1,18 @@
 """Text tables. Rows may have fewer cells than there are columns; the text has no final newline."""
 
+import csv
 import itertools
 import math
 from collections.abc import Sequence
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"  # characters filled from the left by 0 to 8 eighths
+
+_LARGEST_CELL = 2**31 - 1  # characters; Python's default, 131072, is less than the labels of ImageNet-21K together
+
+
+def allow_large_cells() -> None:
+    """Let Python's csv module read cells of any length."""
+    csv.field_size_limit(_LARGEST_CELL)
 
 
 def format_markdown(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
