@@ -124,3 +124,14 @@ def test_thresholds_are_one_for_each_class_or_left_out_as_by_older_versions(arti
         Description.from_json({**description, "label_thresholds": [0.5, 0.5]})
     with pytest.raises(ValueError, match="label_thresholds to be a list"):
         Description.from_json({**description, "label_thresholds": [2.0] * 10})
+
+
+def test_identifiers_are_one_for_each_class_or_left_out_as_by_older_versions(artifact):
+    description = json.loads(artifact("torchscript").with_name("network.pt.json").read_text())
+    del description["class_identifiers"]
+    assert Description.from_json(description).class_identifiers is None
+    for identifiers in (["n1"], ["n1"] * 10):
+        with pytest.raises(ValueError, match="needs 10 different class_identifiers, one for each class, got 1"):
+            Description.from_json({**description, "class_identifiers": identifiers})
+    with pytest.raises(ValueError, match="class_identifiers to be a list"):
+        Description.from_json({**description, "class_identifiers": [None] * 10})

@@ -140,8 +140,8 @@ def _find_contradiction(described: dict[str, Any]) -> str | None:
     if len(described["class_names"]) != classes:
         return f"needs class_names for {classes} classes, got {len(described['class_names'])}"
     identifiers = described.get("class_identifiers")
-    if identifiers is not None and not len(set(identifiers)) == len(identifiers) == classes:
-        return f"needs another of class_identifiers for each of {classes} classes, got {len(set(identifiers))}"
+    if identifiers is not None and (len(identifiers) != classes or len(set(identifiers)) != classes):
+        return f"needs {classes} different class_identifiers, one for each class, got {len(set(identifiers))}"
     thresholds = described.get("label_thresholds")
     if thresholds is not None and len(thresholds) != classes:
         return f"needs label_thresholds for {classes} classes, got {len(thresholds)}"

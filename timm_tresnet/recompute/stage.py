@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from timm_tresnet.recompute.checkpoint import can_run_again, run_checkpointed
 from timm_tresnet.recompute.compiled import Step, run_steps
-from timm_tresnet.recompute.compiled import is_transformed as find_transform  # PyTorch 2.5 overwrites its own name
+from timm_tresnet.recompute.compiled import is_transformed as traces_transform  # PyTorch 2.5 overwrites its own name
 from timm_tresnet.recompute.eligibility import (
     find_obstacle,
     find_user_code,
@@ -138,7 +138,7 @@ class Body(nn.Sequential):
     def _forward_compiled(self, x: Tensor) -> Tensor:
         exporting = getattr(torch.compiler, "_is_exporting_flag", False)  # is_exporting() means compiling too in 2.11
         recomputes = self.training and torch.is_grad_enabled() and not has_global_hooks()
-        if exporting or not recomputes or find_transform():
+        if exporting or not recomputes or traces_transform():
             return super().forward(x)
         self._watch_weights()
         return run_steps(self._list_steps(), x)

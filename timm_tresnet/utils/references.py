@@ -22,7 +22,7 @@ def _count_in_call(x: Tensor) -> int:
 
 
 def _count_of_one_variable() -> int:
-    """Counts the references of a tensor in one variable.
+    """Count the references of a tensor in one variable.
 
     It is counted anew each time: an error of the compiler (`set_stance("fail_on_recompile")`) can leave its evaluation
     of frames in place of CPython's, and then every call of a Python function holds its arguments once more.
