@@ -3,6 +3,7 @@ import functools
 import pytest
 import torch
 from comparing import assert_close, each_setting, images, make_model, train_step
+from packaging.version import Version
 from timm.layers import convert_splitbn_model, freeze_batch_norm_2d
 from torch import nn
 from users import MODIFIED, step_between
@@ -475,7 +476,10 @@ def test_a_single_value_a_channel_is_refused_as_by_pytorch():
     torch.compiler.reset()
     model = make_model("activations", **SMALL)
     model.body.layer4.compile(backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="more than one value per channel when training|more than 1 value per channel"):
+    expected = "more than one value per channel when training|more than 1 value per channel"
+    if Version(torch.__version__) < Version("2.6"):
+        expected = "Observed exception"  # all that it says of an error in a full graph
+    with pytest.raises(Exception, match=expected):
         model(images(1, 32))
 
 

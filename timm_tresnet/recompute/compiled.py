@@ -26,12 +26,12 @@ _STORED = (
     _aten.copy_.default,  # into running statistics; a backend that runs Dynamo's graph unchanged would repeat it
 )
 
-_in_region = False  # while the compiler traces one
+_state = {"in_region": False}  # changed while tracing; PyTorch 2.5 does not see a change of a global in all functions
 
 
 def is_in_region() -> bool:
     """Whether the compiler is tracing a region, where only running statistics may change in place."""
-    return _in_region and torch.compiler.is_compiling()
+    return torch.compiler.is_compiling() and _state["in_region"]
 
 
 def run_steps(steps: list[Step], x: Tensor) -> Tensor:
@@ -54,14 +54,13 @@ def _run_region(modules: list[nn.Module], x: Tensor, setting: str) -> Tensor:
             x = module(x)
         return x
 
-    global _in_region
     if not torch.compiler.is_compiling():  # it has given up, after too many versions of this function
         return run(x)
-    _in_region = True
+    _state["in_region"] = True
     try:
         return checkpoint(run, x, use_reentrant=False, context_fn=_CONTEXTS[setting])
     finally:
-        _in_region = False
+        _state["in_region"] = False
 
 
 @torch.compiler.assume_constant_result
