@@ -27,9 +27,12 @@ def together(processes: int, names: Sequence[str]) -> Iterator[Callable[[Counter
     import torch.distributed
 
     torch.distributed.init_process_group("gloo", timeout=_LONGEST_WAIT)
+    # It outlives the group: in PyTorch 2.5, a thread of the group that frees a tensor and the end of the group can wait
+    # for each other.
+    values = torch.zeros(len(names), dtype=torch.int64)
 
     def add_up(counts: Counter[str]) -> Counter[str]:
-        values = torch.tensor([counts[name] for name in names])
+        values.copy_(torch.tensor([counts[name] for name in names]))
         try:
             torch.distributed.all_reduce(values)
         except RuntimeError as error:
