@@ -105,6 +105,9 @@ class _StandIn(list):  # a list, since torch appends to no other class
     def __setstate__(self, state: Any) -> None:
         pass
 
+    def __setitem__(self, key: Any, value: Any) -> None:  # PyTorch 2.5 calls it; later releases refuse in these words
+        raise TypeError(f"Can only SETITEM for dict, got {type(self)}")
+
     def __eq__(self, other: object) -> bool:
         return self is other
 
@@ -116,6 +119,13 @@ class _DictStandIn(_StandIn):
 
     def __new__(cls, *arguments: Any) -> Any:
         return {}
+
+
+class _ListStandIn(_StandIn):
+    """Replaces a subclass of list by a plain list; PyTorch 2.5 appends to no other."""
+
+    def __new__(cls, *arguments: Any) -> Any:
+        return []
 
 
 def _load_pickle(path: Path) -> tuple[Any, list[str]]:
@@ -132,11 +142,11 @@ def _load_pickle(path: Path) -> tuple[Any, list[str]]:
         except _UNREADABLE as error:
             text = str(error)
             unknown = re.search(r"GLOBAL ([\w.]+)(?P<blocked> whose module)?", text)
-            filled = re.search(r"Can only SETITEMS? for .*<class '([\w.]+)'>", text, re.DOTALL)
+            filled = re.search(r"Can only (SETITEMS? for|append to) .*<class '([\w.]+)'>", text, re.DOTALL)
             if unknown and (unknown["blocked"] or len(stand_ins) >= _MOST_STAND_INS):
                 raise refuse(path, [unknown[1]]) from error
-            name = unknown[1] if unknown else filled[1] if filled else ""
-            kind = _DictStandIn if filled else _StandIn
+            name = unknown[1] if unknown else filled[2] if filled else ""
+            kind = _StandIn if not filled else _ListStandIn if filled[1] == "append to" else _DictStandIn
             if not name or (name in stand_ins and issubclass(stand_ins[name], kind)):
                 reason = escape(text.strip().partition("\n")[0]) or type(error).__name__
                 raise ValueError(
