@@ -15,6 +15,7 @@ import timm.models.tresnet
 import timm.utils
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from reference import randomise
 from timm.layers.ml_decoder import add_ml_decoder_head
 from timm.models._features import FeatureHookNet, FeatureListNet
@@ -24,6 +25,8 @@ from torch import nn
 
 from timm_tresnet import TResNet
 
+# timm before 1.0.31 leaves these numbers as they were
+CHANGED = ("num_features", "head_hidden_size") if Version(timm.__version__) >= Version("1.0.31") else ()
 SMALL = {"layers": (1, 2, 2, 1), "width_factor": 0.25, "num_classes": 5}
 VARIANTS = {"m": {}, "v2": {"v2": True}, "drop_path": {"drop_path_rate": 0.2, "drop_rate": 0.3}}
 
@@ -201,7 +204,7 @@ def classifier_reset(model):
         with torch.no_grad():
             for parameter in model.get_classifier().parameters():
                 nn.init.normal_(parameter, std=0.01)  # timm draws these as PyTorch does, ours as for a new network
-        results += [model(images()), model.num_classes, model.head_hidden_size]
+        results += [model(images()), model.num_classes, *(getattr(model, name) for name in CHANGED)]
         results.append(model.forward_head(model.forward_features(images()), pre_logits=True))
     return results
 
@@ -407,7 +410,7 @@ def pruned(model):
     for indices in (1, [2], [0, 3]):
         each = copy.deepcopy(model)
         taken = each.prune_intermediate_layers(indices)
-        results += [taken, each(images()), each.num_features, each.head_hidden_size, len(each.body)]
+        results += [taken, each(images()), len(each.body), *(getattr(each, name) for name in CHANGED)]
     return results
 
 

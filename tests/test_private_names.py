@@ -49,7 +49,7 @@ def test_references_to_memory_are_counted():
     x = torch.ones(3)
     count = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
     other = x.detach()
-    assert torch._C._storage_Use_Count(x.untyped_storage()._cdata) == count + 1
+    assert torch._C._storage_Use_Count(x.untyped_storage()._cdata) > count  # in PyTorch 2.5 by two
     assert other is not x
 
 
