@@ -26,12 +26,14 @@ _STORED = (
     _aten.copy_.default,  # into running statistics; a backend that runs Dynamo's graph unchanged would repeat it
 )
 
-_state = {"in_region": False}  # changed while tracing; PyTorch 2.5 does not see a change of a global in all functions
+# PyTorch 2.5 and 2.8 update running statistics again where they recompute, those of timm's own networks too.
+COUNTS_ONCE = torch.__version__ >= "2.9"
+_in_region = False  # while the compiler traces one
 
 
 def is_in_region() -> bool:
     """Whether the compiler is tracing a region, where only running statistics may change in place."""
-    return torch.compiler.is_compiling() and _state["in_region"]
+    return _in_region and torch.compiler.is_compiling()
 
 
 def run_steps(steps: list[Step], x: Tensor) -> Tensor:
@@ -54,16 +56,16 @@ def _run_region(modules: list[nn.Module], x: Tensor, setting: str) -> Tensor:
             x = module(x)
         return x
 
+    global _in_region
     if not torch.compiler.is_compiling():  # it has given up, after too many versions of this function
         return run(x)
-    _state["in_region"] = True
+    _in_region = True
     try:
         return checkpoint(run, x, use_reentrant=False, context_fn=_CONTEXTS[setting])
     finally:
-        _state["in_region"] = False
+        _in_region = False
 
 
-@torch.compiler.assume_constant_result
 def is_transformed() -> bool:
     """Whether a transform of torch.func is active while the compiler traces, or backward will be compiled by itself."""
     compiled_autograd = torch._dynamo.config.compiled_autograd or is_autograd_compiled()

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_tresnet.recompute.checkpoint import can_run_again, run_checkpointed
-from timm_tresnet.recompute.compiled import Step, run_steps
-from timm_tresnet.recompute.compiled import is_transformed as traces_transform  # PyTorch 2.5 overwrites its own name
+from timm_tresnet.recompute.compiled import COUNTS_ONCE, Step, is_transformed, run_steps
 from timm_tresnet.recompute.eligibility import (
     find_obstacle,
     find_user_code,
@@ -137,16 +136,17 @@ class Body(nn.Sequential):
 
     def _forward_compiled(self, x: Tensor) -> Tensor:
         exporting = getattr(torch.compiler, "_is_exporting_flag", False)  # is_exporting() means compiling too in 2.11
-        recomputes = self.training and torch.is_grad_enabled() and not has_global_hooks()
-        if exporting or not recomputes or traces_transform():
-            return super().forward(x)
-        self._watch_weights()
-        return run_steps(self._list_steps(), x)
+        recomputes = not exporting and self.training and torch.is_grad_enabled() and not has_global_hooks()
+        return run_steps(self._list_steps(), x) if recomputes and self._allows_regions() else super().forward(x)
 
     @torch.compiler.assume_constant_result
-    def _watch_weights(self) -> None:
-        """Watch the weights, once, while the compiler traces this: backward of its regions uses them again."""
-        watch(self.parameters())
+    def _allows_regions(self) -> bool:
+        """Whether the compiler may recompute, asked while it traces; backward of regions uses the weights again."""
+        if not COUNTS_ONCE:
+            log_once("under torch.compile that needs PyTorch 2.9", "this network")
+        allowed = COUNTS_ONCE and not is_transformed()
+        watch(self.parameters() if allowed else ())
+        return allowed
 
     def _list_steps(self) -> list[Step]:
         steps: list[Step] = []
