@@ -130,6 +130,7 @@ def test_a_compiled_step_gives_the_numbers_of_a_plain_one_and_counts_once(settin
     assert step["body.layer3.1.conv2.bn.num_batches_tracked"] == 1
 
 
+@pytest.mark.thorough
 def test_a_backend_of_pytorch_gives_the_numbers_of_a_plain_step_and_counts_once():
     assert_close(compiled_step("activations", "network", backend="aot_eager")[0], plain_step())
 
