@@ -26,7 +26,7 @@ _STORED = (
     _aten.copy_.default,  # into running statistics; a backend that runs Dynamo's graph unchanged would repeat it
 )
 
-# PyTorch 2.5 and 2.8 update running statistics again where they recompute, those of timm's own networks too.
+# The compilers of PyTorch 2.5 and 2.8 update running statistics again where they recompute.
 COUNTS_ONCE = torch.__version__ >= "2.9"
 _in_region = False  # while the compiler traces one
 
