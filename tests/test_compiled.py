@@ -434,6 +434,10 @@ def operators_in(graphs):
                 yield from module.graph.nodes
 
 
+def has_region(nodes):
+    return any("checkpoint" in str(node.target) for node in nodes)
+
+
 @with_regions
 def test_nothing_works_in_place_on_feature_maps():
     _, compiler = long_step("activations")
@@ -452,7 +456,7 @@ def test_no_region_is_made_where_nothing_is_to_be_recomputed(mode):
     with torch.set_grad_enabled(mode != "no_grad"):
         compile_part(model, "stage", compiler)(images())
     assert compiler.graphs
-    assert not any("checkpoint" in str(node.target) for node in operators_in(compiler.graphs))
+    assert not has_region(operators_in(compiler.graphs))
 
 
 def test_a_compiler_that_would_count_twice_makes_no_region_and_says_so(monkeypatch, caplog):
@@ -461,7 +465,7 @@ def test_a_compiler_that_would_count_twice_makes_no_region_and_says_so(monkeypat
     with caplog.at_level(logging.INFO, "timm_tresnet"):
         step, compiler = compiled_step("activations")
     assert compiler.graphs
-    assert not any("checkpoint" in str(node.target) for node in operators_in(compiler.graphs))
+    assert not has_region(operators_in(compiler.graphs))
     assert_close(step, plain_step())
     reason = "nothing of this network: under torch.compile that needs PyTorch 2.9"
     assert [reason in record.getMessage() for record in caplog.records].count(True) == 1
@@ -470,7 +474,7 @@ def test_a_compiler_that_would_count_twice_makes_no_region_and_says_so(monkeypat
 def test_a_network_exported_in_training_mode_has_no_region():
     model = make_model("activations", **SMALL).train()
     exported = torch.export.export(model, (images(),))
-    assert not any("checkpoint" in str(node.target) for node in exported.graph.nodes)
+    assert not has_region(exported.graph.nodes)
 
 
 @pytest.mark.thorough
