@@ -159,6 +159,27 @@ def test_honest_files_pass(form, tensors, tmp_path):
     torch.testing.assert_close(dict(read), dict(tensors), rtol=0, atol=0)
 
 
+@pytest.mark.skipif(not hasattr(torch.serialization, "set_crc32_options"), reason="PyTorch 2.5 has no such setting")
+def test_files_whose_checksums_pytorch_left_out_pass(tensors, tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensors, tmp_path / "a.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    torch.testing.assert_close(dict(read_checkpoint(tmp_path / "a.pth")), dict(tensors), rtol=0, atol=0)
+
+
+def test_a_wrong_checksum_of_the_pickle_is_damage(tensors, tmp_path):
+    torch.save(tensors, tmp_path / "a.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
+        (checksum,) = (record.CRC for record in archive.infolist() if record.filename.endswith("data.pkl"))
+    content = (tmp_path / "a.pth").read_bytes()
+    wrong = content.replace(struct.pack("<I", checksum), struct.pack("<I", checksum ^ 1))
+    (tmp_path / "a.pth").write_bytes(wrong)
+    with pytest.raises(ValueError, match="cannot read .*a.pth: damaged file"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(ValueError, match="not a file"):
         check_claims(tmp_path)
