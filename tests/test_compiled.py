@@ -1,9 +1,10 @@
 import functools
+import itertools
 import logging
 
 import pytest
 import torch
-from comparing import assert_close, each_setting, images, make_model, train_step
+from comparing import RECOMPUTING, assert_close, each_setting, images, make_model, train_step
 from timm.layers import convert_splitbn_model, freeze_batch_norm_2d
 from torch import nn
 from users import MODIFIED, step_between
@@ -102,12 +103,18 @@ def mark(*cases, few):
 
 
 _SIX = {"layers": (1, 1, 6, 1)}
+_WIDE = {"width_factor": 0.5}
 
 
 @functools.cache
 def long_step(setting):
     """A step through a compiled stage of six blocks."""
     return compiled_step(setting, **_SIX)
+
+
+@functools.cache
+def network_step(setting):
+    return compiled_step(setting, "network", **_WIDE)
 
 
 @pytest.mark.parametrize("setting", mark("activations", "checkpointing", "expansions", few=1))
@@ -119,13 +126,19 @@ def test_a_compiled_stage_gives_the_numbers_of_a_plain_one_and_counts_once(setti
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(
-    ("setting", "part"),
-    [("activations", "network"), ("checkpointing", "network"), ("expansions", "body"), ("activations", "stages")],
-)
-def test_a_compiled_step_gives_the_numbers_of_a_plain_one_and_counts_once(setting, part):
+@pytest.mark.parametrize("setting", RECOMPUTING)
+def test_a_compiled_network_gives_the_numbers_of_a_plain_one_and_counts_once(setting):
+    step, compiler = network_step(setting)
+    assert len(compiler.graphs) == 1
+    assert_close(step, plain_step(**_WIDE))
+    assert step["body.layer3.1.conv2.bn.num_batches_tracked"] == 1
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("setting", "part", "graphs"), [("expansions", "body", 1), ("activations", "stages", 4)])
+def test_compiled_parts_give_the_numbers_of_plain_ones_and_count_once(setting, part, graphs):
     step, compiler = compiled_step(setting, part)
-    assert len(compiler.graphs) == (4 if part == "stages" else 1)
+    assert len(compiler.graphs) == graphs
     assert_close(step, plain_step())
     assert step["body.layer3.1.conv2.bn.num_batches_tracked"] == 1
 
@@ -210,16 +223,11 @@ def test_statistics_and_gates_are_kept(setting):
     assert len(statistics) >= 6 * 3 + 1  # of each norm
 
 
-@functools.cache
-def network_bytes(setting):
-    return compiled_step(setting, "network", width_factor=0.5)[1].kept_bytes()
-
-
 @with_regions
 @pytest.mark.thorough
 @pytest.mark.parametrize(("setting", "most"), [("activations", 0.6), ("expansions", 0.5), ("checkpointing", 0.3)])
 def test_a_compiled_network_keeps_less_than_with_plain_pytorch(setting, most):
-    kept, plain = (network_bytes(each) for each in (setting, "none"))
+    kept, plain = (network_step(each)[1].kept_bytes() for each in (setting, "none"))
     assert kept <= most * plain
 
 
@@ -311,8 +319,11 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("setting", mark("activations", "checkpointing", few=1))
-@pytest.mark.parametrize("change", mark(*CHANGES, few=1), ids=lambda change: getattr(change, "__name__", "split_norms"))
+@pytest.mark.parametrize(
+    ("change", "setting"),
+    mark(*zip(CHANGES, itertools.cycle(("activations", "checkpointing"))), few=1),
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", "split_norms"),
+)
 @pytest.mark.filterwarnings("ignore:.*lru_cache")  # Dynamo, about PyTorch's own functions
 def test_networks_that_users_changed_give_the_same_numbers(change, setting):
     assert_close(compiled_step(setting, change=change)[0], plain_step(change))

@@ -52,7 +52,7 @@ def differentiate(kind, model):
 @pytest.mark.thorough
 @pytest.mark.parametrize(
     ("kind", "setting"),
-    [("grad", "activations"), ("vjp", "checkpointing"), *(("grad_of_compiled", each) for each in RECOMPUTING)],
+    [("grad", "activations"), ("vjp", "checkpointing"), ("grad_of_compiled", "expansions")],
 )
 def test_transforms_of_torch_func_give_the_gradients_and_leave_the_compiler_as_it_was(kind, setting):
     expected = train_step(make("none"), batch())

@@ -1,5 +1,4 @@
 import copy
-import itertools
 
 import pytest
 import timm
@@ -9,18 +8,27 @@ from exporting import (
     ENGINES,
     SUFFIXES,
     adapt_by_lora,
+    drop_gates,
     each_format,
     exporters_warn,
     few_formats,
+    hook_block,
+    hook_blur,
+    hook_convolution,
+    hook_network,
     hook_norm_before,
     hook_unit,
     make_altered,
     make_small,
     needs,
+    normalize_weights,
+    normalize_weights_by_hooks,
     patch_convolution,
     patch_unit,
     prune_weights,
     use_group_norm,
+    use_own_head,
+    use_subclass,
 )
 from reference import relative_error
 
@@ -31,19 +39,14 @@ pytestmark = exporters_warn
 
 
 @each_format
-@pytest.mark.parametrize("variant", ["test_tresnet", pytest.param("tresnet_m", marks=pytest.mark.thorough)])
-def test_artifact_computes_the_network_for_any_batch_and_size(variant, format, tmp_path, embedded, artifact):
-    if variant == "test_tresnet":
-        model, path = embedded, artifact(format)
-    else:
-        model, path = make_small(variant), tmp_path / f"network{SUFFIXES[format]}"
-        export_model(model, path, format)
+def test_artifact_computes_the_network_for_any_batch_and_size(format, embedded, artifact):
+    path = artifact(format)
     exported = ExportedModel(path, ENGINES[format], trust=True)
     assert exported.description["check"]["max_relative_error"] <= 1e-4
     for shape in [(1, 3, 64, 64), (3, 3, 68, 100), (2, 3, 36, 128)]:
         x = torch.rand(shape)
         with torch.no_grad():
-            assert relative_error(exported(x), model(x)) <= 1e-4
+            assert relative_error(exported(x), embedded(x)) <= 1e-4
     names = {path.name, f"{path.name}.json"} | ({"network.bin"} if format == "openvino" else set())
     assert {file.name for file in path.parent.iterdir()} == names
 
@@ -170,33 +173,29 @@ def test_artifact_computes_the_altered_network(alter, tmp_path):
     check_altered(alter, "torchscript", tmp_path / "network.pt")
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("alter", "format"),  # the other formats in turn: torch.export traces for all of them
+    ("alterations", "format"),  # several at a time: what all these formats come from, torch.export, takes long
     [
-        pytest.param(alter, format, marks=needs(format))
-        for alter, format in zip(ALTERATIONS, itertools.cycle(("onnx", "openvino", "torch-export")))
+        pytest.param(alterations, format, marks=[needs(format), *([pytest.mark.thorough] if index else [])])
+        for index, (alterations, format) in enumerate(
+            [
+                ((hook_unit, hook_norm_before, patch_convolution, prune_weights, use_group_norm), "onnx"),
+                ((hook_unit, hook_convolution, hook_norm_before, hook_block, hook_blur, hook_network), "openvino"),
+                ((use_subclass, drop_gates, normalize_weights), "torch-export"),
+                ((patch_unit, normalize_weights_by_hooks, use_own_head), "onnx"),
+                ((adapt_by_lora,), "onnx"),
+            ]
+        )
     ],
+    ids=["several", "hooks", "modules", "patches", "lora"],
 )
-def test_artifact_of_another_format_computes_the_altered_network(alter, format, tmp_path):
-    check_altered(alter, format, tmp_path / f"network{SUFFIXES[format]}")
-
-
-@pytest.mark.parametrize(
-    "format", [pytest.param("onnx", marks=needs("onnx")), pytest.param("torch-export", marks=pytest.mark.thorough)]
-)
-def test_onnx_and_pt2_files_compute_the_altered_network(format, tmp_path):
+def test_artifact_of_another_format_computes_the_altered_network(alterations, format, tmp_path):
     def alter(model):
-        for each in (hook_unit, hook_norm_before, patch_convolution, prune_weights, use_group_norm):
-            each(model)
+        for each in alterations:
+            model = each(model) or model
+        return model
 
     check_altered(alter, format, tmp_path / f"network{SUFFIXES[format]}")
-
-
-@needs("onnx")
-@pytest.mark.thorough
-def test_network_with_lora_is_exported_unchanged(tmp_path):
-    check_altered(adapt_by_lora, "onnx", tmp_path / "network.onnx")
 
 
 def test_code_that_a_format_cannot_hold_is_named(tmp_path):
