@@ -117,30 +117,28 @@ def network_step(setting):
     return compiled_step(setting, "network", **_WIDE)
 
 
+def assert_numbers_of_a_plain_step_and_one_count(compiled, graphs=1, **kwargs):
+    step, compiler = compiled
+    assert len(compiler.graphs) == graphs
+    assert_close(step, plain_step(**kwargs))
+    assert step["body.layer3.1.conv2.bn.num_batches_tracked"] == 1
+
+
 @pytest.mark.parametrize("setting", mark("activations", "checkpointing", "expansions", few=1))
 def test_a_compiled_stage_gives_the_numbers_of_a_plain_one_and_counts_once(setting):
-    step, compiler = long_step(setting)
-    assert len(compiler.graphs) == 1
-    assert_close(step, plain_step(**_SIX))
-    assert step["body.layer3.1.conv2.bn.num_batches_tracked"] == 1
+    assert_numbers_of_a_plain_step_and_one_count(long_step(setting), **_SIX)
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("setting", RECOMPUTING)
 def test_a_compiled_network_gives_the_numbers_of_a_plain_one_and_counts_once(setting):
-    step, compiler = network_step(setting)
-    assert len(compiler.graphs) == 1
-    assert_close(step, plain_step(**_WIDE))
-    assert step["body.layer3.1.conv2.bn.num_batches_tracked"] == 1
+    assert_numbers_of_a_plain_step_and_one_count(network_step(setting), **_WIDE)
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(("setting", "part", "graphs"), [("expansions", "body", 1), ("activations", "stages", 4)])
 def test_compiled_parts_give_the_numbers_of_plain_ones_and_count_once(setting, part, graphs):
-    step, compiler = compiled_step(setting, part)
-    assert len(compiler.graphs) == graphs
-    assert_close(step, plain_step())
-    assert step["body.layer3.1.conv2.bn.num_batches_tracked"] == 1
+    assert_numbers_of_a_plain_step_and_one_count(compiled_step(setting, part), graphs)
 
 
 @pytest.mark.thorough
