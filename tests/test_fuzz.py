@@ -16,7 +16,7 @@ FEW = ("configs", "images", "checkpoints")  # the others open slowly, and have t
     ("door", "count"),
     [
         *((door, 3) for door in FEW),
-        *(pytest.param(door, 30, marks=pytest.mark.thorough) for door in fuzz.DOORS),
+        *(pytest.param(door, 12, marks=pytest.mark.thorough) for door in fuzz.DOORS),
     ],
 )
 def test_damaged_inputs_are_answered_refused_or_skipped(door, count, tmp_path):

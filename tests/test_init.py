@@ -19,11 +19,13 @@ def test_autoload_undoes_itself_where_the_variable_asks_for_it(run_child):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("switch", ["TIMM_TRESNET_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
 @pytest.mark.parametrize(
-    ("before", "builders"),
-    [(f"{WHO_BUILDS}; import timm_tresnet", [BUILTIN, OURS]), ("import timm_tresnet", [OURS])],
-    ids=["after_timm", "first"],
+    ("switch", "before", "builders"),
+    [
+        ("TIMM_TRESNET_AUTOLOAD", "import timm_tresnet", [OURS]),
+        ("TORCH_DEVICE_BACKEND_AUTOLOAD", f"{WHO_BUILDS}; import timm_tresnet", [BUILTIN, OURS]),
+    ],
+    ids=["first", "after_timm"],
 )
 def test_switch_leaves_timm_alone_until_the_plugin_is_imported(run_python, switch, before, builders):
     assert run_python("-c", f"{before}; {WHO_BUILDS}", **{switch: "0"}).stdout.split() == builders

@@ -182,15 +182,11 @@ except FileNotFoundError:
     assert f"{application}/timm_tresnet/weights/test_tresnet.r64_cifar10.safetensors" in process.stderr  # timm's log
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("module", "text"),
-    [
-        pytest.param("autoload", "def broken(:\n", marks=pytest.mark.thorough),
-        pytest.param("autoload", None, marks=pytest.mark.thorough),
-        pytest.param("tresnet", "raise RecursionError('sabotage')\n", marks=pytest.mark.thorough),
-        pytest.param("models/layers/anti_alias", None, marks=pytest.mark.thorough),
-    ],
-    ids=["syntax_error", "missing_hook", "exception", "missing_layer"],
+    [("autoload", "def broken(:\n"), ("models/layers/anti_alias", None)],
+    ids=["hook_with_a_syntax_error", "missing_layer"],
 )
 def test_fault_in_any_module_is_one_warning_and_timm_keeps_its_own(environment, tmp_path, module, text):
     environment.install(make_wheel(tmp_path))
@@ -202,7 +198,7 @@ def test_fault_in_any_module_is_one_warning_and_timm_keeps_its_own(environment, 
     assert process.stdout.split() == [BUILTIN]
     (line,) = process.stderr.splitlines()
     assert "timm keeps its own" in line
-    assert path.stem in line or "sabotage" in line  # what is broken
+    assert path.stem in line  # what is broken
 
 
 @pytest.mark.thorough
