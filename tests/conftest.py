@@ -24,7 +24,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several of them share the cores
 
 
 def pytest_collection_finish() -> None:
+    _freeze()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is None or nextitem.path != item.path:
+        _freeze()
+
+
+def _freeze() -> None:
     """Let Python's collector of cycles pass over what is imported by now, a million objects, in all the tests."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch"].compiler.reset()  # which lets go of what was compiled
     gc.collect()
     gc.freeze()
 
