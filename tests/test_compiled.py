@@ -64,9 +64,7 @@ def compile_part(model, part, backend, **kwargs):
     kwargs = {"backend": backend, "fullgraph": True, **kwargs}
     if part == "network":
         return torch.compile(model, **kwargs)
-    if part == "body":
-        model.body = torch.compile(model.body, **kwargs)
-    elif part == "stages":
+    if part == "stages":
         for stage in (model.body.layer1, model.body.layer2, model.body.layer3, model.body.layer4):
             stage.compile(**kwargs)
     else:  # one stage, which is quickest
@@ -102,7 +100,7 @@ def mark(*cases, few):
     ]
 
 
-BLOCKS = 4
+BLOCKS = 5
 _LONG = {"layers": (1, 1, BLOCKS, 1)}
 _WIDE = {"layers": (1, 1, 1, 1), "width_factor": 0.5}
 
@@ -122,7 +120,7 @@ def assert_numbers_of_a_plain_step_and_one_count(compiled, graphs=1, **kwargs):
     step, compiler = compiled
     assert len(compiler.graphs) == graphs
     assert_close(step, plain_step(**kwargs))
-    assert step["body.layer3.1.conv2.bn.num_batches_tracked"] == 1
+    assert step["body.layer3.0.conv2.bn.num_batches_tracked"] == 1
 
 
 @pytest.mark.parametrize("setting", mark("activations", "checkpointing", "expansions", few=1))
@@ -147,9 +145,10 @@ def test_a_backend_that_runs_the_graph_as_it_is_gives_the_same_numbers(setting):
     """Two forwards before two backwards: checkpointed code runs again with the statistics of another batch there."""
 
     def run(model, compiled):
-        forward = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+        if compiled:
+            model.body.layer3.compile(backend="eager", fullgraph=True)
         torch.manual_seed(3)
-        losses = [forward(images(4).double() * scale).square().mean() for scale in (1, 2)]
+        losses = [model(images(4).double() * scale).square().mean() for scale in (1, 2)]
         for loss in losses:
             loss.backward()
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -484,7 +483,8 @@ def test_a_network_exported_in_training_mode_has_no_region():
 @pytest.mark.thorough
 def test_features_of_a_compiled_network_are_those_of_a_plain_one():
     torch.compiler.reset()
-    model, plain = (make_model(setting, **SMALL).double() for setting in ("activations", "none"))
+    kwargs = {**SMALL, "layers": (1, 1, 1, 1)}
+    model, plain = (make_model(setting, **kwargs).double() for setting in ("activations", "none"))
     x = images().double()
     forward = torch.compile(model.forward_intermediates, backend="aot_eager", fullgraph=True)
     for actual, expected in zip(forward(x, intermediates_only=True), plain.forward_intermediates(x)[1], strict=True):
@@ -519,8 +519,7 @@ def test_a_single_value_a_channel_is_refused_as_by_pytorch():
 
 @with_regions
 @pytest.mark.thorough
-@pytest.mark.parametrize("setting", ["activations", "expansions"])
-def test_fused_step_before_backward_is_an_error(setting):
+def test_fused_step_before_backward_is_an_error():
     torch.compiler.reset()
     with pytest.raises(RuntimeError, match=MODIFIED):
-        step_between(setting, torch.optim.SGD, compiled=True, fused=True)
+        step_between("expansions", torch.optim.SGD, compiled=True, fused=True)

@@ -37,24 +37,14 @@ def differentiate(kind, model):
     wrapped = torch.compile(model, backend="eager") if kind == "grad_of_compiled" else model
     parameters = {name: parameter.detach() for name, parameter in wrapped.named_parameters()}
     loss = make_loss(wrapped)
-    if kind == "vjp":
-
-        def run(parameters, x):
-            y, pull = torch.func.vjp(lambda each: loss(each, x), parameters)
-            return pull(torch.ones_like(y))[0]
-
-    else:
-        run = torch.func.grad(loss)
+    run = torch.func.grad(loss)
     compiled = run if kind == "grad_of_compiled" else torch.compile(run, backend="eager")
     return {name.removeprefix("_orig_mod."): grad for name, grad in compiled(parameters, batch()).items()}
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(
-    ("kind", "setting"),
-    [("grad", "activations"), ("vjp", "checkpointing"), ("grad_of_compiled", "expansions")],
-)
-def test_transforms_of_torch_func_give_the_gradients_and_leave_the_compiler_as_it_was(kind, setting):
+@pytest.mark.parametrize(("kind", "setting"), [("compiled_grad", "checkpointing"), ("grad_of_compiled", "expansions")])
+def test_grad_of_torch_func_gives_the_gradients_and_leaves_the_compiler_as_it_was(kind, setting):
     expected = train_step(make("none"), batch())
     grads = differentiate(kind, make(setting))
     for name, grad in grads.items():
@@ -65,9 +55,12 @@ def test_transforms_of_torch_func_give_the_gradients_and_leave_the_compiler_as_i
 
 
 @pytest.mark.thorough  # the next one has the compiler around both
-@pytest.mark.parametrize("around_forward", [True, False], ids=["step", "backward"])
-@each_setting
-def test_compiled_autograd_gives_the_gradients(around_forward, setting):
+@pytest.mark.parametrize(
+    ("setting", "around_forward"),
+    [("checkpointing", False), ("expansions", True)],
+    ids=["checkpointing-backward", "expansions-step"],
+)
+def test_compiled_autograd_gives_the_gradients(setting, around_forward):
     """Around the forward too, nothing is recomputed. It takes long to trace what is, so this is one stage."""
 
     import torch._dynamo.compiled_autograd
@@ -105,9 +98,8 @@ def test_compiled_step_with_compiled_autograd_gives_the_gradients(setting):
 
 
 @pytest.mark.thorough
-@each_setting
-def test_network_that_the_compiler_skips_trains_in_a_compiled_step(setting):
-    model = make(setting)
+def test_network_that_the_compiler_skips_trains_in_a_compiled_step():
+    model = make("checkpointing")
     skipped = torch.compiler.disable(model)
 
     @torch.compile(backend="eager")

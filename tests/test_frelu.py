@@ -184,6 +184,7 @@ HOOKS = (edit_input_data, edit_input, edit_output_data, double_output)
 @same_as_plain(
     *((hook, target) for target in TARGETS for hook in HOOKS),
     few=4,
+    in_turn=True,
     raises=MODIFIED,
     when=lambda hook, target: hook is edit_input,
 )

@@ -74,7 +74,7 @@ def is_refused(put, make):
 PUT = [each for each in everywhere(ACTIVATIONS) if each[0] is not shortcut or each[1] not in PAIRS_IN_PLACE]
 
 
-@same_as_plain(*PUT, few=len(ACTIVATIONS), raises=f"{MODIFIED}|negative slope", when=is_refused)
+@same_as_plain(*PUT, few=len(ACTIVATIONS), in_turn=True, raises=f"{MODIFIED}|negative slope", when=is_refused)
 def test_activation_put_in(put, make, model):
     return train_step(put(model, make), inputs())
 

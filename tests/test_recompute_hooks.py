@@ -248,7 +248,7 @@ def test_pre_hook(name, target, model):
     return train_step(model, inputs())
 
 
-@same_as_plain(*((kind, target) for target in ["drop", *TARGETS] for kind in ("full", "full_pre", "old")))
+@same_as_plain(*((kind, target) for target in ["drop", *TARGETS] for kind in ("full", "full_pre", "old")), in_turn=True)
 def test_backward_hook(name, target, model):
     out_of_place(model)
     calls = []

@@ -237,6 +237,6 @@ def is_refused(put, make):
     return make in ITS_OWN or (make in OF_OTHERS and put in (module_in_stage, shortcut))
 
 
-@same_as_plain(*everywhere(MODULES), few=len(MODULES), raises=MODIFIED, when=is_refused)
+@same_as_plain(*everywhere(MODULES), few=len(MODULES), in_turn=True, raises=MODIFIED, when=is_refused)
 def test_module_put_in(put, make, model):
     return train_step(put(model, make), inputs())

@@ -192,8 +192,9 @@ def train_step_by_name(model):
     return {name.replace("_orig_mod.", ""): value for name, value in train_step(model, inputs()).items()}
 
 
-@same_as_plain("in_place_block", "block", "stage", few=0, in_turn=True, tolerance=1e-4)  # networks: tests/test_compiled.py
+@same_as_plain("in_place_block", "block", "stage", few=0, in_turn=True, tolerance=1e-4)
 def test_compiled(what, model):
+    """Networks: tests/test_compiled.py."""
     kwargs = compiler_of(model)
     model = another(model, layers=(1, 1, 2, 1))
     if what == "stage":
