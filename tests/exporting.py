@@ -31,11 +31,12 @@ def needs(format, int8=False):
 
 
 each_format = pytest.mark.parametrize("format", [pytest.param(format, marks=needs(format)) for format in FORMATS])
-few_formats = pytest.mark.parametrize(  # where one representative is enough: exporting with torch.export takes long
+few_formats = pytest.mark.parametrize(  # where representatives are enough: exporting with torch.export takes long
     "format",
     [
-        pytest.param(format, marks=[needs(format), *([pytest.mark.thorough] if format == "torch-export" else [])])
-        for format in FORMATS
+        "torchscript",
+        pytest.param("openvino", marks=needs("openvino")),  # which is made from an ONNX file
+        pytest.param("torch-export", marks=pytest.mark.thorough),
     ],
 )
 each_int8_format = pytest.mark.parametrize(

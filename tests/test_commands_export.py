@@ -182,7 +182,6 @@ def test_damaged_artifact_is_refused_in_one_sentence(format, damage, artifact, t
         ("torchscript", {"num_classes": 4}),
         ("torchscript", {"num_classes": 0}),
         ("torchscript", {"in_chans": 1}),
-        pytest.param("torch-export", {"in_chans": 1}, marks=pytest.mark.thorough),
         pytest.param("onnx", {"in_chans": 1}, marks=needs("onnx")),
         pytest.param("openvino", {"in_chans": 1}, marks=needs("openvino")),
     ],

@@ -80,7 +80,7 @@ def test_networks_without_batch_norm_are_exported_and_optimized_as_they_are(tmp_
     torch.testing.assert_close(ExportedModel(path, "torch", trust=True)(x), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-@few_formats
+@pytest.mark.parametrize("format", ["torchscript", pytest.param("onnx", marks=needs("onnx"))])
 def test_networks_with_ml_decoder_are_exported_with_constant_queries(format, tmp_path):
     model = make_small("test_tresnet", head="ml_decoder", num_groups=3, decoder_embedding=16)
     path = tmp_path / f"network{SUFFIXES[format]}"
