@@ -196,6 +196,8 @@ class TResNet(nn.Module):
         return getattr(self.head, "num_features", self.num_features)
 
     def _draw_weights(self) -> None:
+        if next(self.parameters()).is_meta:
+            return  # there is nothing to draw, which would take half of the time that such a network takes
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
