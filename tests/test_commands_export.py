@@ -30,7 +30,11 @@ def test_export_command_says_what_it_wrote(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"network.pt", "network.pt.json"}
 
 
-@each_format
+@pytest.mark.parametrize(
+    "format",
+    ["torchscript", *(pytest.param(format, marks=needs(format)) for format in ("onnx", "openvino"))]
+    + [pytest.param("torch-export", marks=pytest.mark.thorough)],
+)
 def test_classify_runs_artifacts(format, artifact, capsys):
     assert cli.main(["classify", "--json"]) == 0
     expected = json.loads(capsys.readouterr().out)

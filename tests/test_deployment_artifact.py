@@ -238,7 +238,7 @@ def test_classifier_replaced_by_hand_names_reset_classifier(replace, got, tmp_pa
         export_model(model, tmp_path / "network.pt", "torchscript", image_size=(64, 64))
 
 
-@pytest.mark.parametrize("format", ["torchscript", "torch-export"])
+@pytest.mark.parametrize("format", ["torchscript", pytest.param("torch-export", marks=pytest.mark.thorough)])
 def test_the_first_two_arguments_may_be_swapped_and_files_that_run_code_need_trust(format, artifact):
     path = artifact(format)
     with pytest.raises(ValueError, match="trust=True"):
