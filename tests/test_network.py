@@ -185,6 +185,15 @@ def test_dtype_and_device_hold_for_every_tensor(dtype):
     assert all(tensor.is_meta for tensor in (*on_meta.parameters(), *on_meta.buffers()))
 
 
+def test_no_weight_is_drawn_on_the_meta_device(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(nn.init, "kaiming_normal_", lambda weight, **kwargs: drawn.append(weight))
+    TResNet(**SMALL, device="meta")
+    assert not drawn
+    TResNet(**SMALL)
+    assert drawn
+
+
 def test_forward_is_features_then_head():
     model = TResNet(**SMALL).eval()
     x = torch.randn(2, 3, 64, 64)
