@@ -159,7 +159,8 @@ def test_a_backend_that_runs_the_graph_as_it_is_gives_the_same_numbers(setting):
     assert_close(run(make_model(setting, **kwargs).double(), True), run(make_model("none", **kwargs).double(), False))
 
 
-@pytest.mark.parametrize("setting", mark("activations", "checkpointing", "expansions", few=0))
+@pytest.mark.thorough
+@pytest.mark.parametrize("setting", ["activations", "checkpointing"])
 def test_random_masks_are_the_same_in_forward_and_backward(setting):
     assert_close(compiled_step(setting, drop_path_rate=0.5)[0], plain_step(drop_path_rate=0.5))
 
@@ -229,14 +230,9 @@ def freeze_all_but_the_last_stage(model):
     return model
 
 
-def train_the_head_alone(model):
-    model.body.requires_grad_(False)
-    return model
-
-
 @pytest.mark.thorough
-@pytest.mark.parametrize("change", [freeze_all_but_the_last_stage, train_the_head_alone])
-def test_frozen_parts_keep_no_more_than_with_plain_pytorch(change):
+def test_frozen_parts_keep_no_more_than_with_plain_pytorch():
+    change = freeze_all_but_the_last_stage
     step, compiler = compiled_step("activations", change=change)
     assert_close(step, plain_step(change))
     assert compiler.kept_bytes() <= compiled_step("none", change=change)[1].kept_bytes()
@@ -303,8 +299,6 @@ def change_much(model):
 CHANGES = [
     change_much,
     evaluate_norms,
-    average_cumulatively,
-    put_in_users_module,
     replace_an_activation,
     functools.partial(convert_splitbn_model, num_splits=2),
     freeze_batch_norm_2d,
@@ -329,9 +323,6 @@ def use_much_that_no_region_can_hold(model):
     ("backend", "change"),
     mark(
         ("eager", use_much_that_no_region_can_hold),
-        ("eager", draw_in_an_activation),
-        ("eager", overwrite_what_is_saved),
-        ("eager", lose_a_bias),
         ("eager", use_timms_drop_path),
         ("aot_eager", use_much_that_no_region_can_hold),
         few=1,
@@ -405,7 +396,7 @@ def test_graphs_with_regions_can_be_cached_on_the_disk():
 
 @pytest.mark.parametrize(
     ("norm_layer", "act_layer"),
-    mark(("groupnorm1", "silu"), ("batchnorm2d", "frelu"), ("batchnorm2d", "relu"), ("batchnorm2d", "mish"), few=1),
+    mark(("groupnorm1", "silu"), ("batchnorm2d", "frelu"), few=1),
 )
 def test_other_norms_and_activations_give_the_same_numbers(norm_layer, act_layer):
     kwargs = {"norm_layer": norm_layer, "act_layer": act_layer}

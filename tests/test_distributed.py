@@ -21,13 +21,20 @@ OPTIONS = {  # of DistributedDataParallel
     "accumulation": {},
 }
 DDP_CASES = [("none", "plain", "synchronized")]
-DDP_CASES += [(setting, option, "synchronized") for setting in RECOMPUTING for option in OPTIONS]
+DDP_CASES += [(setting, "plain", "synchronized") for setting in RECOMPUTING]
+DDP_CASES += [
+    ("activations", "accumulation", "synchronized"),
+    ("expansions", "bucket_views", "synchronized"),
+    ("checkpointing", "static_graph", "synchronized"),
+    ("activations", "unused_parameters", "synchronized"),
+]
 DDP_CASES += [(setting, "plain", "frozen") for setting in SETTINGS]
 LAYERS = (1, 2, 2, 1)
 STEPS, BATCH = 3, 4  # BATCH images a step over both processes
 BOUNDS = {"none": 1, "activations": 0.51, "expansions": 0.45, "checkpointing": 0.28}  # of what is kept without
 WRAPPED = ["network", "stages", "blocks"]  # what FSDP gathers at a time
-FSDP_CASES = [(setting, wrapped, "frozen") for setting in SETTINGS for wrapped in WRAPPED]
+FSDP_CASES = [(setting, wrapped, "frozen") for setting in ("none", "activations") for wrapped in WRAPPED]
+FSDP_CASES += [(setting, "blocks", "frozen") for setting in ("expansions", "checkpointing")]
 FSDP_CASES += [(setting, "blocks", "synchronized") for setting in SETTINGS]
 COMPILED_CASES = [("none", "stages"), ("activations", "stages"), ("activations", "blocks")]  # and what FSDP gathers
 CONVERTERS = {"timm": timm.layers.convert_sync_batchnorm, "torch": nn.SyncBatchNorm.convert_sync_batchnorm}
@@ -310,7 +317,10 @@ def test_checkpoint_of_sharded_training_loads_plainly(folder, processes):
 def test_sharded_network_keeps_less_for_backward_too(processes, case):
     _, wrapped, norms = case
     for result in processes:
-        kept = {setting: result["kept", setting, wrapped, norms] for setting in SETTINGS}
+        kept = {
+            setting: result["kept", setting, wrapped, norms] for setting, *how in FSDP_CASES if how == [wrapped, norms]
+        }
         assert kept["activations"] <= BOUNDS["activations"] * kept["none"]
-        assert kept["expansions"] < kept["activations"]
-        assert kept["checkpointing"] <= BOUNDS["checkpointing"] * kept["none"]
+        if len(kept) > 2:
+            assert kept["expansions"] < kept["activations"]
+            assert kept["checkpointing"] <= BOUNDS["checkpointing"] * kept["none"]

@@ -121,7 +121,7 @@ def test_checkpoint_of_others(wrap, model):
 
 
 @same_as_plain(
-    *(wrap for wrap in WRAPPERS if "composable" not in wrap.__name__), settings=NOT_CHECKPOINTING
+    *(wrap for wrap in WRAPPERS if "composable" not in wrap.__name__), settings=NOT_CHECKPOINTING, in_turn=True
 )  # those run backward once
 def test_checkpoint_of_others_twice(wrap, model):
     wrap(model)

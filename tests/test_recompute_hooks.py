@@ -179,6 +179,7 @@ def test_forward_hook(hook, target, model):
 @same_as_plain(
     *((edit, target) for target in TARGETS for edit in EDITS[:2]),
     few=4,
+    in_turn=True,
     raises=MODIFIED,
     when=lambda edit, target: edit is not edit_data and target not in ("unit3", "norm3", "shortcut"),
 )
