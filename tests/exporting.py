@@ -30,15 +30,20 @@ def needs(format, int8=False):
     return pytest.mark.skipif(bool(missing), reason=f"exporting to {format} needs {', '.join(missing)}")
 
 
-each_format = pytest.mark.parametrize("format", [pytest.param(format, marks=needs(format)) for format in FORMATS])
-few_formats = pytest.mark.parametrize(  # where representatives are enough: exporting with torch.export takes long
-    "format",
-    [
-        "torchscript",
-        pytest.param("openvino", marks=needs("openvino")),  # which is made from an ONNX file
-        pytest.param("torch-export", marks=pytest.mark.thorough),
-    ],
-)
+def in_formats(*formats, thorough=()):
+    """Parametrize a test with formats, of which some are thorough."""
+    return pytest.mark.parametrize(
+        "format",
+        [
+            pytest.param(format, marks=[needs(format), *([pytest.mark.thorough] if format in thorough else [])])
+            for format in formats
+        ],
+    )
+
+
+each_format = in_formats(*FORMATS)
+most_formats = in_formats(*FORMATS, thorough=["torch-export"])  # exporting with torch.export takes long
+few_formats = in_formats("torchscript", "openvino", "torch-export", thorough=["torch-export"])  # OpenVINO reads ONNX
 each_int8_format = pytest.mark.parametrize(
     "format", [pytest.param(format, marks=needs(format, int8=True)) for format in ("onnx", "openvino")]
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from exporting import ENGINES, each_format, exporters_warn, needs
+from exporting import ENGINES, each_format, exporters_warn, most_formats, needs
 
 from timm_tresnet import export_model
 from timm_tresnet.cli import main as cli
@@ -30,11 +30,7 @@ def test_export_command_says_what_it_wrote(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"network.pt", "network.pt.json"}
 
 
-@pytest.mark.parametrize(
-    "format",
-    ["torchscript", *(pytest.param(format, marks=needs(format)) for format in ("onnx", "openvino"))]
-    + [pytest.param("torch-export", marks=pytest.mark.thorough)],
-)
+@most_formats
 def test_classify_runs_artifacts(format, artifact, capsys):
     assert cli.main(["classify", "--json"]) == 0
     expected = json.loads(capsys.readouterr().out)

@@ -18,8 +18,10 @@ from exporting import (
     hook_network,
     hook_norm_before,
     hook_unit,
+    in_formats,
     make_altered,
     make_small,
+    most_formats,
     needs,
     normalize_weights,
     normalize_weights_by_hooks,
@@ -80,7 +82,7 @@ def test_networks_without_batch_norm_are_exported_and_optimized_as_they_are(tmp_
     torch.testing.assert_close(ExportedModel(path, "torch", trust=True)(x), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("format", ["torchscript", pytest.param("onnx", marks=needs("onnx"))])
+@most_formats
 def test_networks_with_ml_decoder_are_exported_with_constant_queries(format, tmp_path):
     model = make_small("test_tresnet", head="ml_decoder", num_groups=3, decoder_embedding=16)
     path = tmp_path / f"network{SUFFIXES[format]}"
@@ -108,7 +110,7 @@ def test_wrong_artifact_is_not_written(tmp_path, embedded, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("format", [pytest.param("openvino", marks=needs("openvino")), "torchscript"])
+@in_formats("openvino", "torchscript")
 def test_files_of_an_earlier_export_stay_until_the_new_ones_are_checked(format, tmp_path, embedded, monkeypatch):
     path = tmp_path / f"network{SUFFIXES[format]}"
     files = [path, path.with_suffix(".bin"), tmp_path / f"{path.name}.json"]
@@ -238,7 +240,7 @@ def test_classifier_replaced_by_hand_names_reset_classifier(replace, got, tmp_pa
         export_model(model, tmp_path / "network.pt", "torchscript", image_size=(64, 64))
 
 
-@pytest.mark.parametrize("format", ["torchscript", pytest.param("torch-export", marks=pytest.mark.thorough)])
+@in_formats("torchscript", "torch-export", thorough=["torch-export"])
 def test_the_first_two_arguments_may_be_swapped_and_files_that_run_code_need_trust(format, artifact):
     path = artifact(format)
     with pytest.raises(ValueError, match="trust=True"):
