@@ -28,17 +28,22 @@ def pytest_collection_finish() -> None:
     _freeze()
 
 
+@pytest.hookimpl(trylast=True)  # when the file's fixtures are gone
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     if nextitem is None or nextitem.path != item.path:
         _freeze()
 
 
 def _freeze() -> None:
-    """Let Python's collector of cycles pass over what is imported by now, a million objects, in all the tests."""
-    if "torch._dynamo" in sys.modules:
-        sys.modules["torch"].compiler.reset()  # which lets go of what was compiled
+    """Let Python's collector of cycles pass over what is there by now, a million objects, in the tests to come."""
+    _forget_compiled()
     gc.collect()
     gc.freeze()
+
+
+def _forget_compiled() -> None:
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch"].compiler.reset()
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +51,7 @@ def _start_afresh():
     import torch
 
     torch.manual_seed(0)
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # which limits how often one piece of code is compiled
+    _forget_compiled()  # the compiler limits how often one piece of code is compiled
 
 
 @pytest.fixture
