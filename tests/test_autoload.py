@@ -59,7 +59,7 @@ threads = [threading.Thread(target=__import__, args=(name,)) for name in names]
 
 @pytest.mark.thorough
 def test_broken_plugin_warns_once_and_leaves_timm_its_own_models(run_python):
-    """Where even the hook cannot be imported, which PyTorch arms."""
+    """Not even the hook, which PyTorch arms, can be imported."""
     process = run_python(*STRICTLY, "-c", sabotage("autoload", "SystemExit('sabotage')"))
     assert process.stdout.split() == [BUILTIN, "10"]
     assert process.stderr.count("timm keeps its own") == 1

@@ -83,7 +83,7 @@ def same_as_plain(
         for index, variant in enumerate(variants or [()]):
             arguments = variant if isinstance(variant, tuple) else (variant,)
             run = functools.partial(function, *arguments)
-            # The second term keeps a product of variants from giving one of its factors the same setting each time.
+            # Without the second term, a factor of a product of variants could get the same setting each time.
             turn = (index + index // len(settings) ** 2) % len(settings)
             for setting in settings:
                 its_turn = setting == settings[turn]

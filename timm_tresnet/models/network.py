@@ -197,7 +197,7 @@ class TResNet(nn.Module):
 
     def _draw_weights(self) -> None:
         if next(self.parameters()).is_meta:
-            return  # there is nothing to draw, which would take half of the time that such a network takes
+            return  # its weights have no values; drawing them would take as long as all else
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
